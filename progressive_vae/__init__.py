@@ -1,0 +1,42 @@
+"""Progressive VAE: images through symbolic images of increasing size.
+
+    P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)
+
+| file | purpose |
+|---|---|
+| `configuration.py` | the two configs: every architectural knob, once |
+| `quantizer.py` | nearest code, straight-through gradient, codebook update |
+| `networks.py` | convolution nets; no probability in here |
+| `sampling.py` | draws from categorical distributions |
+| `decoders.py` | forms of `P(finer | z)`: one walk over groups, `log_prob` and sampling |
+| `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
+| `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
+| `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
+| `data.py` | the images of a data set, as grids of 8-bit values |
+| `codes.py` | a data set's grids, cached on disk |
+| `evaluation.py` | bits/dim per factor, code use |
+| `hub.py` | model card, fingerprints |
+| `training.py` | the greedy order: `train_level()`, `train_prior()` around one `fit()` |
+"""
+
+from transformers import AutoConfig, AutoModel
+
+from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .level import ProgressiveVAELevel
+from .pipeline import ProgressiveVAEPipeline
+from .prior import ProgressiveVAEPrior
+
+__version__ = "0.1.0"
+
+AutoConfig.register("progressive_vae_level", ProgressiveVAELevelConfig)
+AutoConfig.register("progressive_vae_prior", ProgressiveVAEPriorConfig)
+AutoModel.register(ProgressiveVAELevelConfig, ProgressiveVAELevel)
+AutoModel.register(ProgressiveVAEPriorConfig, ProgressiveVAEPrior)
+
+__all__ = [
+    "ProgressiveVAELevel",
+    "ProgressiveVAELevelConfig",
+    "ProgressiveVAEPipeline",
+    "ProgressiveVAEPrior",
+    "ProgressiveVAEPriorConfig",
+]

@@ -1,0 +1,219 @@
+"""The two configs: every architectural knob, once."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+
+DECODER_ORDERS = ("factorized", "lattice")
+QUANTIZERS = ("vq",)
+
+# Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them.
+_INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
+                    "experts_implementation", "output_attentions", "per_layer_config",
+                    "_commit_hash", "_attn_implementation_internal",
+                    "_experts_implementation_internal"}  # fmt: skip
+
+
+def strict_config(cls):
+    """A strict dataclass whose every complaint, also on assignment, is a `ValueError`."""
+    cls = strict(cls)
+    strict_init, strict_setattr = cls.__init__, cls.__setattr__
+
+    def __init__(self, **kwargs):
+        try:
+            strict_init(self, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    def __setattr__(self, name: str, value: Any):
+        try:
+            strict_setattr(self, name, value)
+        except StrictDataclassError as error:
+            raise ValueError(f"{cls.__name__}: {error}") from error
+
+    cls.__init__, cls.__setattr__ = __init__, __setattr__
+    return cls
+
+
+def _check_names(config: PreTrainedConfig, names):
+    unknown = sorted(n for n in names if n not in _INHERITED_NAMES and not hasattr(config, n))
+    if unknown:
+        raise ValueError(
+            f"{type(config).__name__} got unknown names {unknown}, expected some of "
+            f"{sorted(type(config).__dataclass_fields__)}"
+        )
+
+
+def _check_range(config: PreTrainedConfig, **minima):
+    for name, minimum in minima.items():
+        value = getattr(config, name)
+        if value is not None and value < minimum:
+            raise ValueError(f"expected {name} >= {minimum}, got {value}")
+
+
+@strict_config
+class ProgressiveVAELevelConfig(PreTrainedConfig):
+    """One level: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)`.
+
+    Exactly one of `num_channels` and `num_symbols` says what the finer grid is made of.
+
+    Args:
+        num_channels: colours of the image, on the finest level; `None` on the others.
+        num_symbols: codebook size of the finer grid; `None` on the finest level.
+        codebook_size: K, the number of codes of this level's grid.
+        codebook_dim: D, the length of a code vector.
+        downsample: 2 or 4, the linear factor between this level's grid and the finer one.
+        hidden_size: width of the decoder.
+        num_layers: residual blocks of the decoder before each group.
+        encoder_hidden_size: width of the encoder; `None` stands for `hidden_size`.
+        encoder_num_layers: residual blocks of the encoder on each of its grids.
+        value_embed_dim: length of the vector by which the networks see one finer value.
+        decoder_order: `"factorized"` (one group) or `"lattice"` (sub-pixel groups, coarse first).
+        num_groups: groups of the decoder. These orders fix it (1, and 1 + 3·log2(downsample)):
+            leave `None`, or give that very number.
+        quantizer: `"vq"`.
+        commitment_weight: β, the pull of the encoder towards its code.
+        codebook_decay: 1 − γ, the decay of the codebook's running k-means.
+        restart_threshold: a code used less than this fraction of the mean use is restarted.
+    """
+
+    model_type = "progressive_vae_level"
+
+    num_channels: int | None = None
+    num_symbols: int | None = None
+    codebook_size: int = 64
+    codebook_dim: int = 8
+    downsample: int = 2
+    hidden_size: int = 64
+    num_layers: int = 2
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 1
+    value_embed_dim: int = 16
+    decoder_order: str = "lattice"
+    num_groups: int | None = None
+    quantizer: str = "vq"
+    commitment_weight: float = 0.25
+    codebook_decay: float = 0.99
+    restart_threshold: float = 0.03
+
+    def __post_init__(self, **kwargs):
+        _check_names(self, kwargs)
+        super().__post_init__(**kwargs)
+
+    def validate_finer(self):
+        if (self.num_channels is None) == (self.num_symbols is None):
+            raise ValueError(
+                "expected one of num_channels (finest level) and num_symbols (other levels), got "
+                f"num_channels={self.num_channels} and num_symbols={self.num_symbols}"
+            )
+
+    def validate_sizes(self):
+        _check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
+                     hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
+                     value_embed_dim=1, commitment_weight=0, codebook_decay=0,
+                     restart_threshold=0)  # fmt: skip
+        if self.codebook_decay >= 1:
+            raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
+
+    def validate_choices(self):
+        for name, choices in (
+            ("downsample", (2, 4)),
+            ("decoder_order", DECODER_ORDERS),
+            ("quantizer", QUANTIZERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
+        groups = 1 if self.decoder_order == "factorized" else 1 + 3 * int(math.log2(self.downsample))
+        if self.num_groups not in (None, groups):
+            raise ValueError(
+                f"expected num_groups={groups} for decoder_order={self.decoder_order!r} and "
+                f"downsample={self.downsample}, got {self.num_groups}"
+            )
+
+    @property
+    def is_finest(self) -> bool:
+        return self.num_channels is not None
+
+    @property
+    def num_values(self) -> int:
+        """Values that one entry of the finer grid can take: K_{i+1}, or 256 for a pixel."""
+        return 256 if self.num_symbols is None else self.num_symbols
+
+
+@strict_config
+class ProgressiveVAEPriorConfig(PreTrainedConfig):
+    """`P_Φ(z_1)`, optionally given a class.
+
+    Args:
+        codebook_size: K_1, the number of codes of the coarsest level.
+        grid_size: [H_1, W_1].
+        num_classes: number of class labels; 0 for an unconditional prior.
+        class_dropout: probability that training shows the null class in place of the label.
+        backbone_config: any causal-LM config of transformers, as a config or as a dict with its
+            `model_type`; its vocabulary is set to codes, classes and the null class. `None`
+            stands for a small Llama.
+    """
+
+    model_type = "progressive_vae_prior"
+
+    codebook_size: int = 64
+    grid_size: list[int] | tuple[int, ...] = (4, 4)
+    num_classes: int = 0
+    class_dropout: float = 0.1
+    backbone_config: dict | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs):
+        _check_names(self, kwargs)
+        self.grid_size = list(self.grid_size)
+        if self.num_classes and self.id2label is None:
+            self.id2label = {i: str(i) for i in range(self.num_classes)}
+        super().__post_init__(**kwargs)
+        if self.backbone_config is None:
+            self.backbone_config = LlamaConfig(
+                hidden_size=128,
+                intermediate_size=352,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                tie_word_embeddings=False,
+            )
+        elif isinstance(self.backbone_config, dict):
+            fields = dict(self.backbone_config)
+            if "model_type" not in fields:
+                raise ValueError(f"expected backbone_config with a model_type, got {fields}")
+            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        backbone = self.backbone_config
+        backbone.vocab_size = self.vocab_size
+        backbone.bos_token_id = backbone.eos_token_id = backbone.pad_token_id = None
+        if (getattr(backbone, "max_position_embeddings", None) or self.sequence_length) < (
+            self.sequence_length
+        ):
+            backbone.max_position_embeddings = self.sequence_length
+
+    def validate_sizes(self):
+        _check_range(self, codebook_size=1, num_classes=0)
+        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
+            raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")
+        if not 0 <= self.class_dropout <= 1:
+            raise ValueError(f"expected class_dropout in [0, 1], got {self.class_dropout}")
+        if self.num_classes and len(self.id2label) != self.num_classes:
+            raise ValueError(
+                f"expected id2label with num_classes={self.num_classes} entries, "
+                f"got {len(self.id2label)}"
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """L_1 = H_1·W_1: the class token stands where a code token before the first would."""
+        return math.prod(self.grid_size)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens: K_1 codes, then the classes, then the null class."""
+        return self.codebook_size + self.num_classes + 1
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes

@@ -1,0 +1,451 @@
+"""`ProgressiveVAEPipeline`: the levels and the prior, chained."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+from .level import ProgressiveVAELevel
+from .prior import ProgressiveVAEPrior
+from .sampling import Generators
+
+MAX_LEVELS = 8
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+Images = PIL.Image.Image | np.ndarray | Tensor | list
+
+
+@dataclass
+class ProgressiveVAEPipelineOutput(BaseOutput):
+    """
+    Args:
+        images: as `output_type` says; for `"latent"` the finest codes z_N.
+        codes: [z_1 … z_N], int64 (B, H_i, W_i) each.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    codes: list[Tensor]
+
+
+class ProgressiveVAEPipeline(DiffusionPipeline):
+    """`P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)`.
+
+    Lists over levels start with the coarsest: `codes[i - 1]` is z_i. Wherever images come in they
+    may be a PIL image or a list of them, uint8 arrays (B, H, W, C) or tensors (B, C, H, W) in
+    0 … 255, or float ones in [0, 1], which are rounded to 8 bits. Nothing is resized.
+
+    Args:
+        prior: `P_Φ(z_1)`; without it (`None`) everything works that needs no prior.
+        level_1 … level_8: the levels, without a hole; level_1 is the coarsest.
+        image_size: [H, W]; derived from the prior's grid where not given.
+    """
+
+    _optional_components = ["prior", *(f"level_{i}" for i in range(2, MAX_LEVELS + 1))]
+    model_cpu_offload_seq = "->".join(["prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))])
+    _callback_tensor_inputs = ["codes"]
+
+    def __init__(
+        self,
+        prior: ProgressiveVAEPrior | None,
+        level_1: ProgressiveVAELevel,
+        level_2: ProgressiveVAELevel | None = None,
+        level_3: ProgressiveVAELevel | None = None,
+        level_4: ProgressiveVAELevel | None = None,
+        level_5: ProgressiveVAELevel | None = None,
+        level_6: ProgressiveVAELevel | None = None,
+        level_7: ProgressiveVAELevel | None = None,
+        level_8: ProgressiveVAELevel | None = None,
+        image_size: list[int] | tuple[int, ...] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            prior=prior, level_1=level_1, level_2=level_2, level_3=level_3, level_4=level_4,
+            level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
+        )  # fmt: skip
+        if image_size is None and prior is not None:
+            scale = math.prod(level.config.downsample for level in self.levels)
+            image_size = [n * scale for n in prior.config.grid_size]
+        self._check_chain(image_size)
+        self.register_to_config(image_size=list(image_size))
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    # ---- the chain ------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> list[ProgressiveVAELevel]:
+        """[level_1 … level_N]."""
+        slots = (getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1))
+        return [level for level in slots if level is not None]
+
+    @property
+    def num_levels(self) -> int:
+        return len(self.levels)
+
+    @property
+    def factor_names(self) -> list[str]:
+        """The factors of P(s, z) in the order of sampling: prior, level_1 … level_N."""
+        return ["prior", *(f"level_{i}" for i in range(1, self.num_levels + 1))]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        height, width = self.config.image_size
+        return self.levels[-1].config.num_channels, height, width
+
+    @property
+    def grid_sizes(self) -> list[tuple[int, int]]:
+        """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, then the image."""
+        sizes = [tuple(self.config.image_size)]
+        for level in reversed(self.levels):
+            sizes.insert(0, level.codes_size(sizes[0]))
+        return sizes
+
+    def _check_chain(self, image_size):
+        slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
+        filled = [i for i, level in enumerate(slots, 1) if level is not None]
+        if filled != list(range(1, len(filled) + 1)) or not filled:
+            raise ValueError(f"expected levels 1 … N without a hole, got levels {filled}")
+        for i, (level, finer) in enumerate(itertools.pairwise(self.levels), 1):
+            if level.config.num_symbols != finer.config.codebook_size:
+                raise ValueError(
+                    f"expected level_{i} with num_symbols={finer.config.codebook_size}, the "
+                    f"codebook_size of level_{i + 1}, got {level.config.num_symbols}"
+                )
+        if self.levels[-1].config.num_channels is None:
+            raise ValueError(
+                f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
+                f"finer grid has num_symbols={self.levels[-1].config.num_symbols}"
+            )
+        if image_size is None:
+            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
+        if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
+            raise ValueError(f"expected image_size of two positive integers, got {image_size}")
+        if self.prior is not None:
+            self.register_to_config(image_size=list(image_size))
+            expected = (self.levels[0].config.codebook_size, self.grid_sizes[0])
+            got = (self.prior.config.codebook_size, tuple(self.prior.config.grid_size))
+            if got != expected:
+                raise ValueError(
+                    f"expected prior with (codebook_size, grid_size)={expected} to fit level_1 "
+                    f"and image_size={list(image_size)}, got {got}"
+                )
+
+    # ---- inference: image -> codes -> nats ------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, images: Images, batch_size: int = 256) -> list[Tensor]:
+        """[z_1 … z_N] of the images, int64 (B, H_i, W_i) each: the encoders, finest first."""
+        batches = [
+            [codes.cpu() for codes in self._climb(pixel_values)]
+            for pixel_values in self._pixel_batches(images, batch_size)
+        ]
+        return [torch.cat(level) for level in zip(*batches, strict=True)]
+
+    def _climb(self, finer: Tensor) -> list[Tensor]:
+        codes: list[Tensor] = []
+        for level in reversed(self.levels):
+            finer = level.encode(finer)
+            codes.insert(0, finer)
+        return codes
+
+    @torch.no_grad()
+    def log_prob(
+        self, images: Images, class_labels=None, batch_size: int = 256
+    ) -> dict[str, Tensor]:
+        """Every factor of log P(s, z(s)) in nats, (B,) each, by its name."""
+        prior = self._require_prior()
+        labels, start, terms = class_labels, 0, []
+        for pixel_values in self._pixel_batches(images, batch_size):
+            codes = self._climb(pixel_values)
+            if class_labels is not None:
+                labels = self._labels(class_labels)[start : start + len(pixel_values)]
+            start += len(pixel_values)
+            chain = [*codes, pixel_values]  # z_1 … z_N, s
+            factors = [prior.log_prob(codes[0], labels)]
+            for level, z, finer in zip(self.levels, chain[:-1], chain[1:], strict=True):
+                factors.append(level.log_prob(finer, z))
+            terms.append([factor.float().cpu() for factor in factors])
+        columns = (torch.cat(column) for column in zip(*terms, strict=True))
+        return dict(zip(self.factor_names, columns, strict=True))
+
+    def bits_per_dim(
+        self, images: Images, class_labels=None, batch_size: int = 256
+    ) -> dict[str, float]:
+        """−log2 of every factor / (C·H·W), averaged over the images, and their sum `"total"`."""
+        nats = self.log_prob(images, class_labels, batch_size)
+        scale = -1 / (math.log(2) * math.prod(self.image_shape))
+        bits = {name: value.double().mean().item() * scale for name, value in nats.items()}
+        return {**bits, "total": sum(bits.values())}
+
+    # ---- generation: codes -> image -------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | list | Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 1.0,
+        temperature: float | list[float] = 1.0,
+        top_k: int | list | None = None,
+        top_p: float | list | None = None,
+        generator: Generators = None,
+        codes: list[Tensor] | None = None,
+        num_levels: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        batch_size: int = 256,
+    ):
+        """Draw images from coarse to fine.
+
+        Args:
+            class_labels: ints or names of `id2label`, one for each prompt; `None`: one prompt of
+                the null class.
+            num_images_per_prompt: images for each label (or for each of the given grids).
+            guidance_scale: classifier-free guidance of the prior; 1 for none.
+            temperature, top_k, top_p: one for all factors, or a list for [prior, level_1 …
+                level_N]. Temperature 0 takes the most probable value at each step.
+            generator: one for all, or one for each image, so that an image does not depend on its
+                batch; CPU generators work on any device.
+            codes: grids [z_1 … z_k] to start from, int64 (B, H_i, W_i) each: only what is finer
+                is drawn.
+            num_levels: k < N for a preview: z_1 … z_k are drawn, finer factors take their most
+                probable values.
+            output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or
+                `"latent"`, the finest codes.
+            callback_on_step_end: called after each factor of codes as `(pipe, step, step,
+                tensors)`, where `tensors["codes"]` is [z_1 …] so far; it may return others.
+            batch_size: images drawn at a time.
+
+        Returns:
+            `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
+        """
+        self._guidance_scale = guidance_scale
+        labels, given, count = self._prompts(class_labels, codes, num_images_per_prompt)
+        controls = self._controls(temperature, top_k, top_p, num_levels)
+        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"expected generator to be one or a list of {count}, got {len(generator)}")
+        starts = range(0, count, batch_size)
+        self._num_timesteps = len(starts) * (1 + self.num_levels - len(given))
+        batches = []
+        with self.progress_bar(total=self._num_timesteps) as progress:
+            for start in starts:
+                chunk = slice(start, min(start + batch_size, count))
+                grids = [z[chunk].to(self._execution_device) for z in given]
+                draws = self._descend(
+                    grids,
+                    None if labels is None else labels[chunk],
+                    generator[chunk] if isinstance(generator, list) else generator,
+                    chunk.stop - chunk.start,
+                    controls,
+                    stop=self.num_levels + (output_type != "latent"),
+                )
+                for step in draws:
+                    if callback_on_step_end is not None and step < self.num_levels:
+                        changed = callback_on_step_end(self, step, step, {"codes": grids})
+                        grids[:] = (changed or {}).get("codes", grids)
+                    progress.update()
+                batches.append([grid.cpu() for grid in grids])
+        columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+        drawn = columns[: self.num_levels]
+        images = drawn[-1] if output_type == "latent" else self._to_images(columns[-1], output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, drawn
+        return ProgressiveVAEPipelineOutput(images=images, codes=drawn)
+
+    def _descend(self, grids, labels, generator, count, controls, stop) -> Iterator[int]:
+        """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
+        if not grids:
+            z_1 = self._require_prior().sample(
+                count, labels, self._guidance_scale, generator, **controls[0]
+            )
+            grids.append(z_1)
+            yield 0
+        for i in range(len(grids), stop):
+            level, size = self.levels[i - 1], self.grid_sizes[i]
+            grids.append(level.sample(grids[-1], generator, finer_size=size, **controls[i]))
+            yield i
+
+    def decode(
+        self,
+        codes: list[Tensor],
+        output_type: str = "pil",
+        generator: Generators = None,
+        **controls,
+    ):
+        """Images of the codes [z_1 … z_k]; finer grids, where not given, are drawn too.
+
+        Given all N grids only the image is drawn, from z_N. Further keywords as in `__call__`.
+        """
+        return self(codes=codes, output_type=output_type, generator=generator, **controls).images
+
+    def reconstruct(
+        self,
+        images: Images,
+        level: int | None = None,
+        output_type: str = "pil",
+        generator: Generators = None,
+        **controls,
+    ):
+        """Images drawn again from their own z_1 … z_k, k = `level` (N where not given).
+
+        k = 1 shows what the coarsest codes alone say. Further keywords as in `__call__`.
+        """
+        level = self.num_levels if level is None else level
+        if not 1 <= level <= self.num_levels:
+            raise ValueError(f"expected level in 1 … {self.num_levels}, got {level}")
+        return self.decode(self.encode(images)[:level], output_type, generator, **controls)
+
+    # ---- arguments ------------------------------------------------------------------------------
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class names -> class ids."""
+        prior = self._require_prior()
+        names = prior.config.id2label if prior.config.num_classes else {}
+        return {name: i for i, name in names.items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of names, as in diffusers' DiT pipeline."""
+        names = [label] if isinstance(label, str) else list(label)
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            raise ValueError(f"expected class_labels among {list(self.labels)}, got {unknown}")
+        return [self.labels[name] for name in names]
+
+    def _labels(self, class_labels) -> Tensor:
+        if isinstance(class_labels, Tensor):
+            return class_labels
+        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        return torch.tensor(
+            [self.get_label_ids(x)[0] if isinstance(x, str) else int(x) for x in labels]
+        )
+
+    def _prompts(self, class_labels, codes, num_images_per_prompt):
+        """Labels (count,) or None, the given grids (count, H_i, W_i), and the count."""
+        if num_images_per_prompt < 1:
+            raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
+        given = list(codes or [])
+        if codes is not None and not 1 <= len(given) <= self.num_levels:
+            raise ValueError(f"expected codes of 1 … {self.num_levels} levels, got {len(given)}")
+        for i, (z, size) in enumerate(zip(given, self.grid_sizes, strict=False), 1):
+            if z.ndim != 3 or tuple(z.shape[1:]) != size or len(z) != len(given[0]):
+                raise ValueError(
+                    f"expected codes of level {i} of shape ({len(given[0])}, {size[0]}, "
+                    f"{size[1]}), got {tuple(z.shape)}"
+                )
+            self.levels[i - 1]._check_codes(z, f"codes of level {i}")
+        if class_labels is None:
+            count = len(given[0]) if given else 1
+            given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
+            return None, given, count * num_images_per_prompt
+        if given:
+            raise ValueError("expected class_labels=None where codes are given: z_1 is not drawn")
+        labels = self._labels(class_labels)
+        labels = self._require_prior().check_labels(labels, len(labels))
+        labels = labels.repeat_interleave(num_images_per_prompt)
+        return labels, [], len(labels)
+
+    def _controls(self, temperature, top_k, top_p, num_levels) -> list[dict]:
+        """Sampling controls of each factor [prior, level_1 … level_N]."""
+        columns = {}
+        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
+            values = list(value) if isinstance(value, (list, tuple)) else None
+            if values is None:
+                values = [value] * (self.num_levels + 1)
+            if len(values) != self.num_levels + 1:
+                raise ValueError(
+                    f"expected {name} to be one or a list for {self.factor_names}, got {value}"
+                )
+            columns[name] = values
+        if num_levels is not None:
+            if not 1 <= num_levels <= self.num_levels:
+                raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
+            columns["temperature"][num_levels:] = [0.0] * (self.num_levels + 1 - num_levels)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _check_outputs(self, output_type, callback_inputs):
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"expected output_type in {OUTPUT_TYPES}, got {output_type!r}")
+        unknown = set(callback_inputs or []) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"expected callback_on_step_end_tensor_inputs among "
+                f"{self._callback_tensor_inputs}, got {sorted(unknown)}"
+            )
+
+    def _require_prior(self) -> ProgressiveVAEPrior:
+        if self.prior is None:
+            raise ValueError("expected a pipeline with a prior, got prior=None")
+        return self.prior
+
+    # ---- images ---------------------------------------------------------------------------------
+
+    def _pixel_batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
+        """Float batches (b, C, H, W) in [−1, 1] on the 256 values, on the execution device."""
+        if isinstance(images, PIL.Image.Image):
+            images = [images]
+        if not isinstance(images, (list, np.ndarray, Tensor)) or not len(images):
+            raise ValueError(
+                f"expected images as PIL images, arrays or tensors, got {type(images).__name__}"
+                + (" of length 0" if hasattr(images, "__len__") else "")
+            )
+        for start in range(0, len(images), batch_size):
+            yield self._to_pixel_values(images[start : start + batch_size])
+
+    def _to_pixel_values(self, images: Images) -> Tensor:
+        if isinstance(images, list) and isinstance(images[0], PIL.Image.Image):
+            images = np.stack([self._from_pil(image) for image in images])
+        elif isinstance(images, list):
+            images = (torch.stack if isinstance(images[0], Tensor) else np.stack)(images)
+        if isinstance(images, np.ndarray):
+            images = self.image_processor.numpy_to_pt(images)
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"expected images of (C, H, W) = {self.image_shape}, got {tuple(images.shape[1:])}"
+            )
+        if images.dtype == torch.uint8:
+            values = images.float()
+        elif not images.is_floating_point():
+            raise ValueError(f"expected images of dtype uint8 or float, got {images.dtype}")
+        else:
+            lowest, highest = images.min().item(), images.max().item()
+            if not (lowest >= 0 and highest <= 1):  # also catches NaN
+                raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
+            values = (images.float() * 255).round()
+        return (values / 127.5 - 1).to(self._execution_device)
+
+    def _from_pil(self, image: PIL.Image.Image) -> np.ndarray:
+        """uint8 (H, W, C); only conversions that lose nothing are made."""
+        channels, height, width = self.image_shape
+        modes = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}.get(channels, ())
+        if image.mode not in modes:
+            raise ValueError(f"expected images of mode {modes}, got a PIL image of {image.mode!r}")
+        if image.size != (width, height):
+            raise ValueError(
+                f"expected images of (C, H, W) = {self.image_shape}, "
+                f"got a PIL image of width {image.width} and height {image.height}"
+            )
+        array = np.asarray(image.convert(modes[0]))
+        return array[..., None] if array.ndim == 2 else array
+
+    def _to_images(self, pixel_values: Tensor, output_type: str):
+        return self.image_processor.postprocess(pixel_values.float(), output_type=output_type)

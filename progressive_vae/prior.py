@@ -1,0 +1,158 @@
+"""The prior `P_Φ(z_1)`: a causal language model of transformers over codes in raster order."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration import ProgressiveVAEPriorConfig
+from .sampling import Generators, Sampler
+
+
+@dataclass
+class ProgressiveVAEPriorOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, −log P_Φ(z_1) in nats per code; minimise it.
+        log_prob: log P_Φ(z_1) in nats, summed over the grid, (B,).
+        logits: of every code given the codes before it, (B, L_1, K_1).
+    """
+
+    loss: Tensor | None = None
+    log_prob: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class ProgressiveVAEPrior(PreTrainedModel):
+    """`P_Φ(z_1 | class) = ∏_l P(code_l | class, code_1 … code_{l−1})`.
+
+    The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
+    token is the prompt. Only codes can follow, so the logits of the other tokens are cut off.
+
+    `class_labels` is int64 (B,), 0 … num_classes − 1, or `num_classes` for the null class;
+    `None` is the null class for all.
+    """
+
+    config_class = ProgressiveVAEPriorConfig
+    base_model_prefix = "prior"
+    main_input_name = "codes"
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: ProgressiveVAEPriorConfig):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        # The backbone has initialised itself; modules of its kinds are all there are.
+        self.backbone._init_weights(module)
+
+    def forward(
+        self, codes: Tensor, class_labels: Tensor | None = None, return_dict: bool | None = None
+    ):
+        """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
+
+        In training mode each label is replaced by the null class with probability `class_dropout`,
+        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`.
+
+        Returns:
+            `ProgressiveVAEPriorOutput`, or a tuple of its fields.
+        """
+        tokens = self._check_codes(codes).flatten(1)
+        labels = self.check_labels(class_labels, len(codes)).to(tokens.device)
+        if self.training and self.config.class_dropout:
+            dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
+            labels = labels.masked_fill(dropped, self.config.null_class)
+        inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1)
+        logits = self._logits(self.backbone(inputs, use_cache=False))  # (B, L_1, K_1)
+        nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        log_prob = -nats.view(tokens.shape).sum(1)
+        output = ProgressiveVAEPriorOutput(-log_prob.mean() / tokens.shape[1], log_prob, logits)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def log_prob(self, codes: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        """log P_Φ(z_1 | class) in nats: int64 (B, H_1, W_1) -> (B,)."""
+        return self(codes, class_labels, return_dict=True).log_prob
+
+    @torch.no_grad()
+    def sample(
+        self,
+        batch_size: int,
+        class_labels: Tensor | None = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
+        """Draw z_1, int64 (B, H_1, W_1), code by code with the backbone's key-value cache.
+
+        Args:
+            guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
+            generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
+        """
+        if not guidance_scale >= 0:
+            raise ValueError(f"expected guidance_scale >= 0, got {guidance_scale}")
+        draw = Sampler(batch_size, generator, temperature, top_k, top_p)
+        labels = self.check_labels(class_labels, batch_size).to(self.device)
+        guided = guidance_scale != 1 and bool((labels != self.config.null_class).any())
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
+        inputs, cache, tokens = self._prompt(labels), None, []
+        for _ in range(self.config.sequence_length):
+            output = self.backbone(inputs, past_key_values=cache, use_cache=True)
+            logits, cache = self._logits(output)[:, -1].float(), output.past_key_values
+            if guided:
+                given, null = logits.chunk(2)
+                logits = null + guidance_scale * (given - null)
+            tokens.append(draw(logits))
+            inputs = tokens[-1].repeat(2 if guided else 1)[:, None]
+        return torch.stack(tokens, 1).view(batch_size, *self.config.grid_size)
+
+    def check_labels(self, class_labels: Tensor | list[int] | None, batch_size: int) -> Tensor:
+        """The labels as int64 (B,), the null class where there are none.
+
+        Raises:
+            ValueError: not one label for each example, or a label that is no class.
+        """
+        null = self.config.null_class
+        if class_labels is None:
+            return torch.full((batch_size,), null)
+        labels = torch.as_tensor(class_labels)
+        if labels.shape != (batch_size,) or labels.is_floating_point():
+            raise ValueError(
+                f"expected class_labels to be {batch_size} integers, "
+                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+            )
+        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > null):
+            raise ValueError(
+                f"expected class_labels in 0 … {null} ({null} is the null class), got values in "
+                f"{int(labels.min())} … {int(labels.max())}"
+            )
+        return labels.long()
+
+    def _prompt(self, labels: Tensor) -> Tensor:
+        return (labels + self.config.codebook_size)[:, None]
+
+    def _logits(self, output: ModelOutput) -> Tensor:
+        return output.logits[..., : self.config.codebook_size]
+
+    def _check_codes(self, codes: Tensor) -> Tensor:
+        size, expected = self.config.codebook_size, tuple(self.config.grid_size)
+        if codes.ndim != 3 or codes.shape[1:] != expected:
+            raise ValueError(
+                f"expected codes of shape (B, {expected[0]}, {expected[1]}), "
+                f"got {tuple(codes.shape)}"
+            )
+        if codes.dtype != torch.long:
+            raise ValueError(f"expected codes of dtype torch.int64, got {codes.dtype}")
+        if int(codes.min()) < 0 or int(codes.max()) >= size:
+            raise ValueError(
+                f"expected codes in 0 … {size - 1}, "
+                f"got values in {int(codes.min())} … {int(codes.max())}"
+            )
+        return codes

@@ -1,0 +1,68 @@
+"""Draws from categorical distributions, with one generator for a batch or one per example."""
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
+from transformers import TopPLogitsWarper as _TopP
+
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class Sampler:
+    """Draws int64 (B, ...) from logits (B, ..., V) by the Gumbel arg max: x = argmax(logits + g).
+
+    With a list of generators example b sees the noise of generator b alone, so that an image does
+    not depend on the batch it is drawn in. Generators may live on another device than the logits.
+
+    Raises:
+        ValueError: a negative or non-finite temperature, top_k < 1, top_p outside (0, 1], or a
+            list of generators whose length is not the batch size.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        generator: Generators = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ):
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"expected temperature >= 0, got {temperature}")
+        if top_k is not None and (int(top_k) != top_k or top_k < 1):
+            raise ValueError(f"expected top_k >= 1, got {top_k}")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"expected top_p in (0, 1], got {top_p}")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"expected generator to be one or a list of {batch_size}, got {len(generator)}"
+            )
+        self.generator, self.greedy = generator, temperature == 0
+        self.warpers = LogitsProcessorList()
+        if temperature not in (0, 1):
+            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_k is not None:
+            self.warpers.append(TopKLogitsWarper(int(top_k)))
+        if top_p is not None and top_p < 1:
+            self.warpers.append(_TopP(float(top_p)))
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        logits = logits.float()
+        if self.greedy:
+            return logits.argmax(-1)
+        if self.warpers:
+            logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
+        return (logits + self._gumbel(logits)).argmax(-1)
+
+    def _gumbel(self, logits: Tensor) -> Tensor:
+        """−log E with E ~ Exp(1), (B, ..., V)."""
+
+        def exponential(shape, generator):
+            device = logits.device if generator is None else generator.device
+            return torch.empty(shape, device=device).exponential_(generator=generator)
+
+        if isinstance(self.generator, list):
+            noise = torch.stack([exponential(logits.shape[1:], g) for g in self.generator])
+        else:
+            noise = exponential(logits.shape, self.generator)
+        return -noise.to(logits.device).log()
