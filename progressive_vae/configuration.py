@@ -43,7 +43,7 @@ def _check_names(config: PreTrainedConfig, names):
     if unknown:
         raise ValueError(
             f"{type(config).__name__} got unknown names {unknown}, expected some of "
-            f"{sorted(type(config).__dataclass_fields__)}"
+            f"{list(type(config).__annotations__)}"
         )
 
 

@@ -1,0 +1,131 @@
+"""A data set's grids (pixels or codes) on disk: Arrow shards, memory-mapped, and a manifest.
+
+A cache says what it is. `manifest.json` names the weights that made the codes, the data set, the
+split, the shape and the count; opening a cache that is not the expected one is an error. A cache
+is written under a temporary name and renamed, so it is complete or absent.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from datasets.arrow_writer import ArrowWriter
+from torch import Tensor
+
+FORMAT = 1
+_FEATURES = datasets.Features(
+    {"grid": datasets.Value("binary"), "label": datasets.Value("int64")}
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache holds.
+
+    Args:
+        weights: fingerprint of the encoders and codebooks that made the codes; "" for pixels.
+        dataset: name and fingerprint of the data set.
+        split: its split.
+        shape: of one grid, (C, H, W) for pixels and (H, W) for codes.
+        num_values: entries are 0 … num_values − 1.
+        format: version of the files.
+    """
+
+    weights: str
+    dataset: str
+    split: str
+    shape: tuple[int, ...]
+    num_values: int
+    format: int = FORMAT
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.min_scalar_type(self.num_values - 1)
+
+
+def write_cache(
+    folder: str | Path, manifest: Manifest, batches: Iterable[tuple[Tensor, Tensor]]
+) -> None:
+    """Write batches of (grids int64 (b, *shape), labels int64 (b,)) as the cache `folder`.
+
+    Memory does not grow with the number of batches. A label of −1 says that there is none.
+    """
+    folder, shard, count = Path(folder), "grids-00000-of-00001.arrow", 0
+    temporary = folder.with_name(folder.name + ".incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    writer = ArrowWriter(path=str(temporary / shard), features=_FEATURES)
+    for grids, labels in batches:
+        rows = grids.numpy().astype(manifest.dtype).reshape(len(grids), -1)
+        writer.write_batch({"grid": [row.tobytes() for row in rows], "label": labels.tolist()})
+        count += len(grids)
+    if not count:
+        raise ValueError(f"expected at least one example in split {manifest.split!r}, got none")
+    writer.finalize()
+    contents = {**asdict(manifest), "num_examples": count, "shards": [shard]}
+    (temporary / "manifest.json").write_text(json.dumps(contents, indent=2))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+class GridDataset(torch.utils.data.Dataset):
+    """A cache as a torch data set: `dataset[i]` is {"grid": (*shape), "label": int}.
+
+    Batches are read at once (`__getitems__`), from the memory map.
+
+    Raises:
+        ValueError: no cache in `folder`, or one whose manifest is not `expected`.
+    """
+
+    def __init__(self, folder: str | Path, expected: Manifest | None = None):
+        path = Path(folder) / "manifest.json"
+        if not path.is_file():
+            raise ValueError(f"expected a code cache in {folder}, got no manifest.json")
+        contents = json.loads(path.read_text())
+        self.num_examples, shards = contents.pop("num_examples"), contents.pop("shards")
+        self.manifest = Manifest(**{**contents, "shape": tuple(contents["shape"])})
+        if expected is not None and self.manifest != expected:
+            ours, theirs = asdict(self.manifest), asdict(expected)
+            different = [name for name in theirs if theirs[name] != ours[name]]
+            raise ValueError(
+                f"the code cache {folder} is not the one asked for: expected "
+                f"{ {name: theirs[name] for name in different} }, got "
+                f"{ {name: ours[name] for name in different} }; "
+                f"delete it or pass --overwrite_cache"
+            )
+        tables = [datasets.Dataset.from_file(str(Path(folder) / shard)) for shard in shards]
+        self.table = datasets.concatenate_datasets(tables)
+        if len(self.table) != self.num_examples:
+            raise ValueError(
+                f"expected {self.num_examples} examples in {folder}, got {len(self.table)}"
+            )
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def batch(self, indices: slice | list[int]) -> tuple[Tensor, Tensor]:
+        """(grids int64 (b, *shape), labels int64 (b,))."""
+        rows = self.table[indices]
+        values = np.frombuffer(b"".join(rows["grid"]), self.manifest.dtype)
+        if values.size != len(rows["grid"]) * math.prod(self.manifest.shape):
+            raise ValueError(f"expected grids of shape {self.manifest.shape}, got other sizes")
+        grids = torch.from_numpy(values.reshape(-1, *self.manifest.shape).astype(np.int64))
+        return grids, torch.tensor(rows["label"])
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), batch_size):
+            yield self.batch(slice(start, start + batch_size))
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        grids, labels = self.batch(indices)
+        return [{"grid": g, "label": y} for g, y in zip(grids, labels, strict=True)]
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]

@@ -1,0 +1,159 @@
+"""The images of a data set, as grids of 8-bit values."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+
+
+def load_digits() -> datasets.DatasetDict:
+    """scikit-learn's 1,797 digits, 8×8 with 17 grey values, as a data set of images.
+
+    The held-out split is stratified by class: 360 digits.
+    """
+    from sklearn.datasets import load_digits as sklearn_digits
+
+    digits = sklearn_digits()
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[*map(str, range(10))])}
+    )
+    images = [PIL.Image.fromarray(image) for image in (digits.images * 15.9375).astype(np.uint8)]
+    table = datasets.Dataset.from_dict(
+        {"image": images, "label": digits.target.tolist()}, features=features
+    )
+    return table.train_test_split(test_size=360, seed=0, stratify_by_column="label")
+
+
+def load_images(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    train_split: str = "train",
+    eval_split: str = "test",
+    eval_fraction: float = 0.1,
+    seed: int = 0,
+) -> datasets.DatasetDict:
+    """The splits {"train", "test"} of a data set of images.
+
+    Args:
+        dataset_name: id on the Hub or a local path; `"digits"` is embedded.
+        train_data_dir: a folder of images (with a folder for each class, or none) or of parquet
+            files, in place of `dataset_name`.
+        eval_split: the held-out split; where there is none, `eval_fraction` of the training split
+            is held out, drawn with `seed`.
+    """
+    if (dataset_name is None) == (train_data_dir is None):
+        raise ValueError(
+            f"expected one of dataset_name and train_data_dir, got {dataset_name!r} and "
+            f"{train_data_dir!r}"
+        )
+    if dataset_name == "digits":
+        return load_digits()
+    if train_data_dir is not None:
+        if not Path(train_data_dir).is_dir():
+            raise ValueError(f"expected train_data_dir to be a folder, got {train_data_dir!r}")
+        is_parquet = any(Path(train_data_dir).rglob("*.parquet"))
+        loader = "parquet" if is_parquet else "imagefolder"
+        splits = datasets.load_dataset(loader, data_dir=train_data_dir)
+    else:
+        splits = datasets.load_dataset(dataset_name, dataset_config_name)
+    if train_split not in splits:
+        raise ValueError(f"expected train_split among {list(splits)}, got {train_split!r}")
+    if eval_split in splits and eval_split != train_split:
+        return datasets.DatasetDict(train=splits[train_split], test=splits[eval_split])
+    if not 0 < eval_fraction < 1 or len(splits[train_split]) < 2:
+        raise ValueError(
+            f"the data set has no split {eval_split!r}: expected eval_fraction in (0, 1) and at "
+            f"least 2 images to hold some out, got {eval_fraction} and {len(splits[train_split])}"
+        )
+    return splits[train_split].train_test_split(test_size=eval_fraction, seed=seed)
+
+
+def find_column(
+    dataset: datasets.Dataset, name: str | None, candidates: tuple[str, ...], argument: str
+) -> str | None:
+    """The column asked for, or the first of the usual ones that is there."""
+    if name is None:
+        return next((c for c in candidates if c in dataset.column_names), None)
+    if name not in dataset.column_names:
+        raise ValueError(f"expected {argument} among {dataset.column_names}, got {name!r}")
+    return name
+
+
+def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
+    """The names of the classes 0 … n − 1."""
+    feature = dataset.features[label_column]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    labels = np.unique(np.asarray(dataset[label_column]))
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(
+            f"expected label_column of classes 0 … n − 1, got {feature} in {label_column!r}"
+        )
+    return [str(i) for i in range(int(labels.max()) + 1)]
+
+
+def prepare_image(
+    image: PIL.Image.Image, mode: str, resolution: int | None = None, center_crop: bool = False
+) -> np.ndarray:
+    """uint8 (C, H, W) in `mode` ("L" or "RGB").
+
+    Args:
+        resolution: length to which the shorter side is resized; `None` leaves the image alone.
+        center_crop: cut the middle square out.
+    """
+    image = image.convert(mode)
+    if resolution is not None:
+        scale = resolution / min(image.size)
+        size = tuple(max(resolution, round(n * scale)) for n in image.size)
+        image = image.resize(size, PIL.Image.Resampling.LANCZOS)
+    if center_crop:
+        side = min(image.size)
+        left, upper = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, upper, left + side, upper + side))
+    array = np.asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def pixel_batches(
+    dataset: datasets.Dataset,
+    image_column: str,
+    label_column: str | None,
+    shape: tuple[int, int, int],
+    resolution: int | None = None,
+    center_crop: bool = False,
+    random_flip: bool = False,
+    batch_size: int = 1000,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (int64 (b, C, H, W) of 0 … 255, labels (b,) or −1), for `codes.write_cache`.
+
+    With `random_flip` the mirror image of each follows: a model trained on both sees every image
+    either way with probability ½.
+
+    Raises:
+        ValueError: an image whose size is not `shape`: nothing is resized unless asked.
+    """
+    mode = "L" if shape[0] == 1 else "RGB"
+    for start in range(0, len(dataset), batch_size):
+        rows = dataset[start : start + batch_size]
+        arrays = [
+            prepare_image(image, mode, resolution, center_crop) for image in rows[image_column]
+        ]
+        for index, array in enumerate(arrays, start):
+            if array.shape != shape:
+                raise ValueError(
+                    f"expected all images of (C, H, W) = {shape}, got {array.shape} at index "
+                    f"{index}; --resolution and --center_crop make them one size"
+                )
+        grids = torch.from_numpy(np.stack(arrays).astype(np.int64))
+        labels = torch.tensor(rows[label_column] if label_column else [-1] * len(grids))
+        yield grids, labels
+        if random_flip:
+            yield grids.flip(-1), labels

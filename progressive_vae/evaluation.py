@@ -1,0 +1,148 @@
+"""Held-out figures: bits/dim per factor, code use, and what each level says of the class."""
+
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import make_image_grid
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from .codes import GridDataset
+from .pipeline import ProgressiveVAEPipeline
+
+
+def code_use(counts: Tensor) -> dict[str, float]:
+    """Of how often each of K codes occurs, (K,): codes used, and perplexity exp H(use), 1 … K."""
+    probabilities = counts.double() / counts.sum()
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum()
+    return {
+        "codebook_size": len(counts),
+        "codes_used": int((counts > 0).sum()),
+        "codebook_perplexity": entropy.exp().item(),
+    }
+
+
+def evaluate(
+    pipe: ProgressiveVAEPipeline, dataset: GridDataset, batch_size: int = 250
+) -> dict[str, dict]:
+    """Bits/dim per factor under the null class, and code use per level, over a whole split.
+
+    Args:
+        dataset: pixels, (C, H, W) of 0 … 255.
+
+    Returns:
+        `{"bits_per_dim": {factor: bits, "total": bits}, "codes": {level: code_use}}`.
+    """
+    counts = [torch.zeros(level.config.codebook_size, dtype=torch.long) for level in pipe.levels]
+    nats = torch.zeros(len(pipe.factor_names), dtype=torch.double)
+    for images in _images(dataset, batch_size):
+        for codes, count in zip(pipe.encode(images), counts, strict=True):
+            count += torch.bincount(codes.flatten(), minlength=len(count))
+        nats += torch.stack(list(pipe.log_prob(images).values())).double().sum(1)
+    bits = (-nats / (math.log(2) * len(dataset) * math.prod(pipe.image_shape))).tolist()
+    return {
+        "bits_per_dim": {**dict(zip(pipe.factor_names, bits, strict=True)), "total": sum(bits)},
+        "codes": {f"level_{i}": code_use(count) for i, count in enumerate(counts, 1)},
+    }
+
+
+class Classifier(nn.Sequential):
+    """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick."""
+
+    def __init__(self, num_channels: int, num_classes: int, width: int = 32):
+        super().__init__(
+            nn.Conv2d(num_channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * width, num_classes),
+        )
+
+
+def train_classifier(
+    dataset: GridDataset, num_classes: int, num_steps: int = 2000, seed: int = 0
+) -> Classifier:
+    """Fit the yardstick on images and labels of a training split, batches of 128."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(dataset.manifest.shape[0], num_classes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
+        for _ in range(num_steps):
+            images, labels = dataset.batch(torch.randint(len(dataset), (128,)).tolist())
+            loss = F.cross_entropy(model(images / 127.5 - 1), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def label_accuracy(
+    pipe: ProgressiveVAEPipeline,
+    classifier: Classifier,
+    dataset: GridDataset,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> dict[str, float]:
+    """Accuracy of a classifier of real images on held-out images, and on the same images drawn
+    again from their own z_1 … z_i, for each level i: whether the coarse codes say what it is."""
+    generator = torch.Generator().manual_seed(seed)
+    right = {"images": 0, **{f"level_{i}": 0 for i in range(1, pipe.num_levels + 1)}}
+    for start in range(0, len(dataset), batch_size):
+        grids, labels = dataset.batch(slice(start, start + batch_size))
+        images, codes = grids.to(torch.uint8), pipe.encode(grids.to(torch.uint8))
+        for name in right:
+            level = 0 if name == "images" else int(name.removeprefix("level_"))
+            shown = (
+                pipe.decode(codes[:level], "pt", generator) if level else images.float() / 255
+            )
+            right[name] += int((classifier(shown * 2 - 1).argmax(1) == labels).sum())
+    return {name: count / len(dataset) for name, count in right.items()}
+
+
+def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float:
+    """Images per second drawn in one batch of `num_images`, after a small one to warm up."""
+    for count in (8, num_images):
+        start = time.perf_counter()
+        pipe(num_images_per_prompt=count, batch_size=num_images, output_type="pt")
+    return num_images / (time.perf_counter() - start)
+
+
+def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
+    """Drawn images: a row for each class (at most 10), or 10 rows of an unconditional model."""
+    assert pipe.prior is not None
+    rows = min(pipe.prior.config.num_classes, 10) or 10
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(rows * columns)]
+    if pipe.prior.config.num_classes:
+        output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)
+    else:
+        output = pipe(num_images_per_prompt=rows * columns, generator=generators)
+    return make_image_grid(output.images, rows, columns)
+
+
+def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
+    """One row for each level, from the coarsest to the finest, then the images themselves.
+
+    Row i shows uint8 images (B, C, H, W) drawn again from their own z_1 … z_i.
+    """
+    codes, rows = pipe.encode(images), []
+    for level in range(1, pipe.num_levels + 1):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
+        rows += pipe.decode(codes[:level], generator=generators)
+    rows += pipe.image_processor.postprocess(images / 127.5 - 1)
+    return make_image_grid(rows, pipe.num_levels + 1, len(images))
+
+
+def _images(dataset: GridDataset, batch_size: int) -> Iterator[Tensor]:
+    for grids, _ in dataset.batches(batch_size):
+        yield grids.to(torch.uint8)

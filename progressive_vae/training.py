@@ -1,0 +1,378 @@
+"""The greedy order, from the data up: `train_level()` for N … 1, then `train_prior()`.
+
+Each phase starts from saved artefacts (the finer levels, the cached grids) and ends in
+`save_pretrained`, so any of them can be run again alone. All of them go through one `fit()`.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .codes import GridDataset, Manifest, write_cache
+from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .evaluation import reconstruction_grid, sample_grid
+from .hub import fingerprint
+from .level import ProgressiveVAELevel
+from .pipeline import ProgressiveVAEPipeline
+from .prior import ProgressiveVAEPrior
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How to minimise one loss; the names are those of diffusers' training scripts."""
+
+    max_train_steps: int = 1000
+    train_batch_size: int = 64
+    learning_rate: float = 2e-3
+    lr_scheduler: str = "cosine"
+    lr_warmup_steps: int = 100
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.99
+    adam_weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    use_ema: bool = True
+    ema_decay: float = 0.999
+    dataloader_num_workers: int = 0
+    logging_steps: int = 50
+    validation_steps: int = 1000
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
+
+
+@dataclass
+class Run:
+    """Where the artefacts of one training lie, and on what images it trains.
+
+    Args:
+        output_dir: the pipeline's folder: `level_i/`, `prior/`, and beside them `cache/`,
+            `validation/` and `phases.json`.
+        pixels: for the splits "train" and "test" the cache of their images.
+        class_names: names of the classes, [] where there are none.
+    """
+
+    output_dir: Path
+    accelerator: Accelerator
+    num_levels: int
+    pixels: dict[str, GridDataset]
+    class_names: list[str] = field(default_factory=list)
+    num_validation_images: int = 8
+    cache_batch_size: int = 500
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self.pixels["train"].manifest.shape
+
+    def level(self, index: int) -> ProgressiveVAELevel:
+        """The saved level, frozen."""
+        folder = self.output_dir / f"level_{index}"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"expected a trained level in {folder}, got none: run its phase first")
+        return ProgressiveVAELevel.from_pretrained(folder).requires_grad_(False).eval()
+
+    def grids(self, split: str, index: int) -> GridDataset:
+        """z_index of a split, or its pixels for index = N + 1; encoded once, then cached.
+
+        Raises:
+            ValueError: the cache in place was made by other weights.
+        """
+        if index == self.num_levels + 1:
+            return self.pixels[split]
+        levels = [self.level(i) for i in range(index, self.num_levels + 1)]
+        size = self.image_shape[1:]
+        for level in reversed(levels):
+            size = level.codes_size(size)
+        manifest = Manifest(
+            weights=fingerprint(levels),
+            dataset=self.pixels[split].manifest.dataset,
+            split=split,
+            shape=size,
+            num_values=levels[0].config.codebook_size,
+        )
+        folder = self.output_dir / "cache" / f"level_{index}" / split
+        with self.accelerator.main_process_first():
+            if not folder.exists():
+                finer, start = self.grids(split, index + 1), time.perf_counter()
+                batches = self._encode(levels[0], finer)
+                write_cache(folder, manifest, batches)
+                self.record(f"encode_{split}_{index}", len(finer), time.perf_counter() - start)
+        return GridDataset(folder, manifest)
+
+    def _encode(
+        self, level: ProgressiveVAELevel, finer: GridDataset
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        level = level.to(self.accelerator.device)
+        for grids, labels in tqdm(
+            finer.batches(self.cache_batch_size),
+            total=math.ceil(len(finer) / self.cache_batch_size),
+            desc="encode",
+        ):
+            yield level.encode(as_finer(grids, level).to(level.device)).cpu(), labels
+
+    def forget(self, index: int):
+        """Delete the cached codes of a level whose weights have just changed."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.output_dir / "cache" / f"level_{index}", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save(self, model: PreTrainedModel, name: str):
+        """`save_pretrained` under a temporary name, then rename: complete or absent."""
+        if self.accelerator.is_main_process:
+            folder = self.output_dir / name
+            temporary = folder.with_name(f"{name}.incomplete")
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        self.accelerator.wait_for_everyone()
+
+    def record(self, phase: str, num_images: int, seconds: float):
+        """Note what a phase cost in `phases.json`."""
+        if self.accelerator.is_main_process:
+            path = self.output_dir / "phases.json"
+            phases = json.loads(path.read_text()) if path.is_file() else {}
+            phases[phase] = {
+                "seconds": round(seconds, 2),
+                "images": num_images,
+                "images_per_second": round(num_images / seconds, 2),
+            }
+            write_json(path, phases)
+
+    def show(self, phase: str, step: int, picture: Image, figures: dict[str, float]):
+        """Send a validation to the trackers and keep its picture."""
+        self.accelerator.log({f"{phase}/{k}": v for k, v in figures.items()}, step=step)
+        if self.accelerator.is_main_process:
+            folder = self.output_dir / "validation" / phase
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step-{step:06d}.png")
+            array = np.asarray(picture.convert("RGB"))[None]
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({phase: array}, step=step, **layout)
+
+
+def write_json(path: Path, contents: dict):
+    """Write under a temporary name, then rename."""
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text(json.dumps(contents, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:
+    """What a level sees of cached grids: pixels in [−1, 1] on the finest level, else symbols."""
+    return grids / 127.5 - 1 if level.config.is_finest else grids
+
+
+def fit(
+    model: PreTrainedModel,
+    dataset: GridDataset,
+    to_inputs: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    accelerator: Accelerator,
+    settings: FitSettings,
+    name: str,
+) -> Iterator[int]:
+    """Minimise `model(**inputs).loss`; a generator that pauses for each validation.
+
+    It yields the step every `validation_steps` and at the end, with the averaged weights in the
+    model, in evaluation mode; the model is left that way after the last one. A model that has an
+    `after_step(output, gather)` gets it called after each step.
+
+    Args:
+        to_inputs: (grids (B, ...), labels (B,)) of a batch -> keywords of the model.
+        name: the prefix of what is logged.
+    """
+    set_seed(settings.seed)
+    loader = DataLoader(
+        dataset,
+        settings.train_batch_size,
+        shuffle=True,
+        drop_last=len(dataset) >= settings.train_batch_size * accelerator.num_processes,
+        num_workers=settings.dataloader_num_workers,
+        persistent_workers=settings.dataloader_num_workers > 0,
+        collate_fn=lambda rows: to_inputs(
+            torch.stack([row["grid"] for row in rows]), torch.stack([row["label"] for row in rows])
+        ),
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    model = model.to(accelerator.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.adam_weight_decay,
+    )
+    scheduler = get_scheduler(
+        settings.lr_scheduler,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.max_train_steps,
+    )
+    parameters = list(model.parameters())
+    average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    wrapped.train()
+    step = epoch = 0
+    progress = tqdm(
+        total=settings.max_train_steps, desc=name, disable=not accelerator.is_local_main_process
+    )
+    while step < settings.max_train_steps:
+        loader.set_epoch(epoch)
+        epoch += 1
+        for inputs in loader:
+            with accelerator.accumulate(wrapped):
+                output = wrapped(**inputs)
+                accelerator.backward(output.loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            if hasattr(model, "after_step"):
+                model.after_step(output, accelerator.gather)
+            if not accelerator.sync_gradients:
+                continue
+            scheduler.step()
+            if settings.use_ema:
+                average.step(parameters)
+            step += 1
+            progress.update()
+            if step % settings.logging_steps == 0 or step == settings.max_train_steps:
+                loss = accelerator.reduce(output.loss.detach(), "mean").item()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss of {name} became {loss} at step {step}")
+                figures = {"loss": loss, "grad_norm": float(norm), "lr": scheduler.get_last_lr()[0]}
+                progress.set_postfix(loss=f"{loss:.4f}")
+                accelerator.log({f"{name}/{k}": v for k, v in figures.items()}, step=step)
+            if step % settings.validation_steps == 0 or step == settings.max_train_steps:
+                is_final = step == settings.max_train_steps
+                if settings.use_ema:
+                    average.store(parameters)
+                    average.copy_to(parameters)
+                wrapped.eval()
+                yield step
+                if settings.use_ema and not is_final:
+                    average.restore(parameters)
+                wrapped.train(not is_final)
+            if step == settings.max_train_steps:
+                break
+    progress.close()
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+
+
+def train_level(
+    run: Run, index: int, config: ProgressiveVAELevelConfig, settings: FitSettings
+) -> ProgressiveVAELevel:
+    """Train level `index` under the uniform prior on its codes, and save it.
+
+    It starts from the saved finer levels and the cached codes z_{index + 1} (the pixels, for the
+    finest level).
+    """
+    name, accelerator = f"level_{index}", run.accelerator
+    finer_levels = [run.level(i) for i in range(index + 1, run.num_levels + 1)]
+    train, held_out = run.grids("train", index + 1), run.grids("test", index + 1)
+    set_seed(settings.seed)
+    level = ProgressiveVAELevel(config)
+    initialize_codebook(level, train, settings.seed)
+    view = ProgressiveVAEPipeline(
+        None, level, *finer_levels, image_size=list(run.image_shape[1:])
+    )  # what this level says of an image, through the finer levels that are trained already
+    view.set_progress_bar_config(disable=True)
+    images = run.pixels["test"].batch(slice(0, run.num_validation_images))[0].to(torch.uint8)
+    start, paused = time.perf_counter(), 0.0
+
+    def to_inputs(grids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"finer": as_finer(grids, level)}
+
+    for step in fit(level, train, to_inputs, accelerator, settings, name):
+        pause = time.perf_counter()
+        if accelerator.is_main_process:
+            grids = held_out.batch(slice(0, 1000))[0]
+            with torch.no_grad():
+                nats = [
+                    level(as_finer(chunk, level).to(level.device)).log_prob.sum()
+                    for chunk in grids.split(250)
+                ]
+            bits = -torch.stack(nats).sum().item() / (len(grids) * math.log(2))
+            figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
+            run.show(name, step, reconstruction_grid(view, images), figures)
+        paused += time.perf_counter() - pause
+    run.record(name, _images_seen(settings, accelerator), time.perf_counter() - start - paused)
+    run.save(level, name)
+    run.forget(index)
+    return level
+
+
+def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: int):
+    """k-means on the latents of up to 2,000 images, drawn with the seed: alike on all processes."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(train), generator=generator)[:2000]
+    with torch.no_grad():
+        latents = [
+            level.encoder(as_finer(train.batch(part.tolist())[0], level)) for part in rows.split(250)
+        ]
+    vectors = torch.cat(latents).movedim(1, -1).flatten(0, -2)
+    level.quantizer.initialize(vectors, generator)
+
+
+def train_prior(
+    run: Run, config: ProgressiveVAEPriorConfig, settings: FitSettings
+) -> ProgressiveVAEPrior:
+    """Fit the prior to the cached z_1 by maximum likelihood, and save it."""
+    accelerator = run.accelerator
+    train, held_out = run.grids("train", 1), run.grids("test", 1)
+    set_seed(settings.seed)
+    prior = ProgressiveVAEPrior(config)
+    levels = [run.level(i) for i in range(1, run.num_levels + 1)]
+    view = ProgressiveVAEPipeline(prior, *levels, image_size=list(run.image_shape[1:]))
+    view.set_progress_bar_config(disable=True)
+    start, paused = time.perf_counter(), 0.0
+
+    def to_inputs(grids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"codes": grids, **({"class_labels": labels} if config.num_classes else {})}
+
+    for step in fit(prior, train, to_inputs, accelerator, settings, "prior"):
+        pause = time.perf_counter()
+        if accelerator.is_main_process:
+            grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
+            with torch.no_grad():
+                bits = -prior.log_prob(grids).mean().item() / math.log(2)
+            figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
+            run.show("prior", step, sample_grid(view, columns=run.num_validation_images), figures)
+        paused += time.perf_counter() - pause
+    run.record("prior", _images_seen(settings, accelerator), time.perf_counter() - start - paused)
+    run.save(prior, "prior")
+    return prior
+
+
+def _images_seen(settings: FitSettings, accelerator: Accelerator) -> int:
+    return (
+        settings.max_train_steps
+        * settings.train_batch_size
+        * accelerator.num_processes
+        * accelerator.gradient_accumulation_steps
+    )
