@@ -15,7 +15,7 @@ one value stands for all levels. `--phase` runs one phase again from the saved a
 """
 
 import json
-import math
+import os
 import platform
 import shlex
 import sys
@@ -27,10 +27,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
 
 from progressive_vae import (
     ProgressiveVAELevelConfig,
     ProgressiveVAEPipeline,
+    ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
 from progressive_vae.codes import GridDataset, Manifest, write_cache
@@ -59,7 +61,9 @@ from progressive_vae.training import FitSettings, Run, train_level, train_prior,
 class DataArguments:
     dataset_name: str | None = field(
         default=None,
-        metadata={"help": "id on the Hub or local path; the embedded `digits` where nothing is given"},
+        metadata={
+            "help": "id on the Hub or local path; the embedded `digits` where nothing is given"
+        },
     )
     dataset_config_name: str | None = None
     train_data_dir: str | None = field(
@@ -70,7 +74,8 @@ class DataArguments:
     train_split: str = "train"
     eval_split: str = "test"
     eval_fraction: float = field(
-        default=0.1, metadata={"help": "held out of the training split where there is no eval_split"}
+        default=0.1,
+        metadata={"help": "held out of the training split where there is no eval_split"},
     )
     resolution: int | None = field(
         default=None, metadata={"help": "resize the shorter side; images keep their size without"}
@@ -248,10 +253,10 @@ def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str
     output_dir, test = run.output_dir, run.pixels["test"]
     prior_folder = output_dir / "prior"
     if not (prior_folder / "config.json").is_file():
-        raise ValueError(f"expected a trained prior in {prior_folder}, got none: run its phase first")
+        raise ValueError(
+            f"expected a trained prior in {prior_folder}, got none: run its phase first"
+        )
     slots: dict = {f"level_{i}": level for i, level in enumerate(levels, 1)}
-    from progressive_vae import ProgressiveVAEPrior
-
     slots["prior"] = ProgressiveVAEPrior.from_pretrained(prior_folder).eval()
     pipe = ProgressiveVAEPipeline(**slots, image_size=list(run.image_shape[1:]))
     pipe.to(run.accelerator.device)
@@ -264,14 +269,15 @@ def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str
     }
     if run.class_names:
         classifier = train_classifier(run.pixels["train"], len(run.class_names), seed=training.seed)
-        metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
+        with run.accelerator.autocast():
+            metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
     metrics |= {
         "sampled_images_per_second": round(sampling_speed(pipe), 1),
         "phases": json.loads((output_dir / "phases.json").read_text()),
         "parameters": {name: slots[name].num_parameters() for name in pipe.factor_names},
         "seed": training.seed,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"progressive_vae {version()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, progressive_vae {version()}",
         "command": shlex.join(["accelerate", "launch", "examples/train.py", *arguments]),
     }
     pipe.save_pretrained(output_dir)
@@ -295,13 +301,19 @@ def main(arguments: list[str]):
             project_dir=str(output_dir), logging_dir=str(output_dir / training.logging_dir)
         ),
     )
+    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
+        # The launcher, told nothing, gives each process one thread, as suits processes with a GPU.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
     settings = {**vars(data), **vars(model), **vars(training)}
     accelerator.init_trackers("progressive_vae", {k: str(v) for k, v in settings.items()})
     phases = [*(f"level_{i}" for i in range(model.num_levels, 0, -1)), "prior", "evaluate"]
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
     pixels, names = cache_pixels(data, training, accelerator)
-    run = Run(output_dir, accelerator, model.num_levels, pixels, names, training.num_validation_images)
+    run = Run(
+        output_dir, accelerator, model.num_levels, pixels, names, training.num_validation_images
+    )
     for phase in phases if training.phase == "all" else [training.phase]:
         if phase == "evaluate":
             if accelerator.is_main_process:

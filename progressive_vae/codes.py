@@ -20,9 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
 FORMAT = 1
-_FEATURES = datasets.Features(
-    {"grid": datasets.Value("binary"), "label": datasets.Value("int64")}
-)
+_FEATURES = datasets.Features({"grid": datasets.Value("binary"), "label": datasets.Value("int64")})
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
-        groups = 1 if self.decoder_order == "factorized" else 1 + 3 * int(math.log2(self.downsample))
+        groups = (
+            1 if self.decoder_order == "factorized" else 1 + 3 * int(math.log2(self.downsample))
+        )
         if self.num_groups not in (None, groups):
             raise ValueError(
                 f"expected num_groups={groups} for decoder_order={self.decoder_order!r} and "

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from .configuration import ProgressiveVAELevelConfig
-from .networks import ChannelNorm, Upsample, residual_blocks
+from .networks import ChannelNorm, PixelEmbedding, Upsample, ZeroLinear, residual_blocks
 
 # What to do at one step of a walk: (group, channel, logits (B, h, w, V)) -> int64 (B, h, w).
 Choose = Callable[["Group", int, Tensor], Tensor]
@@ -60,7 +59,7 @@ class Stage(nn.Module):
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
         self.blocks = residual_blocks(width, config.num_layers)
         self.head = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, width, 1))
-        self.logits = nn.ModuleList(nn.Linear(width, config.num_values) for _ in range(channels))
+        self.logits = nn.ModuleList(ZeroLinear(width, config.num_values) for _ in range(channels))
         # Later colours see the earlier ones of the same pixel.
         self.colours = nn.ModuleList(
             nn.Linear(config.value_embed_dim, width) for _ in range(channels - 1)
@@ -80,7 +79,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.groups = ORDERS[config.decoder_order](config.downsample)
-        self.embedding = nn.Embedding(config.num_values, config.value_embed_dim)
+        embedding = PixelEmbedding if config.is_finest else nn.Embedding
+        self.embedding = embedding(config.num_values, config.value_embed_dim)
         self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
         strides = [config.downsample, *(group.stride for group in self.groups)]
         self.stages = nn.ModuleList(
@@ -144,19 +144,3 @@ class Decoder(nn.Module):
 
         self.walk(quantized, size, teacher)
         return torch.stack(terms).sum(0)
-
-    def init_weights(self):
-        """Pixels start as ordinal features of their value, so that near values are near."""
-        if self.config.is_finest:
-            x = torch.linspace(-1, 1, self.config.num_values, device=self.embedding.weight.device)
-            frequencies = torch.arange(self.config.value_embed_dim, device=x.device) / 2
-            waves = torch.cos(math.pi * frequencies * (x[:, None] + 1))
-            init.copy_(self.embedding.weight, waves * 2**0.5)
-
-
-def initialise_decoder(module: nn.Module):
-    if isinstance(module, Decoder):
-        module.init_weights()
-    elif isinstance(module, Stage):
-        for logits in module.logits:
-            init.zeros_(logits.weight)

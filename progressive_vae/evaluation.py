@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.utils import make_image_grid
@@ -68,7 +69,7 @@ class Classifier(nn.Sequential):
 
 
 def train_classifier(
-    dataset: GridDataset, num_classes: int, num_steps: int = 2000, seed: int = 0
+    dataset: GridDataset, num_classes: int, num_steps: int = 1000, seed: int = 0
 ) -> Classifier:
     """Fit the yardstick on images and labels of a training split, batches of 128."""
     with torch.random.fork_rng(devices=[]):
@@ -103,9 +104,7 @@ def label_accuracy(
         images, codes = grids.to(torch.uint8), pipe.encode(grids.to(torch.uint8))
         for name in right:
             level = 0 if name == "images" else int(name.removeprefix("level_"))
-            shown = (
-                pipe.decode(codes[:level], "pt", generator) if level else images.float() / 255
-            )
+            shown = pipe.decode(codes[:level], "pt", generator) if level else images.float() / 255
             right[name] += int((classifier(shown * 2 - 1).argmax(1) == labels).sum())
     return {name: count / len(dataset) for name, count in right.items()}
 
@@ -118,6 +117,18 @@ def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float
     return num_images / (time.perf_counter() - start)
 
 
+def picture_grid(images: list[Image], columns: int) -> Image:
+    """Rows of `columns` images with a thin gap; small ones enlarged, pixel by pixel."""
+    width, height = images[0].size
+    scale, gap = max(1, 56 // max(width, height)), 2
+    cells = []
+    for image in images:
+        cell = PIL.Image.new(image.mode, (width * scale + gap, height * scale + gap))
+        cell.paste(image.resize((width * scale, height * scale), PIL.Image.Resampling.NEAREST))
+        cells.append(cell)
+    return make_image_grid(cells, len(cells) // columns, columns)
+
+
 def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
     """Drawn images: a row for each class (at most 10), or 10 rows of an unconditional model."""
     assert pipe.prior is not None
@@ -127,7 +138,7 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
         output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)
     else:
         output = pipe(num_images_per_prompt=rows * columns, generator=generators)
-    return make_image_grid(output.images, rows, columns)
+    return picture_grid(output.images, columns)
 
 
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
@@ -140,7 +151,7 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         rows += pipe.decode(codes[:level], generator=generators)
     rows += pipe.image_processor.postprocess(images / 127.5 - 1)
-    return make_image_grid(rows, pipe.num_levels + 1, len(images))
+    return picture_grid(rows, len(images))
 
 
 def _images(dataset: GridDataset, batch_size: int) -> Iterator[Tensor]:

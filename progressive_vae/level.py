@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration import ProgressiveVAELevelConfig
-from .decoders import Decoder, initialise_decoder
+from .decoders import Decoder
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
 from .quantizer import VectorQuantizer
 from .sampling import Sampler
@@ -92,7 +92,6 @@ class ProgressiveVAELevel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         init_weights(module)
-        initialise_decoder(module)
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division."""
@@ -175,15 +174,15 @@ class ProgressiveVAELevel(PreTrainedModel):
 
     @torch.no_grad()
     def after_step(self, output: ProgressiveVAELevelOutput, gather: Callable[[Tensor], Tensor]):
-        """Move the codebook; `gather` concatenates a tensor over processes along its dimension 0."""
+        """Move the codebook; `gather` concatenates a tensor over processes along dim 0."""
         counts, sums = self.quantizer.statistics(output.latents, output.codes)
         self.quantizer.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
         dead = self.quantizer.dead()  # the same on every process
         if dead.any():
             vectors = gather(output.latents.detach().movedim(1, -1).flatten(0, -2).float())
-            # Spread over the batch, and a different phase of it at every restart.
+            # Spread over the whole batch, starting at a place that every process agrees on.
             step = max(1, len(vectors) // int(dead.sum()))
-            start = int(output.codes[0, 0, 0]) % step if len(vectors) > step else 0
+            start = int(dead.nonzero()[0]) % step
             self.quantizer.restart(dead, vectors[start::step])
 
     def _values(self, finer: Tensor) -> Tensor:

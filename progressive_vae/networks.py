@@ -1,5 +1,8 @@
 """Convolution nets on (B, C, H, W) in channels_last; no probability in here."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -13,6 +16,24 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero."""
+
+
+class PixelEmbedding(nn.Embedding):
+    """A vector for each of the 256 pixel values; near values start near."""
+
+    def ordinal_features(self) -> Tensor:
+        """√2 cos(π k x / 2) for x in [0, 2]: (256, E)."""
+        x = torch.linspace(0, 2, self.num_embeddings, device=self.weight.device)
+        k = torch.arange(self.embedding_dim, device=self.weight.device)
+        return 2**0.5 * torch.cos(math.pi / 2 * k * x[:, None])
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(norm(x)))), the identity at initialisation."""
 
@@ -20,7 +41,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm = ChannelNorm(width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = ZeroConv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
@@ -54,15 +75,20 @@ def residual_blocks(width: int, num_layers: int) -> nn.Sequential:
 
 
 def init_weights(module: nn.Module):
-    """Unit variance forward, residual branches at zero; leaves loaded weights alone."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    """Unit variance forward, zero where the type says so; leaves loaded weights alone.
+
+    transformers visits leaves first and nothing twice: a module says by its own type how it starts.
+    """
+    if isinstance(module, (ZeroConv2d, ZeroLinear)):
+        init.zeros_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        if module.bias is not None:
-            init.zeros_(module.bias)
+        init.zeros_(module.bias)
+    elif isinstance(module, PixelEmbedding):
+        init.copy_(module.weight, module.ordinal_features())
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight)
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
-    elif isinstance(module, ResidualBlock):
-        init.zeros_(module.conv2.weight)

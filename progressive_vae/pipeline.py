@@ -233,7 +233,9 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         controls = self._controls(temperature, top_k, top_p, num_levels)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"expected generator to be one or a list of {count}, got {len(generator)}")
+            raise ValueError(
+                f"expected generator to be one or a list of {count}, got {len(generator)}"
+            )
         starts = range(0, count, batch_size)
         self._num_timesteps = len(starts) * (1 + self.num_levels - len(given))
         batches = []

@@ -23,7 +23,9 @@ class VectorQuantizer(nn.Module):
     Buffers: `codebook` (K, D), and its running statistics `ema_counts` (K,) and `ema_sums` (K, D).
     """
 
-    def __init__(self, codebook_size: int, codebook_dim: int, decay: float, restart_threshold: float):
+    def __init__(
+        self, codebook_size: int, codebook_dim: int, decay: float, restart_threshold: float
+    ):
         super().__init__()
         self.decay, self.restart_threshold = decay, restart_threshold
         self.register_buffer("codebook", torch.zeros(codebook_size, codebook_dim))

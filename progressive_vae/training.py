@@ -333,7 +333,8 @@ def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: in
     rows = torch.randperm(len(train), generator=generator)[:2000]
     with torch.no_grad():
         latents = [
-            level.encoder(as_finer(train.batch(part.tolist())[0], level)) for part in rows.split(250)
+            level.encoder(as_finer(train.batch(part.tolist())[0], level))
+            for part in rows.split(250)
         ]
     vectors = torch.cat(latents).movedim(1, -1).flatten(0, -2)
     level.quantizer.initialize(vectors, generator)

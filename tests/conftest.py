@@ -1,0 +1,79 @@
+"""The real classes at tiny size, with weights that make no distribution uniform."""
+
+import pytest
+import torch
+
+from progressive_vae import (
+    ProgressiveVAELevel,
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPipeline,
+    ProgressiveVAEPrior,
+    ProgressiveVAEPriorConfig,
+)
+
+torch.set_num_threads(1)
+
+
+def randomize(model, seed: int = 0, scale: float = 0.5):
+    """Random weights everywhere: fresh levels are uniform and their blocks the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("codebook"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_level(seed: int = 0, **config) -> ProgressiveVAELevel:
+    config = {"codebook_size": 3, "codebook_dim": 4, "hidden_size": 8, "num_layers": 1, **config}
+    return randomize(ProgressiveVAELevel(ProgressiveVAELevelConfig(**config)), seed)
+
+
+def tiny_prior(seed: int = 0, **config) -> ProgressiveVAEPrior:
+    backbone = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2,
+    }  # fmt: skip
+    config = {"codebook_size": 3, "grid_size": [2, 2], "backbone_config": backbone, **config}
+    return randomize(ProgressiveVAEPrior(ProgressiveVAEPriorConfig(**config)), seed, 0.4)
+
+
+def tiny_pipeline(num_channels: int = 3, **prior) -> ProgressiveVAEPipeline:
+    """N = 3, images of 5×7: grids of 3×4, 2×2 and 1×1 codes."""
+    pipe = ProgressiveVAEPipeline(
+        prior=tiny_prior(grid_size=[1, 1], num_classes=2, codebook_size=3, **prior),
+        level_1=tiny_level(num_symbols=4, seed=1),
+        level_2=tiny_level(num_symbols=5, codebook_size=4, seed=2),
+        level_3=tiny_level(num_channels=num_channels, codebook_size=5, seed=3),
+        image_size=[5, 7],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def all_grids(num_values: int, height: int, width: int) -> torch.Tensor:
+    """Every grid, int64 (V^(H·W), H, W)."""
+    positions = [torch.arange(num_values)] * (height * width)
+    return torch.cartesian_prod(*positions).reshape(-1, height, width)
+
+
+def total_variation(log_prob: torch.Tensor, grids: torch.Tensor, drawn: torch.Tensor) -> float:
+    """Between exp(log_prob) over all grids and the frequencies of drawn ones."""
+    powers = (int(grids.max()) + 1) ** torch.arange(grids[0].numel())
+    frequencies = torch.bincount((drawn.flatten(1) * powers).sum(1), minlength=len(grids))
+    order = (grids.flatten(1) * powers).sum(1)
+    return (frequencies[order] / len(drawn) - log_prob.exp()).abs().sum().item() / 2
+
+
+@pytest.fixture
+def pipe():
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (4, 3, 5, 7), generator=generator, dtype=torch.uint8)

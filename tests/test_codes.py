@@ -1,0 +1,58 @@
+import dataclasses
+
+import pytest
+import torch
+
+from progressive_vae.codes import GridDataset, Manifest, write_cache
+
+MANIFEST = Manifest(weights="abc", dataset="d", split="train", shape=(2, 3), num_values=300)
+
+
+def batches(count=5, size=4):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        yield (
+            torch.randint(300, (size, 2, 3), generator=generator),
+            torch.randint(10, (size,), generator=generator),
+        )
+
+
+def test_what_is_written_is_read(tmp_path):
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+    dataset = GridDataset(tmp_path / "cache", MANIFEST)
+    grids, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    assert len(dataset) == 20 and MANIFEST.dtype == "uint16"
+    read = dataset.batch(slice(0, 20))
+    assert torch.equal(read[0], grids) and torch.equal(read[1], labels)
+    rows = dataset.__getitems__([7, 3])
+    assert torch.equal(rows[0]["grid"], grids[7]) and rows[1]["label"] == labels[3]
+    assert [len(g) for g, _ in dataset.batches(8)] == [8, 8, 4]
+
+
+@pytest.mark.parametrize(
+    "change", [dict(weights="def"), dict(dataset="e"), dict(split="test"), dict(shape=(3, 2))]
+)
+def test_a_cache_of_something_else_is_refused(tmp_path, change):
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+    name, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=f"expected .*{name}.*got .*{name}.*--overwrite_cache"):
+        GridDataset(tmp_path / "cache", dataclasses.replace(MANIFEST, **change))
+
+
+def test_an_interrupted_write_leaves_nothing_to_load(tmp_path):
+    def interrupted():
+        yield from batches(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "cache", MANIFEST, interrupted())
+    with pytest.raises(ValueError, match="got no manifest.json"):
+        GridDataset(tmp_path / "cache", MANIFEST)
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+    assert len(GridDataset(tmp_path / "cache")) == 20
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_an_empty_split_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="at least one example in split 'train'"):
+        write_cache(tmp_path / "cache", MANIFEST, [])

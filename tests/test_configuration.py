@@ -1,0 +1,60 @@
+import pytest
+
+from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(num_channels=1, codebok_size=3), r"unknown names \['codebok_size'\]"),
+        (dict(num_channels="1"), "num_channels"),
+        (dict(), "one of num_channels"),
+        (dict(num_channels=1, num_symbols=4), "one of num_channels"),
+        (dict(num_channels=1, codebook_size=0), "codebook_size >= 1, got 0"),
+        (dict(num_channels=1, downsample=3), r"downsample in \(2, 4\), got 3"),
+        (dict(num_channels=1, decoder_order="spiral"), "decoder_order in .*got 'spiral'"),
+        (dict(num_channels=1, quantizer="none"), "quantizer in .*got 'none'"),
+        (dict(num_channels=1, num_groups=3), "num_groups=4 .*got 3"),
+        (dict(num_channels=1, codebook_decay=1.0), "codebook_decay < 1"),
+    ],
+)
+def test_bad_level_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        ProgressiveVAELevelConfig(**config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(vocab=3), r"unknown names \['vocab'\]"),
+        (dict(grid_size=[4]), "grid_size of two positive numbers"),
+        (dict(num_classes=2, id2label={0: "cat"}), "num_classes=2 entries, got 1"),
+        (dict(backbone_config={"hidden_size": 8}), "with a model_type"),
+        (dict(class_dropout=2.0), r"class_dropout in \[0, 1\]"),
+    ],
+)
+def test_bad_prior_config(config, message):
+    with pytest.raises(ValueError, match=message):
+        ProgressiveVAEPriorConfig(**config)
+
+
+def test_assignment_is_checked_too():
+    config = ProgressiveVAELevelConfig(num_channels=1)
+    with pytest.raises(ValueError, match="codebook_size"):
+        config.codebook_size = "many"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ProgressiveVAELevelConfig(num_channels=3, downsample=4),
+        ProgressiveVAEPriorConfig(num_classes=2, id2label={0: "cat", 1: "dog"}, dtype="bfloat16"),
+    ],
+)
+def test_a_config_survives_its_file(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    loaded = type(config).from_pretrained(tmp_path)
+    ours, theirs = config.to_dict(), loaded.to_dict()
+    assert {k: v for k, v in ours.items() if k != "_name_or_path"} == {
+        k: v for k, v in theirs.items() if k != "_name_or_path"
+    }

@@ -1,0 +1,210 @@
+import math
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import tiny_level, tiny_pipeline, tiny_prior
+
+from progressive_vae import ProgressiveVAEPipeline
+
+
+def generators(count, seed=0):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def test_log_prob_is_the_sum_of_its_factors(pipe, images):
+    z_1, z_2, z_3 = pipe.encode(images)
+    pixels = images / 127.5 - 1
+    assert torch.equal(pipe.level_3.encode(pixels), z_3)
+    assert torch.equal(pipe.level_2.encode(z_3), z_2)
+    assert torch.equal(pipe.level_1.encode(z_2), z_1)
+    with torch.no_grad():
+        factors = {
+            "prior": pipe.prior.log_prob(z_1),
+            "level_1": pipe.level_1.log_prob(z_2, z_1),
+            "level_2": pipe.level_2.log_prob(z_3, z_2),
+            "level_3": pipe.level_3.log_prob(pixels, z_3),
+        }
+    nats = pipe.log_prob(images, batch_size=3)
+    assert list(nats) == list(factors)
+    for name, value in factors.items():
+        assert torch.allclose(nats[name], value, rtol=1e-4)
+    bits = pipe.bits_per_dim(images)
+    total = -sum(factors.values()).mean().item() / (math.log(2) * 3 * 5 * 7)
+    assert bits["total"] == pytest.approx(total, rel=1e-4)
+    assert sum(v for k, v in bits.items() if k != "total") == pytest.approx(bits["total"])
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_output_types_and_sizes(num_channels):
+    pipe = tiny_pipeline(num_channels)
+    draw = lambda kind: pipe(num_images_per_prompt=2, generator=generators(2), output_type=kind)  # noqa: E731
+    tensor, output = draw("pt").images, draw("pil")
+    assert tensor.shape == (2, num_channels, 5, 7)
+    assert np.allclose(draw("np").images, tensor.permute(0, 2, 3, 1))
+    assert output.images[0].size == (7, 5)
+    assert [tuple(z.shape) for z in output.codes] == [(2, 1, 1), (2, 2, 2), (2, 3, 4)]
+    assert torch.equal(draw("latent").images, output.codes[-1])
+    images, codes = pipe(output_type="pt", return_dict=False)
+    assert images.shape[0] == 1 and len(codes) == 3
+
+
+def test_images_in_any_form_are_the_same_images(pipe, images):
+    floats = images.float() / 255
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    pictures = [PIL.Image.fromarray(a) for a in arrays]
+    expected = pipe.encode(images)
+    for form in (floats, arrays, arrays / 255.0, pictures, list(images), list(arrays)):
+        for ours, theirs in zip(pipe.encode(form), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert len(pipe.encode(pictures[0])[0]) == 1
+
+
+def test_saved_and_loaded_alike(pipe, images, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    loaded = ProgressiveVAEPipeline.from_pretrained(tmp_path)
+    assert loaded.config.image_size == [5, 7] and loaded.num_levels == 3
+    for name, nats in pipe.log_prob(images).items():
+        assert torch.equal(nats, loaded.log_prob(images)[name])
+    ours = pipe(generator=generators(1), output_type="pt").images
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(ours, loaded(generator=generators(1), output_type="pt").images)
+    for name in pipe.factor_names:
+        saved, again = getattr(pipe, name).state_dict(), getattr(loaded, name).state_dict()
+        assert saved.keys() == again.keys()
+        assert all(torch.equal(saved[k], again[k]) for k in saved)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipe):
+    together = pipe([0, 1], num_images_per_prompt=3, generator=generators(6), output_type="pt")
+    pairs = pipe(
+        [0, 1], num_images_per_prompt=3, generator=generators(6), output_type="pt", batch_size=2
+    )
+    assert torch.equal(together.images, pairs.images)
+    alone = pipe([1], generator=generators(1, seed=4), output_type="pt")
+    assert torch.equal(together.images[4:5], alone.images)
+
+
+def test_labels_by_name_and_number(pipe):
+    pipe.prior.config.id2label = {0: "cat", 1: "dog"}
+    assert pipe.get_label_ids(["dog", "cat"]) == [1, 0]
+    by_name = pipe(["dog"], generator=generators(1), guidance_scale=2.0, output_type="latent")
+    by_number = pipe(1, generator=generators(1), guidance_scale=2.0, output_type="latent")
+    assert all(torch.equal(a, b) for a, b in zip(by_name.codes, by_number.codes, strict=True))
+    with pytest.raises(ValueError, match=r"class_labels among \['cat', 'dog'\], got \['cow'\]"):
+        pipe("cow")
+
+
+def test_start_from_given_codes(pipe, images):
+    codes = pipe.encode(images)
+    output = pipe(codes=codes[:2], num_images_per_prompt=2, output_type="latent")
+    assert torch.equal(output.codes[1], codes[1].repeat_interleave(2, 0))
+    assert len(output.codes) == 3 and len(output.codes[2]) == 8
+    assert pipe.decode(codes, "pt").shape == images.shape
+    assert pipe.reconstruct(images, level=1, output_type="pt").shape == images.shape
+    finest = pipe.reconstruct(images, output_type="pt", generator=generators(4))
+    assert torch.equal(finest, pipe.decode(codes, "pt", generators(4)))
+    assert torch.equal(pipe(codes=codes, output_type="latent").images, codes[-1])
+
+
+def test_a_preview_takes_the_most_probable_finer_values(pipe):
+    preview = pipe(num_images_per_prompt=4, num_levels=1, output_type="pt", generator=generators(4))
+    greedy = pipe(codes=preview.codes[:1], temperature=0.0, output_type="pt")
+    assert torch.equal(preview.images, greedy.images)
+    drawn = pipe(num_images_per_prompt=4, output_type="pt", generator=generators(4))
+    assert torch.equal(drawn.codes[0], preview.codes[0])
+
+
+def test_controls_of_each_factor(pipe):
+    same = pipe(temperature=[1.0, 1.0, 1.0, 1.0], generator=generators(1), output_type="pt").images
+    assert torch.equal(same, pipe(generator=generators(1), output_type="pt").images)
+    greedy = pipe(temperature=0, output_type="pt").images
+    assert torch.equal(greedy, pipe(top_k=1, output_type="pt").images)
+    assert torch.equal(greedy, pipe(top_p=1e-6, output_type="pt").images)
+
+
+def test_callback_sees_and_replaces_codes(pipe):
+    seen = []
+
+    def callback(_, step, __, tensors):
+        seen.append((step, len(tensors["codes"])))
+        if step == 1:
+            return {"codes": [*tensors["codes"][:1], torch.zeros(1, 2, 2, dtype=torch.long)]}
+
+    output = pipe(callback_on_step_end=callback, output_type="pt")
+    assert seen == [(0, 1), (1, 2), (2, 3)] and pipe.num_timesteps == 4
+    assert not output.codes[1].any()
+
+
+def test_without_a_prior(pipe, images):
+    view = ProgressiveVAEPipeline(None, pipe.level_3, image_size=[5, 7])
+    view.set_progress_bar_config(disable=True)
+    assert view.reconstruct(images, output_type="pt").shape == images.shape
+    for call in (view, lambda: view.log_prob(images)):
+        with pytest.raises(ValueError, match="a pipeline with a prior"):
+            call()
+
+
+def test_image_size_follows_from_the_prior():
+    pipe = ProgressiveVAEPipeline(tiny_prior(), tiny_level(num_channels=1, downsample=4))
+    assert pipe.config.image_size == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        (dict(level_2=None), "without a hole, got levels"),
+        (dict(level_1=tiny_level(num_symbols=9)), "level_1 with num_symbols=4"),
+        (dict(level_3=None, image_size=[3, 4]), "level_2, the finest, with num_channels"),
+        (dict(prior=tiny_prior(grid_size=[2, 2])), "prior with .* to fit level_1"),
+        (dict(image_size=[50, 70]), "prior with .* to fit level_1"),
+        (dict(image_size=[0, 7]), "image_size of two positive integers"),
+        (dict(prior=None, image_size=None), "image_size=.H, W. where there is no prior"),
+    ],
+)
+def test_parts_that_do_not_fit(pipe, slots, message):
+    parts = {name: getattr(pipe, name) for name in pipe.factor_names}
+    with pytest.raises(ValueError, match=message):
+        ProgressiveVAEPipeline(**{**parts, "image_size": [5, 7], **slots})
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(1, 1, 5, 7), r"= \(3, 5, 7\), got \(1, 5, 7\)"),
+        (torch.zeros(1, 3, 10, 14), r"= \(3, 5, 7\), got \(3, 10, 14\)"),
+        (torch.zeros(1, 3, 5, 7).long(), "dtype uint8 or float, got torch.int64"),
+        (torch.full((1, 3, 5, 7), 255.0), r"images in \[0, 1\], got values in \[255.0"),
+        (torch.full((1, 3, 5, 7), float("nan")), r"images in \[0, 1\], got values in \[nan"),
+        (PIL.Image.new("RGB", (8, 5)), "width 8 and height 5"),
+        (PIL.Image.new("RGBA", (7, 5)), "got a PIL image of 'RGBA'"),
+        ([], "of length 0"),
+        ("picture.png", "got str"),
+    ],
+)
+def test_bad_images(pipe, images, message):
+    with pytest.raises(ValueError, match=message):
+        pipe.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(class_labels=[5]), "class_labels in 0 … 2"),
+        (dict(temperature=-1.0), "temperature >= 0, got -1.0"),
+        (dict(temperature=[1.0]), "temperature to be one or a list for"),
+        (dict(num_levels=4), "num_levels in 1 … 3, got 4"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt >= 1"),
+        (dict(output_type="jpeg"), "output_type in .*got 'jpeg'"),
+        (dict(generator=[torch.Generator()] * 2), "a list of 1, got 2"),
+        (dict(codes=[]), "codes of 1 … 3 levels, got 0"),
+        (dict(codes=[torch.zeros(1, 2, 2).long()]), r"codes of level 1 of shape \(1, 1, 1\)"),
+        (dict(codes=[torch.full((1, 1, 1), 3)]), "codes of level 1 in 0 … 2"),
+        (dict(codes=[torch.zeros(1, 1, 1).long()], class_labels=[0]), "class_labels=None where"),
+        (dict(callback_on_step_end_tensor_inputs=["latents"]), r"got \['latents'\]"),
+    ],
+)
+def test_bad_arguments(pipe, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**arguments)

@@ -1,0 +1,78 @@
+import torch
+
+from progressive_vae.quantizer import VectorQuantizer
+
+
+def quantizer(size=8, dim=4):
+    module = VectorQuantizer(size, dim, decay=0.9, restart_threshold=0.1)
+    module.codebook.copy_(torch.randn(size, dim, generator=torch.Generator().manual_seed(0)))
+    return module
+
+
+def test_nearest_is_the_arg_min_of_the_distance():
+    module, latents = quantizer(), torch.randn(2, 4, 3, 5)
+    distances = (latents.movedim(1, -1)[..., None, :] - module.codebook).square().sum(-1)
+    assert torch.equal(module.nearest(latents), distances.argmin(-1))
+
+
+def test_distances_are_fp32_under_autocast():
+    # Codes closer to each other than bfloat16 can tell apart.
+    module = quantizer(64, 2)
+    module.codebook.copy_(1 + torch.arange(128).view(64, 2) * 1e-3)
+    latents = module.codebook.T.reshape(1, 2, 8, 8).clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(module.nearest(latents).flatten(), torch.arange(64))
+
+
+def test_gradient_is_straight_through():
+    module, latents = quantizer(), torch.randn(1, 4, 2, 2, requires_grad=True)
+    output = module(latents)
+    assert torch.allclose(output.quantized, module.lookup(output.codes))
+    weights = torch.randn_like(latents)
+    (output.quantized * weights).sum().backward()
+    assert torch.allclose(latents.grad, weights)
+
+
+def test_statistics_of_two_halves_add_up_to_those_of_the_whole():
+    module, latents = quantizer(), torch.randn(6, 4, 3, 3)
+    codes = module.nearest(latents)
+    halves = [module.statistics(latents[i : i + 3], codes[i : i + 3]) for i in (0, 3)]
+    for whole, first, second in zip(module.statistics(latents, codes), *halves, strict=True):
+        assert torch.allclose(whole, first + second, atol=1e-5)
+
+
+def test_update_with_decay_0_is_the_k_means_step():
+    module, latents = quantizer(), torch.randn(20, 4, 3, 3)
+    codes = module.nearest(latents)
+    module.update(*module.statistics(latents, codes), decay=0.0)
+    vectors = latents.movedim(1, -1)
+    for k in codes.unique():
+        assert torch.allclose(module.codebook[k], vectors[codes == k].mean(0), atol=1e-5)
+
+
+def test_update_is_a_running_mean():
+    module = quantizer(1, 2)
+    for value in (1.0, 3.0):
+        module.update(torch.tensor([2.0]), torch.full((1, 2), 2 * value))
+    # Counts 0.2, 0.38; sums 0.2·1, then 0.9·0.2 + 0.1·6.
+    assert torch.allclose(module.codebook, torch.full((1, 2), (0.18 + 0.6) / 0.38))
+
+
+def test_restart_resets_the_running_statistics():
+    module = quantizer(4, 2)
+    module.update(torch.tensor([5.0, 5.0, 0.0, 5.0]), torch.ones(4, 2))
+    assert module.dead().tolist() == [False, False, True, False]
+    candidate = torch.tensor([[7.0, 7.0]])
+    module.restart(module.dead(), candidate)
+    assert not module.dead().any()
+    module.update(torch.zeros(4), torch.zeros(4, 2))  # would undo a restart that forgot them
+    assert torch.allclose(module.codebook[2], candidate[0])
+
+
+def test_k_means_finds_clusters():
+    centers = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
+    vectors = centers.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
+    module = VectorQuantizer(8, 2, 0.99, 0.03)
+    module.initialize(vectors, torch.Generator().manual_seed(0))
+    assert (torch.cdist(centers, module.codebook).min(1).values < 0.3).all()
+    assert (module.ema_counts > 0).all()

@@ -1,0 +1,165 @@
+"""The main job through its own script, at tiny size."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.training import FitSettings, fit
+
+ROOT = Path(__file__).parents[1]
+SMALL = shlex.split(
+    "--hidden_size 8 --encoder_hidden_size 8 --num_layers 1 --codebook_size 8 --max_train_steps 6 "
+    "--prior_max_train_steps 6 --validation_steps 4 --num_validation_images 2 --logging_steps 2 "
+    '--prior_config \'{"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, '
+    '"num_hidden_layers": 1, "num_attention_heads": 2}\''
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(script, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("digits")
+    script.main([*SMALL, "--output_dir", str(output_dir)])
+    return output_dir
+
+
+def test_the_main_job_writes_all_it_promises(trained):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    bits = metrics["bits_per_dim"]
+    assert list(bits) == ["prior", "level_1", "level_2", "total"]
+    assert bits["total"] == pytest.approx(sum(v for k, v in bits.items() if k != "total"))
+    assert 0 < bits["level_2"] < 8  # uniform pixels cost 8 bits
+    assert metrics["num_images"] == 360 and metrics["codes"]["level_2"]["codebook_size"] == 8
+    assert 0 <= metrics["label_accuracy"]["level_1"] <= metrics["label_accuracy"]["images"]
+    assert {"level_2", "encode_train_2", "level_1", "prior"} <= set(metrics["phases"])
+    for name in ("samples.png", "reconstructions.png"):
+        assert PIL.Image.open(trained / name).width > 56
+    for phase in ("level_2", "level_1", "prior"):
+        pictures = sorted(p.name for p in (trained / "validation" / phase).iterdir())
+        assert pictures == ["step-000004.png", "step-000006.png"]
+    assert any((trained / "logs").rglob("events*"))
+    card = (trained / "README.md").read_text()
+    assert f"{bits['total']:.4f}" in card and "model-index" in card
+
+
+def test_the_figures_are_those_of_the_saved_pipeline(trained, script):
+    pipe = ProgressiveVAEPipeline.from_pretrained(trained)
+    test = script.GridDataset(trained / "cache" / "pixels" / "test")
+    bits = pipe.bits_per_dim(test.batch(slice(0, 360))[0].to(torch.uint8))
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert bits["total"] == pytest.approx(metrics["bits_per_dim"]["total"], rel=1e-4)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(["3"]).images[0].size == (8, 8)
+
+
+def test_cached_codes_are_those_of_the_pipeline(trained, script):
+    pipe = ProgressiveVAEPipeline.from_pretrained(trained)
+    cache = trained / "cache"
+    pixels = script.GridDataset(cache / "pixels" / "train").batch(slice(0, 500))[0]
+    for i, codes in enumerate(pipe.encode(pixels.to(torch.uint8)), 1):
+        cached = script.GridDataset(cache / f"level_{i}" / "train").batch(slice(0, 500))[0]
+        assert torch.equal(codes, cached)
+
+
+def test_a_phase_again_alone(trained, script, tmp_path):
+    import shutil
+
+    output_dir = tmp_path / "again"
+    shutil.copytree(trained, output_dir)
+    flags = [*SMALL, "--output_dir", str(output_dir)]
+    before = (output_dir / "level_1" / "model.safetensors").read_bytes()
+    script.main([*flags, "--phase", "prior", "--prior_max_train_steps", "2"])
+    assert (output_dir / "level_1" / "model.safetensors").read_bytes() == before
+    script.main([*flags, "--phase", "level_2", "--seed", "1"])
+    with pytest.raises(ValueError, match="level_1.*is not the one asked for.*weights"):
+        script.main([*flags, "--phase", "prior"])
+    for phase in ("level_1", "prior", "evaluate"):
+        script.main([*flags, "--phase", phase])
+    with pytest.raises(ValueError, match="run its phase first"):
+        script.main([*SMALL, "--output_dir", str(tmp_path / "empty"), "--phase", "level_1"])
+    with pytest.raises(ValueError, match="expected phase among"):
+        script.main([*flags, "--phase", "level_3"])
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [c for block in blocks for c in block.replace("\\\n", " ").strip().splitlines()]
+
+
+def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
+    """The README's command for it, run as it stands but at tiny size."""
+    command = next(c for c in readme_commands() if "--train_data_dir" in c)
+    flags = shlex.split(command)
+    assert flags[:3] == ["accelerate", "launch", "examples/train.py"]
+    monkeypatch.chdir(tmp_path)
+    folder = Path(flags[flags.index("--train_data_dir") + 1])
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        height, width = rng.integers(70, 100, 2)
+        picture = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        PIL.Image.fromarray(picture).resize((int(width), int(height))).save(folder / f"{i}.png")
+    script.main([*flags[3:], *SMALL, "--max_train_steps", "2", "--prior_max_train_steps", "2"])
+    output_dir = Path(flags[flags.index("--output_dir") + 1])
+    pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
+    assert pipe.num_levels == 3 and pipe.image_shape == (3, 64, 64)
+    assert "label_accuracy" not in json.loads((output_dir / "metrics.json").read_text())
+
+
+def test_images_of_several_sizes_are_not_resized_silently(script, tmp_path):
+    for i, side in enumerate((8, 8, 8, 9)):
+        PIL.Image.new("RGB", (side, 8)).save(tmp_path / f"{i}.png")
+    flags = ["--train_data_dir", str(tmp_path), "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="all images of .*--resolution"):
+        script.main([*SMALL, *flags])
+
+
+def test_yaml_sets_defaults_and_flags_win(script, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("num_levels: 3\nlearning_rate: [1.0e-4]\n")
+    _, model, training = script.parse(["--config", str(path), "--num_levels", "4"])
+    assert model.num_levels == 4 and training.learning_rate == [1e-4]
+    path.write_text("num_level: 3\n")
+    with pytest.raises(ValueError, match=r"names of flags .*got \['num_level'\]"):
+        script.parse(["--config", str(path)])
+    for config in (ROOT / "examples" / "configs").glob("*.yaml"):
+        script.parse(["--config", str(config)])
+
+
+def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
+    from accelerate import Accelerator
+
+    data = script.GridDataset(trained / "cache" / "pixels" / "train")
+    level = ProgressiveVAELevel.from_pretrained(trained / "level_2")
+    pixels = data.batch(slice(0, 200))[0] / 127.5 - 1
+    before, losses = level(pixels).loss.item(), []
+    settings = FitSettings(max_train_steps=30, validation_steps=10, lr_warmup_steps=2)
+    steps = fit(level, data, lambda g, y: {"finer": g / 127.5 - 1}, Accelerator(), settings, "x")
+    for step in steps:
+        assert not level.training
+        losses.append((step, level(pixels).loss.item()))
+    assert [step for step, _ in losses] == [10, 20, 30]
+    assert level(pixels).loss.item() == losses[-1][1] < before
+
+
+def test_commands_of_the_readme_and_ci_are_the_same():
+    ci = (ROOT / ".ci" / "run").read_text()
+    commands = [c for c in readme_commands() if c.startswith("pip install")]
+    assert len(commands) == 2
+    for command in commands:
+        assert command in ci
