@@ -143,16 +143,19 @@ class TrainingArguments:
 
 
 def parse(arguments: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """The flags, preceded by those that a YAML file stands for: of two alike the later wins."""
     parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments))
     parser.add_argument("--config", help="YAML file of defaults")
     path = parser.parse_known_args(arguments)[0].config
-    if path is not None:
-        defaults = yaml.safe_load(Path(path).read_text()) or {}
-        known = {f.name for kind in parser.dataclass_types for f in fields(kind)}
-        if unknown := sorted(set(defaults) - known):
-            raise ValueError(f"expected names of flags in {path}, got {unknown}")
-        parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[:3]
+    defaults = yaml.safe_load(Path(path).read_text()) or {} if path is not None else {}
+    known = {f.name for kind in parser.dataclass_types for f in fields(kind)}
+    if unknown := sorted(set(defaults) - known):
+        raise ValueError(f"expected names of flags in {path}, got {unknown}")
+    flags = []
+    for name, value in defaults.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
+    return parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)[:3]
 
 
 def per_level(name: str, values: list, num_levels: int) -> list:
@@ -256,9 +259,8 @@ def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str
         raise ValueError(
             f"expected a trained prior in {prior_folder}, got none: run its phase first"
         )
-    slots: dict = {f"level_{i}": level for i, level in enumerate(levels, 1)}
-    slots["prior"] = ProgressiveVAEPrior.from_pretrained(prior_folder).eval()
-    pipe = ProgressiveVAEPipeline(**slots, image_size=list(run.image_shape[1:]))
+    prior = ProgressiveVAEPrior.from_pretrained(prior_folder).eval()
+    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
     pipe.to(run.accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     metrics = {
@@ -274,7 +276,7 @@ def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str
     metrics |= {
         "sampled_images_per_second": round(sampling_speed(pipe), 1),
         "phases": json.loads((output_dir / "phases.json").read_text()),
-        "parameters": {name: slots[name].num_parameters() for name in pipe.factor_names},
+        "parameters": {name: getattr(pipe, name).num_parameters() for name in pipe.factor_names},
         "seed": training.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, progressive_vae {version()}",

@@ -11,6 +11,7 @@
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, `log_prob` and sampling |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
+| `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |

@@ -140,6 +140,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         return self.num_channels is not None
 
     @property
+    def value_channels(self) -> int:
+        """Entries at one position of the finer grid: the colours of a pixel, or 1 for a symbol."""
+        return self.num_channels or 1
+
+    @property
     def num_values(self) -> int:
         """Values that one entry of the finer grid can take: K_{i+1}, or 256 for a pixel."""
         return 256 if self.num_symbols is None else self.num_symbols

@@ -112,8 +112,8 @@ def prepare_image(
     image = image.convert(mode)
     if resolution is not None:
         scale = resolution / min(image.size)
-        size = tuple(max(resolution, round(n * scale)) for n in image.size)
-        image = image.resize(size, PIL.Image.Resampling.LANCZOS)
+        width, height = (max(resolution, round(n * scale)) for n in image.size)
+        image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     if center_crop:
         side = min(image.size)
         left, upper = (image.width - side) // 2, (image.height - side) // 2

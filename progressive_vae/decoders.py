@@ -55,7 +55,7 @@ class Stage(nn.Module):
 
     def __init__(self, config: ProgressiveVAELevelConfig, num_upsamples: int, is_final: bool):
         super().__init__()
-        width, channels = config.hidden_size, config.num_channels or 1
+        width, channels = config.hidden_size, config.value_channels
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
         self.blocks = residual_blocks(width, config.num_layers)
         self.head = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, width, 1))
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
         Returns:
             the chosen grid, int64 (B, C, H, W).
         """
-        scale, channels = self.config.downsample, self.config.num_channels or 1
+        scale, channels = self.config.downsample, self.config.value_channels
         batch, _, height, width = quantized.shape
         inside = self.inside(quantized, size)
         grid = inside.new_zeros(batch, channels, height * scale, width * scale, dtype=torch.long)

@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from .configuration import ProgressiveVAELevelConfig
 from .decoders import Decoder
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
-from .quantizer import VectorQuantizer
+from .quantizer import VectorQuantizer, check_codes
 from .sampling import Sampler
 
 
@@ -39,9 +39,9 @@ class Encoder(nn.Module):
         super().__init__()
         width = config.encoder_hidden_size or config.hidden_size
         if config.is_finest:
-            self.embed, embed_dim = None, config.num_channels
+            self.embed, embed_dim = None, config.value_channels
         else:
-            self.embed = nn.Embedding(config.num_symbols, config.value_embed_dim)
+            self.embed = nn.Embedding(config.num_values, config.value_embed_dim)
             embed_dim = config.value_embed_dim
         # An image is halved at once, as full resolution costs most and says least. Symbols are
         # few and each says much: they are looked at before the first halving.
@@ -132,10 +132,9 @@ class ProgressiveVAELevel(PreTrainedModel):
             ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
         """
         values = self._values(finer)
-        self._check_codes(codes)
-        expected = (len(finer), *self.codes_size(values.shape[-2:]))
-        if codes.shape != expected:
-            raise ValueError(f"expected codes of shape {expected}, got {tuple(codes.shape)}")
+        check_codes(codes, self.config.codebook_size, self.codes_size(values.shape[-2:]))
+        if len(codes) != len(finer):
+            raise ValueError(f"expected {len(finer)} codes, one for each finer, got {len(codes)}")
         return self.decoder.log_prob(self.quantizer.lookup(codes), values)
 
     @torch.no_grad()
@@ -160,7 +159,7 @@ class ProgressiveVAELevel(PreTrainedModel):
         Returns:
             pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
         """
-        self._check_codes(codes)
+        check_codes(codes, self.config.codebook_size)
         size = finer_size or tuple(n * self.config.downsample for n in codes.shape[1:])
         if self.codes_size(size) != codes.shape[1:]:
             raise ValueError(
@@ -173,8 +172,12 @@ class ProgressiveVAELevel(PreTrainedModel):
         return values / 127.5 - 1 if self.config.is_finest else values[:, 0]
 
     @torch.no_grad()
-    def after_step(self, output: ProgressiveVAELevelOutput, gather: Callable[[Tensor], Tensor]):
-        """Move the codebook; `gather` concatenates a tensor over processes along dim 0."""
+    def after_step(self, output, gather: Callable[[Tensor], Tensor]):
+        """Move the codebook by the latents and codes of a `ProgressiveVAELevelOutput`.
+
+        Args:
+            gather: concatenates a tensor over processes along dimension 0.
+        """
         counts, sums = self.quantizer.statistics(output.latents, output.codes)
         self.quantizer.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
         dead = self.quantizer.dead()  # the same on every process
@@ -189,7 +192,7 @@ class ProgressiveVAELevel(PreTrainedModel):
         """The finer grid as int64 (B, C, H, W) of values 0 … V − 1, checked."""
         config = self.config
         if not config.is_finest:
-            self._check_codes(finer, "finer", config.num_symbols)
+            check_codes(finer, config.num_values, name="finer")
             return finer[:, None]
         if finer.ndim != 4 or finer.shape[1] != config.num_channels or not finer.numel():
             raise ValueError(
@@ -202,15 +205,3 @@ class ProgressiveVAELevel(PreTrainedModel):
         if not (lowest >= -1 and highest <= 1):  # also catches NaN
             raise ValueError(f"expected finer in [-1, 1], got values in [{lowest}, {highest}]")
         return ((finer.float() + 1) * 127.5).round().long()
-
-    def _check_codes(self, codes: Tensor, name: str = "codes", size: int | None = None):
-        size = size or self.config.codebook_size
-        if codes.ndim != 3 or not codes.numel():
-            raise ValueError(f"expected {name} of shape (B, H, W), got {tuple(codes.shape)}")
-        if codes.dtype != torch.long:
-            raise ValueError(f"expected {name} of dtype torch.int64, got {codes.dtype}")
-        lowest, highest = int(codes.min()), int(codes.max())
-        if lowest < 0 or highest >= size:
-            raise ValueError(
-                f"expected {name} in 0 … {size - 1}, got values in {lowest} … {highest}"
-            )

@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -13,13 +14,14 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .images import Images, pixel_value_batches
 from .level import ProgressiveVAELevel
 from .prior import ProgressiveVAEPrior
+from .quantizer import check_codes
 from .sampling import Generators
 
 MAX_LEVELS = 8
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Images = PIL.Image.Image | np.ndarray | Tensor | list
 
 
 @dataclass
@@ -69,12 +71,30 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             prior=prior, level_1=level_1, level_2=level_2, level_3=level_3, level_4=level_4,
             level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
         )  # fmt: skip
+        self._check_levels()
         if image_size is None and prior is not None:
             scale = math.prod(level.config.downsample for level in self.levels)
             image_size = [n * scale for n in prior.config.grid_size]
-        self._check_chain(image_size)
-        self.register_to_config(image_size=list(image_size))
+        if image_size is None:
+            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
+        if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
+            raise ValueError(f"expected image_size of two positive integers, got {image_size}")
+        self.register_to_config(image_size=[int(n) for n in image_size])
+        self._check_prior()
         self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
+
+    @classmethod
+    def from_levels(
+        cls,
+        prior: ProgressiveVAEPrior | None,
+        levels: list[ProgressiveVAELevel],
+        image_size: list[int] | tuple[int, ...] | None = None,
+    ) -> "ProgressiveVAEPipeline":
+        """The pipeline of a prior and the levels [level_1 … level_N]."""
+        if not 1 <= len(levels) <= MAX_LEVELS:
+            raise ValueError(f"expected 1 … {MAX_LEVELS} levels, got {len(levels)}")
+        slots: dict[str, Any] = {f"level_{i}": level for i, level in enumerate(levels, 1)}
+        return cls(prior, **slots, image_size=image_size)
 
     # ---- the chain ------------------------------------------------------------------------------
 
@@ -107,7 +127,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             sizes.insert(0, level.codes_size(sizes[0]))
         return sizes
 
-    def _check_chain(self, image_size):
+    def _check_levels(self):
         slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
         filled = [i for i, level in enumerate(slots, 1) if level is not None]
         if filled != list(range(1, len(filled) + 1)) or not filled:
@@ -123,18 +143,15 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
                 f"finer grid has num_symbols={self.levels[-1].config.num_symbols}"
             )
-        if image_size is None:
-            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
-        if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
-            raise ValueError(f"expected image_size of two positive integers, got {image_size}")
+
+    def _check_prior(self):
         if self.prior is not None:
-            self.register_to_config(image_size=list(image_size))
             expected = (self.levels[0].config.codebook_size, self.grid_sizes[0])
             got = (self.prior.config.codebook_size, tuple(self.prior.config.grid_size))
             if got != expected:
                 raise ValueError(
                     f"expected prior with (codebook_size, grid_size)={expected} to fit level_1 "
-                    f"and image_size={list(image_size)}, got {got}"
+                    f"and image_size={self.config.image_size}, got {got}"
                 )
 
     # ---- inference: image -> codes -> nats ------------------------------------------------------
@@ -259,7 +276,9 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 batches.append([grid.cpu() for grid in grids])
         columns = [torch.cat(column) for column in zip(*batches, strict=True)]
         drawn = columns[: self.num_levels]
-        images = drawn[-1] if output_type == "latent" else self._to_images(columns[-1], output_type)
+        images = drawn[-1]
+        if output_type != "latent":
+            images = self.image_processor.postprocess(columns[-1].float(), output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, drawn
@@ -354,7 +373,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                     f"expected codes of level {i} of shape ({len(given[0])}, {size[0]}, "
                     f"{size[1]}), got {tuple(z.shape)}"
                 )
-            self.levels[i - 1]._check_codes(z, f"codes of level {i}")
+            check_codes(z, self.levels[i - 1].config.codebook_size, name=f"codes of level {i}")
         if class_labels is None:
             count = len(given[0]) if given else 1
             given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
@@ -399,55 +418,6 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             raise ValueError("expected a pipeline with a prior, got prior=None")
         return self.prior
 
-    # ---- images ---------------------------------------------------------------------------------
-
     def _pixel_batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
-        """Float batches (b, C, H, W) in [−1, 1] on the 256 values, on the execution device."""
-        if isinstance(images, PIL.Image.Image):
-            images = [images]
-        if not isinstance(images, (list, np.ndarray, Tensor)) or not len(images):
-            raise ValueError(
-                f"expected images as PIL images, arrays or tensors, got {type(images).__name__}"
-                + (" of length 0" if hasattr(images, "__len__") else "")
-            )
-        for start in range(0, len(images), batch_size):
-            yield self._to_pixel_values(images[start : start + batch_size])
-
-    def _to_pixel_values(self, images: Images) -> Tensor:
-        if isinstance(images, list) and isinstance(images[0], PIL.Image.Image):
-            images = np.stack([self._from_pil(image) for image in images])
-        elif isinstance(images, list):
-            images = (torch.stack if isinstance(images[0], Tensor) else np.stack)(images)
-        if isinstance(images, np.ndarray):
-            images = self.image_processor.numpy_to_pt(images)
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"expected images of (C, H, W) = {self.image_shape}, got {tuple(images.shape[1:])}"
-            )
-        if images.dtype == torch.uint8:
-            values = images.float()
-        elif not images.is_floating_point():
-            raise ValueError(f"expected images of dtype uint8 or float, got {images.dtype}")
-        else:
-            lowest, highest = images.min().item(), images.max().item()
-            if not (lowest >= 0 and highest <= 1):  # also catches NaN
-                raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
-            values = (images.float() * 255).round()
-        return (values / 127.5 - 1).to(self._execution_device)
-
-    def _from_pil(self, image: PIL.Image.Image) -> np.ndarray:
-        """uint8 (H, W, C); only conversions that lose nothing are made."""
-        channels, height, width = self.image_shape
-        modes = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}.get(channels, ())
-        if image.mode not in modes:
-            raise ValueError(f"expected images of mode {modes}, got a PIL image of {image.mode!r}")
-        if image.size != (width, height):
-            raise ValueError(
-                f"expected images of (C, H, W) = {self.image_shape}, "
-                f"got a PIL image of width {image.width} and height {image.height}"
-            )
-        array = np.asarray(image.convert(modes[0]))
-        return array[..., None] if array.ndim == 2 else array
-
-    def _to_images(self, pixel_values: Tensor, output_type: str):
-        return self.image_processor.postprocess(pixel_values.float(), output_type=output_type)
+        for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
+            yield pixel_values.to(self._execution_device)

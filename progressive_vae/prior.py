@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration import ProgressiveVAEPriorConfig
+from .quantizer import check_codes
 from .sampling import Generators, Sampler
 
 
@@ -61,7 +62,8 @@ class ProgressiveVAEPrior(PreTrainedModel):
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
-        tokens = self._check_codes(codes).flatten(1)
+        check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
+        tokens = codes.flatten(1)
         labels = self.check_labels(class_labels, len(codes)).to(tokens.device)
         if self.training and self.config.class_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
@@ -140,19 +142,3 @@ class ProgressiveVAEPrior(PreTrainedModel):
 
     def _logits(self, output: ModelOutput) -> Tensor:
         return output.logits[..., : self.config.codebook_size]
-
-    def _check_codes(self, codes: Tensor) -> Tensor:
-        size, expected = self.config.codebook_size, tuple(self.config.grid_size)
-        if codes.ndim != 3 or codes.shape[1:] != expected:
-            raise ValueError(
-                f"expected codes of shape (B, {expected[0]}, {expected[1]}), "
-                f"got {tuple(codes.shape)}"
-            )
-        if codes.dtype != torch.long:
-            raise ValueError(f"expected codes of dtype torch.int64, got {codes.dtype}")
-        if int(codes.min()) < 0 or int(codes.max()) >= size:
-            raise ValueError(
-                f"expected codes in 0 … {size - 1}, "
-                f"got values in {int(codes.min())} … {int(codes.max())}"
-            )
-        return codes

@@ -11,6 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_codes(
+    codes: Tensor, codebook_size: int, size: tuple[int, ...] | None = None, name: str = "codes"
+):
+    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W)."""
+    expected = "(B, H, W)" if size is None else f"(B, {size[0]}, {size[1]})"
+    if codes.ndim != 3 or not codes.numel() or (size and tuple(codes.shape[1:]) != tuple(size)):
+        raise ValueError(f"expected {name} of shape {expected}, got {tuple(codes.shape)}")
+    if codes.dtype != torch.long:
+        raise ValueError(f"expected {name} of dtype torch.int64, got {codes.dtype}")
+    lowest, highest = int(codes.min()), int(codes.max())
+    if lowest < 0 or highest >= codebook_size:
+        raise ValueError(
+            f"expected {name} in 0 … {codebook_size - 1}, got values in {lowest} … {highest}"
+        )
+
+
 class QuantizerOutput(NamedTuple):
     codes: Tensor  # int64 (B, H, W)
     quantized: Tensor  # (B, D, H, W), with the straight-through gradient
@@ -28,6 +44,9 @@ class VectorQuantizer(nn.Module):
     ):
         super().__init__()
         self.decay, self.restart_threshold = decay, restart_threshold
+        self.codebook: Tensor
+        self.ema_counts: Tensor
+        self.ema_sums: Tensor
         self.register_buffer("codebook", torch.zeros(codebook_size, codebook_dim))
         self.register_buffer("ema_counts", torch.zeros(codebook_size))
         self.register_buffer("ema_sums", torch.zeros(codebook_size, codebook_dim))

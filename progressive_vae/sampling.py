@@ -1,11 +1,17 @@
 """Draws from categorical distributions, with one generator for a batch or one per example."""
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper
-from transformers import TopPLogitsWarper as _TopP
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 
 class Sampler:
@@ -44,7 +50,7 @@ class Sampler:
         if top_k is not None:
             self.warpers.append(TopKLogitsWarper(int(top_k)))
         if top_p is not None and top_p < 1:
-            self.warpers.append(_TopP(float(top_p)))
+            self.warpers.append(TopPLogitsWarper(float(top_p)))
 
     def __call__(self, logits: Tensor) -> Tensor:
         logits = logits.float()

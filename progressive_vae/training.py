@@ -83,9 +83,10 @@ class Run:
     cache_batch_size: int = 500
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
+    def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.pixels["train"].manifest.shape
+        channels, height, width = self.pixels["train"].manifest.shape
+        return channels, height, width
 
     def level(self, index: int) -> ProgressiveVAELevel:
         """The saved level, frozen."""
@@ -298,9 +299,8 @@ def train_level(
     set_seed(settings.seed)
     level = ProgressiveVAELevel(config)
     initialize_codebook(level, train, settings.seed)
-    view = ProgressiveVAEPipeline(
-        None, level, *finer_levels, image_size=list(run.image_shape[1:])
-    )  # what this level says of an image, through the finer levels that are trained already
+    # What this level says of an image, through the finer levels, which are trained already.
+    view = ProgressiveVAEPipeline.from_levels(None, [level, *finer_levels], run.image_shape[1:])
     view.set_progress_bar_config(disable=True)
     images = run.pixels["test"].batch(slice(0, run.num_validation_images))[0].to(torch.uint8)
     start, paused = time.perf_counter(), 0.0
@@ -349,7 +349,7 @@ def train_prior(
     set_seed(settings.seed)
     prior = ProgressiveVAEPrior(config)
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
-    view = ProgressiveVAEPipeline(prior, *levels, image_size=list(run.image_shape[1:]))
+    view = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
     view.set_progress_bar_config(disable=True)
     start, paused = time.perf_counter(), 0.0
 

@@ -119,7 +119,7 @@ def test_bad_pixels(finer, message):
         (lambda m: m.sample(torch.zeros(1, 2).long()), r"codes of shape \(B, H, W\)"),
         (
             lambda m: m.log_prob(torch.zeros(1, 4, 4).long(), torch.zeros(1, 3, 3).long()),
-            r"codes of shape \(1, 2, 2\), got \(1, 3, 3\)",
+            r"codes of shape \(B, 2, 2\), got \(1, 3, 3\)",
         ),
         (lambda m: m.sample(torch.zeros(1, 2, 2).long(), temperature=-0.5), "temperature >= 0"),
         (lambda m: m.sample(torch.zeros(1, 2, 2).long(), finer_size=(9, 9)), "finer_size whose"),

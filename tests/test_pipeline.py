@@ -146,6 +146,22 @@ def test_without_a_prior(pipe, images):
             call()
 
 
+@pytest.mark.parametrize("num_levels", [1, 8])
+def test_any_number_of_levels(num_levels, tmp_path):
+    levels = [tiny_level(num_symbols=3, seed=i) for i in range(num_levels - 1)]
+    levels.append(tiny_level(num_channels=1))
+    pipe = ProgressiveVAEPipeline.from_levels(
+        tiny_prior(grid_size=[1, 1] if num_levels > 1 else [1, 2]), levels, [2, 3]
+    )
+    pipe.save_pretrained(tmp_path)
+    loaded = ProgressiveVAEPipeline.from_pretrained(tmp_path)
+    images = torch.randint(256, (2, 1, 2, 3), dtype=torch.uint8)
+    assert len(loaded.bits_per_dim(images)) == num_levels + 2
+    assert loaded.num_levels == len(loaded().codes) == num_levels
+    with pytest.raises(ValueError, match="1 … 8 levels, got 9"):
+        ProgressiveVAEPipeline.from_levels(None, [levels[-1]] * 9, [2, 3])
+
+
 def test_image_size_follows_from_the_prior():
     pipe = ProgressiveVAEPipeline(tiny_prior(), tiny_level(num_channels=1, downsample=4))
     assert pipe.config.image_size == [8, 8]

@@ -131,9 +131,14 @@ def test_images_of_several_sizes_are_not_resized_silently(script, tmp_path):
 
 def test_yaml_sets_defaults_and_flags_win(script, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("num_levels: 3\nlearning_rate: [1.0e-4]\n")
+    path.write_text(
+        "num_levels: 3\nlearning_rate: 1e-4\ncodebook_size: [8, 16]\nuse_ema: false\n"
+        "prior_config: {model_type: gpt2, n_embd: 8}\n"
+    )
     _, model, training = script.parse(["--config", str(path), "--num_levels", "4"])
-    assert model.num_levels == 4 and training.learning_rate == [1e-4]
+    assert model.num_levels == 4 and model.codebook_size == [8, 16]
+    assert training.learning_rate == [1e-4] and training.use_ema is False
+    assert json.loads(model.prior_config) == {"model_type": "gpt2", "n_embd": 8}
     path.write_text("num_level: 3\n")
     with pytest.raises(ValueError, match=r"names of flags .*got \['num_level'\]"):
         script.parse(["--config", str(path)])

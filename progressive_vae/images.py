@@ -1,0 +1,79 @@
+"""What users hold (PIL images, arrays, tensors) as `pixel_values`: floats in [−1, 1]."""
+
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | list"
+
+# Conversions to the first mode that lose nothing.
+_MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}
+
+
+def pixel_value_batches(
+    images: Images, shape: tuple[int, int, int], batch_size: int
+) -> Iterator[Tensor]:
+    """Batches of pixel values, float (b, C, H, W) in [−1, 1] on the 256 values.
+
+    Args:
+        images: a PIL image or a list of them; uint8 arrays (B, H, W, C) or (B, H, W), or tensors
+            (B, C, H, W), or lists of such without B, in 0 … 255; or float ones in [0, 1], which
+            are rounded to 8 bits.
+        shape: (C, H, W) that every image must have.
+
+    Raises:
+        ValueError: no images, or any of another kind, shape, dtype, mode or range.
+    """
+    if isinstance(images, PIL.Image.Image):
+        images = [images]
+    if not isinstance(images, (list, np.ndarray, Tensor)) or not len(images):
+        raise ValueError(
+            f"expected images as PIL images, arrays or tensors, got {type(images).__name__}"
+            + (" of length 0" if hasattr(images, "__len__") else "")
+        )
+    for start in range(0, len(images), batch_size):
+        yield _pixel_values(_as_tensor(images[start : start + batch_size], shape), shape)
+
+
+def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) -> Tensor:
+    if isinstance(images, list) and isinstance(images[0], PIL.Image.Image):
+        images = np.stack([_from_pil(image, shape) for image in images])
+    elif isinstance(images, list):
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"expected images of one size, got {sorted(sizes)}")
+        images = torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)
+    return VaeImageProcessor.numpy_to_pt(images) if isinstance(images, np.ndarray) else images
+
+
+def _from_pil(image: PIL.Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 (H, W, C)."""
+    channels, height, width = shape
+    modes = _MODES.get(channels, ())
+    if image.mode not in modes:
+        raise ValueError(f"expected images of mode {modes}, got a PIL image of {image.mode!r}")
+    if image.size != (width, height):
+        raise ValueError(
+            f"expected images of (C, H, W) = {shape}, "
+            f"got a PIL image of width {image.width} and height {image.height}"
+        )
+    array = np.asarray(image.convert(modes[0]))
+    return array[..., None] if array.ndim == 2 else array
+
+
+def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if tuple(images.shape[1:]) != shape:
+        raise ValueError(f"expected images of (C, H, W) = {shape}, got {tuple(images.shape[1:])}")
+    if images.dtype == torch.uint8:
+        return images.float() / 127.5 - 1
+    if not images.is_floating_point():
+        raise ValueError(f"expected images of dtype uint8 or float, got {images.dtype}")
+    lowest, highest = images.min().item(), images.max().item()
+    if not (lowest >= 0 and highest <= 1):  # also catches NaN
+        raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
+    return (images.float() * 255).round() / 127.5 - 1
