@@ -166,9 +166,9 @@ def per_level(name: str, values: list, num_levels: int) -> list:
 
 def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: Accelerator):
     """The pixel caches of the two splits, and the class names."""
-    name = data.dataset_name or data.train_data_dir or "digits"
+    name = data.train_data_dir or data.dataset_name or "digits"  # a folder, if one is given
     splits = load_images(
-        dataset_name=data.dataset_name or (None if data.train_data_dir else "digits"),
+        dataset_name=None if data.train_data_dir else name,
         dataset_config_name=data.dataset_config_name,
         train_data_dir=data.train_data_dir,
         train_split=data.train_split,

@@ -69,9 +69,10 @@ class Classifier(nn.Sequential):
 
 
 def train_classifier(
-    dataset: GridDataset, num_classes: int, num_steps: int = 1000, seed: int = 0
+    dataset: GridDataset, num_classes: int, max_train_steps: int = 1000, seed: int = 0
 ) -> Classifier:
-    """Fit the yardstick on images and labels of a training split, batches of 128."""
+    """Fit the yardstick on a training split in batches of 128, for at most 20 epochs."""
+    num_steps = min(max_train_steps, 20 * max(1, len(dataset) // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes)

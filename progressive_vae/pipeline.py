@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .images import Images, pixel_value_batches
 from .level import ProgressiveVAELevel
-from .prior import ProgressiveVAEPrior
+from .prior import Labels, ProgressiveVAEPrior
 from .quantizer import check_codes
 from .sampling import Generators
 
@@ -174,18 +174,22 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def log_prob(
-        self, images: Images, class_labels=None, batch_size: int = 256
+        self, images: Images, class_labels: Labels = None, batch_size: int = 256
     ) -> dict[str, Tensor]:
-        """Every factor of log P(s, z(s)) in nats, (B,) each, by its name."""
-        prior = self._require_prior()
-        labels, start, terms = class_labels, 0, []
-        for pixel_values in self._pixel_batches(images, batch_size):
+        """Every factor of log P(s, z(s)) in nats, (B,) each, by its name.
+
+        Args:
+            class_labels: of the prior, one for each image; `None` is the null class.
+        """
+        prior, terms = self._require_prior(), []
+        count = 1 if isinstance(images, PIL.Image.Image) else len(images)
+        labels = prior.label_ids(class_labels, count).split(batch_size)
+        for given, pixel_values in zip(
+            labels, self._pixel_batches(images, batch_size), strict=True
+        ):
             codes = self._climb(pixel_values)
-            if class_labels is not None:
-                labels = self._labels(class_labels)[start : start + len(pixel_values)]
-            start += len(pixel_values)
             chain = [*codes, pixel_values]  # z_1 … z_N, s
-            factors = [prior.log_prob(codes[0], labels)]
+            factors = [prior.log_prob(codes[0], given)]
             for level, z, finer in zip(self.levels, chain[:-1], chain[1:], strict=True):
                 factors.append(level.log_prob(finer, z))
             terms.append([factor.float().cpu() for factor in factors])
@@ -193,7 +197,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         return dict(zip(self.factor_names, columns, strict=True))
 
     def bits_per_dim(
-        self, images: Images, class_labels=None, batch_size: int = 256
+        self, images: Images, class_labels: Labels = None, batch_size: int = 256
     ) -> dict[str, float]:
         """−log2 of every factor / (C·H·W), averaged over the images, and their sum `"total"`."""
         nats = self.log_prob(images, class_labels, batch_size)
@@ -206,7 +210,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | list | Tensor | None = None,
+        class_labels: Labels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 1.0,
         temperature: float | list[float] = 1.0,
@@ -254,7 +258,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 f"expected generator to be one or a list of {count}, got {len(generator)}"
             )
         starts = range(0, count, batch_size)
-        self._num_timesteps = len(starts) * (1 + self.num_levels - len(given))
+        stop = self.num_levels + (output_type != "latent")  # grids to end with
+        self._num_timesteps = len(starts) * (stop - len(given))
         batches = []
         with self.progress_bar(total=self._num_timesteps) as progress:
             for start in starts:
@@ -266,7 +271,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                     generator[chunk] if isinstance(generator, list) else generator,
                     chunk.stop - chunk.start,
                     controls,
-                    stop=self.num_levels + (output_type != "latent"),
+                    stop,
                 )
                 for step in draws:
                     if callback_on_step_end is not None and step < self.num_levels:
@@ -346,19 +351,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of names, as in diffusers' DiT pipeline."""
-        names = [label] if isinstance(label, str) else list(label)
-        unknown = [name for name in names if name not in self.labels]
-        if unknown:
-            raise ValueError(f"expected class_labels among {list(self.labels)}, got {unknown}")
-        return [self.labels[name] for name in names]
-
-    def _labels(self, class_labels) -> Tensor:
-        if isinstance(class_labels, Tensor):
-            return class_labels
-        labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
-        return torch.tensor(
-            [self.get_label_ids(x)[0] if isinstance(x, str) else int(x) for x in labels]
-        )
+        return self._require_prior().label_ids(label).tolist()
 
     def _prompts(self, class_labels, codes, num_images_per_prompt):
         """Labels (count,) or None, the given grids (count, H_i, W_i), and the count."""
@@ -380,8 +373,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             return None, given, count * num_images_per_prompt
         if given:
             raise ValueError("expected class_labels=None where codes are given: z_1 is not drawn")
-        labels = self._labels(class_labels)
-        labels = self._require_prior().check_labels(labels, len(labels))
+        labels = self._require_prior().label_ids(class_labels)
         labels = labels.repeat_interleave(num_images_per_prompt)
         return labels, [], len(labels)
 

@@ -1,6 +1,7 @@
 """The prior `P_Φ(z_1)`: a causal language model of transformers over codes in raster order."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from transformers.utils import ModelOutput
 from .configuration import ProgressiveVAEPriorConfig
 from .quantizer import check_codes
 from .sampling import Generators, Sampler
+
+Labels: TypeAlias = "Tensor | list[int] | list[str] | int | str | None"
 
 
 @dataclass
@@ -33,8 +36,8 @@ class ProgressiveVAEPrior(PreTrainedModel):
     The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
     token is the prompt. Only codes can follow, so the logits of the other tokens are cut off.
 
-    `class_labels` is int64 (B,), 0 … num_classes − 1, or `num_classes` for the null class;
-    `None` is the null class for all.
+    `class_labels` are integers or names of `id2label`, (B,): 0 … num_classes − 1, or `num_classes`
+    for the null class; `None` is the null class for all.
     """
 
     config_class = ProgressiveVAEPriorConfig
@@ -51,9 +54,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
         # The backbone has initialised itself; modules of its kinds are all there are.
         self.backbone._init_weights(module)
 
-    def forward(
-        self, codes: Tensor, class_labels: Tensor | None = None, return_dict: bool | None = None
-    ):
+    def forward(self, codes: Tensor, class_labels: Labels = None, return_dict: bool | None = None):
         """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
 
         In training mode each label is replaced by the null class with probability `class_dropout`,
@@ -64,7 +65,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
         """
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
         tokens = codes.flatten(1)
-        labels = self.check_labels(class_labels, len(codes)).to(tokens.device)
+        labels = self.label_ids(class_labels, len(codes)).to(tokens.device)
         if self.training and self.config.class_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
             labels = labels.masked_fill(dropped, self.config.null_class)
@@ -76,7 +77,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def log_prob(self, codes: Tensor, class_labels: Tensor | None = None) -> Tensor:
+    def log_prob(self, codes: Tensor, class_labels: Labels = None) -> Tensor:
         """log P_Φ(z_1 | class) in nats: int64 (B, H_1, W_1) -> (B,)."""
         return self(codes, class_labels, return_dict=True).log_prob
 
@@ -84,7 +85,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
     def sample(
         self,
         batch_size: int,
-        class_labels: Tensor | None = None,
+        class_labels: Labels = None,
         guidance_scale: float = 1.0,
         generator: Generators = None,
         temperature: float = 1.0,
@@ -100,7 +101,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
         if not guidance_scale >= 0:
             raise ValueError(f"expected guidance_scale >= 0, got {guidance_scale}")
         draw = Sampler(batch_size, generator, temperature, top_k, top_p)
-        labels = self.check_labels(class_labels, batch_size).to(self.device)
+        labels = self.label_ids(class_labels, batch_size).to(self.device)
         guided = guidance_scale != 1 and bool((labels != self.config.null_class).any())
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
@@ -115,27 +116,36 @@ class ProgressiveVAEPrior(PreTrainedModel):
             inputs = tokens[-1].repeat(2 if guided else 1)[:, None]
         return torch.stack(tokens, 1).view(batch_size, *self.config.grid_size)
 
-    def check_labels(self, class_labels: Tensor | list[int] | None, batch_size: int) -> Tensor:
-        """The labels as int64 (B,), the null class where there are none.
+    def label_ids(self, class_labels: Labels, batch_size: int | None = None) -> Tensor:
+        """Labels, or names of `id2label`, as int64 (B,); of `None` the null class, B times.
 
         Raises:
-            ValueError: not one label for each example, or a label that is no class.
+            ValueError: not one label for each of `batch_size` examples, or one that is no class.
         """
         null = self.config.null_class
         if class_labels is None:
-            return torch.full((batch_size,), null)
-        labels = torch.as_tensor(class_labels)
-        if labels.shape != (batch_size,) or labels.is_floating_point():
+            return torch.full((batch_size or 1,), null)
+        if isinstance(class_labels, Tensor):
+            ids: Tensor = class_labels
+        else:
+            labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+            names = {name: i for i, name in self.config.id2label.items()} if null else {}
+            unknown = [label for label in labels if isinstance(label, str) and label not in names]
+            if unknown:
+                raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")
+            ids = torch.tensor([names[x] if isinstance(x, str) else x for x in labels])
+        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"expected class_labels to be {batch_size} integers, "
-                f"got {labels.dtype} of shape {tuple(labels.shape)}"
+                f"expected class_labels to be integers of shape (B,), "
+                f"got {ids.dtype} of shape {tuple(ids.shape)}"
             )
-        if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > null):
+        if batch_size not in (None, len(ids)):
+            raise ValueError(f"expected {batch_size} class_labels, got {len(ids)}")
+        if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) > null:
             raise ValueError(
-                f"expected class_labels in 0 … {null} ({null} is the null class), got values in "
-                f"{int(labels.min())} … {int(labels.max())}"
+                f"expected class_labels in 0 … {null} ({null} is the null class), got {ids.tolist()}"
             )
-        return labels.long()
+        return ids.long()
 
     def _prompt(self, labels: Tensor) -> Tensor:
         return (labels + self.config.codebook_size)[:, None]

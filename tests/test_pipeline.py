@@ -34,6 +34,10 @@ def test_log_prob_is_the_sum_of_its_factors(pipe, images):
     total = -sum(factors.values()).mean().item() / (math.log(2) * 3 * 5 * 7)
     assert bits["total"] == pytest.approx(total, rel=1e-4)
     assert sum(v for k, v in bits.items() if k != "total") == pytest.approx(bits["total"])
+    by_name = pipe.log_prob(images, ["0", "1", "1", "0"], batch_size=3)["prior"]
+    assert torch.allclose(by_name, pipe.prior.log_prob(z_1, torch.tensor([0, 1, 1, 0])))
+    with pytest.raises(ValueError, match="expected 4 class_labels, got 1"):
+        pipe.log_prob(images, [0])
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])

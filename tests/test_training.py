@@ -4,12 +4,15 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.training import FitSettings, fit
@@ -25,9 +28,17 @@ SMALL = shlex.split(
 
 @pytest.fixture(scope="module")
 def script():
+    """examples/train.py as a module; each `main` starts as a new process would."""
     spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    main = module.main
+
+    def fresh_main(arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(arguments)
+
+    module.main = fresh_main
     return module
 
 
@@ -77,8 +88,6 @@ def test_cached_codes_are_those_of_the_pipeline(trained, script):
 
 
 def test_a_phase_again_alone(trained, script, tmp_path):
-    import shutil
-
     output_dir = tmp_path / "again"
     shutil.copytree(trained, output_dir)
     flags = [*SMALL, "--output_dir", str(output_dir)]
@@ -99,6 +108,51 @@ def test_a_phase_again_alone(trained, script, tmp_path):
 def readme_commands():
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     return [c for block in blocks for c in block.replace("\\\n", " ").strip().splitlines()]
+
+
+def test_every_launch_line_of_the_readme_parses(script):
+    launches = [c.split(" && ")[-1] for c in readme_commands() if "accelerate launch" in c]
+    assert len(launches) == 6
+    for command in launches:
+        flags = shlex.split(command)[3:]
+        if "--config" in flags:
+            flags[flags.index("--config") + 1] = str(ROOT / flags[flags.index("--config") + 1])
+        script.parse(flags)
+
+
+def test_the_python_of_the_readme(trained, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(trained)
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    names: dict = {}
+    exec(code, names)
+    assert [z.shape for z in names["codes"]] == [(8, 2, 2), (8, 4, 4)]
+    assert len(names["variations"]) == 16 and len(names["same"]) == len(names["again"]) == 8
+
+
+def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
+    """The README's command for it, at tiny size, on parquet files in the schema of the Hub's."""
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["shirt", "shoe"])}
+    )
+    rng = np.random.default_rng(0)
+    (tmp_path / "data").mkdir()
+    for split, count in (("train", 60), ("test", 30)):
+        images = [PIL.Image.fromarray(x) for x in rng.integers(0, 256, (count, 28, 28), np.uint8)]
+        rows = {"image": images, "label": rng.integers(0, 2, count).tolist()}
+        table = datasets.Dataset.from_dict(rows, features)
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    command = shlex.split(next(c for c in readme_commands() if "fashion_mnist.yaml" in c))
+    command[command.index("--config") + 1] = str(ROOT / "examples/configs/fashion_mnist.yaml")
+    for source in ("--dataset_name", "--train_data_dir"):
+        output_dir = tmp_path / source
+        flags = [*command[3:], *SMALL, "--max_train_steps", "2", "--output_dir", str(output_dir)]
+        script.main([*flags, source, str(tmp_path / "data")])
+        pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
+        assert pipe.grid_sizes == [(4, 4), (7, 7), (28, 28)]
+        assert pipe.labels == {"shirt": 0, "shoe": 1}
+        assert json.loads((output_dir / "metrics.json").read_text())["num_images"] == 30
 
 
 def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
