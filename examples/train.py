@@ -14,7 +14,9 @@ A YAML file (`--config`) sets defaults, flags win. Lists over levels start with 
 one value stands for all levels. `--phase` runs one phase again from the saved artefacts.
 """
 
+import itertools
 import json
+import math
 import os
 import platform
 import shlex
@@ -37,10 +39,10 @@ from progressive_vae import (
 )
 from progressive_vae.codes import GridDataset, Manifest, write_cache
 from progressive_vae.data import (
+    GREY_MODES,
     IMAGE_COLUMNS,
-    LABEL_COLUMNS,
-    class_names,
     find_column,
+    find_labels,
     load_images,
     pixel_batches,
     prepare_image,
@@ -54,6 +56,7 @@ from progressive_vae.evaluation import (
     train_classifier,
 )
 from progressive_vae.hub import figures_table, model_card, version
+from progressive_vae.pipeline import MAX_LEVELS
 from progressive_vae.training import FitSettings, Run, train_level, train_prior, write_json
 
 
@@ -115,7 +118,7 @@ class TrainingArguments:
     phase: str = field(
         default="all", metadata={"help": "all, level_N … level_1, prior or evaluate"}
     )
-    max_train_steps: list[int] = field(default_factory=lambda: [400, 800])
+    max_train_steps: list[int] = field(default_factory=lambda: [800])
     train_batch_size: list[int] = field(default_factory=lambda: [64])
     learning_rate: list[float] = field(default_factory=lambda: [2e-3])
     prior_max_train_steps: int = 400
@@ -131,7 +134,10 @@ class TrainingArguments:
     max_grad_norm: float = 1.0
     use_ema: bool = True
     ema_decay: float = 0.999
-    mixed_precision: str = field(default="no", metadata={"help": "no, bf16 or fp16"})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no, bf16 or fp16; as Accelerate is configured if not given"},
+    )
     dataloader_num_workers: int = 0
     logging_steps: int = 50
     validation_steps: int = 1000
@@ -151,8 +157,13 @@ def parse(arguments: list[str]) -> tuple[DataArguments, ModelArguments, Training
     known = {f.name for kind in parser.dataclass_types for f in fields(kind)}
     if unknown := sorted(set(defaults) - known):
         raise ValueError(f"expected names of flags in {path}, got {unknown}")
+    sources = ("dataset_name", "train_data_dir")  # one of them: a flag for either wins over both
+    if any(a.split("=")[0] in [f"--{name}" for name in sources] for a in arguments):
+        defaults = {name: value for name, value in defaults.items() if name not in sources}
     flags = []
     for name, value in defaults.items():
+        if value is None:
+            continue
         values = value if isinstance(value, list) else [value]
         flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)[:3]
@@ -166,9 +177,9 @@ def per_level(name: str, values: list, num_levels: int) -> list:
 
 def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: Accelerator):
     """The pixel caches of the two splits, and the class names."""
-    name = data.train_data_dir or data.dataset_name or "digits"  # a folder, if one is given
+    name = data.dataset_name or data.train_data_dir or "digits"
     splits = load_images(
-        dataset_name=None if data.train_data_dir else name,
+        dataset_name=data.dataset_name or (None if data.train_data_dir else "digits"),
         dataset_config_name=data.dataset_config_name,
         train_data_dir=data.train_data_dir,
         train_split=data.train_split,
@@ -177,19 +188,19 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
         seed=training.seed,
     )
     for split, limit in (("train", data.max_train_samples), ("test", data.max_eval_samples)):
-        if limit is not None:
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+        if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
+            splits[split] = splits[split].shuffle(training.seed).select(range(limit))
+    splits["test"] = splits["test"].shuffle(training.seed)  # the pictures show its beginning
     image_column = find_column(splits["train"], data.image_column, IMAGE_COLUMNS, "image_column")
     if image_column is None:
         raise ValueError(
             f"expected image_column among {splits['train'].column_names}, got none of the usual "
             f"names {IMAGE_COLUMNS}"
         )
-    label_column = find_column(splits["train"], data.label_column, LABEL_COLUMNS, "label_column")
-    names = class_names(splits["train"], label_column) if label_column else []
-    # One first image settles colours and size; the others are checked against it.
+    label_column, names = find_labels(splits, data.label_column)
+    # The first image settles colours and size; the others are checked against it.
     image = splits["train"][0][image_column]
-    mode = "L" if image.mode in ("L", "1", "I;16", "I") else "RGB"
+    mode = "L" if image.mode in GREY_MODES else "RGB"
     shape = prepare_image(image, mode, data.resolution, data.center_crop).shape
     pixels = {}
     for split, table in splits.items():
@@ -202,33 +213,43 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
             num_values=256,
         )
         folder = Path(training.output_dir) / "cache" / "pixels" / split
-        with accelerator.main_process_first():
+        if accelerator.is_main_process:
             if training.overwrite_cache or not folder.exists():
                 batches = pixel_batches(
                     table, image_column, label_column, shape, data.resolution, data.center_crop,
                     data.random_flip and split == "train",
                 )  # fmt: skip
                 write_cache(folder, manifest, batches)
+        accelerator.wait_for_everyone()
         pixels[split] = GridDataset(folder, manifest)
     return pixels, names
 
 
-def level_config(model: ModelArguments, run: Run, index: int) -> ProgressiveVAELevelConfig:
+def level_configs(model: ModelArguments, num_channels: int) -> list[ProgressiveVAELevelConfig]:
+    """The configs of levels 1 … N."""
+    if not 1 <= model.num_levels <= MAX_LEVELS:
+        raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
              "encoder_hidden_size", "encoder_num_layers", "decoder_order", "quantizer")  # fmt: skip
-    knobs = {n: per_level(n, getattr(model, n), run.num_levels)[index - 1] for n in names}
-    if index == run.num_levels:
-        return ProgressiveVAELevelConfig(num_channels=run.image_shape[0], **knobs)
-    finer = run.level(index + 1).config
-    return ProgressiveVAELevelConfig(num_symbols=finer.codebook_size, **knobs)
+    columns = [per_level(name, getattr(model, name), model.num_levels) for name in names]
+    knobs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    finest = ProgressiveVAELevelConfig(num_channels=num_channels, **knobs[-1])
+    return [
+        ProgressiveVAELevelConfig(num_symbols=finer["codebook_size"], **level)
+        for level, finer in itertools.pairwise(knobs)
+    ] + [finest]
 
 
-def prior_config(model: ModelArguments, run: Run) -> ProgressiveVAEPriorConfig:
+def prior_config(
+    model: ModelArguments, levels: list[ProgressiveVAELevelConfig], run: Run
+) -> ProgressiveVAEPriorConfig:
     names = run.class_names if model.class_conditional else []
-    grids = run.grids("train", 1).manifest
+    grid_size = list(run.image_shape[1:])
+    for level in reversed(levels):
+        grid_size = [math.ceil(n / level.downsample) for n in grid_size]
     return ProgressiveVAEPriorConfig(
-        codebook_size=grids.num_values,
-        grid_size=list(grids.shape),
+        codebook_size=levels[0].codebook_size,
+        grid_size=grid_size,
         num_classes=len(names),
         id2label=dict(enumerate(names)) or None,
         class_dropout=model.class_dropout,
@@ -275,7 +296,7 @@ def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str
             metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
     metrics |= {
         "sampled_images_per_second": round(sampling_speed(pipe), 1),
-        "phases": json.loads((output_dir / "phases.json").read_text()),
+        "phases": run.phases(),
         "parameters": {name: getattr(pipe, name).num_parameters() for name in pipe.factor_names},
         "seed": training.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
@@ -307,8 +328,8 @@ def main(arguments: list[str]):
         # The launcher, told nothing, gives each process one thread, as suits processes with a GPU.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
-    settings = {**vars(data), **vars(model), **vars(training)}
-    accelerator.init_trackers("progressive_vae", {k: str(v) for k, v in settings.items()})
+    flags = {**vars(data), **vars(model), **vars(training)}
+    accelerator.init_trackers("progressive_vae", {k: str(v) for k, v in flags.items()})
     phases = [*(f"level_{i}" for i in range(model.num_levels, 0, -1)), "prior", "evaluate"]
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
@@ -316,16 +337,22 @@ def main(arguments: list[str]):
     run = Run(
         output_dir, accelerator, model.num_levels, pixels, names, training.num_validation_images
     )
+    # All configs and settings are made before any phase runs: a wrong flag costs no training.
+    configs = level_configs(model, run.image_shape[0])
+    config_of_prior = prior_config(model, configs, run)
+    settings = [fit_settings(training, run.num_levels, i) for i in range(run.num_levels + 1)]
     for phase in phases if training.phase == "all" else [training.phase]:
         if phase == "evaluate":
+            run.grids(
+                "test", 1
+            )  # an error if a level has changed since what is coarser was trained
             if accelerator.is_main_process:
                 evaluate_and_save(run, training, arguments)
         elif phase == "prior":
-            train_prior(run, prior_config(model, run), fit_settings(training, run.num_levels, 0))
+            train_prior(run, config_of_prior, settings[0])
         else:
             index = int(phase.removeprefix("level_"))
-            config = level_config(model, run, index)
-            train_level(run, index, config, fit_settings(training, run.num_levels, index))
+            train_level(run, index, configs[index - 1], settings[index])
     accelerator.end_training()
 
 

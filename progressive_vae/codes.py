@@ -96,7 +96,7 @@ class GridDataset(torch.utils.data.Dataset):
                 f"the code cache {folder} is not the one asked for: expected "
                 f"{ {name: theirs[name] for name in different} }, got "
                 f"{ {name: ours[name] for name in different} }; "
-                f"delete it or pass --overwrite_cache"
+                f"run the phase that made it again (for pixels pass --overwrite_cache)"
             )
         tables = [datasets.Dataset.from_file(str(Path(folder) / shard)) for shard in shards]
         self.table = datasets.concatenate_datasets(tables)

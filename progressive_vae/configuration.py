@@ -1,5 +1,6 @@
 """The two configs: every architectural knob, once."""
 
+import copy
 import math
 from typing import Any
 
@@ -158,7 +159,8 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         codebook_size: K_1, the number of codes of the coarsest level.
         grid_size: [H_1, W_1].
         num_classes: number of class labels; 0 for an unconditional prior.
-        class_dropout: probability that training shows the null class in place of the label.
+        class_dropout: probability that training shows the null class in place of the label; at 0
+            the null class, whose bits are the headline, is never learned.
         backbone_config: any causal-LM config of transformers, as a config or as a dict with its
             `model_type`; its vocabulary is set to codes, classes and the null class. `None`
             stands for a small Llama.
@@ -191,6 +193,8 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
             if "model_type" not in fields:
                 raise ValueError(f"expected backbone_config with a model_type, got {fields}")
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        else:  # the caller keeps a config of his own
+            self.backbone_config = copy.deepcopy(self.backbone_config)
         backbone = self.backbone_config
         backbone.vocab_size = self.vocab_size
         backbone.bos_token_id = backbone.eos_token_id = backbone.pad_token_id = None

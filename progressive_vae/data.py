@@ -11,6 +11,8 @@ from torch import Tensor
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
+GREY_MODES = ("L", "1")
+_COLOUR_MODES = (*GREY_MODES, "RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA", "RGBX")
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -87,17 +89,33 @@ def find_column(
     return name
 
 
-def class_names(dataset: datasets.Dataset, label_column: str) -> list[str]:
-    """The names of the classes 0 … n − 1."""
-    feature = dataset.features[label_column]
+def find_labels(
+    splits: datasets.DatasetDict, label_column: str | None = None
+) -> tuple[str | None, list[str]]:
+    """The column of labels and the names of the classes 0 … n − 1; (None, []) where there is none.
+
+    Raises:
+        ValueError: the column asked for holds no classes. One that is only found by its name is
+            then left aside, as are the names of splits that a folder's labels may stand for.
+    """
+    name = find_column(splits["train"], label_column, LABEL_COLUMNS, "label_column")
+    if name is None:
+        return None, []
+    columns = [np.asarray(table[name][:]) for table in splits.values()]
+    feature = splits["train"].features[name]
+    are_classes = all(c.dtype.kind in "iu" and c.min() >= 0 for c in columns)
+    if not are_classes or (
+        isinstance(feature, datasets.ClassLabel) and set(feature.names) <= {"train", "test", "val"}
+    ):
+        if label_column is not None:
+            raise ValueError(
+                f"expected label_column of integers 0 … n − 1 or class labels, got {feature} "
+                f"in {name!r}"
+            )
+        return None, []
     if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    labels = np.unique(np.asarray(dataset[label_column]))
-    if labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(
-            f"expected label_column of classes 0 … n − 1, got {feature} in {label_column!r}"
-        )
-    return [str(i) for i in range(int(labels.max()) + 1)]
+        return name, list(feature.names)
+    return name, [str(i) for i in range(1 + int(max(c.max() for c in columns)))]
 
 
 def prepare_image(
@@ -109,6 +127,12 @@ def prepare_image(
         resolution: length to which the shorter side is resized; `None` leaves the image alone.
         center_crop: cut the middle square out.
     """
+    modes = GREY_MODES if mode == "L" else _COLOUR_MODES
+    if image.mode not in modes:
+        raise ValueError(
+            f"expected 8-bit images of modes {modes}, as the first image is one of them, "
+            f"got one of mode {image.mode!r}"
+        )
     image = image.convert(mode)
     if resolution is not None:
         scale = resolution / min(image.size)
@@ -142,9 +166,9 @@ def pixel_batches(
     """
     mode = "L" if shape[0] == 1 else "RGB"
     for start in range(0, len(dataset), batch_size):
-        rows = dataset[start : start + batch_size]
-        arrays = [
-            prepare_image(image, mode, resolution, center_crop) for image in rows[image_column]
+        rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
+        arrays = [  # one at a time: a thousand decoded photographs fill a memory
+            prepare_image(row[image_column], mode, resolution, center_crop) for row in rows
         ]
         for index, array in enumerate(arrays, start):
             if array.shape != shape:

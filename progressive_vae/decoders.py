@@ -80,7 +80,8 @@ class Decoder(nn.Module):
         self.config = config
         self.groups = ORDERS[config.decoder_order](config.downsample)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
-        self.embedding = embedding(config.num_values, config.value_embed_dim)
+        if len(self.groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
+            self.embedding = embedding(config.num_values, config.value_embed_dim)
         self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
         strides = [config.downsample, *(group.stride for group in self.groups)]
         self.stages = nn.ModuleList(
@@ -109,15 +110,17 @@ class Decoder(nn.Module):
         for group, stage in zip(self.groups, self.stages, strict=True):
             state = stage.blocks(stage.upsample(state))
             features = stage.head(state).movedim(1, -1)  # (B, h_g, w_g, width)
-            embedded = []
+            embedded: list[Tensor] = []
+            is_final = group is self.groups[-1]
             for colour in range(channels):
                 logits = stage.logits[colour](F.silu(features))
                 values = choose(group, colour, logits) * group.of(inside)
                 group.of(grid)[:, colour] = values
-                embedded.append(self.embedding(values))  # (B, h_g, w_g, E)
+                if colour + 1 < channels or not is_final:
+                    embedded.append(self.embedding(values))  # (B, h_g, w_g, E)
                 if colour + 1 < channels:
                     features = features + stage.colours[colour](embedded[-1])
-            if group is not self.groups[-1]:
+            if not is_final:
                 state = state + stage.take_in(torch.cat(embedded, -1).movedim(-1, 1))
         return grid[..., : size[0], : size[1]]
 

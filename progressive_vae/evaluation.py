@@ -12,6 +12,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from .codes import GridDataset
+from .images import from_pixel_values
 from .pipeline import ProgressiveVAEPipeline
 
 
@@ -151,7 +152,7 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
     for level in range(1, pipe.num_levels + 1):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         rows += pipe.decode(codes[:level], generator=generators)
-    rows += pipe.image_processor.postprocess(images / 127.5 - 1)
+    rows += from_pixel_values(images / 127.5 - 1, "pil")
     return picture_grid(rows, len(images))
 
 

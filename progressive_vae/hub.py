@@ -53,6 +53,8 @@ def figures_table(metrics: dict) -> str:
         if accuracy:
             row.append(f"{100 * accuracy[name]:.1f} %" if name in accuracy else "")
         lines.append("| " + " | ".join(row) + " |")
+    if accuracy:
+        lines += ["", f"Label kept by the images themselves: {100 * accuracy['images']:.1f} %."]
     lines += ["", "| phase | seconds | images/s |", "|---|---|---|"]
     for name, phase in metrics["phases"].items():
         lines.append(f"| {name} | {phase['seconds']:.1f} | {phase['images_per_second']:.0f} |")
@@ -85,7 +87,7 @@ def model_card(metrics: dict, license: str = "apache-2.0") -> ModelCard:
         ],
     )
     before, rest = card_template().split(_BEGIN)
-    after = rest.split(_END)[1]
+    after = rest.split(_END)[1].split("## Changes")[0]  # ours, not those of another's model
     figures = (
         f"{_BEGIN}\nMeasured on {metrics['num_images']} held-out images "
         f"(`{metrics['dataset']}`, split `{metrics['split']}`), seed {metrics['seed']}, "

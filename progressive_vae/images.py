@@ -31,11 +31,14 @@ def pixel_value_batches(
     """
     if isinstance(images, PIL.Image.Image):
         images = [images]
-    if not isinstance(images, (list, np.ndarray, Tensor)) or not len(images):
-        raise ValueError(
-            f"expected images as PIL images, arrays or tensors, got {type(images).__name__}"
-            + (" of length 0" if hasattr(images, "__len__") else "")
-        )
+    kinds = {type(x) for x in images} if isinstance(images, list) else {type(images)}
+    if not all(issubclass(kind, (np.ndarray, Tensor, PIL.Image.Image)) for kind in kinds) or (
+        len(kinds) > 1 and not all(issubclass(kind, PIL.Image.Image) for kind in kinds)
+    ):
+        names = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"expected images as PIL images, arrays or tensors, got {names}")
+    if not len(images):
+        raise ValueError("expected images, got a list of length 0")
     for start in range(0, len(images), batch_size):
         yield _pixel_values(_as_tensor(images[start : start + batch_size], shape), shape)
 
@@ -77,3 +80,14 @@ def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if not (lowest >= 0 and highest <= 1):  # also catches NaN
         raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
     return (images.float() * 255).round() / 127.5 - 1
+
+
+def from_pixel_values(
+    pixel_values: Tensor, output_type: str
+) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+    """Pixel values (B, C, H, W) as `"pt"`, `"np"` (B, H, W, C), both in [0, 1], or `"pil"`."""
+    if output_type != "pil":
+        return VaeImageProcessor().postprocess(pixel_values.float(), output_type)
+    # Not by diffusers here: it squeezes grey images, and with them a side of length 1.
+    arrays = ((pixel_values.float() + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
+    return [PIL.Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

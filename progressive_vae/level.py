@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -119,12 +120,14 @@ class ProgressiveVAELevel(PreTrainedModel):
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return self.config.return_dict if return_dict is None else return_dict
 
+    @apply_forward_hook
     @torch.no_grad()
     def encode(self, finer: Tensor) -> Tensor:
         """z_i = argmax P_Ψ(z_i | z_{i+1}), int64 (B, H_i, W_i)."""
         self._values(finer)
         return self.quantizer.nearest(self.encoder(finer))
 
+    @apply_forward_hook
     def log_prob(self, finer: Tensor, codes: Tensor) -> Tensor:
         """log P_Θ(z_{i+1} | z_i) in nats, summed over the finer grid: (B,).
 
@@ -137,6 +140,7 @@ class ProgressiveVAELevel(PreTrainedModel):
             raise ValueError(f"expected {len(finer)} codes, one for each finer, got {len(codes)}")
         return self.decoder.log_prob(self.quantizer.lookup(codes), values)
 
+    @apply_forward_hook
     @torch.no_grad()
     def sample(
         self,

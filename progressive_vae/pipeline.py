@@ -10,11 +10,10 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .images import Images, pixel_value_batches
+from .images import Images, from_pixel_values, pixel_value_batches
 from .level import ProgressiveVAELevel
 from .prior import Labels, ProgressiveVAEPrior
 from .quantizer import check_codes
@@ -81,7 +80,6 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             raise ValueError(f"expected image_size of two positive integers, got {image_size}")
         self.register_to_config(image_size=[int(n) for n in image_size])
         self._check_prior()
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1, do_resize=False)
 
     @classmethod
     def from_levels(
@@ -163,6 +161,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             [codes.cpu() for codes in self._climb(pixel_values)]
             for pixel_values in self._pixel_batches(images, batch_size)
         ]
+        self.maybe_free_model_hooks()
         return [torch.cat(level) for level in zip(*batches, strict=True)]
 
     def _climb(self, finer: Tensor) -> list[Tensor]:
@@ -182,7 +181,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             class_labels: of the prior, one for each image; `None` is the null class.
         """
         prior, terms = self._require_prior(), []
-        count = 1 if isinstance(images, PIL.Image.Image) else len(images)
+        images = [images] if isinstance(images, PIL.Image.Image) else images
+        count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
         labels = prior.label_ids(class_labels, count).split(batch_size)
         for given, pixel_values in zip(
             labels, self._pixel_batches(images, batch_size), strict=True
@@ -193,6 +193,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             for level, z, finer in zip(self.levels, chain[:-1], chain[1:], strict=True):
                 factors.append(level.log_prob(finer, z))
             terms.append([factor.float().cpu() for factor in factors])
+        self.maybe_free_model_hooks()
         columns = (torch.cat(column) for column in zip(*terms, strict=True))
         return dict(zip(self.factor_names, columns, strict=True))
 
@@ -283,7 +284,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         drawn = columns[: self.num_levels]
         images = drawn[-1]
         if output_type != "latent":
-            images = self.image_processor.postprocess(columns[-1].float(), output_type)
+            images = from_pixel_values(columns[-1], output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, drawn
@@ -330,7 +331,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         level = self.num_levels if level is None else level
         if not 1 <= level <= self.num_levels:
             raise ValueError(f"expected level in 1 … {self.num_levels}, got {level}")
-        return self.decode(self.encode(images)[:level], output_type, generator, **controls)
+        batch = {"batch_size": controls["batch_size"]} if "batch_size" in controls else {}
+        return self.decode(self.encode(images, **batch)[:level], output_type, generator, **controls)
 
     # ---- arguments ------------------------------------------------------------------------------
 
@@ -357,9 +359,13 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         """Labels (count,) or None, the given grids (count, H_i, W_i), and the count."""
         if num_images_per_prompt < 1:
             raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
+        if isinstance(codes, Tensor):
+            raise ValueError("expected codes to be a list [z_1 … z_k] of tensors, got a tensor")
         given = list(codes or [])
         if codes is not None and not 1 <= len(given) <= self.num_levels:
             raise ValueError(f"expected codes of 1 … {self.num_levels} levels, got {len(given)}")
+        if given and self._guidance_scale != 1:
+            raise ValueError("expected guidance_scale=1 where codes are given: z_1 is not drawn")
         for i, (z, size) in enumerate(zip(given, self.grid_sizes, strict=False), 1):
             if z.ndim != 3 or tuple(z.shape[1:]) != size or len(z) != len(given[0]):
                 raise ValueError(

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
@@ -63,24 +65,32 @@ class ProgressiveVAEPrior(PreTrainedModel):
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
-        check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
-        tokens = codes.flatten(1)
-        labels = self.label_ids(class_labels, len(codes)).to(tokens.device)
+        labels = self.label_ids(class_labels, len(codes)).to(codes.device)
         if self.training and self.config.class_dropout:
             dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
             labels = labels.masked_fill(dropped, self.config.null_class)
-        inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1)
-        logits = self._logits(self.backbone(inputs, use_cache=False))  # (B, L_1, K_1)
-        nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
-        log_prob = -nats.view(tokens.shape).sum(1)
-        output = ProgressiveVAEPriorOutput(-log_prob.mean() / tokens.shape[1], log_prob, logits)
+        log_prob, logits = self._teacher_forced(codes, labels)
+        loss = -log_prob.mean() / self.config.sequence_length
+        output = ProgressiveVAEPriorOutput(loss, log_prob, logits)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
+    @apply_forward_hook
     def log_prob(self, codes: Tensor, class_labels: Labels = None) -> Tensor:
         """log P_Φ(z_1 | class) in nats: int64 (B, H_1, W_1) -> (B,)."""
-        return self(codes, class_labels, return_dict=True).log_prob
+        labels = self.label_ids(class_labels, len(codes)).to(codes.device)
+        return self._teacher_forced(codes, labels)[0]
 
+    def _teacher_forced(self, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats (B,), and the logits (B, L_1, K_1) that give them."""
+        check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
+        tokens = codes.flatten(1)
+        inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1)
+        logits = self._logits(self.backbone(inputs, use_cache=False))
+        nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
+        return -nats.view(tokens.shape).sum(1), logits
+
+    @apply_forward_hook
     @torch.no_grad()
     def sample(
         self,
@@ -128,7 +138,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
         if isinstance(class_labels, Tensor):
             ids: Tensor = class_labels
         else:
-            labels = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+            labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
             names = {name: i for i, name in self.config.id2label.items()} if null else {}
             unknown = [label for label in labels if isinstance(label, str) and label not in names]
             if unknown:
@@ -143,7 +153,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
             raise ValueError(f"expected {batch_size} class_labels, got {len(ids)}")
         if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) > null:
             raise ValueError(
-                f"expected class_labels in 0 … {null} ({null} is the null class), got {ids.tolist()}"
+                f"expected class_labels in 0 … {null} ({null} is null), got {ids.tolist()}"
             )
         return ids.long()
 

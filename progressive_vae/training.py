@@ -81,6 +81,7 @@ class Run:
     class_names: list[str] = field(default_factory=list)
     num_validation_images: int = 8
     cache_batch_size: int = 500
+    logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -115,12 +116,14 @@ class Run:
             num_values=levels[0].config.codebook_size,
         )
         folder = self.output_dir / "cache" / f"level_{index}" / split
-        with self.accelerator.main_process_first():
-            if not folder.exists():
-                finer, start = self.grids(split, index + 1), time.perf_counter()
-                batches = self._encode(levels[0], finer)
-                write_cache(folder, manifest, batches)
+        if not folder.exists():
+            finer = self.grids(split, index + 1)
+            self.accelerator.wait_for_everyone()  # all have seen that there is no cache yet
+            if self.accelerator.is_main_process:
+                start = time.perf_counter()
+                write_cache(folder, manifest, self._encode(levels[0], finer))
                 self.record(f"encode_{split}_{index}", len(finer), time.perf_counter() - start)
+            self.accelerator.wait_for_everyone()
         return GridDataset(folder, manifest)
 
     def _encode(
@@ -163,9 +166,18 @@ class Run:
             }
             write_json(path, phases)
 
+    def phases(self) -> dict[str, dict[str, float]]:
+        """What each phase of this run cost, in their order; rows of other levels are left out."""
+        costs = json.loads((self.output_dir / "phases.json").read_text())
+        names = []
+        for i in range(self.num_levels, 0, -1):
+            names += [f"level_{i}", f"encode_train_{i}", f"encode_test_{i}"]
+        return {name: costs[name] for name in [*names, "prior"] if name in costs}
+
     def show(self, phase: str, step: int, picture: Image, figures: dict[str, float]):
         """Send a validation to the trackers and keep its picture."""
-        self.accelerator.log({f"{phase}/{k}": v for k, v in figures.items()}, step=step)
+        logged = self.logged_steps + step
+        self.accelerator.log({f"{phase}/{k}": v for k, v in figures.items()}, step=logged)
         if self.accelerator.is_main_process:
             folder = self.output_dir / "validation" / phase
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +186,7 @@ class Run:
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({phase: array}, step=step, **layout)
+                    tracker.log_images({phase: array}, step=logged, **layout)
 
 
 def write_json(path: Path, contents: dict):
@@ -196,6 +208,7 @@ def fit(
     accelerator: Accelerator,
     settings: FitSettings,
     name: str,
+    logged_steps: int = 0,
 ) -> Iterator[int]:
     """Minimise `model(**inputs).loss`; a generator that pauses for each validation.
 
@@ -206,6 +219,7 @@ def fit(
     Args:
         to_inputs: (grids (B, ...), labels (B,)) of a batch -> keywords of the model.
         name: the prefix of what is logged.
+        logged_steps: added to the steps that the trackers see.
     """
     set_seed(settings.seed)
     loader = DataLoader(
@@ -215,9 +229,6 @@ def fit(
         drop_last=len(dataset) >= settings.train_batch_size * accelerator.num_processes,
         num_workers=settings.dataloader_num_workers,
         persistent_workers=settings.dataloader_num_workers > 0,
-        collate_fn=lambda rows: to_inputs(
-            torch.stack([row["grid"] for row in rows]), torch.stack([row["label"] for row in rows])
-        ),
         generator=torch.Generator().manual_seed(settings.seed),
     )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
@@ -244,9 +255,9 @@ def fit(
     while step < settings.max_train_steps:
         loader.set_epoch(epoch)
         epoch += 1
-        for inputs in loader:
+        for batch in loader:
             with accelerator.accumulate(wrapped):
-                output = wrapped(**inputs)
+                output = wrapped(**to_inputs(batch["grid"], batch["label"]))
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -267,7 +278,8 @@ def fit(
                     raise FloatingPointError(f"the loss of {name} became {loss} at step {step}")
                 figures = {"loss": loss, "grad_norm": float(norm), "lr": scheduler.get_last_lr()[0]}
                 progress.set_postfix(loss=f"{loss:.4f}")
-                accelerator.log({f"{name}/{k}": v for k, v in figures.items()}, step=step)
+                logged = {f"{name}/{k}": v for k, v in figures.items()}
+                accelerator.log(logged, step=logged_steps + step)
             if step % settings.validation_steps == 0 or step == settings.max_train_steps:
                 is_final = step == settings.max_train_steps
                 if settings.use_ema:
@@ -301,14 +313,14 @@ def train_level(
     initialize_codebook(level, train, settings.seed)
     # What this level says of an image, through the finer levels, which are trained already.
     view = ProgressiveVAEPipeline.from_levels(None, [level, *finer_levels], run.image_shape[1:])
-    view.set_progress_bar_config(disable=True)
+    view.to(accelerator.device).set_progress_bar_config(disable=True)
     images = run.pixels["test"].batch(slice(0, run.num_validation_images))[0].to(torch.uint8)
     start, paused = time.perf_counter(), 0.0
 
     def to_inputs(grids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"finer": as_finer(grids, level)}
 
-    for step in fit(level, train, to_inputs, accelerator, settings, name):
+    for step in fit(level, train, to_inputs, accelerator, settings, name, run.logged_steps):
         pause = time.perf_counter()
         if accelerator.is_main_process:
             grids = held_out.batch(slice(0, 1000))[0]
@@ -322,13 +334,18 @@ def train_level(
             run.show(name, step, reconstruction_grid(view, images), figures)
         paused += time.perf_counter() - pause
     run.record(name, _images_seen(settings, accelerator), time.perf_counter() - start - paused)
+    run.logged_steps += settings.max_train_steps
     run.save(level, name)
     run.forget(index)
     return level
 
 
 def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: int):
-    """k-means on the latents of up to 2,000 images, drawn with the seed: alike on all processes."""
+    """k-means on latents of up to 2,000 images, drawn with the seed: alike on all processes.
+
+    The statistics it leaves weigh as much as all those images, so that the codebook moves slowly
+    during the first hundreds of steps, while the encoder changes most.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(train), generator=generator)[:2000]
     with torch.no_grad():
@@ -337,6 +354,9 @@ def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: in
             for part in rows.split(250)
         ]
     vectors = torch.cat(latents).movedim(1, -1).flatten(0, -2)
+    most = 256 * level.config.codebook_size  # 256 vectors for each code settle its place
+    if len(vectors) > most:
+        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:most]]
     level.quantizer.initialize(vectors, generator)
 
 
@@ -350,13 +370,13 @@ def train_prior(
     prior = ProgressiveVAEPrior(config)
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
     view = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
-    view.set_progress_bar_config(disable=True)
+    view.to(accelerator.device).set_progress_bar_config(disable=True)
     start, paused = time.perf_counter(), 0.0
 
     def to_inputs(grids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         return {"codes": grids, **({"class_labels": labels} if config.num_classes else {})}
 
-    for step in fit(prior, train, to_inputs, accelerator, settings, "prior"):
+    for step in fit(prior, train, to_inputs, accelerator, settings, "prior", run.logged_steps):
         pause = time.perf_counter()
         if accelerator.is_main_process:
             grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
@@ -366,6 +386,7 @@ def train_prior(
             run.show("prior", step, sample_grid(view, columns=run.num_validation_images), figures)
         paused += time.perf_counter() - pause
     run.record("prior", _images_seen(settings, accelerator), time.perf_counter() - start - paused)
+    run.logged_steps += settings.max_train_steps
     run.save(prior, "prior")
     return prior
 

@@ -35,7 +35,9 @@ def test_what_is_written_is_read(tmp_path):
 def test_a_cache_of_something_else_is_refused(tmp_path, change):
     write_cache(tmp_path / "cache", MANIFEST, batches())
     name, value = next(iter(change.items()))
-    with pytest.raises(ValueError, match=f"expected .*{name}.*got .*{name}.*--overwrite_cache"):
+    with pytest.raises(
+        ValueError, match=f"expected .*{name}.*got .*{name}.*run the phase that made it again"
+    ):
         GridDataset(tmp_path / "cache", dataclasses.replace(MANIFEST, **change))
 
 

@@ -27,8 +27,10 @@ def test_any_size(kind, downsample, size):
     assert drawn.shape == finer.shape and drawn.dtype == finer.dtype
 
 
-def test_forward_is_the_loss_under_the_uniform_prior():
-    level, pixels = tiny_level(num_channels=1), torch.randint(256, (3, 1, 4, 6)) / 127.5 - 1
+@pytest.mark.parametrize("order", ["factorized", "lattice"])
+def test_forward_is_the_loss_under_the_uniform_prior(order):
+    level = tiny_level(num_channels=1, decoder_order=order)
+    pixels = torch.randint(256, (3, 1, 4, 6)) / 127.5 - 1
     output = level(pixels)
     codes = level.encode(pixels)
     assert torch.equal(output.codes, codes)

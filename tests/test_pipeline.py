@@ -150,6 +150,15 @@ def test_without_a_prior(pipe, images):
             call()
 
 
+def test_an_image_with_a_side_of_one():
+    for size in ([1, 1], [1, 3]):
+        level = tiny_level(num_channels=1, downsample=4)
+        pipe = ProgressiveVAEPipeline(tiny_prior(grid_size=[1, 1]), level, image_size=size)
+        image = pipe().images[0]
+        assert image.size == tuple(reversed(size)) and image.mode == "L"
+        assert len(pipe.encode(image)) == 1
+
+
 @pytest.mark.parametrize("num_levels", [1, 8])
 def test_any_number_of_levels(num_levels, tmp_path):
     levels = [tiny_level(num_symbols=3, seed=i) for i in range(num_levels - 1)]
@@ -200,12 +209,16 @@ def test_parts_that_do_not_fit(pipe, slots, message):
         (PIL.Image.new("RGB", (8, 5)), "width 8 and height 5"),
         (PIL.Image.new("RGBA", (7, 5)), "got a PIL image of 'RGBA'"),
         ([], "of length 0"),
-        ("picture.png", "got str"),
+        ("picture.png", r"got \['str'\]"),
+        (["picture.png"], r"got \['str'\]"),
+        ([torch.zeros(3, 5, 7), torch.zeros(3, 5, 8)], "images of one size"),
+        (None, r"got \['NoneType'\]"),
     ],
 )
 def test_bad_images(pipe, images, message):
-    with pytest.raises(ValueError, match=message):
-        pipe.encode(images)
+    for call in (pipe.encode, pipe.log_prob):
+        with pytest.raises(ValueError, match=message):
+            call(images)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +235,8 @@ def test_bad_images(pipe, images, message):
         (dict(codes=[torch.zeros(1, 2, 2).long()]), r"codes of level 1 of shape \(1, 1, 1\)"),
         (dict(codes=[torch.full((1, 1, 1), 3)]), "codes of level 1 in 0 … 2"),
         (dict(codes=[torch.zeros(1, 1, 1).long()], class_labels=[0]), "class_labels=None where"),
+        (dict(codes=[torch.zeros(1, 1, 1).long()], guidance_scale=2.0), "guidance_scale=1 where"),
+        (dict(codes=torch.zeros(1, 1, 1).long()), "codes to be a list"),
         (dict(callback_on_step_end_tensor_inputs=["latents"]), r"got \['latents'\]"),
     ],
 )

@@ -1,0 +1,105 @@
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from progressive_vae.data import find_labels, load_digits, load_images, pixel_batches, prepare_image
+
+
+def table(images, **columns):
+    return datasets.Dataset.from_dict({"image": images, **columns}).cast_column(
+        "image", datasets.Image()
+    )
+
+
+def pictures(*modes, size=(4, 3)):
+    return [PIL.Image.new(mode, size) for mode in modes]
+
+
+def test_digits_are_split_by_class():
+    digits = load_digits()
+    assert len(digits["train"]) == 1437 and len(digits["test"]) == 360
+    counts = np.bincount(digits["test"]["label"])
+    assert counts.min() >= 34 and counts.max() <= 38
+    assert np.asarray(digits["train"][0]["image"]).max() == 255
+
+
+def test_a_folder_without_a_held_out_split_is_divided(tmp_path):
+    for i in range(20):
+        PIL.Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    splits = load_images(train_data_dir=str(tmp_path), eval_fraction=0.25)
+    assert len(splits["train"]) == 15 and len(splits["test"]) == 5
+    reds = {row["image"].getpixel((0, 0))[0] for split in splits.values() for row in split}
+    assert reds == set(range(20))
+
+
+def test_a_folder_of_splits_has_no_classes(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(3):
+            PIL.Image.new("RGB", (4, 4)).save(tmp_path / split / f"{i}.png")
+    splits = load_images(train_data_dir=str(tmp_path))
+    assert len(splits["test"]) == 3 and find_labels(splits) == (None, [])
+
+
+def test_a_folder_for_each_class(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            PIL.Image.new("L", (4, 4)).save(tmp_path / name / f"{i}.png")
+    assert find_labels(load_images(train_data_dir=str(tmp_path))) == ("label", ["cat", "dog"])
+
+
+def test_labels_that_are_no_classes():
+    names = table(pictures("L", "L"), label=["cat", "dog"])
+    splits = datasets.DatasetDict(train=names, test=names)
+    assert find_labels(splits) == (None, [])
+    with pytest.raises(ValueError, match="label_column of integers"):
+        find_labels(splits, "label")
+    numbers = table(pictures("L", "L"), label=[0, 2])
+    assert find_labels(datasets.DatasetDict(train=numbers, test=numbers))[1] == ["0", "1", "2"]
+
+
+def test_pixels_are_those_of_the_images():
+    arrays = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), dtype=np.uint8)
+    data = table([PIL.Image.fromarray(a) for a in arrays], label=[4, 3, 2, 1, 0])
+    batches = list(pixel_batches(data, "image", "label", (3, 3, 4), batch_size=2))
+    grids, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert torch.equal(grids, torch.from_numpy(arrays.transpose(0, 3, 1, 2)).long())
+    assert labels.tolist() == [4, 3, 2, 1, 0]
+    flipped = list(pixel_batches(data, "image", None, (3, 3, 4), random_flip=True))
+    assert torch.equal(flipped[1][0], flipped[0][0].flip(-1)) and flipped[0][1].tolist() == [-1] * 5
+
+
+def test_resolution_and_crop_only_when_asked():
+    image = PIL.Image.new("RGB", (40, 20))
+    assert prepare_image(image, "RGB").shape == (3, 20, 40)
+    assert prepare_image(image, "RGB", resolution=10).shape == (3, 10, 20)
+    assert prepare_image(image, "RGB", resolution=10, center_crop=True).shape == (3, 10, 10)
+
+
+@pytest.mark.parametrize(
+    ("modes", "shape", "message"),
+    [
+        (("L", "RGB"), (1, 3, 4), "8-bit images of modes .* got one of mode 'RGB'"),
+        (("RGB", "I;16"), (3, 3, 4), "got one of mode 'I;16'"),
+        (("L",), (1, 4, 4), r"all images of \(C, H, W\) = \(1, 4, 4\), got \(1, 3, 4\) at index 0"),
+    ],
+)
+def test_images_that_do_not_fit(modes, shape, message):
+    with pytest.raises(ValueError, match=message):
+        list(pixel_batches(table(pictures(*modes)), "image", None, shape))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(), "one of dataset_name and train_data_dir"),
+        (dict(dataset_name="digits", train_data_dir="x"), "one of dataset_name"),
+        (dict(train_data_dir="/no/such/folder"), "train_data_dir to be a folder"),
+    ],
+)
+def test_bad_sources(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_images(**arguments)
