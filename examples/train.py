@@ -185,12 +185,11 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
         train_split=data.train_split,
         eval_split=data.eval_split,
         eval_fraction=data.eval_fraction,
-        seed=training.seed,
     )
     for split, limit in (("train", data.max_train_samples), ("test", data.max_eval_samples)):
         if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
-            splits[split] = splits[split].shuffle(training.seed).select(range(limit))
-    splits["test"] = splits["test"].shuffle(training.seed)  # the pictures show its beginning
+            splits[split] = splits[split].shuffle(seed=0).select(range(limit))
+    splits["test"] = splits["test"].shuffle(seed=0)  # the pictures show its beginning
     image_column = find_column(splits["train"], data.image_column, IMAGE_COLUMNS, "image_column")
     if image_column is None:
         raise ValueError(
@@ -317,6 +316,8 @@ def main(arguments: list[str]):
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
+        # Without this a launch of two processes on CPUs becomes two runs of one process each.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=training.mixed_precision,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         log_with=None if training.report_to == "none" else training.report_to,
@@ -324,6 +325,10 @@ def main(arguments: list[str]):
             project_dir=str(output_dir), logging_dir=str(output_dir / training.logging_dir)
         ),
     )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"expected {os.environ['WORLD_SIZE']} processes, got {accelerator.num_processes}"
+        )
     if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
         # The launcher, told nothing, gives each process one thread, as suits processes with a GPU.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))

@@ -24,6 +24,7 @@ level.quantizer.codebook[2] = 1e3  # dead, so that it is restarted
 for _ in range(3):
     level.after_step(level(pixels[4 * rank : 4 * rank + 4]), accelerator.gather)
 torch.save(level.quantizer.state_dict(), f"{sys.argv[2]}/{rank}.pt")
+accelerator.end_training()
 """
 
 
