@@ -113,6 +113,11 @@ def readme_commands():
 def test_every_launch_line_of_the_readme_parses(script):
     launches = [c.split(" && ")[-1] for c in readme_commands() if "accelerate launch" in c]
     assert len(launches) == 6
+    documented = re.findall(
+        r"^    (accelerate launch .*?)\n        \w", script.__doc__, re.M | re.S
+    )
+    assert len(documented) == 3
+    launches += [c.replace("\\\n", " ") for c in documented]
     for command in launches:
         flags = shlex.split(command)[3:]
         if "--config" in flags:
@@ -196,6 +201,10 @@ def test_yaml_sets_defaults_and_flags_win(script, tmp_path):
     path.write_text("num_level: 3\n")
     with pytest.raises(ValueError, match=r"names of flags .*got \['num_level'\]"):
         script.parse(["--config", str(path)])
+    recipe = script.parse([])  # the embedded default
+    assert recipe[0].dataset_name == "digits" and recipe[2].output_dir == "runs/digits"
+    assert script.parse(["--dataset_name", "x"])[0].dataset_name == "x"
+    assert script.parse(["--train_data_dir", "x"])[0].dataset_name is None
     for config in (ROOT / "examples" / "configs").glob("*.yaml"):
         script.parse(["--config", str(config)])
 
