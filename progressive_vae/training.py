@@ -5,7 +5,6 @@ Each phase starts from saved artefacts (the finer levels, the cached grids) and 
 """
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -34,7 +33,7 @@ from .level import ProgressiveVAELevel
 from .pipeline import ProgressiveVAEPipeline
 from .prior import ProgressiveVAEPrior
 
-logger = logging.getLogger(__name__)
+MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size
 
 
 @dataclass(frozen=True)
@@ -354,9 +353,9 @@ def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: in
             for part in rows.split(250)
         ]
     vectors = torch.cat(latents).movedim(1, -1).flatten(0, -2)
-    most = 256 * level.config.codebook_size  # 256 vectors for each code settle its place
-    if len(vectors) > most:
-        vectors = vectors[torch.randperm(len(vectors), generator=generator)[:most]]
+    if len(vectors) > MAX_KMEANS_VECTORS:
+        rows = torch.randperm(len(vectors), generator=generator)[:MAX_KMEANS_VECTORS]
+        vectors = vectors[rows]
     level.quantizer.initialize(vectors, generator)
 
 
