@@ -173,7 +173,7 @@ def parse(arguments: list[str]) -> tuple[DataArguments, ModelArguments, Training
 def per_level(name: str, values: list, num_levels: int) -> list:
     if len(values) not in (1, num_levels):
         raise ValueError(f"expected {name} of 1 or num_levels={num_levels} values, got {values}")
-    return values * (num_levels // len(values)) if len(values) == 1 else values
+    return values * num_levels if len(values) == 1 else values
 
 
 def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: Accelerator):
