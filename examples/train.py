@@ -1,7 +1,7 @@
 """Train a progressive VAE level by level, and its prior; evaluate it; write the pipeline.
 
     accelerate launch examples/train.py
-        scikit-learn's digits (examples/configs/digits.yaml), N = 2: a minute on two CPU cores.
+        scikit-learn's digits (examples/configs/digits.yaml), N = 2: two minutes on two CPU cores.
 
     accelerate launch examples/train.py --config examples/configs/fashion_mnist.yaml
         Fashion-MNIST, N = 2: 2.92 bits/dim in an hour on two CPU cores (x86-64 with AMX).
@@ -38,6 +38,7 @@ from progressive_vae import (
     ProgressiveVAEPriorConfig,
 )
 from progressive_vae.codes import GridDataset, Manifest, write_cache
+from progressive_vae.configuration import DECODER_ORDERS, QUANTIZERS
 from progressive_vae.data import (
     GREY_MODES,
     IMAGE_COLUMNS,
@@ -58,6 +59,10 @@ from progressive_vae.evaluation import (
 from progressive_vae.hub import figures_table, model_card, version
 from progressive_vae.pipeline import MAX_LEVELS
 from progressive_vae.training import FitSettings, Run, train_level, train_prior, write_json
+
+
+def _list(value, help: str):
+    return field(default_factory=lambda: [value], metadata={"help": help})
 
 
 @dataclass
@@ -89,16 +94,16 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    num_levels: int = 2
-    codebook_size: list[int] = field(default_factory=lambda: [64])
-    codebook_dim: list[int] = field(default_factory=lambda: [8])
-    downsample: list[int] = field(default_factory=lambda: [2])
-    hidden_size: list[int] = field(default_factory=lambda: [96])
-    num_layers: list[int] = field(default_factory=lambda: [2])
-    encoder_hidden_size: list[int] = field(default_factory=lambda: [64])
-    encoder_num_layers: list[int] = field(default_factory=lambda: [1])
-    decoder_order: list[str] = field(default_factory=lambda: ["lattice"])
-    quantizer: list[str] = field(default_factory=lambda: ["vq"])
+    num_levels: int = field(default=2, metadata={"help": "N, 1 to 8"})
+    codebook_size: list[int] = _list(64, "codes of each level")
+    codebook_dim: list[int] = _list(8, "length of a code vector")
+    downsample: list[int] = _list(2, "2 or 4: linear factor between a level and the finer grid")
+    hidden_size: list[int] = _list(96, "width of the decoder")
+    num_layers: list[int] = _list(2, "residual blocks of the decoder before each group")
+    encoder_hidden_size: list[int] = _list(64, "width of the encoder")
+    encoder_num_layers: list[int] = _list(1, "residual blocks of the encoder on each grid")
+    decoder_order: list[str] = _list("lattice", f"one of {', '.join(DECODER_ORDERS)}")
+    quantizer: list[str] = _list("vq", f"one of {', '.join(QUANTIZERS)}")
     class_conditional: bool = field(
         default=True, metadata={"help": "give the prior the labels, where the data set has any"}
     )
@@ -112,13 +117,15 @@ class ModelArguments:
 
 @dataclass
 class TrainingArguments:
-    output_dir: str = "runs/progressive_vae"
+    output_dir: str = field(
+        default="runs/progressive_vae", metadata={"help": "the pipeline's folder"}
+    )
     phase: str = field(
         default="all", metadata={"help": "all, level_N … level_1, prior or evaluate"}
     )
-    max_train_steps: list[int] = field(default_factory=lambda: [10_000])
-    train_batch_size: list[int] = field(default_factory=lambda: [64])
-    learning_rate: list[float] = field(default_factory=lambda: [2e-3])
+    max_train_steps: list[int] = _list(10_000, "optimisation steps of each level")
+    train_batch_size: list[int] = _list(64, "images a step, on each process")
+    learning_rate: list[float] = _list(2e-3, "after warm-up")
     prior_max_train_steps: int = 5000
     prior_train_batch_size: int = 64
     prior_learning_rate: float = 1e-3
@@ -148,7 +155,12 @@ class TrainingArguments:
 
 def parse(arguments: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """The flags, preceded by those that a YAML file stands for: of two alike the later wins."""
-    parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments))
+    parser = HfArgumentParser(
+        (DataArguments, ModelArguments, TrainingArguments),
+        description="Train a progressive VAE and write its pipeline. Without --config, "
+        "--dataset_name and --train_data_dir the recipe is examples/configs/digits.yaml. "
+        "A list has one value for each level, the coarsest first, or one for all.",
+    )
     parser.add_argument("--config", help="YAML file of defaults")
     chosen = parser.parse_known_args(arguments)[0]
     path = chosen.config
@@ -272,7 +284,7 @@ def fit_settings(training: TrainingArguments, num_levels: int, index: int) -> Fi
     return FitSettings(**values)
 
 
-def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str]):
+def evaluate_and_save(run: Run, training: TrainingArguments):
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
     output_dir, test = run.output_dir, run.pixels["test"]
     prior_folder = output_dir / "prior"
@@ -301,7 +313,7 @@ def evaluate_and_save(run: Run, training: TrainingArguments, arguments: list[str
         "seed": training.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, progressive_vae {version()}",
-        "command": shlex.join(["accelerate", "launch", "examples/train.py", *arguments]),
+        **json.loads((output_dir / "settings.json").read_text()),
     }
     pipe.save_pretrained(output_dir)
     sample_grid(pipe, training.seed).save(output_dir / "samples.png")
@@ -334,8 +346,8 @@ def main(arguments: list[str]):
         # The launcher, told nothing, gives each process one thread, as suits processes with a GPU.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
-    flags = {**vars(data), **vars(model), **vars(training)}
-    accelerator.init_trackers("progressive_vae", {k: str(v) for k, v in flags.items()})
+    flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
+    accelerator.init_trackers("progressive_vae", flags)
     phases = [*(f"level_{i}" for i in range(model.num_levels, 0, -1)), "prior", "evaluate"]
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
@@ -347,13 +359,17 @@ def main(arguments: list[str]):
     configs = level_configs(model, run.image_shape[0])
     config_of_prior = prior_config(model, configs, run)
     settings = [fit_settings(training, run.num_levels, i) for i in range(run.num_levels + 1)]
+    if accelerator.is_main_process and training.phase in ("all", phases[0]):
+        # What a single phase is run again with does not speak for the whole.
+        command = shlex.join(["accelerate", "launch", "examples/train.py", *arguments])
+        write_json(output_dir / "settings.json", {"command": command, "settings": flags})
     for phase in phases if training.phase == "all" else [training.phase]:
         if phase == "evaluate":
             run.grids(
                 "test", 1
             )  # an error if a level has changed since what is coarser was trained
             if accelerator.is_main_process:
-                evaluate_and_save(run, training, arguments)
+                evaluate_and_save(run, training)
         elif phase == "prior":
             train_prior(run, config_of_prior, settings[0])
         else:

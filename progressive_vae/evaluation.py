@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from .codes import GridDataset
 from .images import from_pixel_values
@@ -157,5 +158,6 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
 
 
 def _images(dataset: GridDataset, batch_size: int) -> Iterator[Tensor]:
-    for grids, _ in dataset.batches(batch_size):
+    total = math.ceil(len(dataset) / batch_size)
+    for grids, _ in tqdm(dataset.batches(batch_size), total=total, desc="evaluate"):
         yield grids.to(torch.uint8)

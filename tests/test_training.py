@@ -99,6 +99,8 @@ def test_a_phase_again_alone(trained, script, tmp_path):
         script.main([*flags, "--phase", "prior"])
     for phase in ("level_1", "prior", "evaluate"):
         script.main([*flags, "--phase", phase])
+    command = json.loads((output_dir / "metrics.json").read_text())["command"]
+    assert "--phase level_2" in command  # what made the levels, not what evaluated them
     with pytest.raises(ValueError, match="run its phase first"):
         script.main([*SMALL, "--output_dir", str(tmp_path / "empty"), "--phase", "level_1"])
     with pytest.raises(ValueError, match="expected phase among"):
