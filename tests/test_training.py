@@ -95,8 +95,9 @@ def test_a_phase_again_alone(trained, script, tmp_path):
     script.main([*flags, "--phase", "prior", "--prior_max_train_steps", "2"])
     assert (output_dir / "level_1" / "model.safetensors").read_bytes() == before
     script.main([*flags, "--phase", "level_2", "--seed", "1"])
-    with pytest.raises(ValueError, match="level_1.*is not the one asked for.*weights"):
-        script.main([*flags, "--phase", "prior"])
+    for phase in ("prior", "evaluate"):
+        with pytest.raises(ValueError, match="level_1.*is not the one asked for.*weights"):
+            script.main([*flags, "--phase", phase])
     for phase in ("level_1", "prior", "evaluate"):
         script.main([*flags, "--phase", phase])
     command = json.loads((output_dir / "metrics.json").read_text())["command"]
