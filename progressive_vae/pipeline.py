@@ -223,7 +223,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("codes",),
         batch_size: int = 256,
     ):
         """Draw images from coarse to fine.
@@ -255,9 +255,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         controls = self._controls(temperature, top_k, top_p, num_levels)
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
         if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(
-                f"expected generator to be one or a list of {count}, got {len(generator)}"
-            )
+            raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
         starts = range(0, count, batch_size)
         stop = self.num_levels + (output_type != "latent")  # grids to end with
         self._num_timesteps = len(starts) * (stop - len(given))
@@ -276,7 +274,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 )
                 for step in draws:
                     if callback_on_step_end is not None and step < self.num_levels:
-                        changed = callback_on_step_end(self, step, step, {"codes": grids})
+                        shown = {name: grids for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, step, step, shown)
                         grids[:] = (changed or {}).get("codes", grids)
                     progress.update()
                 batches.append([grid.cpu() for grid in grids])
@@ -404,7 +403,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     def _check_outputs(self, output_type, callback_inputs):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"expected output_type in {OUTPUT_TYPES}, got {output_type!r}")
-        unknown = set(callback_inputs or []) - set(self._callback_tensor_inputs)
+        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"expected callback_on_step_end_tensor_inputs among "
