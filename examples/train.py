@@ -16,7 +16,6 @@ one value stands for all levels. `--phase` runs one phase again from the saved a
 
 import itertools
 import json
-import math
 import os
 import platform
 import shlex
@@ -37,8 +36,9 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
+from progressive_vae.chain import MAX_LEVELS, grid_sizes
 from progressive_vae.codes import GridDataset, Manifest, write_cache
-from progressive_vae.configuration import DECODER_ORDERS, QUANTIZERS
+from progressive_vae.configuration import CORRUPTIONS, DECODER_ORDERS, QUANTIZERS
 from progressive_vae.data import (
     GREY_MODES,
     IMAGE_COLUMNS,
@@ -57,8 +57,14 @@ from progressive_vae.evaluation import (
     train_classifier,
 )
 from progressive_vae.hub import figures_table, model_card, version
-from progressive_vae.pipeline import MAX_LEVELS
-from progressive_vae.training import FitSettings, Run, train_level, train_prior, write_json
+from progressive_vae.training import (
+    FitSettings,
+    Run,
+    refit_level,
+    train_level,
+    train_prior,
+    write_json,
+)
 
 
 def _list(value, help: str):
@@ -96,18 +102,29 @@ class DataArguments:
 class ModelArguments:
     num_levels: int = field(default=2, metadata={"help": "N, 1 to 8"})
     codebook_size: list[int] = _list(64, "codes of each level")
-    codebook_dim: list[int] = _list(8, "length of a code vector")
+    codebook_dim: list[int] = _list(0, "length of a code vector; 0: what the quantizer needs")
     downsample: list[int] = _list(2, "2 or 4: linear factor between a level and the finer grid")
     hidden_size: list[int] = _list(96, "width of the decoder")
     num_layers: list[int] = _list(2, "residual blocks of the decoder before each group")
     encoder_hidden_size: list[int] = _list(64, "width of the encoder")
     encoder_num_layers: list[int] = _list(1, "residual blocks of the encoder on each grid")
     decoder_order: list[str] = _list("lattice", f"one of {', '.join(DECODER_ORDERS)}")
+    num_groups: list[int] = _list(0, "groups of the decoder; 0: what the order stands for")
     quantizer: list[str] = _list("vq", f"one of {', '.join(QUANTIZERS)}")
     class_conditional: bool = field(
         default=True, metadata={"help": "give the prior the labels, where the data set has any"}
     )
+    class_conditional_levels: list[int] = field(
+        default_factory=list,
+        metadata={"help": "numbers of the levels whose decoders are given the labels too"},
+    )
     class_dropout: float = 0.1
+    refit_hidden_size: list[int] = _list(0, "width of the refitted decoder; 0: as it was")
+    refit_num_layers: list[int] = _list(0, "its residual blocks before each group; 0: as it was")
+    refit_decoder_order: list[str] = _list("same", "its order")
+    refit_num_groups: list[int] = _list(0, "its groups; 0: what the order stands for")
+    refit_corruption: list[float] = _list(0.0, "share of wrong codes it learns to bear, up to this")
+    refit_corruption_kind: list[str] = _list("near", f"one of {', '.join(CORRUPTIONS)}")
     prior_config: str = field(
         default='{"model_type": "llama", "hidden_size": 128, "intermediate_size": 352, '
         '"num_hidden_layers": 4, "num_attention_heads": 4}',
@@ -121,11 +138,14 @@ class TrainingArguments:
         default="runs/progressive_vae", metadata={"help": "the pipeline's folder"}
     )
     phase: str = field(
-        default="all", metadata={"help": "all, level_N … level_1, prior or evaluate"}
+        default="all", metadata={"help": "all, level_N … level_1, prior, refit_level_i or evaluate"}
     )
     max_train_steps: list[int] = _list(10_000, "optimisation steps of each level")
     train_batch_size: list[int] = _list(64, "images a step, on each process")
     learning_rate: list[float] = _list(2e-3, "after warm-up")
+    refit_max_train_steps: list[int] = _list(0, "steps of a second fit of its decoder; 0: none")
+    refit_train_batch_size: list[int] = _list(64, "images a step, on each process")
+    refit_learning_rate: list[float] = _list(2e-3, "after warm-up")
     prior_max_train_steps: int = 5000
     prior_train_batch_size: int = 64
     prior_learning_rate: float = 1e-3
@@ -237,14 +257,29 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
     return pixels, names
 
 
-def level_configs(model: ModelArguments, num_channels: int) -> list[ProgressiveVAELevelConfig]:
+def level_configs(
+    model: ModelArguments, num_channels: int, class_names: list[str]
+) -> list[ProgressiveVAELevelConfig]:
     """The configs of levels 1 … N."""
+    conditional = model.class_conditional_levels
+    if not set(conditional) <= set(range(1, model.num_levels + 1)) or (
+        conditional and not class_names
+    ):
+        raise ValueError(
+            f"expected class_conditional_levels in 1 … {model.num_levels}, and a data set with "
+            f"labels, got {conditional} and {len(class_names)} classes"
+        )
     if not 1 <= model.num_levels <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
-             "encoder_hidden_size", "encoder_num_layers", "decoder_order", "quantizer")  # fmt: skip
+             "encoder_hidden_size", "encoder_num_layers", "decoder_order", "num_groups",
+             "quantizer")  # fmt: skip
     columns = [per_level(name, getattr(model, name), model.num_levels) for name in names]
     knobs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    for i, level in enumerate(knobs, 1):
+        level |= {name: level[name] or None for name in ("codebook_dim", "num_groups")}
+        if i in conditional:
+            level |= class_fields(class_names, model.class_dropout)
     finest = ProgressiveVAELevelConfig(num_channels=num_channels, **knobs[-1])
     return [
         ProgressiveVAELevelConfig(num_symbols=finer["codebook_size"], **level)
@@ -252,34 +287,62 @@ def level_configs(model: ModelArguments, num_channels: int) -> list[ProgressiveV
     ] + [finest]
 
 
+def class_fields(names: list[str], class_dropout: float) -> dict:
+    """The fields by which a config knows the classes."""
+    return {
+        "num_classes": len(names),
+        "id2label": dict(enumerate(names)) or None,
+        "class_dropout": class_dropout,
+    }
+
+
+def decoder_changes(model: ModelArguments, config: ProgressiveVAELevelConfig, index: int) -> dict:
+    """The fields of its config that the refit of level `index` changes."""
+    names = ("hidden_size", "num_layers", "decoder_order", "num_groups", "corruption",
+             "corruption_kind")  # fmt: skip
+    flags = {
+        name: per_level(f"refit_{name}", getattr(model, f"refit_{name}"), model.num_levels)
+        for name in names
+    }
+    changes = {name: flag[index - 1] for name, flag in flags.items()}
+    if changes["decoder_order"] == "same":
+        changes["decoder_order"] = config.decoder_order
+        changes["num_groups"] = changes["num_groups"] or config.num_groups
+    changes["num_groups"] = changes["num_groups"] or None
+    for name in ("hidden_size", "num_layers"):
+        changes[name] = changes[name] or getattr(config, name)
+    ProgressiveVAELevelConfig(**{**config.to_diff_dict(), **changes})  # a wrong flag fails here
+    return changes
+
+
 def prior_config(
     model: ModelArguments, levels: list[ProgressiveVAELevelConfig], run: Run
 ) -> ProgressiveVAEPriorConfig:
     names = run.class_names if model.class_conditional else []
-    grid_size = list(run.image_shape[1:])
-    for level in reversed(levels):
-        grid_size = [math.ceil(n / level.downsample) for n in grid_size]
     return ProgressiveVAEPriorConfig(
         codebook_size=levels[0].codebook_size,
-        grid_size=grid_size,
-        num_classes=len(names),
-        id2label=dict(enumerate(names)) or None,
-        class_dropout=model.class_dropout,
+        grid_size=grid_sizes(levels, run.image_shape[1:])[0],
+        **class_fields(names, model.class_dropout),
         backbone_config=json.loads(model.prior_config),
     )
 
 
-def fit_settings(training: TrainingArguments, num_levels: int, index: int) -> FitSettings:
-    """The settings of level `index`, or of the prior for index = 0."""
+def fit_settings(training: TrainingArguments, num_levels: int, phase: str) -> FitSettings:
+    """The settings of the phase `level_i`, `refit_level_i` or `prior`."""
     shared = {f.name for f in fields(FitSettings)}
     values = {f.name: getattr(training, f.name) for f in fields(training) if f.name in shared}
     for name in ("max_train_steps", "train_batch_size", "learning_rate"):
-        if index == 0:
+        if phase == "prior":
             values[name] = getattr(training, f"prior_{name}")
         else:
-            values[name] = per_level(name, values[name], num_levels)[index - 1]
-    if index == 0:
+            flag = f"refit_{name}" if phase.startswith("refit") else name
+            columns = per_level(flag, getattr(training, flag), num_levels)
+            values[name] = columns[int(phase.rpartition("_")[2]) - 1]
+    if phase == "prior":
         values["adam_weight_decay"] = training.prior_adam_weight_decay
+    if values["max_train_steps"] < 1:
+        flag = f"{phase.partition('_')[0]}_max_train_steps".removeprefix("level_")
+        raise ValueError(f"expected {flag} >= 1 for {phase}, got {values['max_train_steps']}")
     values["lr_warmup_steps"] = min(values["lr_warmup_steps"], values["max_train_steps"] // 4)
     return FitSettings(**values)
 
@@ -348,7 +411,11 @@ def main(arguments: list[str]):
     transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
     flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
     accelerator.init_trackers("progressive_vae", flags)
-    phases = [*(f"level_{i}" for i in range(model.num_levels, 0, -1)), "prior", "evaluate"]
+    indices = range(model.num_levels, 0, -1)
+    refits = per_level("refit_max_train_steps", training.refit_max_train_steps, model.num_levels)
+    phases = [*(f"level_{i}" for i in indices), "prior"]
+    phases += [f"refit_level_{i}" for i in indices if refits[i - 1] or training.phase != "all"]
+    phases.append("evaluate")
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
     pixels, names = cache_pixels(data, training, accelerator)
@@ -356,25 +423,28 @@ def main(arguments: list[str]):
         output_dir, accelerator, model.num_levels, pixels, names, training.num_validation_images
     )
     # All configs and settings are made before any phase runs: a wrong flag costs no training.
-    configs = level_configs(model, run.image_shape[0])
+    configs = level_configs(model, run.image_shape[0], names)
     config_of_prior = prior_config(model, configs, run)
-    settings = [fit_settings(training, run.num_levels, i) for i in range(run.num_levels + 1)]
+    changes = {f"refit_level_{i}": decoder_changes(model, configs[i - 1], i) for i in indices}
+    chosen = phases if training.phase == "all" else [training.phase]
+    settings = {p: fit_settings(training, run.num_levels, p) for p in chosen if p != "evaluate"}
     if accelerator.is_main_process and training.phase in ("all", phases[0]):
         # What a single phase is run again with does not speak for the whole.
         command = shlex.join(["accelerate", "launch", "examples/train.py", *arguments])
         write_json(output_dir / "settings.json", {"command": command, "settings": flags})
-    for phase in phases if training.phase == "all" else [training.phase]:
+    for phase in chosen:
         if phase == "evaluate":
-            run.grids(
-                "test", 1
-            )  # an error if a level has changed since what is coarser was trained
+            run.grids("test", 1)  # an error if a level has changed since the coarser were trained
             if accelerator.is_main_process:
                 evaluate_and_save(run, training)
         elif phase == "prior":
-            train_prior(run, config_of_prior, settings[0])
+            train_prior(run, config_of_prior, settings[phase])
         else:
-            index = int(phase.removeprefix("level_"))
-            train_level(run, index, configs[index - 1], settings[index])
+            index = int(phase.rpartition("_")[2])
+            if phase in changes:
+                refit_level(run, index, changes[phase], settings[phase])
+            else:
+                train_level(run, index, configs[index - 1], settings[phase])
     accelerator.end_training()
 
 

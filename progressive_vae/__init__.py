@@ -5,10 +5,12 @@
 | file | purpose |
 |---|---|
 | `configuration.py` | the two configs: every architectural knob, once |
-| `quantizer.py` | nearest code, straight-through gradient, codebook update |
+| `chain.py` | what fits together: the grids of a chain of levels |
+| `labels.py` | class labels: numbers or names, as ids |
+| `sampling.py` | draws from categorical distributions, and their controls |
 | `networks.py` | convolution nets; no probability in here |
-| `sampling.py` | draws from categorical distributions |
-| `decoders.py` | forms of `P(finer | z)`: one walk over groups, `log_prob` and sampling |
+| `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
+| `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
 | `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
@@ -17,7 +19,7 @@
 | `codes.py` | a data set's grids, cached on disk |
 | `evaluation.py` | bits/dim per factor, code use |
 | `hub.py` | model card, fingerprints |
-| `training.py` | the greedy order: `train_level()`, `train_prior()` around one `fit()` |
+| `training.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
 """
 
 from transformers import AutoConfig, AutoModel

@@ -127,3 +127,22 @@ class GridDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
+
+
+class PairedDataset(torch.utils.data.Dataset):
+    """Grids and the codes of each: `dataset[i]` is {"grid", "label", "codes"}."""
+
+    def __init__(self, grids: GridDataset, codes: GridDataset):
+        if len(grids) != len(codes):
+            raise ValueError(f"expected {len(grids)} codes, one for each grid, got {len(codes)}")
+        self.grids, self.codes = grids, codes
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        examples, codes = self.grids.__getitems__(indices), self.codes.batch(indices)[0]
+        return [{**example, "codes": z} for example, z in zip(examples, codes, strict=True)]
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]

@@ -1,6 +1,7 @@
 """The two configs: every architectural knob, once."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -8,8 +9,10 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-DECODER_ORDERS = ("factorized", "lattice")
-QUANTIZERS = ("vq",)
+DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
+QUANTIZERS = ("vq", "fsq", "gumbel")
+CORRUPTIONS = ("random", "near")
+MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them.
 _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
@@ -48,6 +51,38 @@ def _check_names(config: PreTrainedConfig, names):
         )
 
 
+def _name_classes(config):
+    """Classes without names are called by their numbers."""
+    if config.num_classes and config.id2label is None:
+        config.id2label = {i: str(i) for i in range(config.num_classes)}
+
+
+def _check_classes(config):
+    _check_range(config, num_classes=0)
+    if not 0 <= config.class_dropout <= 1:
+        raise ValueError(f"expected class_dropout in [0, 1], got {config.class_dropout}")
+    if config.num_classes and len(config.id2label) != config.num_classes:
+        raise ValueError(
+            f"expected id2label with num_classes={config.num_classes} entries, "
+            f"got {len(config.id2label)}"
+        )
+
+
+def fsq_levels(codebook_size: int) -> list[int]:
+    """K as a product of the fewest numbers up to 8, as equal as possible: 64 -> [8, 8].
+
+    Each is the number of values of one dimension of a finite scalar quantizer.
+    """
+    for length in range(1, 1 + codebook_size.bit_length()):
+        choices = itertools.combinations_with_replacement(range(1, 9), length)
+        if fitting := [c for c in choices if math.prod(c) == codebook_size]:
+            return list(max(fitting))
+    raise ValueError(
+        f"expected codebook_size to be a product of numbers up to 8 for quantizer='fsq', "
+        f"got {codebook_size}"
+    )
+
+
 def _check_range(config: PreTrainedConfig, **minima):
     for name, minimum in minima.items():
         value = getattr(config, name)
@@ -65,20 +100,37 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         num_channels: colours of the image, on the finest level; `None` on the others.
         num_symbols: codebook size of the finer grid; `None` on the finest level.
         codebook_size: K, the number of codes of this level's grid.
-        codebook_dim: D, the length of a code vector.
+        codebook_dim: D, the length of a code vector; `None` stands for 8, and for `"fsq"` for the
+            number of its scalars, which it must be there.
         downsample: 2 or 4, the linear factor between this level's grid and the finer one.
         hidden_size: width of the decoder.
-        num_layers: residual blocks of the decoder before each group.
+        num_layers: residual blocks of the decoder before each group; for `"raster"` the layers
+            of its causal language model.
         encoder_hidden_size: width of the encoder; `None` stands for `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         value_embed_dim: length of the vector by which the networks see one finer value.
-        decoder_order: `"factorized"` (one group) or `"lattice"` (sub-pixel groups, coarse first).
-        num_groups: groups of the decoder. These orders fix it (1, and 1 + 3·log2(downsample)):
-            leave `None`, or give that very number.
-        quantizer: `"vq"`.
-        commitment_weight: β, the pull of the encoder towards its code.
-        codebook_decay: 1 − γ, the decay of the codebook's running k-means.
-        restart_threshold: a code used less than this fraction of the mean use is restarted.
+        decoder_order: how the finer grid is split into groups that are predicted in sequence.
+            `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
+            a fixed random order, few positions first. `"raster"`: one symbol at a time, on
+            symbol grids up to 256 positions.
+        num_groups: groups of the decoder. `"lattice"`: 4 for downsample 2; for downsample 4
+            either 7 (lattices that double) or 16 (one position of each cell at a time).
+            `"masked"`: any number. `None` stands for 1, 4, 7, 8 and, for `"raster"`, for as many
+            as there are positions.
+        quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
+            `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax).
+        commitment_weight: β of `"vq"`, the pull of the encoder towards its code.
+        codebook_decay: 1 − γ of `"vq"`, the decay of the codebook's running k-means.
+        restart_threshold: of `"vq"`: a code used less than this fraction of the mean use is
+            restarted.
+        gumbel_temperature: of `"gumbel"`: [at the start, at the end]; it anneals exponentially.
+        gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied at each step.
+        num_classes: number of class labels that the decoder is told; 0 for none.
+        class_dropout: probability that training shows the decoder the null class instead.
+        corruption: while a decoder is refitted, each code of z_i is replaced with a probability
+            that is drawn for each example from 0 … corruption and told to the network.
+        corruption_kind: what replaces a code: `"random"`, any other one, or `"near"`, one of the
+            eight nearest in the codebook.
     """
 
     model_type = "progressive_vae_level"
@@ -86,7 +138,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     num_channels: int | None = None
     num_symbols: int | None = None
     codebook_size: int = 64
-    codebook_dim: int = 8
+    codebook_dim: int | None = None
     downsample: int = 2
     hidden_size: int = 64
     num_layers: int = 2
@@ -99,9 +151,20 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     commitment_weight: float = 0.25
     codebook_decay: float = 0.99
     restart_threshold: float = 0.03
+    gumbel_temperature: list[float] | tuple[float, ...] = (1.0, 0.5)
+    gumbel_decay: float = 0.999
+    num_classes: int = 0
+    class_dropout: float = 0.1
+    corruption: float = 0.0
+    corruption_kind: str = "near"
 
     def __post_init__(self, **kwargs):
         _check_names(self, kwargs)
+        self.gumbel_temperature = list(self.gumbel_temperature)
+        if self.codebook_dim is None:
+            is_fsq = self.quantizer == "fsq"
+            self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
+        _name_classes(self)
         super().__post_init__(**kwargs)
 
     def validate_finer(self):
@@ -109,6 +172,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             raise ValueError(
                 "expected one of num_channels (finest level) and num_symbols (other levels), got "
                 f"num_channels={self.num_channels} and num_symbols={self.num_symbols}"
+            )
+        if self.decoder_order == "raster" and self.num_channels is not None:
+            raise ValueError(
+                "expected a decoder_order of pixels ('factorized', 'lattice', 'masked') on the "
+                "finest level, got 'raster', which is for symbols"
             )
 
     def validate_sizes(self):
@@ -118,23 +186,45 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                      restart_threshold=0)  # fmt: skip
         if self.codebook_decay >= 1:
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
+        if not 0 <= self.corruption <= 1:
+            raise ValueError(f"expected corruption in [0, 1], got {self.corruption}")
+        _check_classes(self)
 
     def validate_choices(self):
         for name, choices in (
             ("downsample", (2, 4)),
             ("decoder_order", DECODER_ORDERS),
             ("quantizer", QUANTIZERS),
+            ("corruption_kind", CORRUPTIONS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
-        groups = (
-            1 if self.decoder_order == "factorized" else 1 + 3 * int(math.log2(self.downsample))
-        )
-        if self.num_groups not in (None, groups):
+        groups = {
+            "factorized": [1],
+            "lattice": [4] if self.downsample == 2 else [7, 16],
+            "masked": range(1, 257),
+            "raster": [],
+        }[self.decoder_order]
+        if self.num_groups is not None and self.num_groups not in groups:
             raise ValueError(
-                f"expected num_groups={groups} for decoder_order={self.decoder_order!r} and "
-                f"downsample={self.downsample}, got {self.num_groups}"
+                f"expected num_groups in {groups} or None for decoder_order="
+                f"{self.decoder_order!r} and downsample={self.downsample}, got {self.num_groups}"
             )
+
+    def validate_quantizer(self):
+        if self.quantizer == "fsq" and self.codebook_dim != len(fsq_levels(self.codebook_size)):
+            raise ValueError(
+                f"expected codebook_dim={len(fsq_levels(self.codebook_size))}, the number of "
+                f"scalars {fsq_levels(self.codebook_size)} of quantizer='fsq', "
+                f"got {self.codebook_dim}"
+            )
+        temperature = self.gumbel_temperature
+        if len(temperature) != 2 or not temperature[0] >= temperature[1] > 0:
+            raise ValueError(
+                f"expected gumbel_temperature [start, end] with start >= end > 0, got {temperature}"
+            )
+        if not 0 < self.gumbel_decay <= 1:
+            raise ValueError(f"expected gumbel_decay in (0, 1], got {self.gumbel_decay}")
 
     @property
     def is_finest(self) -> bool:
@@ -177,8 +267,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         _check_names(self, kwargs)
         self.grid_size = list(self.grid_size)
-        if self.num_classes and self.id2label is None:
-            self.id2label = {i: str(i) for i in range(self.num_classes)}
+        _name_classes(self)
         super().__post_init__(**kwargs)
         if self.backbone_config is None:
             self.backbone_config = LlamaConfig(
@@ -204,16 +293,10 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
             backbone.max_position_embeddings = self.sequence_length
 
     def validate_sizes(self):
-        _check_range(self, codebook_size=1, num_classes=0)
+        _check_range(self, codebook_size=1)
+        _check_classes(self)
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")
-        if not 0 <= self.class_dropout <= 1:
-            raise ValueError(f"expected class_dropout in [0, 1], got {self.class_dropout}")
-        if self.num_classes and len(self.id2label) != self.num_classes:
-            raise ValueError(
-                f"expected id2label with num_classes={self.num_classes} entries, "
-                f"got {len(self.id2label)}"
-            )
 
     @property
     def sequence_length(self) -> int:
@@ -224,7 +307,3 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
     def vocab_size(self) -> int:
         """Tokens: K_1 codes, then the classes, then the null class."""
         return self.codebook_size + self.num_classes + 1
-
-    @property
-    def null_class(self) -> int:
-        return self.num_classes

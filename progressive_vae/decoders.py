@@ -2,63 +2,191 @@
 
 The positions of the finer grid are split into groups. The walk predicts them in sequence:
 positions inside a group are independent given z and all earlier groups, and the colours of one
-pixel are predicted one after the other. A single network carries its state through all the groups
-and takes in each group's values once they are known, so likelihood, sampling and coding cost one
-pass, and no later value can be seen because it has not been put in yet.
+pixel are predicted one after the other. The network takes in each group's values once they are
+known, so no later value can be seen because it has not been put in yet, and likelihood, sampling
+and coding are the same walk with another `choose`.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from .configuration import ProgressiveVAELevelConfig
-from .networks import ChannelNorm, PixelEmbedding, Upsample, ZeroLinear, residual_blocks
-
-# What to do at one step of a walk: (group, channel, logits (B, h, w, V)) -> int64 (B, h, w).
-Choose = Callable[["Group", int, Tensor], Tensor]
+from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from .networks import (
+    PixelEmbedding,
+    Upsample,
+    ZeroEmbedding,
+    ZeroLinear,
+    residual_blocks,
+)
 
 
 @dataclass(frozen=True)
-class Group:
-    """The positions `offset + stride · (y, x)` of the finer grid, predicted together."""
+class Lattice:
+    """The positions `offset + stride · (y, x)` of the finer grid, predicted together.
+
+    `grid` is (..., H, W). The network's state is (B, width, H/stride, W/stride): one place for
+    each of the n positions.
+    """
 
     stride: int
     offset: tuple[int, int] = (0, 0)
 
-    def of(self, grid: Tensor) -> Tensor:
-        """The view (..., H/stride, W/stride) of a grid (..., H, W) at this group's positions."""
+    def take(self, grid: Tensor) -> Tensor:
+        """The entries at this group's positions, (..., n)."""
+        return self._view(grid).flatten(-2)
+
+    def put(self, grid: Tensor, values: Tensor):
+        """The reverse: write (..., n)."""
+        view = self._view(grid)
+        view.copy_(values.unflatten(-1, view.shape[-2:]))
+
+    def gather(self, state: Tensor) -> Tensor:
+        """The state at this group's positions, (B, n, width)."""
+        return state.movedim(1, -1).flatten(1, 2)
+
+    def spread(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
+        """Vectors (B, n, E) at their places in a state of the given size, (B, E, h, w)."""
+        return vectors.unflatten(1, size).movedim(-1, 1)
+
+    def _view(self, grid: Tensor) -> Tensor:
         return grid[..., self.offset[0] :: self.stride, self.offset[1] :: self.stride]
 
 
-def factorized_order(downsample: int) -> list[Group]:
-    return [Group(stride=1)]
+@dataclass(frozen=True, eq=False)
+class Scattered:
+    """Any positions, as indices (n,) into the flattened finer grid; the state has one place for
+    each position of that grid, and 0 where `spread` has nothing to put."""
+
+    positions: Tensor
+    stride: int = 1
+
+    def take(self, grid: Tensor) -> Tensor:
+        return grid.flatten(-2)[..., self.positions]
+
+    def put(self, grid: Tensor, values: Tensor):
+        grid.view(*grid.shape[:-2], -1)[..., self.positions] = values
+
+    def gather(self, state: Tensor) -> Tensor:
+        return state.movedim(1, -1).flatten(1, 2)[:, self.positions]
+
+    def spread(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
+        places = vectors.new_zeros(len(vectors), math.prod(size), vectors.shape[-1])
+        places = places.index_copy(1, self.positions.to(places.device), vectors)
+        return places.unflatten(1, size).movedim(-1, 1)
 
 
-def lattice_order(downsample: int) -> list[Group]:
-    """The coarse lattice, then each halving of its stride: diagonal, horizontal, vertical."""
-    groups = [Group(downsample)]
-    for stride in (2**k for k in range(int(math.log2(downsample)), 0, -1)):
+Group = Lattice | Scattered
+
+# What to do at one step of a walk: (group, colour, logits (B, n, V)) -> int64 (B, n).
+Choose = Callable[[Group, int, Tensor], Tensor]
+
+
+def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
+    return [Lattice(stride=1)]
+
+
+def lattice_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
+    """The coarse lattice, then each halving of its stride: diagonal, horizontal, vertical.
+
+    With d² groups for downsample d every lattice keeps the stride d: one position of each cell at
+    a time, in the same order of offsets.
+    """
+    scale = config.downsample
+    doubling = [Lattice(scale)]
+    for stride in (2**k for k in range(int(math.log2(scale)), 0, -1)):
         half = stride // 2
-        groups += [Group(stride, (half * y, half * x)) for y, x in ((1, 1), (0, 1), (1, 0))]
-    return groups
+        doubling += [Lattice(stride, (half * y, half * x)) for y, x in ((1, 1), (0, 1), (1, 0))]
+    if config.num_groups != scale**2:
+        return [*doubling]
+    return [
+        Lattice(scale, (y, x))
+        for group in doubling
+        for y in range(group.offset[0], scale, group.stride)
+        for x in range(group.offset[1], scale, group.stride)
+    ]
 
 
-ORDERS = {"factorized": factorized_order, "lattice": lattice_order}
+def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
+    """A random order that is the same for ever, few positions first.
+
+    The share that is known after group t of T is 1 − cos(π t / 2T) (MaskGIT, Chang et al. 2022).
+    Unlike there the order does not depend on what was drawn, so the likelihood is exact.
+    """
+    count, groups = math.prod(size), config.num_groups or 8
+    order = torch.from_numpy(np.random.RandomState(0).permutation(count))  # a frozen stream
+    ends = [round(count * (1 - math.cos(math.pi * t / (2 * groups)))) for t in range(groups + 1)]
+    return [Scattered(order[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+ORDERS = {"factorized": factorized_order, "lattice": lattice_order, "masked": masked_order}
+
+
+class Condition(NamedTuple):
+    """What a decoder is given.
+
+    Args:
+        quantized: codebook[z], (B, D, h, w).
+        class_labels: ids, int64 (B,); `None` is the null class.
+        corruption: the probability with which each code of z was replaced, (B,); `None` is 0.
+    """
+
+    quantized: Tensor
+    class_labels: Tensor | None = None
+    corruption: Tensor | None = None
+
+
+class Decoder(nn.Module):
+    """`P_Θ(finer | z) = ∏_groups ∏_colours ∏_positions P(x | z, earlier groups and colours)`.
+
+    Finer grids are int64 (B, C, H, W) with values 0 … V − 1: pixels with C colours and V = 256,
+    or symbols with C = 1 and V = K_{i+1}. What the orders share is how z comes in. Each has
+
+    - `walk(condition, size, choose)`: visits every group in order, on a finer grid of `size`
+      (H, W), and returns the chosen grid. `choose` is called with (group, colour, logits
+      (B, n, V)) and returns the values of that colour at the group's n positions, int64 (B, n).
+    - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,).
+    """
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__()
+        self.config = config
+        self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
+        if config.num_classes:
+            self.class_embedding = ZeroEmbedding(config.num_classes + 1, config.hidden_size)
+        if config.corruption:
+            self.corruption_embedding = ZeroEmbedding(1, config.hidden_size)
+
+    def start(self, condition: Condition) -> Tensor:
+        """The state before the walk, (B, width, h, w)."""
+        quantized, class_labels, corruption = condition
+        state = self.stem(quantized)
+        if self.config.num_classes:
+            if class_labels is None:
+                class_labels = torch.full((len(state),), self.config.num_classes)
+            state = state + self.class_embedding(class_labels.to(state.device))[:, :, None, None]
+        if self.config.corruption and corruption is not None:
+            strength = (corruption / self.config.corruption).to(state)[:, None]  # 0 … 1
+            state = state + (strength * self.corruption_embedding.weight)[:, :, None, None]
+        return state.contiguous(memory_format=torch.channels_last)
 
 
 class Stage(nn.Module):
-    """The part of the network that belongs to one group: refine, predict, take in."""
+    """The part of a group decoder that belongs to one group: refine, predict, take in."""
 
     def __init__(self, config: ProgressiveVAELevelConfig, num_upsamples: int, is_final: bool):
         super().__init__()
         width, channels = config.hidden_size, config.value_channels
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
         self.blocks = residual_blocks(width, config.num_layers)
-        self.head = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, width, 1))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.logits = nn.ModuleList(ZeroLinear(width, config.num_values) for _ in range(channels))
         # Later colours see the earlier ones of the same pixel.
         self.colours = nn.ModuleList(
@@ -68,60 +196,44 @@ class Stage(nn.Module):
             self.take_in = nn.Conv2d(channels * config.value_embed_dim, width, 3, padding=1)
 
 
-class Decoder(nn.Module):
-    """`P_Θ(finer | z) = ∏_groups ∏_colours ∏_positions P(x | z, earlier groups and colours)`.
-
-    Finer grids are int64 (B, C, H, W) with values 0 … V − 1: pixels with C colours and V = 256,
-    or symbols with C = 1 and V = K_{i+1}.
-    """
+class GroupDecoder(Decoder):
+    """A convolution net that carries one state through all groups: all of them cost one pass."""
 
     def __init__(self, config: ProgressiveVAELevelConfig):
-        super().__init__()
-        self.config = config
-        self.groups = ORDERS[config.decoder_order](config.downsample)
+        super().__init__(config)
+        self.order = ORDERS[config.decoder_order]
+        groups = self.order(config, (config.downsample, config.downsample))
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
-        if len(self.groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
+        if len(groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
             self.embedding = embedding(config.num_values, config.value_embed_dim)
-        self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
-        strides = [config.downsample, *(group.stride for group in self.groups)]
+        strides = [config.downsample, *(group.stride for group in groups)]
         self.stages = nn.ModuleList(
-            Stage(config, int(math.log2(before // group.stride)), group is self.groups[-1])
-            for before, group in zip(strides, self.groups, strict=False)
+            Stage(config, int(math.log2(before // group.stride)), group is groups[-1])
+            for before, group in zip(strides, groups, strict=False)
         )
 
-    def walk(self, quantized: Tensor, size: tuple[int, int], choose: Choose) -> Tensor:
-        """Visit every group in order; `choose` supplies its values.
-
-        Args:
-            quantized: codebook[z] (B, D, h, w).
-            size: (H, W) of the finer grid, with h = ⌈H / downsample⌉. The walk covers the grid
-                padded to whole cells; what is chosen beyond (H, W) is replaced by 0.
-            choose: called with (group, colour, logits (B, h_g, w_g, V)), returns the values of
-                that colour at the group's positions, int64 (B, h_g, w_g).
-
-        Returns:
-            the chosen grid, int64 (B, C, H, W).
-        """
-        scale, channels = self.config.downsample, self.config.value_channels
-        batch, _, height, width = quantized.shape
-        inside = self.inside(quantized, size)
-        grid = inside.new_zeros(batch, channels, height * scale, width * scale, dtype=torch.long)
-        state = self.stem(quantized).contiguous(memory_format=torch.channels_last)
-        for group, stage in zip(self.groups, self.stages, strict=True):
+    def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
+        """The walk covers the grid padded to whole cells; values beyond (H, W) become 0."""
+        inside, channels = self.inside(condition.quantized, size), self.config.value_channels
+        state = self.start(condition)
+        grid = inside.new_zeros(len(state), channels, *inside.shape, dtype=torch.long)
+        groups = self.order(self.config, tuple(inside.shape))
+        for group, stage in zip(groups, self.stages, strict=True):
             state = stage.blocks(stage.upsample(state))
-            features = stage.head(state).movedim(1, -1)  # (B, h_g, w_g, width)
+            features = stage.head(group.gather(state))  # (B, n, width)
             embedded: list[Tensor] = []
-            is_final = group is self.groups[-1]
+            is_final = group is groups[-1]
             for colour in range(channels):
                 logits = stage.logits[colour](F.silu(features))
-                values = choose(group, colour, logits) * group.of(inside)
-                group.of(grid)[:, colour] = values
+                values = choose(group, colour, logits) * group.take(inside)
+                group.put(grid[:, colour], values)
                 if colour + 1 < channels or not is_final:
-                    embedded.append(self.embedding(values))  # (B, h_g, w_g, E)
+                    embedded.append(self.embedding(values))  # (B, n, E)
                 if colour + 1 < channels:
                     features = features + stage.colours[colour](embedded[-1])
             if not is_final:
-                state = state + stage.take_in(torch.cat(embedded, -1).movedim(-1, 1))
+                known = group.spread(torch.cat(embedded, -1), state.shape[-2:])
+                state = state + stage.take_in(known)
         return grid[..., : size[0], : size[1]]
 
     def inside(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
@@ -130,20 +242,89 @@ class Decoder(nn.Module):
         rows = torch.arange(height, device=quantized.device) < size[0]
         return rows[:, None] & (torch.arange(width, device=quantized.device) < size[1])
 
-    def log_prob(self, quantized: Tensor, finer: Tensor) -> Tensor:
-        """log P_Θ(finer | z): (B, D, h, w), int64 (B, C, H, W) -> nats (B,)."""
+    def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         size = (finer.shape[-2], finer.shape[-1])
-        inside = self.inside(quantized, size)
+        inside = self.inside(condition.quantized, size)
         padded = F.pad(finer, (0, inside.shape[1] - size[1], 0, inside.shape[0] - size[0]))
         terms = []
 
         def teacher(group: Group, colour: int, logits: Tensor) -> Tensor:
-            values = group.of(padded)[:, colour]
-            nats = F.cross_entropy(
-                logits.flatten(0, 2).float(), values.flatten(), reduction="none"
-            ).view(values.shape)
-            terms.append(-(nats * group.of(inside)).sum((1, 2)))
+            values = group.take(padded[:, colour])
+            terms.append((log_probs(logits, values) * group.take(inside)).sum(1))
             return values
 
-        self.walk(quantized, size, teacher)
+        self.walk(condition, size, teacher)
         return torch.stack(terms).sum(0)
+
+
+class RasterDecoder(Decoder):
+    """A causal language model of transformers over symbols in raster order.
+
+    What it sees at a position is z there, upsampled, and the symbol before; it predicts the
+    symbol at that position.
+    """
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.blocks = residual_blocks(width, config.num_layers)
+        self.upsample = nn.Sequential(
+            *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
+        )
+        backbone = LlamaConfig(
+            vocab_size=config.num_values,
+            hidden_size=width,
+            intermediate_size=math.ceil(8 * width / 3),
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=math.ceil(width / 32),
+            head_dim=32,
+            max_position_embeddings=MAX_RASTER_POSITIONS,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        self.backbone = AutoModelForCausalLM.from_config(backbone)
+
+    def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
+        inputs, cache = self._conditions(condition, size), None
+        grid = torch.zeros(len(inputs), 1, *size, dtype=torch.long, device=inputs.device)
+        values = None
+        for position in range(math.prod(size)):
+            step = inputs[:, position : position + 1]
+            if values is not None:
+                step = step + self._embed(values)
+            output = self.backbone(inputs_embeds=step, past_key_values=cache, use_cache=True)
+            group = Scattered(torch.tensor([position], device=inputs.device))
+            values, cache = choose(group, 0, output.logits), output.past_key_values
+            group.put(grid[:, 0], values)
+        return grid
+
+    def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
+        """One pass for all positions."""
+        tokens = finer.flatten(1)
+        inputs = self._conditions(condition, (finer.shape[-2], finer.shape[-1]))
+        inputs = inputs + F.pad(self._embed(tokens[:, :-1]), (0, 0, 1, 0))
+        output = self.backbone(inputs_embeds=inputs, use_cache=False)
+        return log_probs(output.logits, tokens).sum(1)
+
+    def _conditions(self, condition: Condition, size: tuple[int, int]) -> Tensor:
+        """What z says at each position, (B, H·W, width)."""
+        if math.prod(size) > MAX_RASTER_POSITIONS:
+            raise ValueError(
+                f"expected a finer grid of at most {MAX_RASTER_POSITIONS} positions for "
+                f"decoder_order='raster', got {size[0]}×{size[1]}"
+            )
+        state = self.upsample(self.blocks(self.start(condition)))
+        return state[..., : size[0], : size[1]].movedim(1, -1).flatten(1, 2)
+
+    def _embed(self, values: Tensor) -> Tensor:
+        return self.backbone.get_input_embeddings()(values)
+
+
+def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder:
+    return (RasterDecoder if config.decoder_order == "raster" else GroupDecoder)(config)
+
+
+def log_probs(logits: Tensor, values: Tensor) -> Tensor:
+    """log P of values (B, n) under logits (B, n, V), in fp32: (B, n)."""
+    nats = F.cross_entropy(logits.flatten(0, 1).float(), values.flatten(), reduction="none")
+    return -nats.view(values.shape)

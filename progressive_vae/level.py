@@ -11,10 +11,13 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration import ProgressiveVAELevelConfig
-from .decoders import Decoder
+from .decoders import Condition, make_decoder
+from .labels import Labels, drop_labels, label_ids
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
-from .quantizer import VectorQuantizer, check_codes
-from .sampling import Sampler
+from .quantizer import QUANTIZERS, check_codes
+from .sampling import Generators, Sampler
+
+NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 
 
 @dataclass
@@ -24,7 +27,8 @@ class ProgressiveVAELevelOutput(ModelOutput):
         loss: scalar, nats per entry of the finer grid plus β·commitment; minimise it.
         log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
         codes: z_i, int64 (B, H_i, W_i).
-        latents: the encoder's output before quantisation, (B, D, H_i, W_i).
+        latents: the encoder's output before quantisation, (B, D, H_i, W_i); `None` where the
+            codes were given.
     """
 
     loss: Tensor | None = None
@@ -81,13 +85,8 @@ class ProgressiveVAELevel(PreTrainedModel):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.encoder = Encoder(config)
-        self.quantizer = VectorQuantizer(
-            config.codebook_size,
-            config.codebook_dim,
-            config.codebook_decay,
-            config.restart_threshold,
-        )
-        self.decoder = Decoder(config)
+        self.quantizer = QUANTIZERS[config.quantizer](config)
+        self.decoder = make_decoder(config)
         self.post_init()
 
     @torch.no_grad()
@@ -99,65 +98,103 @@ class ProgressiveVAELevel(PreTrainedModel):
         scale = self.config.downsample
         return -(-finer_size[0] // scale), -(-finer_size[1] // scale)
 
-    def forward(self, finer: Tensor, return_dict: bool | None = None):
-        """The terms of training under the uniform prior on z_i.
+    def forward(
+        self,
+        finer: Tensor,
+        codes: Tensor | None = None,
+        class_labels: Labels = None,
+        return_dict: bool | None = None,
+    ):
+        """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
+        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + β·commitment.
 
-        The KL of a deterministic encoder to that prior is the constant L_i log K_i, so the loss is
-        −log P_Θ(z_{i+1} | z_i) per entry of the finer grid, plus β times the commitment.
+        The KL of a deterministic encoder is the constant L_i log K_i and left out.
+
+        Args:
+            codes: z_i where it is known already: then the encoder is not run, the loss is the
+                decoder's alone, and in training mode the codes are corrupted as the config says.
+            class_labels: of a class-conditional decoder; in training mode some are dropped.
 
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
         """
-        values = self._values(finer)
-        latents = self.encoder(finer)
-        codes, quantized, commitment_loss = self.quantizer(latents)
-        log_prob = self.decoder.log_prob(quantized, values)
-        nats_per_entry = -log_prob.mean() / values[0].numel()
-        loss = nats_per_entry + self.config.commitment_weight * commitment_loss
+        values, labels = self._values(finer), self._labels(class_labels, len(finer))
+        if labels is not None and self.training:
+            labels = drop_labels(labels, self.config)
+        latents = corruption = kl = commitment_loss = None
+        if codes is None:
+            latents = self.encoder(finer)
+            codes, quantized, kl, commitment_loss = self.quantizer(latents)
+        else:
+            self._check_pair(codes, values)
+            shown = codes
+            if self.training and self.config.corruption:
+                corruption = torch.rand(len(codes), device=codes.device) * self.config.corruption
+                num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
+                shown = self.quantizer.corrupt(codes, corruption, num_near)
+            quantized = self.quantizer.lookup(shown)
+        log_prob = self.decoder.log_prob(Condition(quantized, labels, corruption), values)
+        nats = -log_prob if kl is None else kl - log_prob
+        loss = nats.mean() / values[0].numel()
+        if commitment_loss is not None:
+            loss = loss + self.config.commitment_weight * commitment_loss
         output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
-        return output if self._wants_dict(return_dict) else output.to_tuple()
-
-    def _wants_dict(self, return_dict: bool | None) -> bool:
-        return self.config.return_dict if return_dict is None else return_dict
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     @apply_forward_hook
     @torch.no_grad()
-    def encode(self, finer: Tensor) -> Tensor:
-        """z_i = argmax P_Ψ(z_i | z_{i+1}), int64 (B, H_i, W_i)."""
+    def encode(self, finer: Tensor, generator: Generators = None) -> Tensor:
+        """z_i = argmax P_Ψ(z_i | z_{i+1}), int64 (B, H_i, W_i).
+
+        With a generator (or one for each example) z_i is drawn, where the encoder is stochastic.
+        """
         self._values(finer)
-        return self.quantizer.nearest(self.encoder(finer))
+        return self.quantizer.encode(self.encoder(finer), generator)
 
     @apply_forward_hook
-    def log_prob(self, finer: Tensor, codes: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encoder_entropy(self, finer: Tensor) -> Tensor:
+        """H(P_Ψ(z_i | z_{i+1})) in nats, summed over the grid, (B,); 0 of a deterministic one."""
+        self._values(finer)
+        return self.quantizer.entropy(self.encoder(finer))
+
+    @apply_forward_hook
+    def log_prob(self, finer: Tensor, codes: Tensor, class_labels: Labels = None) -> Tensor:
         """log P_Θ(z_{i+1} | z_i) in nats, summed over the finer grid: (B,).
 
         Raises:
             ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
         """
-        values = self._values(finer)
-        check_codes(codes, self.config.codebook_size, self.codes_size(values.shape[-2:]))
-        if len(codes) != len(finer):
-            raise ValueError(f"expected {len(finer)} codes, one for each finer, got {len(codes)}")
-        return self.decoder.log_prob(self.quantizer.lookup(codes), values)
+        values, labels = self._values(finer), self._labels(class_labels, len(finer))
+        self._check_pair(codes, values)
+        return self.decoder.log_prob(Condition(self.quantizer.lookup(codes), labels), values)
 
     @apply_forward_hook
     @torch.no_grad()
     def sample(
         self,
         codes: Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        corruption: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Draw z_{i+1} ~ P_Θ(z_{i+1} | z_i).
 
         Args:
             codes: z_i, int64 (B, H_i, W_i).
+            class_labels: of a class-conditional decoder.
+            guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
             generator: one for the batch, or one for each example; on any device.
             temperature: 0 takes the most probable value at each step.
             top_k, top_p: keep only the most probable values of each step.
+            corruption: the share of wrong codes that a decoder refitted with corruption is told
+                to expect, up to the config's; 0 is the model whose `log_prob` is stated.
             finer_size: (H_{i+1}, W_{i+1}); `downsample` times the grid of codes where not given.
 
         Returns:
@@ -169,28 +206,79 @@ class ProgressiveVAELevel(PreTrainedModel):
             raise ValueError(
                 f"expected finer_size whose grid of codes is {tuple(codes.shape[1:])}, got {size}"
             )
-        draw = Sampler(len(codes), generator, temperature, top_k, top_p)
+        if not 0 <= corruption <= self.config.corruption:
+            raise ValueError(
+                f"expected corruption in [0, {self.config.corruption}], what this level was "
+                f"trained with, got {corruption}"
+            )
+        batch_size = len(codes)
+        labels, quantized = self._labels(class_labels, batch_size), self.quantizer.lookup(codes)
+        if labels is None or not (labels < self.config.num_classes).any():
+            guidance_scale = min(guidance_scale, 1.0)  # there is nothing to be guided by
+        draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
+        if draw.is_guided:
+            null = torch.full((batch_size,), self.config.num_classes)
+            labels = null.repeat(2) if labels is None else torch.cat([labels, null])
+            quantized = quantized.repeat(2, 1, 1, 1)
+        strength = quantized.new_full((len(quantized),), corruption) if corruption else None
         values = self.decoder.walk(
-            self.quantizer.lookup(codes), size, lambda group, colour, logits: draw(logits)
-        )
+            Condition(quantized, labels, strength),
+            size,
+            lambda group, colour, logits: draw(logits),
+        )[:batch_size]
         return values / 127.5 - 1 if self.config.is_finest else values[:, 0]
 
-    @torch.no_grad()
     def after_step(self, output, gather: Callable[[Tensor], Tensor]):
-        """Move the codebook by the latents and codes of a `ProgressiveVAELevelOutput`.
+        """What follows an optimisation step with a `ProgressiveVAELevelOutput`.
 
         Args:
             gather: concatenates a tensor over processes along dimension 0.
         """
-        counts, sums = self.quantizer.statistics(output.latents, output.codes)
-        self.quantizer.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
-        dead = self.quantizer.dead()  # the same on every process
-        if dead.any():
-            vectors = gather(output.latents.detach().movedim(1, -1).flatten(0, -2).float())
-            # Spread over the whole batch, starting at a place that every process agrees on.
-            step = max(1, len(vectors) // int(dead.sum()))
-            start = int(dead.nonzero()[0]) % step
-            self.quantizer.restart(dead, vectors[start::step])
+        if output.latents is not None:
+            self.quantizer.after_step(output.latents, output.codes, gather)
+
+    def with_decoder(self, **changes) -> "ProgressiveVAELevel":
+        """A level with the same encoder and codebook, frozen, and a decoder to be refitted.
+
+        Encoder autonomy: under strong enough conditionals any encoder will do, so a decoder can
+        be replaced at any time, on the latent structure that the encoder defines.
+
+        Args:
+            changes: fields of the config that belong to the decoder. Where they leave its
+                architecture alone the new decoder starts from the old one's weights.
+        """
+        fields = ("hidden_size", "num_layers", "decoder_order", "num_groups", "num_classes",
+                  "id2label", "class_dropout", "corruption", "corruption_kind")  # fmt: skip
+        if unknown := sorted(set(changes) - set(fields)):
+            raise ValueError(f"expected changes among {fields}, got {unknown}")
+        old = {
+            name: getattr(self.config, name) for name in ProgressiveVAELevelConfig.__annotations__
+        }
+        if self.config.num_classes:
+            old["id2label"] = self.config.id2label
+        old["encoder_hidden_size"] = old["encoder_hidden_size"] or old["hidden_size"]
+        level = ProgressiveVAELevel(ProgressiveVAELevelConfig(**{**old, **changes}))
+        for name in ("encoder", "quantizer"):
+            part = getattr(level, name)
+            part.load_state_dict(getattr(self, name).state_dict())
+            part.requires_grad_(False)
+        ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()
+        if {n: w.shape for n, w in theirs.items()}.items() <= {
+            n: w.shape for n, w in ours.items()
+        }.items():  # what is new, such as the classes, starts at zero
+            level.decoder.load_state_dict(theirs, strict=False)
+        return level
+
+    def _labels(self, class_labels: Labels, batch_size: int) -> Tensor | None:
+        """Ids (B,) for the decoder; `None` where it is not class-conditional."""
+        labels = label_ids(class_labels, self.config, batch_size)
+        return labels if self.config.num_classes else None
+
+    def _check_pair(self, codes: Tensor, values: Tensor):
+        size = (values.shape[-2], values.shape[-1])
+        check_codes(codes, self.config.codebook_size, self.codes_size(size))
+        if len(codes) != len(values):
+            raise ValueError(f"expected {len(values)} codes, one for each finer, got {len(codes)}")
 
     def _values(self, finer: Tensor) -> Tensor:
         """The finer grid as int64 (B, C, H, W) of values 0 … V − 1, checked."""

@@ -24,6 +24,10 @@ class ZeroLinear(nn.Linear):
     """A linear map that starts at zero."""
 
 
+class ZeroEmbedding(nn.Embedding):
+    """A table of vectors that start at zero."""
+
+
 class PixelEmbedding(nn.Embedding):
     """A vector for each of the 256 pixel values; near values start near."""
 
@@ -82,6 +86,8 @@ def init_weights(module: nn.Module):
     if isinstance(module, (ZeroConv2d, ZeroLinear)):
         init.zeros_(module.weight)
         init.zeros_(module.bias)
+    elif isinstance(module, ZeroEmbedding):
+        init.zeros_(module.weight)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         init.zeros_(module.bias)

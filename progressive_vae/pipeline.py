@@ -13,13 +13,15 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .chain import MAX_LEVELS, check_image_size, check_levels, grid_sizes
+from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .images import Images, from_pixel_values, pixel_value_batches
+from .labels import Labels, label_ids
 from .level import ProgressiveVAELevel
-from .prior import Labels, ProgressiveVAEPrior
+from .prior import ProgressiveVAEPrior
 from .quantizer import check_codes
-from .sampling import Generators
+from .sampling import Generators, per_factor
 
-MAX_LEVELS = 8
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -70,16 +72,11 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             prior=prior, level_1=level_1, level_2=level_2, level_3=level_3, level_4=level_4,
             level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
         )  # fmt: skip
-        self._check_levels()
-        if image_size is None and prior is not None:
-            scale = math.prod(level.config.downsample for level in self.levels)
-            image_size = [n * scale for n in prior.config.grid_size]
-        if image_size is None:
-            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
-        if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
-            raise ValueError(f"expected image_size of two positive integers, got {image_size}")
-        self.register_to_config(image_size=[int(n) for n in image_size])
-        self._check_prior()
+        slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
+        configs = check_levels([level and level.config for level in slots])
+        self.register_to_config(
+            image_size=check_image_size(image_size, configs, prior and prior.config)
+        )
 
     @classmethod
     def from_levels(
@@ -120,88 +117,82 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, then the image."""
-        sizes = [tuple(self.config.image_size)]
-        for level in reversed(self.levels):
-            sizes.insert(0, level.codes_size(sizes[0]))
-        return sizes
-
-    def _check_levels(self):
-        slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
-        filled = [i for i, level in enumerate(slots, 1) if level is not None]
-        if filled != list(range(1, len(filled) + 1)) or not filled:
-            raise ValueError(f"expected levels 1 … N without a hole, got levels {filled}")
-        for i, (level, finer) in enumerate(itertools.pairwise(self.levels), 1):
-            if level.config.num_symbols != finer.config.codebook_size:
-                raise ValueError(
-                    f"expected level_{i} with num_symbols={finer.config.codebook_size}, the "
-                    f"codebook_size of level_{i + 1}, got {level.config.num_symbols}"
-                )
-        if self.levels[-1].config.num_channels is None:
-            raise ValueError(
-                f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
-                f"finer grid has num_symbols={self.levels[-1].config.num_symbols}"
-            )
-
-    def _check_prior(self):
-        if self.prior is not None:
-            expected = (self.levels[0].config.codebook_size, self.grid_sizes[0])
-            got = (self.prior.config.codebook_size, tuple(self.prior.config.grid_size))
-            if got != expected:
-                raise ValueError(
-                    f"expected prior with (codebook_size, grid_size)={expected} to fit level_1 "
-                    f"and image_size={self.config.image_size}, got {got}"
-                )
+        height, width = self.config.image_size
+        return grid_sizes([level.config for level in self.levels], (height, width))
 
     # ---- inference: image -> codes -> nats ------------------------------------------------------
 
     @torch.no_grad()
-    def encode(self, images: Images, batch_size: int = 256) -> list[Tensor]:
-        """[z_1 … z_N] of the images, int64 (B, H_i, W_i) each: the encoders, finest first."""
+    def encode(
+        self,
+        images: Images,
+        generator: torch.Generator | None = None,
+        batch_size: int = 256,
+    ) -> list[Tensor]:
+        """[z_1 … z_N] of the images, int64 (B, H_i, W_i) each: the encoders, finest first.
+
+        With a generator the codes of stochastic encoders are drawn, else the most probable ones.
+        """
         batches = [
-            [codes.cpu() for codes in self._climb(pixel_values)]
+            [codes.cpu() for codes in self._climb(pixel_values, generator)]
             for pixel_values in self._pixel_batches(images, batch_size)
         ]
         self.maybe_free_model_hooks()
         return [torch.cat(level) for level in zip(*batches, strict=True)]
 
-    def _climb(self, finer: Tensor) -> list[Tensor]:
+    def _climb(self, finer: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
         codes: list[Tensor] = []
         for level in reversed(self.levels):
-            finer = level.encode(finer)
+            finer = level.encode(finer, generator)
             codes.insert(0, finer)
         return codes
 
     @torch.no_grad()
     def log_prob(
-        self, images: Images, class_labels: Labels = None, batch_size: int = 256
+        self,
+        images: Images,
+        class_labels: Labels = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 256,
     ) -> dict[str, Tensor]:
-        """Every factor of log P(s, z(s)) in nats, (B,) each, by its name.
+        """Nats (B,) of every factor of P(s, z(s)), z(s) the most probable codes.
 
         Args:
-            class_labels: of the prior, one for each image; `None` is the null class.
+            class_labels: for the class-conditional factors; `None` is the null class for all.
+            generator: z is drawn from the encoders instead, and `"encoders"` is their entropy
+                H(P_Ψ(z | s)) in nats: the sum of all entries is then a bound on log P(s), in
+                expectation, whether the encoders are stochastic or not.
         """
         prior, terms = self._require_prior(), []
-        images = [images] if isinstance(images, PIL.Image.Image) else images
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
-        labels = prior.label_ids(class_labels, count).split(batch_size)
-        for given, pixel_values in zip(
-            labels, self._pixel_batches(images, batch_size), strict=True
+        labels = label_ids(class_labels, self._class_config, count)
+        for start, pixel_values in zip(
+            itertools.count(0, batch_size), self._pixel_batches(images, batch_size), strict=False
         ):
-            codes = self._climb(pixel_values)
+            codes = self._climb(pixel_values, generator)
             chain = [*codes, pixel_values]  # z_1 … z_N, s
-            factors = [prior.log_prob(codes[0], given)]
+            given = labels[start : start + batch_size]
+            factors = [prior.log_prob(codes[0], self._labels_of(prior, given))]
             for level, z, finer in zip(self.levels, chain[:-1], chain[1:], strict=True):
-                factors.append(level.log_prob(finer, z))
+                factors.append(level.log_prob(finer, z, self._labels_of(level, given)))
+            if generator is not None:
+                entropies = map(ProgressiveVAELevel.encoder_entropy, self.levels, chain[1:])
+                factors.append(sum(entropies))
             terms.append([factor.float().cpu() for factor in factors])
         self.maybe_free_model_hooks()
         columns = (torch.cat(column) for column in zip(*terms, strict=True))
-        return dict(zip(self.factor_names, columns, strict=True))
+        names = [*self.factor_names, *(["encoders"] if generator is not None else [])]
+        return dict(zip(names, columns, strict=True))
 
     def bits_per_dim(
-        self, images: Images, class_labels: Labels = None, batch_size: int = 256
+        self,
+        images: Images,
+        class_labels: Labels = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 256,
     ) -> dict[str, float]:
-        """−log2 of every factor / (C·H·W), averaged over the images, and their sum `"total"`."""
-        nats = self.log_prob(images, class_labels, batch_size)
+        """−log2 of every term of `log_prob` / (C·H·W), averaged over the images, and `"total"`."""
+        nats = self.log_prob(images, class_labels, generator, batch_size)
         scale = -1 / (math.log(2) * math.prod(self.image_shape))
         bits = {name: value.double().mean().item() * scale for name, value in nats.items()}
         return {**bits, "total": sum(bits.values())}
@@ -213,10 +204,11 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         self,
         class_labels: Labels = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | list[float] = 1.0,
         temperature: float | list[float] = 1.0,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
+        corruption: float | list[float] = 0.0,
         generator: Generators = None,
         codes: list[Tensor] | None = None,
         num_levels: int | None = None,
@@ -232,9 +224,12 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             class_labels: ints or names of `id2label`, one for each prompt; `None`: one prompt of
                 the null class.
             num_images_per_prompt: images for each label (or for each of the given grids).
-            guidance_scale: classifier-free guidance of the prior; 1 for none.
-            temperature, top_k, top_p: one for all factors, or a list for [prior, level_1 …
-                level_N]. Temperature 0 takes the most probable value at each step.
+            guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
+                for none.
+            temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`. These four are one for
+                all factors, or a list for [prior, level_1 … level_N].
+            corruption: the share of wrong codes that levels refitted with corruption are told to
+                expect, or each one's most if that is less; one, or a list for [level_1 …].
             generator: one for all, or one for each image, so that an image does not depend on its
                 batch; CPU generators work on any device.
             codes: grids [z_1 … z_k] to start from, int64 (B, H_i, W_i) each: only what is finer
@@ -252,7 +247,22 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         """
         self._guidance_scale = guidance_scale
         labels, given, count = self._prompts(class_labels, codes, num_images_per_prompt)
-        controls = self._controls(temperature, top_k, top_p, num_levels)
+        controls = per_factor(
+            self.factor_names,
+            guidance_scale=guidance_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        for control, told in zip(
+            controls[1:], per_factor(self.factor_names[1:], corruption=corruption), strict=True
+        ):
+            control |= told
+        if num_levels is not None:
+            if not 1 <= num_levels <= self.num_levels:
+                raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
+            for control in controls[num_levels + 1 :]:
+                control["temperature"] = 0.0
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
@@ -266,7 +276,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 grids = [z[chunk].to(self._execution_device) for z in given]
                 draws = self._descend(
                     grids,
-                    None if labels is None else labels[chunk],
+                    labels[chunk],
                     generator[chunk] if isinstance(generator, list) else generator,
                     chunk.stop - chunk.start,
                     controls,
@@ -292,14 +302,17 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     def _descend(self, grids, labels, generator, count, controls, stop) -> Iterator[int]:
         """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
         if not grids:
-            z_1 = self._require_prior().sample(
-                count, labels, self._guidance_scale, generator, **controls[0]
-            )
-            grids.append(z_1)
+            prior = self._require_prior()
+            given = self._labels_of(prior, labels)
+            grids.append(prior.sample(count, given, generator=generator, **controls[0]))
             yield 0
         for i in range(len(grids), stop):
             level, size = self.levels[i - 1], self.grid_sizes[i]
-            grids.append(level.sample(grids[-1], generator, finer_size=size, **controls[i]))
+            given, told = self._labels_of(level, labels), controls[i]
+            told["corruption"] = min(told["corruption"], level.config.corruption)
+            grids.append(
+                level.sample(grids[-1], given, generator=generator, finer_size=size, **told)
+            )
             yield i
 
     def decode(
@@ -336,7 +349,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     # ---- arguments ------------------------------------------------------------------------------
 
     @property
-    def guidance_scale(self) -> float:
+    def guidance_scale(self) -> float | list[float]:
         return self._guidance_scale
 
     @property
@@ -346,16 +359,26 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     @property
     def labels(self) -> dict[str, int]:
         """Class names -> class ids."""
-        prior = self._require_prior()
-        names = prior.config.id2label if prior.config.num_classes else {}
+        config = self._class_config
+        names = config.id2label if config.num_classes else {}
         return {name: i for i, name in names.items()}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of names, as in diffusers' DiT pipeline."""
-        return self._require_prior().label_ids(label).tolist()
+        return label_ids(label, self._class_config).tolist()
+
+    @property
+    def _class_config(self) -> ProgressiveVAEPriorConfig | ProgressiveVAELevelConfig:
+        """The config that knows the classes; any one if no part is class-conditional."""
+        configs = [p.config for p in (self.prior, *self.levels) if p is not None]
+        return next((config for config in configs if config.num_classes), configs[0])
+
+    def _labels_of(self, part: ProgressiveVAEPrior | ProgressiveVAELevel, labels: Tensor):
+        """The labels for a part of the chain, if it is class-conditional."""
+        return labels if part.config.num_classes else None
 
     def _prompts(self, class_labels, codes, num_images_per_prompt):
-        """Labels (count,) or None, the given grids (count, H_i, W_i), and the count."""
+        """Labels (count,), the given grids (count, H_i, W_i), and the count."""
         if num_images_per_prompt < 1:
             raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
         if isinstance(codes, Tensor):
@@ -363,8 +386,6 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         given = list(codes or [])
         if codes is not None and not 1 <= len(given) <= self.num_levels:
             raise ValueError(f"expected codes of 1 … {self.num_levels} levels, got {len(given)}")
-        if given and self._guidance_scale != 1:
-            raise ValueError("expected guidance_scale=1 where codes are given: z_1 is not drawn")
         for i, (z, size) in enumerate(zip(given, self.grid_sizes, strict=False), 1):
             if z.ndim != 3 or tuple(z.shape[1:]) != size or len(z) != len(given[0]):
                 raise ValueError(
@@ -372,33 +393,19 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                     f"{size[1]}), got {tuple(z.shape)}"
                 )
             check_codes(z, self.levels[i - 1].config.codebook_size, name=f"codes of level {i}")
-        if class_labels is None:
-            count = len(given[0]) if given else 1
-            given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
-            return None, given, count * num_images_per_prompt
-        if given:
-            raise ValueError("expected class_labels=None where codes are given: z_1 is not drawn")
-        labels = self._require_prior().label_ids(class_labels)
+        drawn = self.levels[len(given) - 1 :] if given else [self._require_prior(), *self.levels]
+        scales = set(np.atleast_1d(self._guidance_scale).tolist())
+        if not any(part.config.num_classes for part in drawn) and (
+            class_labels is not None or scales != {1.0}
+        ):
+            raise ValueError(
+                "expected class_labels=None and guidance_scale=1, as no factor that is drawn is "
+                f"class-conditional, got {class_labels} and {self._guidance_scale}"
+            )
+        labels = label_ids(class_labels, self._class_config, len(given[0]) if given else None)
         labels = labels.repeat_interleave(num_images_per_prompt)
-        return labels, [], len(labels)
-
-    def _controls(self, temperature, top_k, top_p, num_levels) -> list[dict]:
-        """Sampling controls of each factor [prior, level_1 … level_N]."""
-        columns = {}
-        for name, value in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p)):
-            values = list(value) if isinstance(value, (list, tuple)) else None
-            if values is None:
-                values = [value] * (self.num_levels + 1)
-            if len(values) != self.num_levels + 1:
-                raise ValueError(
-                    f"expected {name} to be one or a list for {self.factor_names}, got {value}"
-                )
-            columns[name] = values
-        if num_levels is not None:
-            if not 1 <= num_levels <= self.num_levels:
-                raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
-            columns["temperature"][num_levels:] = [0.0] * (self.num_levels + 1 - num_levels)
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
+        return labels, given, len(labels)
 
     def _check_outputs(self, output_type, callback_inputs):
         if output_type not in OUTPUT_TYPES:

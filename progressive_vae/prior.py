@@ -1,9 +1,7 @@
 """The prior `P_Φ(z_1)`: a causal language model of transformers over codes in raster order."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -12,10 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration import ProgressiveVAEPriorConfig
+from .labels import Labels, drop_labels, label_ids
 from .quantizer import check_codes
 from .sampling import Generators, Sampler
-
-Labels: TypeAlias = "Tensor | list[int] | list[str] | int | str | None"
 
 
 @dataclass
@@ -65,10 +62,9 @@ class ProgressiveVAEPrior(PreTrainedModel):
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
-        labels = self.label_ids(class_labels, len(codes)).to(codes.device)
-        if self.training and self.config.class_dropout:
-            dropped = torch.rand(len(labels), device=labels.device) < self.config.class_dropout
-            labels = labels.masked_fill(dropped, self.config.null_class)
+        labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
+        if self.training:
+            labels = drop_labels(labels, self.config)
         log_prob, logits = self._teacher_forced(codes, labels)
         loss = -log_prob.mean() / self.config.sequence_length
         output = ProgressiveVAEPriorOutput(loss, log_prob, logits)
@@ -78,7 +74,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
     @apply_forward_hook
     def log_prob(self, codes: Tensor, class_labels: Labels = None) -> Tensor:
         """log P_Φ(z_1 | class) in nats: int64 (B, H_1, W_1) -> (B,)."""
-        labels = self.label_ids(class_labels, len(codes)).to(codes.device)
+        labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
         return self._teacher_forced(codes, labels)[0]
 
     def _teacher_forced(self, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,54 +104,19 @@ class ProgressiveVAEPrior(PreTrainedModel):
             guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
             generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
         """
-        if not guidance_scale >= 0:
-            raise ValueError(f"expected guidance_scale >= 0, got {guidance_scale}")
-        draw = Sampler(batch_size, generator, temperature, top_k, top_p)
-        labels = self.label_ids(class_labels, batch_size).to(self.device)
-        guided = guidance_scale != 1 and bool((labels != self.config.null_class).any())
-        if guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.config.null_class)])
-        inputs, cache, tokens = self._prompt(labels), None, []
+        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
+        null = torch.full_like(labels, self.config.num_classes)
+        if torch.equal(labels, null):  # there is nothing to be guided by
+            guidance_scale = min(guidance_scale, 1.0)
+        draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
+        inputs = self._prompt(torch.cat([labels, null]) if draw.is_guided else labels)
+        cache, tokens = None, []
         for _ in range(self.config.sequence_length):
             output = self.backbone(inputs, past_key_values=cache, use_cache=True)
-            logits, cache = self._logits(output)[:, -1].float(), output.past_key_values
-            if guided:
-                given, null = logits.chunk(2)
-                logits = null + guidance_scale * (given - null)
-            tokens.append(draw(logits))
-            inputs = tokens[-1].repeat(2 if guided else 1)[:, None]
-        return torch.stack(tokens, 1).view(batch_size, *self.config.grid_size)
-
-    def label_ids(self, class_labels: Labels, batch_size: int | None = None) -> Tensor:
-        """Labels, or names of `id2label`, as int64 (B,); of `None` the null class, B times.
-
-        Raises:
-            ValueError: not one label for each of `batch_size` examples, or one that is no class.
-        """
-        null = self.config.null_class
-        if class_labels is None:
-            return torch.full((batch_size or 1,), null)
-        if isinstance(class_labels, Tensor):
-            ids: Tensor = class_labels
-        else:
-            labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
-            names = {name: i for i, name in self.config.id2label.items()} if null else {}
-            unknown = [label for label in labels if isinstance(label, str) and label not in names]
-            if unknown:
-                raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")
-            ids = torch.tensor([names[x] if isinstance(x, str) else x for x in labels])
-        if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"expected class_labels to be integers of shape (B,), "
-                f"got {ids.dtype} of shape {tuple(ids.shape)}"
-            )
-        if batch_size not in (None, len(ids)):
-            raise ValueError(f"expected {batch_size} class_labels, got {len(ids)}")
-        if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) > null:
-            raise ValueError(
-                f"expected class_labels in 0 … {null} ({null} is null), got {ids.tolist()}"
-            )
-        return ids.long()
+            tokens.append(draw(self._logits(output)[:, -1]))
+            inputs, cache = tokens[-1][:, None], output.past_key_values
+        codes = torch.stack(tokens, 1)[:batch_size]
+        return codes.view(batch_size, *self.config.grid_size)
 
     def _prompt(self, labels: Tensor) -> Tensor:
         return (labels + self.config.codebook_size)[:, None]

@@ -1,14 +1,18 @@
-"""The nearest code, its straight-through gradient, and the codebook's update.
+"""From latents to codes, with a gradient: vector, finite scalar and Gumbel quantizers.
 
-The codebook is a running k-means of the encoder's outputs (van den Oord et al. 2017, appendix
-A.1). The quantizer knows nothing of processes: it takes statistics that are already summed.
+A quantizer knows nothing of processes but a function that gathers tensors over them.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .configuration import ProgressiveVAELevelConfig, fsq_levels
+from .sampling import Generators, Sampler
 
 
 def check_codes(
@@ -29,46 +33,85 @@ def check_codes(
 
 class QuantizerOutput(NamedTuple):
     codes: Tensor  # int64 (B, H, W)
-    quantized: Tensor  # (B, D, H, W), with the straight-through gradient
-    commitment_loss: Tensor  # scalar, mean squared distance to the chosen code
+    quantized: Tensor  # (B, D, H, W), with the quantizer's gradient
+    kl: Tensor | None = None  # KL(P_Ψ ‖ U) in nats, (B,); None: the constant L log K
+    commitment_loss: Tensor | None = None  # scalar, mean squared distance to the chosen code
 
 
-class VectorQuantizer(nn.Module):
-    """K code vectors of length D, moved towards the latents that choose them.
+class Quantizer(nn.Module):
+    """What the kinds share. Each has a `codebook` (K, D), and
 
-    Buffers: `codebook` (K, D), and its running statistics `ema_counts` (K,) and `ema_sums` (K, D).
+    - `forward(latents)` -> `QuantizerOutput`, for latents (B, D, H, W);
+    - `encode(latents, generator=None)` -> argmax_k P_Ψ(k | latent), or with a generator a draw:
+      int64 (B, H, W).
     """
 
-    def __init__(
-        self, codebook_size: int, codebook_dim: int, decay: float, restart_threshold: float
-    ):
+    codebook: Tensor
+
+    def entropy(self, latents: Tensor) -> Tensor:
+        """H(P_Ψ) in nats, summed over the grid, (B,): 0 where the encoder is deterministic."""
+        return latents.new_zeros(len(latents), dtype=torch.float32)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """int64 (B, H, W) -> codebook[codes] (B, D, H, W)."""
+        return F.embedding(codes, self.codebook).movedim(-1, 1)
+
+    def corrupt(self, codes: Tensor, probability: Tensor, num_near: int | None) -> Tensor:
+        """Replace each code with a probability, (B,), by another one.
+
+        Args:
+            num_near: draw it from so many nearest ones in the codebook; `None`: from all others.
+        """
+        size = len(self.codebook)
+        if size == 1:
+            return codes
+        distances = torch.cdist(self.codebook.float(), self.codebook.float())
+        distances.fill_diagonal_(float("inf"))
+        near = distances.topk(min(num_near or size, size - 1), largest=False).indices  # (K, n)
+        choice = torch.randint(near.shape[1], codes.shape, device=codes.device)
+        replaced = torch.rand(codes.shape, device=codes.device) < probability[:, None, None]
+        return torch.where(replaced, near[codes, choice], codes)
+
+    def initialize(self, vectors: Tensor, generator: torch.Generator):
+        """Start from latents (n, D) of the data."""
+
+    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+        """What follows an optimisation step; `gather` concatenates tensors of all processes."""
+
+
+class VectorQuantizer(Quantizer):
+    """K code vectors of length D, moved towards the latents that choose them.
+
+    The codebook is a running k-means of the encoder's outputs (van den Oord et al. 2017, appendix
+    A.1). Buffers: `codebook` (K, D), and its running statistics `ema_counts` (K,) and `ema_sums`
+    (K, D).
+    """
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
-        self.decay, self.restart_threshold = decay, restart_threshold
-        self.codebook: Tensor
+        size, dim = config.codebook_size, config.codebook_dim
+        self.decay, self.restart_threshold = config.codebook_decay, config.restart_threshold
         self.ema_counts: Tensor
         self.ema_sums: Tensor
-        self.register_buffer("codebook", torch.zeros(codebook_size, codebook_dim))
-        self.register_buffer("ema_counts", torch.zeros(codebook_size))
-        self.register_buffer("ema_sums", torch.zeros(codebook_size, codebook_dim))
+        self.register_buffer("codebook", torch.zeros(size, dim))
+        self.register_buffer("ema_counts", torch.zeros(size))
+        self.register_buffer("ema_sums", torch.zeros(size, dim))
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
-        """latents: (B, D, H, W)."""
-        codes = self.nearest(latents)
+        """The nearest code, with the straight-through gradient."""
+        codes = self.encode(latents)
         quantized = self.lookup(codes).to(latents.dtype)
         commitment_loss = F.mse_loss(latents.float(), quantized.detach().float())
-        return QuantizerOutput(codes, latents + (quantized - latents).detach(), commitment_loss)
+        quantized = latents + (quantized - latents).detach()
+        return QuantizerOutput(codes, quantized, commitment_loss=commitment_loss)
 
-    def nearest(self, latents: Tensor) -> Tensor:
+    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         """(B, D, H, W) -> int64 (B, H, W): argmin_k |latent − codebook[k]|², in fp32."""
         with torch.autocast(latents.device.type, enabled=False):
             vectors = latents.detach().movedim(1, -1).float()  # (B, H, W, D)
             codebook = self.codebook.float()
             # |latent|² is the same for every k; twice the negative of the rest is maximal.
             return (vectors @ codebook.T - codebook.square().sum(1) / 2).argmax(-1)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """int64 (B, H, W) -> (B, D, H, W)."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
 
     @torch.no_grad()
     def statistics(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +156,98 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(vectors[order[torch.arange(size) % len(vectors)]])
         latents = vectors[:, :, None, None]
         for iteration in range(num_iterations):
-            self.update(*self.statistics(latents, self.nearest(latents)), decay=0.0)
+            self.update(*self.statistics(latents, self.encode(latents)), decay=0.0)
             shuffled = vectors[order.roll(-size * (iteration + 1))]
             self.restart(self.ema_counts == 0, shuffled)
+
+    @torch.no_grad()
+    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+        """Move the codebook by the latents of all processes, and restart its dead codes."""
+        counts, sums = self.statistics(latents, codes)
+        self.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
+        dead = self.dead()  # the same on every process
+        if dead.any():
+            vectors = gather(latents.detach().movedim(1, -1).flatten(0, -2).float())
+            # Spread over the whole batch, starting at a place that every process agrees on.
+            step = max(1, len(vectors) // int(dead.sum()))
+            start = int(dead.nonzero()[0]) % step
+            self.restart(dead, vectors[start::step])
+
+
+class FiniteScalarQuantizer(Quantizer):
+    """Each of the D latents is squashed and rounded to one of a few values (Mentzer et al. 2023).
+
+    There is nothing to learn or to collapse: the codebook is the product grid in [−1, 1]^D. Here
+    all values of a scalar have intervals of one length in sigmoid(latent).
+    """
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__()
+        self.levels = fsq_levels(config.codebook_size)
+        axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.levels]
+        self.register_buffer("codebook", torch.cartesian_prod(*axes).view(-1, len(axes)))
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        codes = self.encode(latents)
+        squashed = 2 * latents.sigmoid() - 1
+        quantized = self.lookup(codes).to(latents.dtype)
+        return QuantizerOutput(codes, squashed + (quantized - squashed).detach())
+
+    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
+        codes = torch.zeros_like(latents[:, 0], dtype=torch.long)
+        for scalar, n in zip(latents.detach().float().unbind(1), self.levels, strict=True):
+            codes = codes * n + (scalar.sigmoid() * n).long().clamp(max=n - 1)
+        return codes
+
+
+class GumbelQuantizer(Quantizer):
+    """A categorical `P_Ψ(k | latent) = softmax(logits)`, learned through the Gumbel-softmax.
+
+    The forward pass sees a true draw, the gradient that of its relaxation at `temperature`, which
+    anneals (Jang et al. 2017). The loss has KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) in nats.
+    """
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__()
+        start, self.final_temperature = config.gumbel_temperature
+        self.decay = config.gumbel_decay
+        self.logits = nn.Linear(config.codebook_dim, config.codebook_size)
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.codebook_dim))
+        self.temperature: Tensor
+        self.register_buffer("temperature", torch.tensor(float(start)))
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        log_probs = self.log_probs(latents)
+        soft = F.gumbel_softmax(log_probs, self.temperature, hard=True)
+        quantized = (soft @ self.codebook.float()).movedim(-1, 1)
+        kl = math.log(len(self.codebook)) * soft[0, ..., 0].numel() - _entropy(log_probs)
+        return QuantizerOutput(soft.argmax(-1), quantized.to(latents.dtype), kl)
+
+    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
+        temperature = 0.0 if generator is None else 1.0
+        return Sampler(len(latents), generator, temperature)(self.log_probs(latents))
+
+    def entropy(self, latents: Tensor) -> Tensor:
+        return _entropy(self.log_probs(latents))
+
+    def log_probs(self, latents: Tensor) -> Tensor:
+        """log P_Ψ(k | latent), fp32 (B, H, W, K)."""
+        with torch.autocast(latents.device.type, enabled=False):
+            vectors, weight = latents.movedim(1, -1).float(), self.logits.weight.float()
+            return F.linear(vectors, weight, self.logits.bias.float()).log_softmax(-1)
+
+    @torch.no_grad()
+    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+        self.temperature.mul_(self.decay).clamp_(min=self.final_temperature)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    """−Σ p log p of (B, H, W, K), summed over the grid, (B,)."""
+    return -(log_probs.exp() * log_probs).sum((1, 2, 3))
+
+
+QUANTIZERS = {
+    "vq": VectorQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "gumbel": GumbelQuantizer,
+}

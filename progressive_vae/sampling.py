@@ -20,9 +20,13 @@ class Sampler:
     With a list of generators example b sees the noise of generator b alone, so that an image does
     not depend on the batch it is drawn in. Generators may live on another device than the logits.
 
+    With a guidance scale s other than 1 the logits come as (2B, ...), those given the class and
+    then those given the null class; the draws are from `null + s·(class − null)` (classifier-free
+    guidance, Ho & Salimans 2022), and come twice, as (2B, ...), for both halves to go on with.
+
     Raises:
-        ValueError: a negative or non-finite temperature, top_k < 1, top_p outside (0, 1], or a
-            list of generators whose length is not the batch size.
+        ValueError: a negative or non-finite temperature, top_k < 1, top_p outside (0, 1], a
+            negative guidance scale, or a list of generators whose length is not the batch size.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class Sampler:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        guidance_scale: float = 1.0,
     ):
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"expected temperature >= 0, got {temperature}")
@@ -39,11 +44,14 @@ class Sampler:
             raise ValueError(f"expected top_k >= 1, got {top_k}")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"expected top_p in (0, 1], got {top_p}")
+        if not 0 <= guidance_scale < float("inf"):
+            raise ValueError(f"expected guidance_scale >= 0, got {guidance_scale}")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
                 f"expected generator to be one or a list of {batch_size}, got {len(generator)}"
             )
         self.generator, self.greedy = generator, temperature == 0
+        self.guidance_scale = guidance_scale
         self.warpers = LogitsProcessorList()
         if temperature not in (0, 1):
             self.warpers.append(TemperatureLogitsWarper(float(temperature)))
@@ -52,8 +60,19 @@ class Sampler:
         if top_p is not None and top_p < 1:
             self.warpers.append(TopPLogitsWarper(float(top_p)))
 
+    @property
+    def is_guided(self) -> bool:
+        return self.guidance_scale != 1
+
     def __call__(self, logits: Tensor) -> Tensor:
         logits = logits.float()
+        if self.is_guided:
+            given, null = logits.chunk(2)
+            values = self._draw(null + self.guidance_scale * (given - null))
+            return torch.cat([values, values])
+        return self._draw(logits)
+
+    def _draw(self, logits: Tensor) -> Tensor:
         if self.greedy:
             return logits.argmax(-1)
         if self.warpers:
@@ -72,3 +91,14 @@ class Sampler:
         else:
             noise = exponential(logits.shape, self.generator)
         return -noise.to(logits.device).log()
+
+
+def per_factor(factor_names: list[str], **controls) -> list[dict]:
+    """The sampling controls of each factor: every value is one for all of them, or a list."""
+    columns = []
+    for name, value in controls.items():
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * len(factor_names)
+        if len(values) != len(factor_names):
+            raise ValueError(f"expected {name} to be one or a list for {factor_names}, got {value}")
+        columns.append(values)
+    return [dict(zip(controls, row, strict=True)) for row in zip(*columns, strict=True)]

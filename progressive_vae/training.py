@@ -1,4 +1,5 @@
-"""The greedy order, from the data up: `train_level()` for N … 1, then `train_prior()`.
+"""The greedy order, from the data up: `train_level()` for N … 1, then `train_prior()`; and
+`refit_level()`, which gives a trained level a stronger decoder on the same codes.
 
 Each phase starts from saved artefacts (the finer levels, the cached grids) and ends in
 `save_pretrained`, so any of them can be run again alone. All of them go through one `fit()`.
@@ -25,7 +26,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .codes import GridDataset, Manifest, write_cache
+from .chain import grid_sizes
+from .codes import GridDataset, Manifest, PairedDataset, write_cache
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .evaluation import reconstruction_grid, sample_grid
 from .hub import fingerprint
@@ -104,9 +106,7 @@ class Run:
         if index == self.num_levels + 1:
             return self.pixels[split]
         levels = [self.level(i) for i in range(index, self.num_levels + 1)]
-        size = self.image_shape[1:]
-        for level in reversed(levels):
-            size = level.codes_size(size)
+        size = grid_sizes([level.config for level in levels], self.image_shape[1:])[0]
         manifest = Manifest(
             weights=fingerprint(levels),
             dataset=self.pixels[split].manifest.dataset,
@@ -153,8 +153,8 @@ class Run:
             os.replace(temporary, folder)
         self.accelerator.wait_for_everyone()
 
-    def record(self, phase: str, num_images: int, seconds: float):
-        """Note what a phase cost in `phases.json`."""
+    def record(self, phase: str, num_images: int, seconds: float, **figures: float):
+        """Note what a phase cost, and other figures of it, in `phases.json`."""
         if self.accelerator.is_main_process:
             path = self.output_dir / "phases.json"
             phases = json.loads(path.read_text()) if path.is_file() else {}
@@ -162,6 +162,7 @@ class Run:
                 "seconds": round(seconds, 2),
                 "images": num_images,
                 "images_per_second": round(num_images / seconds, 2),
+                **figures,
             }
             write_json(path, phases)
 
@@ -171,7 +172,8 @@ class Run:
         names = []
         for i in range(self.num_levels, 0, -1):
             names += [f"level_{i}", f"encode_train_{i}", f"encode_test_{i}"]
-        return {name: costs[name] for name in [*names, "prior"] if name in costs}
+        names += ["prior", *(f"refit_level_{i}" for i in range(1, self.num_levels + 1))]
+        return {name: costs[name] for name in names if name in costs}
 
     def show(self, phase: str, step: int, picture: Image, figures: dict[str, float]):
         """Send a validation to the trackers and keep its picture."""
@@ -202,8 +204,8 @@ def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:
 
 def fit(
     model: PreTrainedModel,
-    dataset: GridDataset,
-    to_inputs: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    dataset: GridDataset | PairedDataset,
+    to_inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     accelerator: Accelerator,
     settings: FitSettings,
     name: str,
@@ -216,7 +218,7 @@ def fit(
     `after_step(output, gather)` gets it called after each step.
 
     Args:
-        to_inputs: (grids (B, ...), labels (B,)) of a batch -> keywords of the model.
+        to_inputs: a batch of the data set -> keywords of the model.
         name: the prefix of what is logged.
         logged_steps: added to the steps that the trackers see.
     """
@@ -231,8 +233,9 @@ def fit(
         generator=torch.Generator().manual_seed(settings.seed),
     )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        model.parameters(),
+        parameters,
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
@@ -243,7 +246,6 @@ def fit(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
-    parameters = list(model.parameters())
     average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
@@ -256,7 +258,7 @@ def fit(
         epoch += 1
         for batch in loader:
             with accelerator.accumulate(wrapped):
-                output = wrapped(**to_inputs(batch["grid"], batch["label"]))
+                output = wrapped(**to_inputs(batch))
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -304,20 +306,52 @@ def train_level(
     It starts from the saved finer levels and the cached codes z_{index + 1} (the pixels, for the
     finest level).
     """
-    name, accelerator = f"level_{index}", run.accelerator
-    finer_levels = [run.level(i) for i in range(index + 1, run.num_levels + 1)]
-    train, held_out = run.grids("train", index + 1), run.grids("test", index + 1)
     set_seed(settings.seed)
-    level = ProgressiveVAELevel(config)
+    level, train = ProgressiveVAELevel(config), run.grids("train", index + 1)
     initialize_codebook(level, train, settings.seed)
+    _fit_level(run, index, level, train, settings, f"level_{index}")
+    run.forget(index)
+    return level
+
+
+def refit_level(run: Run, index: int, changes: dict, settings: FitSettings) -> ProgressiveVAELevel:
+    """Fit the decoder of level `index` again, on the cached codes, and save the level.
+
+    The encoder and the codebook stay as they are, to the bit: nothing coarser has to be trained
+    again.
+
+    Args:
+        changes: fields of the decoder's config, as in `ProgressiveVAELevel.with_decoder`.
+    """
+    finer, codes = run.grids("train", index + 1), run.grids("train", index)
+    set_seed(settings.seed)
+    level = run.level(index).with_decoder(**changes)
+    _fit_level(run, index, level, PairedDataset(finer, codes), settings, f"refit_level_{index}")
+    return level
+
+
+def _fit_level(
+    run: Run,
+    index: int,
+    level: ProgressiveVAELevel,
+    train: GridDataset | PairedDataset,
+    settings: FitSettings,
+    name: str,
+):
+    """Fit, show the validations, note the cost, and save as `level_{index}`."""
+    accelerator, held_out = run.accelerator, run.grids("test", index + 1)
+    finer_levels = [run.level(i) for i in range(index + 1, run.num_levels + 1)]
     # What this level says of an image, through the finer levels, which are trained already.
     view = ProgressiveVAEPipeline.from_levels(None, [level, *finer_levels], run.image_shape[1:])
     view.to(accelerator.device).set_progress_bar_config(disable=True)
     images = run.pixels["test"].batch(slice(0, run.num_validation_images))[0].to(torch.uint8)
-    start, paused = time.perf_counter(), 0.0
+    start, paused, figures = time.perf_counter(), 0.0, {}
 
-    def to_inputs(grids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"finer": as_finer(grids, level)}
+    def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        inputs = {"finer": as_finer(batch["grid"], level)}
+        if "codes" in batch:
+            inputs["codes"] = batch["codes"]
+        return inputs | _class_labels(batch, level)
 
     for step in fit(level, train, to_inputs, accelerator, settings, name, run.logged_steps):
         pause = time.perf_counter()
@@ -332,11 +366,16 @@ def train_level(
             figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
             run.show(name, step, reconstruction_grid(view, images), figures)
         paused += time.perf_counter() - pause
-    run.record(name, _images_seen(settings, accelerator), time.perf_counter() - start - paused)
+    seconds = time.perf_counter() - start - paused
+    run.record(name, _images_seen(settings, accelerator), seconds, **figures)
     run.logged_steps += settings.max_train_steps
-    run.save(level, name)
-    run.forget(index)
-    return level
+    run.save(level, f"level_{index}")
+
+
+def _class_labels(
+    batch: dict[str, Tensor], model: ProgressiveVAELevel | ProgressiveVAEPrior
+) -> dict[str, Tensor]:
+    return {"class_labels": batch["label"]} if model.config.num_classes else {}
 
 
 def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: int):
@@ -372,8 +411,8 @@ def train_prior(
     view.to(accelerator.device).set_progress_bar_config(disable=True)
     start, paused = time.perf_counter(), 0.0
 
-    def to_inputs(grids: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"codes": grids, **({"class_labels": labels} if config.num_classes else {})}
+    def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"codes": batch["grid"]} | _class_labels(batch, prior)
 
     for step in fit(prior, train, to_inputs, accelerator, settings, "prior", run.logged_steps):
         pause = time.perf_counter()

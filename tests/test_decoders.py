@@ -4,26 +4,50 @@ import pytest
 import torch
 from conftest import all_grids, tiny_level, total_variation
 
-from progressive_vae.decoders import ORDERS
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae.decoders import ORDERS, Condition
+
+# (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
+PIXEL_ORDERS = [
+    ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
+    ("lattice", 4, 16), ("masked", 2, 3), ("masked", 4, None),
+]  # fmt: skip
+ORDER_NAMES = "order, downsample, num_groups"
+SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
 
 
-@pytest.mark.parametrize("downsample", [2, 4])
-@pytest.mark.parametrize("order", ORDERS)
-def test_an_order_visits_every_position_once(order, downsample):
-    visits = torch.zeros(8, 8, dtype=torch.long)
-    strides = [downsample]
-    for group in ORDERS[order](downsample):
-        group.of(visits).add_(1)
+def level_of(order, downsample, num_groups, **config):
+    return tiny_level(decoder_order=order, downsample=downsample, num_groups=num_groups, **config)
+
+
+@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
+def test_an_order_visits_every_position_once(order, downsample, num_groups):
+    config = level_of(order, downsample, num_groups, num_channels=1).config
+    visits, strides = torch.zeros(8, 12, dtype=torch.long), [downsample]
+    groups = ORDERS[order](config, (8, 12))
+    for group in groups:
+        group.put(visits, group.take(visits) + 1)
         strides.append(group.stride)
     assert (visits == 1).all()
     assert strides == sorted(strides, reverse=True)
+    assert len(groups) == (num_groups or {"factorized": 1, "masked": 8, "lattice": 4}[order])
+
+
+@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
+def test_what_a_group_gathers_it_spreads_to_the_same_places(order, downsample, num_groups):
+    config = level_of(order, downsample, num_groups, num_channels=1).config
+    for group in ORDERS[order](config, (4, 8)):
+        size = (4 // group.stride, 8 // group.stride)
+        state = torch.randn(2, 3, *size)
+        spread = group.spread(group.gather(state), size)
+        assert torch.equal(group.gather(spread), group.gather(state))
+        assert (spread != 0).sum() == group.gather(state).numel()
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
-@pytest.mark.parametrize("downsample", [2, 4])
-@pytest.mark.parametrize("order", ORDERS)
-def test_symbols_sum_to_one_and_samples_follow(order, downsample, size):
-    level = tiny_level(num_symbols=3, downsample=downsample, decoder_order=order)
+@pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
+def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, size):
+    level = level_of(order, downsample, num_groups, num_symbols=3)
     grids = all_grids(3, *size)
     codes = torch.ones(1, *level.codes_size(size), dtype=torch.long)
     with torch.no_grad():
@@ -31,13 +55,13 @@ def test_symbols_sum_to_one_and_samples_follow(order, downsample, size):
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert log_prob.std() > 0.1  # not the uniform distribution
     generator = torch.Generator().manual_seed(0)
-    drawn = level.sample(codes.expand(40_000, -1, -1), generator, finer_size=size)
+    drawn = level.sample(codes.expand(40_000, -1, -1), generator=generator, finer_size=size)
     assert total_variation(log_prob, grids, drawn) < 0.03
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_a_pixel_sums_to_one_over_256_values(order):
-    level = tiny_level(num_channels=1, downsample=4, decoder_order=order)
+@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
+def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups):
+    level = level_of(order, downsample, num_groups, num_channels=1)
     pixels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     with torch.no_grad():
         log_prob = level.log_prob(pixels, torch.zeros(256, 1, 1, dtype=torch.long))
@@ -65,33 +89,53 @@ def test_colours_are_conditioned_on_each_other():
             first.append(logits)
             return logits.argmax(-1)
 
-        level.decoder.walk(level.quantizer.lookup(code), (1, 1), choose)
-    expected = first[0].log_softmax(-1)[0, 0, 0, red]
+        level.decoder.walk(Condition(level.quantizer.lookup(code)), (1, 1), choose)
+    expected = first[0].log_softmax(-1)[0, 0, red]
     assert log_prob.logsumexp((0, 1)).item() == pytest.approx(expected.item(), abs=1e-3)
     given_green = log_prob.log_softmax(1)
     assert (given_green[0] - given_green[200]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_sampling_and_likelihood_see_the_same_logits(order):
+@pytest.mark.parametrize("kind", [dict(num_channels=3), dict(num_symbols=5)])
+@pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
+def test_sampling_and_likelihood_see_the_same_logits(order, downsample, num_groups, kind):
     """Stepwise and teacher-forced log-probabilities agree, on a size that does not divide."""
-    level = tiny_level(num_channels=3, downsample=4, decoder_order=order)
-    codes = torch.randint(3, (2, 2, 2))
+    if order == "raster" and "num_channels" in kind:
+        return
+    level, size = level_of(order, downsample, num_groups, **kind), (5, 7)
+    codes = torch.randint(3, (2, *level.codes_size(size)))
+    height, width = (n * downsample for n in codes.shape[1:])
+    inside = torch.zeros(height, width)
+    inside[:5, :7] = 1
+    if order == "raster":
+        inside = inside[:5, :7]
     total = torch.zeros(2)
-    quantized, size = level.quantizer.lookup(codes), (5, 7)
-    inside = level.decoder.inside(quantized, size)
 
     def choose(group, colour, logits):
         values = torch.distributions.Categorical(logits=logits).sample()
         nats = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
-        total.add_((nats * group.of(inside)).sum((1, 2)))
+        total.add_((nats * group.take(inside)).sum(1))
         return values
 
     with torch.no_grad():
-        values = level.decoder.walk(quantized, size, choose)
-        log_prob = level.log_prob(values / 127.5 - 1, codes)
-    assert values.shape == (2, 3, 5, 7)
+        values = level.decoder.walk(Condition(level.quantizer.lookup(codes)), size, choose)
+        finer = values / 127.5 - 1 if level.config.is_finest else values[:, 0]
+        log_prob = level.log_prob(finer, codes)
+    assert values.shape == (2, level.config.value_channels, 5, 7)
     assert torch.allclose(total, log_prob, rtol=1e-4)
+
+
+def test_the_random_order_is_the_same_for_ever():
+    config = ProgressiveVAELevelConfig(num_symbols=3, decoder_order="masked", num_groups=3)
+    groups = ORDERS["masked"](config, (2, 4))
+    assert [group.positions.tolist() for group in groups] == [[6], [2, 1, 7], [3, 0, 5, 4]]
+
+
+def test_a_raster_decoder_refuses_large_grids():
+    level = tiny_level(num_symbols=3, decoder_order="raster")
+    codes = torch.zeros(1, 9, 9, dtype=torch.long)
+    with pytest.raises(ValueError, match="at most 256 positions .*got 18×18"):
+        level.sample(codes)
 
 
 def test_a_factorized_decoder_knows_only_the_codes():
@@ -104,8 +148,6 @@ def test_a_factorized_decoder_knows_only_the_codes():
 
 
 def test_a_fresh_decoder_is_uniform():
-    from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-
     level = ProgressiveVAELevel(ProgressiveVAELevelConfig(num_symbols=3, hidden_size=8))
     with torch.no_grad():
         log_prob = level.log_prob(all_grids(3, 2, 2), torch.zeros(81, 1, 1, dtype=torch.long))

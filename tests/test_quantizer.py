@@ -1,10 +1,15 @@
 import torch
 
+from progressive_vae import ProgressiveVAELevelConfig
 from progressive_vae.quantizer import VectorQuantizer
 
 
+def config(size, dim=None, **fields):
+    return ProgressiveVAELevelConfig(num_channels=1, codebook_size=size, codebook_dim=dim, **fields)
+
+
 def quantizer(size=8, dim=4):
-    module = VectorQuantizer(size, dim, decay=0.9, restart_threshold=0.1)
+    module = VectorQuantizer(config(size, dim, codebook_decay=0.9, restart_threshold=0.1))
     module.codebook.copy_(torch.randn(size, dim, generator=torch.Generator().manual_seed(0)))
     return module
 
@@ -12,7 +17,7 @@ def quantizer(size=8, dim=4):
 def test_nearest_is_the_arg_min_of_the_distance():
     module, latents = quantizer(), torch.randn(2, 4, 3, 5)
     distances = (latents.movedim(1, -1)[..., None, :] - module.codebook).square().sum(-1)
-    assert torch.equal(module.nearest(latents), distances.argmin(-1))
+    assert torch.equal(module.encode(latents), distances.argmin(-1))
 
 
 def test_distances_are_fp32_under_autocast():
@@ -21,7 +26,7 @@ def test_distances_are_fp32_under_autocast():
     module.codebook.copy_(1 + torch.arange(128).view(64, 2) * 1e-3)
     latents = module.codebook.T.reshape(1, 2, 8, 8).clone()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(module.nearest(latents).flatten(), torch.arange(64))
+        assert torch.equal(module.encode(latents).flatten(), torch.arange(64))
 
 
 def test_gradient_is_straight_through():
@@ -35,7 +40,7 @@ def test_gradient_is_straight_through():
 
 def test_statistics_of_two_halves_add_up_to_those_of_the_whole():
     module, latents = quantizer(), torch.randn(6, 4, 3, 3)
-    codes = module.nearest(latents)
+    codes = module.encode(latents)
     halves = [module.statistics(latents[i : i + 3], codes[i : i + 3]) for i in (0, 3)]
     for whole, first, second in zip(module.statistics(latents, codes), *halves, strict=True):
         assert torch.allclose(whole, first + second, atol=1e-5)
@@ -43,7 +48,7 @@ def test_statistics_of_two_halves_add_up_to_those_of_the_whole():
 
 def test_update_with_decay_0_is_the_k_means_step():
     module, latents = quantizer(), torch.randn(20, 4, 3, 3)
-    codes = module.nearest(latents)
+    codes = module.encode(latents)
     module.update(*module.statistics(latents, codes), decay=0.0)
     vectors = latents.movedim(1, -1)
     for k in codes.unique():
@@ -72,7 +77,7 @@ def test_restart_resets_the_running_statistics():
 def test_k_means_finds_clusters():
     centers = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
     vectors = centers.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
-    module = VectorQuantizer(8, 2, 0.99, 0.03)
+    module = VectorQuantizer(config(8, 2))
     module.initialize(vectors, torch.Generator().manual_seed(0))
     assert (torch.cdist(centers, module.codebook).min(1).values < 0.3).all()
     assert (module.ema_counts > 0).all()

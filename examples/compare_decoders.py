@@ -1,0 +1,198 @@
+"""Compare decoder orders, group counts and quantizers in equal training time; print one table.
+
+    python examples/compare_decoders.py --dataset_name zalando-datasets/fashion_mnist
+        all rows of examples/configs/comparison.yaml, ten CPU-minutes each (five minutes on two
+        cores): an hour and a half on two cores. A row that is done already is not run again.
+
+    python examples/compare_decoders.py --dataset_name … --trials "vq, pixels" "fsq, pixels"
+        these rows. Two processes with OMP_NUM_THREADS=1 and a part of the rows each use two cores
+        better than one process with two threads; rows with `refit` need the vq rows done.
+
+Nothing here sees test images: the rows are trained on eleven twelfths of the training split and
+measured on the rest. The number of steps is what 30 steps of the same row tell of the CPU time of
+one; images/s are per second of CPU time.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae.codes import GridDataset, Manifest, PairedDataset, write_cache
+from progressive_vae.data import load_images, pixel_batches
+from progressive_vae.decoders import Condition
+from progressive_vae.evaluation import code_use
+from progressive_vae.sampling import Sampler
+from progressive_vae.training import (
+    FitSettings,
+    Run,
+    as_finer,
+    fit,
+    refit_level,
+    train_level,
+    write_json,
+)
+
+
+@dataclasses.dataclass
+class Arguments:
+    dataset_name: str
+    output_dir: str = "runs/comparison"
+    config: str = str(Path(__file__).parent / "configs" / "comparison.yaml")
+    trials: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "rows to run; all if not given"}
+    )
+    cpu_minutes: float = 10.0
+    image_column: str = "image"
+    mixed_precision: str = "bf16"
+    seed: int = 0
+
+
+def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
+    """Eleven twelfths of the training split, and the rest under the name "test"."""
+    splits = load_images(
+        dataset_name=arguments.dataset_name, eval_split="train", eval_fraction=1 / 12
+    )
+    caches = {}
+    for split, table in splits.items():
+        folder = Path(arguments.output_dir) / "pixels" / split
+        image = table[0][arguments.image_column]
+        shape = (len(image.getbands()), image.height, image.width)
+        manifest = Manifest("", arguments.dataset_name, f"{split} of train", shape, 256)
+        if not folder.exists():
+            batches = pixel_batches(table, arguments.image_column, None, shape)
+            write_cache(folder, manifest, batches)
+        caches[split] = GridDataset(folder, manifest)
+    return caches
+
+
+def num_steps(
+    level: ProgressiveVAELevel, dataset, settings: FitSettings, accelerator, seconds: float
+) -> int:
+    """Optimisation steps that fit in so many seconds of CPU time, from 30 of them."""
+    trial = dataclasses.replace(settings, max_train_steps=40, validation_steps=10)
+
+    def to_inputs(batch):
+        codes = {"codes": batch["codes"]} if "codes" in batch else {}
+        return {"finer": as_finer(batch["grid"], level), **codes}
+
+    times = [
+        time.process_time() for _ in fit(level, dataset, to_inputs, accelerator, trial, "time")
+    ]
+    return max(1, round(30 * seconds / (times[-1] - times[0])))
+
+
+@torch.no_grad()
+def measure(run: Run, index: int, num_images: int = 250) -> dict:
+    """Bits per dimension of the level's factor on the held-out images, use of its codes, and
+    passes and images per second of drawing the finer grid from held-out codes."""
+    level, held_out = run.level(index), run.grids("test", index + 1)
+    dimensions = math.prod(run.image_shape)
+    nats, counts, first = 0.0, torch.zeros(level.config.codebook_size), None
+    for grids, _ in held_out.batches(num_images):
+        finer = as_finer(grids, level)
+        codes = level.encode(finer)
+        first = codes if first is None else first
+        counts += torch.bincount(codes.flatten(), minlength=len(counts))
+        nats -= level.log_prob(finer, codes).double().sum().item()
+    use = code_use(counts)
+    draw, passes, start = Sampler(len(first)), [], time.process_time()
+
+    def choose(group, colour, logits):
+        passes.append(group)
+        return draw(logits)
+
+    level.decoder.walk(Condition(level.quantizer.lookup(first)), grids.shape[-2:], choose)
+    seconds = time.process_time() - start
+    return {
+        "bits_per_dim": nats / (math.log(2) * dimensions * len(held_out)),
+        # What independent codes would cost: a bound on what the coarser factors have to pay.
+        "codes_bits_per_dim": math.log2(use["codebook_perplexity"]) * codes[0].numel() / dimensions,
+        **use,
+        "passes": len(passes),
+        "images_per_cpu_second": len(first) / seconds,
+        "parameters": sum(p.numel() for p in level.decoder.parameters()),
+    }
+
+
+def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels, accelerator):
+    """Train one row in a folder of its own and write its figures to `results/`."""
+    output_dir, changes = Path(arguments.output_dir), dict(trial)
+    index, is_refit = changes.pop("level"), changes.pop("refit", False)
+    settings = FitSettings(seed=arguments.seed, **recipe["settings"][index])
+    seconds = 60 * arguments.cpu_minutes * changes.pop("times", 1)
+    with tempfile.TemporaryDirectory(dir=output_dir) as folder:
+        for base in [2] * (index == 1) + [index] * is_refit:
+            base_name = "vq, pixels" if base == 2 else "vq, symbols"
+            shutil.copytree(output_dir / "trained" / base_name, folder, dirs_exist_ok=True)
+        run = Run(Path(folder), accelerator, 2, pixels)
+        train = run.grids("train", index + 1)
+        if is_refit:
+            started = run.level(index).with_decoder(**changes)
+            dataset = PairedDataset(train, run.grids("train", index))
+        else:
+            config = ProgressiveVAELevelConfig(**{**recipe["levels"][index], **changes})
+            started, dataset = ProgressiveVAELevel(config), train
+        steps = num_steps(started, dataset, settings, accelerator, seconds)
+        settings = dataclasses.replace(settings, max_train_steps=steps, validation_steps=steps)
+        start = time.process_time()
+        if is_refit:
+            refit_level(run, index, changes, settings)
+        else:
+            train_level(run, index, config, settings)
+        figures = {"cpu_seconds": time.process_time() - start, "steps": steps}
+        figures |= measure(run, index)
+        shutil.copytree(folder, output_dir / "trained" / name, dirs_exist_ok=True)
+    results = output_dir / "results"
+    results.mkdir(exist_ok=True)
+    write_json(results / f"{name}.json", {"trial": trial, **figures})
+
+
+def table(arguments: Arguments, names: list[str]) -> str:
+    """The rows that are done, in the order of the YAML file, as Markdown."""
+    lines = [
+        "| row | bits/dim | codes: bits/dim at most | codes used | steps | passes | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        path = Path(arguments.output_dir) / "results" / f"{name}.json"
+        if path.is_file():
+            r = json.loads(path.read_text())
+            lines.append(
+                f"| {name} | {r['bits_per_dim']:.4f} | {r['codes_bits_per_dim']:.4f} | "
+                f"{r['codes_used']} of {r['codebook_size']} | {r['steps']} | {r['passes']} | "
+                f"{r['images_per_cpu_second']:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def main(flags: list[str]):
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(flags)
+    recipe = yaml.safe_load(Path(arguments.config).read_text())
+    names = list(recipe["trials"])
+    if unknown := sorted(set(arguments.trials) - set(names)):
+        raise ValueError(f"expected trials among {names}, got {unknown}")
+    transformers_logging.disable_progress_bar()
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision
+    )
+    pixels = cache_pixels(arguments)
+    for name in arguments.trials or names:
+        if not (Path(arguments.output_dir) / "results" / f"{name}.json").is_file():
+            run_trial(name, recipe["trials"][name], recipe, arguments, pixels, accelerator)
+        print(table(arguments, names), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,76 @@
+"""What fits together: the grids of a chain of levels, and the checks of its parts."""
+
+import itertools
+import math
+
+from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+
+MAX_LEVELS = 8
+
+
+def grid_sizes(
+    configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, by ceiling division, then the image.
+
+    Args:
+        configs: of [level_1 … level_N].
+    """
+    sizes = [(image_size[0], image_size[1])]
+    for config in reversed(configs):
+        height, width = sizes[0]
+        sizes.insert(0, (-(-height // config.downsample), -(-width // config.downsample)))
+    return sizes
+
+
+def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[ProgressiveVAELevelConfig]:
+    """The configs of [level_1 … level_N] out of those of [level_1 … level_8].
+
+    Raises:
+        ValueError: a level is missing between others, or does not fit the next.
+    """
+    filled = [i for i, config in enumerate(slots, 1) if config is not None]
+    if filled != list(range(1, len(filled) + 1)) or not filled:
+        raise ValueError(f"expected levels 1 … N without a hole, got levels {filled}")
+    configs = [config for config in slots if config is not None]
+    for i, (config, finer) in enumerate(itertools.pairwise(configs), 1):
+        if config.num_symbols != finer.codebook_size:
+            raise ValueError(
+                f"expected level_{i} with num_symbols={finer.codebook_size}, the codebook_size "
+                f"of level_{i + 1}, got {config.num_symbols}"
+            )
+    if configs[-1].num_channels is None:
+        raise ValueError(
+            f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
+            f"finer grid has num_symbols={configs[-1].num_symbols}"
+        )
+    return configs
+
+
+def check_image_size(
+    image_size: list[int] | tuple[int, ...] | None,
+    configs: list[ProgressiveVAELevelConfig],
+    prior: ProgressiveVAEPriorConfig | None,
+) -> list[int]:
+    """[H, W]: as given, or where it is not, of the prior's grid.
+
+    Raises:
+        ValueError: no image size, or one that is none, or a prior that is not of its z_1.
+    """
+    if image_size is None:
+        if prior is None:
+            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
+        scale = math.prod(config.downsample for config in configs)
+        image_size = [n * scale for n in prior.grid_size]
+    if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
+        raise ValueError(f"expected image_size of two positive integers, got {image_size}")
+    height, width = (int(n) for n in image_size)
+    if prior is not None:
+        expected = (configs[0].codebook_size, grid_sizes(configs, (height, width))[0])
+        got = (prior.codebook_size, tuple(prior.grid_size))
+        if got != expected:
+            raise ValueError(
+                f"expected prior with (codebook_size, grid_size)={expected} to fit level_1 and "
+                f"image_size={[height, width]}, got {got}"
+            )
+    return [height, width]

@@ -1,0 +1,55 @@
+"""Class labels: numbers or names, as ids; the last id is the null class."""
+
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+Labels: TypeAlias = "Tensor | list[int] | list[str] | int | str | None"
+
+
+def label_ids(
+    class_labels: Labels, config: PreTrainedConfig, batch_size: int | None = None
+) -> Tensor:
+    """Labels, or names of `config.id2label`, as int64 (B,); of `None` the null class, B times.
+
+    The ids are 0 … num_classes − 1, and num_classes for the null class.
+
+    Raises:
+        ValueError: not one label for each of `batch_size` examples, or one that is no class.
+    """
+    null = config.num_classes
+    if class_labels is None:
+        return torch.full((batch_size or 1,), null)
+    if isinstance(class_labels, Tensor):
+        ids: Tensor = class_labels
+    else:
+        labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
+        names = {name: i for i, name in config.id2label.items()} if null else {}
+        unknown = [label for label in labels if isinstance(label, str) and label not in names]
+        if unknown:
+            raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")
+        ids = torch.tensor([names[x] if isinstance(x, str) else x for x in labels])
+    if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"expected class_labels to be integers of shape (B,), "
+            f"got {ids.dtype} of shape {tuple(ids.shape)}"
+        )
+    if batch_size not in (None, len(ids)):
+        raise ValueError(f"expected {batch_size} class_labels, got {len(ids)}")
+    if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) > null:
+        raise ValueError(
+            f"expected class_labels in 0 … {null} ({null} is null), got {ids.tolist()}"
+        )
+    return ids.long()
+
+
+def drop_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Each label (B,) replaced by the null class with probability `class_dropout`.
+
+    So one network learns P(· | class) and P(·), as classifier-free guidance needs.
+    """
+    dropped = torch.rand(len(labels), device=labels.device) < config.class_dropout
+    return labels.masked_fill(dropped, config.num_classes)
