@@ -28,7 +28,12 @@ from accelerate import Accelerator
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
-from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae import (
+    ProgressiveVAELevel,
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPrior,
+    ProgressiveVAEPriorConfig,
+)
 from progressive_vae.codes import GridDataset, Manifest, PairedDataset, write_cache
 from progressive_vae.data import load_images, pixel_batches
 from progressive_vae.decoders import Condition
@@ -41,6 +46,7 @@ from progressive_vae.training import (
     fit,
     refit_level,
     train_level,
+    train_prior,
     write_json,
 )
 
@@ -78,17 +84,23 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
 
 
 def num_steps(
-    level: ProgressiveVAELevel, dataset, settings: FitSettings, accelerator, seconds: float
+    model: ProgressiveVAELevel | ProgressiveVAEPrior,
+    dataset,
+    settings: FitSettings,
+    accelerator,
+    seconds: float,
 ) -> int:
     """Optimisation steps that fit in so many seconds of CPU time, from 30 of them."""
     trial = dataclasses.replace(settings, max_train_steps=40, validation_steps=10)
 
     def to_inputs(batch):
+        if isinstance(model, ProgressiveVAEPrior):
+            return {"codes": batch["grid"]}
         codes = {"codes": batch["codes"]} if "codes" in batch else {}
-        return {"finer": as_finer(batch["grid"], level), **codes}
+        return {"finer": as_finer(batch["grid"], model), **codes}
 
     times = [
-        time.process_time() for _ in fit(level, dataset, to_inputs, accelerator, trial, "time")
+        time.process_time() for _ in fit(model, dataset, to_inputs, accelerator, trial, "time")
     ]
     return max(1, round(30 * seconds / (times[-1] - times[0])))
 
@@ -126,33 +138,50 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
     }
 
 
+@torch.no_grad()
+def measure_prior(run: Run) -> dict:
+    """Bits per dimension of the prior's factor on the held-out images."""
+    prior = ProgressiveVAEPrior.from_pretrained(run.output_dir / "prior").eval()
+    codes, _ = run.grids("test", 1).batch(slice(None))
+    nats = -sum(prior.log_prob(part).double().sum().item() for part in codes.split(500))
+    bits = nats / (math.log(2) * math.prod(run.image_shape) * len(codes))
+    return {"bits_per_dim": bits, "passes": prior.config.sequence_length}
+
+
 def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels, accelerator):
     """Train one row in a folder of its own and write its figures to `results/`."""
     output_dir, changes = Path(arguments.output_dir), dict(trial)
-    index, is_refit = changes.pop("level"), changes.pop("refit", False)
-    settings = FitSettings(seed=arguments.seed, **recipe["settings"][index])
+    part, is_refit = changes.pop("part"), changes.pop("refit", False)
+    index = int(part[-1]) if part != "prior" else 0
+    settings = FitSettings(seed=arguments.seed, **recipe["settings"][part])
     seconds = 60 * arguments.cpu_minutes * changes.pop("times", 1)
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
-        for base in [2] * (index == 1) + [index] * is_refit:
-            base_name = "vq, pixels" if base == 2 else "vq, symbols"
-            shutil.copytree(output_dir / "trained" / base_name, folder, dirs_exist_ok=True)
+        if is_refit or index < 2:  # the finer levels, and with `refit` this level, are there
+            has_pixels_only = index == 2 or (index == 1 and not is_refit)
+            base = "vq, pixels" if has_pixels_only else "vq, symbols"
+            shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)
         run = Run(Path(folder), accelerator, 2, pixels)
         train = run.grids("train", index + 1)
-        if is_refit:
+        if part == "prior":
+            config = ProgressiveVAEPriorConfig(**recipe["parts"][part])
+            started, dataset = ProgressiveVAEPrior(config), train
+        elif is_refit:
             started = run.level(index).with_decoder(**changes)
             dataset = PairedDataset(train, run.grids("train", index))
         else:
-            config = ProgressiveVAELevelConfig(**{**recipe["levels"][index], **changes})
+            config = ProgressiveVAELevelConfig(**{**recipe["parts"][part], **changes})
             started, dataset = ProgressiveVAELevel(config), train
         steps = num_steps(started, dataset, settings, accelerator, seconds)
         settings = dataclasses.replace(settings, max_train_steps=steps, validation_steps=steps)
         start = time.process_time()
-        if is_refit:
+        if part == "prior":
+            train_prior(run, config, settings)
+        elif is_refit:
             refit_level(run, index, changes, settings)
         else:
             train_level(run, index, config, settings)
         figures = {"cpu_seconds": time.process_time() - start, "steps": steps}
-        figures |= measure(run, index)
+        figures |= measure(run, index) if index else measure_prior(run)
         shutil.copytree(folder, output_dir / "trained" / name, dirs_exist_ok=True)
     results = output_dir / "results"
     results.mkdir(exist_ok=True)
@@ -169,11 +198,12 @@ def table(arguments: Arguments, names: list[str]) -> str:
         path = Path(arguments.output_dir) / "results" / f"{name}.json"
         if path.is_file():
             r = json.loads(path.read_text())
-            lines.append(
-                f"| {name} | {r['bits_per_dim']:.4f} | {r['codes_bits_per_dim']:.4f} | "
-                f"{r['codes_used']} of {r['codebook_size']} | {r['steps']} | {r['passes']} | "
-                f"{r['images_per_cpu_second']:.0f} |"
-            )
+            cells = [name, f"{r['bits_per_dim']:.4f}", "", "", r["steps"], r["passes"], ""]
+            if "codes_used" in r:
+                cells[2] = f"{r['codes_bits_per_dim']:.4f}"
+                cells[3] = f"{r['codes_used']} of {r['codebook_size']}"
+                cells[6] = f"{r['images_per_cpu_second']:.0f}"
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

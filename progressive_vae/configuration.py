@@ -113,10 +113,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
             symbol grids up to 256 positions.
-        num_groups: groups of the decoder. `"lattice"`: 4 for downsample 2; for downsample 4
-            either 7 (lattices that double) or 16 (one position of each cell at a time).
-            `"masked"`: any number. `None` stands for 1, 4, 7, 8 and, for `"raster"`, for as many
-            as there are positions.
+        num_groups: groups of the decoder. `"lattice"`: 4 for downsample 2, 7 for 4.
+            `"masked"`: any number up to 256. `None` stands for 1, 4 or 7, 8 and, for `"raster"`,
+            for as many as there are positions.
         quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
             `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax).
         commitment_weight: β of `"vq"`, the pull of the encoder towards its code.
@@ -201,7 +200,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
         groups = {
             "factorized": [1],
-            "lattice": [4] if self.downsample == 2 else [7, 16],
+            "lattice": [1 + 3 * int(math.log2(self.downsample))],
             "masked": range(1, 257),
             "raster": [],
         }[self.decoder_order]

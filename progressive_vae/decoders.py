@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .networks import (
     PixelEmbedding,
+    PixelLogits,
     Upsample,
     ZeroEmbedding,
     ZeroLinear,
@@ -94,24 +95,12 @@ def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -
 
 
 def lattice_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
-    """The coarse lattice, then each halving of its stride: diagonal, horizontal, vertical.
-
-    With d² groups for downsample d every lattice keeps the stride d: one position of each cell at
-    a time, in the same order of offsets.
-    """
-    scale = config.downsample
-    doubling = [Lattice(scale)]
-    for stride in (2**k for k in range(int(math.log2(scale)), 0, -1)):
+    """The coarse lattice, then each halving of its stride: diagonal, horizontal, vertical."""
+    groups = [Lattice(config.downsample)]
+    for stride in (2**k for k in range(int(math.log2(config.downsample)), 0, -1)):
         half = stride // 2
-        doubling += [Lattice(stride, (half * y, half * x)) for y, x in ((1, 1), (0, 1), (1, 0))]
-    if config.num_groups != scale**2:
-        return [*doubling]
-    return [
-        Lattice(scale, (y, x))
-        for group in doubling
-        for y in range(group.offset[0], scale, group.stride)
-        for x in range(group.offset[1], scale, group.stride)
-    ]
+        groups += [Lattice(stride, (half * y, half * x)) for y, x in ((1, 1), (0, 1), (1, 0))]
+    return [*groups]
 
 
 def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
@@ -187,7 +176,10 @@ class Stage(nn.Module):
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
         self.blocks = residual_blocks(width, config.num_layers)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
-        self.logits = nn.ModuleList(ZeroLinear(width, config.num_values) for _ in range(channels))
+        self.logits = nn.ModuleList(
+            PixelLogits(width) if config.is_finest else ZeroLinear(width, config.num_values)
+            for _ in range(channels)
+        )
         # Later colours see the earlier ones of the same pixel.
         self.colours = nn.ModuleList(
             nn.Linear(config.value_embed_dim, width) for _ in range(channels - 1)

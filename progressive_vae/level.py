@@ -237,15 +237,16 @@ class ProgressiveVAELevel(PreTrainedModel):
         if output.latents is not None:
             self.quantizer.after_step(output.latents, output.codes, gather)
 
-    def with_decoder(self, **changes) -> "ProgressiveVAELevel":
+    def with_decoder(self, from_scratch: bool = False, **changes) -> "ProgressiveVAELevel":
         """A level with the same encoder and codebook, frozen, and a decoder to be refitted.
 
         Encoder autonomy: under strong enough conditionals any encoder will do, so a decoder can
         be replaced at any time, on the latent structure that the encoder defines.
 
         Args:
-            changes: fields of the config that belong to the decoder. Where they leave its
-                architecture alone the new decoder starts from the old one's weights.
+            from_scratch: do not start from the old decoder's weights, even where `changes` leave
+                its architecture alone.
+            changes: fields of the config that belong to the decoder.
         """
         fields = ("hidden_size", "num_layers", "decoder_order", "num_groups", "num_classes",
                   "id2label", "class_dropout", "corruption", "corruption_kind")  # fmt: skip
@@ -263,9 +264,8 @@ class ProgressiveVAELevel(PreTrainedModel):
             part.load_state_dict(getattr(self, name).state_dict())
             part.requires_grad_(False)
         ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()
-        if {n: w.shape for n, w in theirs.items()}.items() <= {
-            n: w.shape for n, w in ours.items()
-        }.items():  # what is new, such as the classes, starts at zero
+        fits = all(name in ours and ours[name].shape == w.shape for name, w in theirs.items())
+        if fits and not from_scratch:  # what is new, such as the classes, starts at zero
             level.decoder.load_state_dict(theirs, strict=False)
         return level
 

@@ -38,6 +38,24 @@ class PixelEmbedding(nn.Embedding):
         return 2**0.5 * torch.cos(math.pi / 2 * k * x[:, None])
 
 
+class PixelLogits(nn.Module):
+    """Logits of the 256 pixel values, uniform at initialisation; near values learn together.
+
+    What one value teaches reaches its neighbours through the ordinal table, of lower rank than
+    256, but the distribution can take any shape: the table and the biases are learned too.
+    """
+
+    def __init__(self, width: int, rank: int = 64):
+        super().__init__()
+        self.project = ZeroLinear(width, rank)
+        self.values = PixelEmbedding(256, rank)
+        self.bias = nn.Parameter(torch.zeros(256))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., 256)."""
+        return F.linear(self.project(x), self.values.weight, self.bias)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(norm(x)))), the identity at initialisation."""
 

@@ -261,7 +261,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         if num_levels is not None:
             if not 1 <= num_levels <= self.num_levels:
                 raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
-            for control in controls[num_levels + 1 :]:
+            for control in controls[num_levels:]:
                 control["temperature"] = 0.0
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
         if isinstance(generator, list) and len(generator) != count:

@@ -15,7 +15,7 @@ Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 
 class Sampler:
-    """Draws int64 (B, ...) from logits (B, ..., V) by the Gumbel arg max: x = argmax(logits + g).
+    """Draws int64 (B, ...) from logits (B, ..., V) by inversion: one uniform number for each.
 
     With a list of generators example b sees the noise of generator b alone, so that an image does
     not depend on the batch it is drawn in. Generators may live on another device than the logits.
@@ -77,20 +77,20 @@ class Sampler:
             return logits.argmax(-1)
         if self.warpers:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
-        return (logits + self._gumbel(logits)).argmax(-1)
+        cumulative = logits.softmax(-1).cumsum(-1)
+        total = cumulative[..., -1]
+        threshold = self._uniform(total.shape).to(total.device) * total
+        # Rounding must not carry it to the end, where a value of probability 0 may stand.
+        threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 
-    def _gumbel(self, logits: Tensor) -> Tensor:
-        """−log E with E ~ Exp(1), (B, ..., V)."""
-
-        def exponential(shape, generator):
-            device = logits.device if generator is None else generator.device
-            return torch.empty(shape, device=device).exponential_(generator=generator)
-
+    def _uniform(self, shape: torch.Size) -> Tensor:
+        """Noise in [0, 1) of shape (B, ...), on the devices of the generators."""
         if isinstance(self.generator, list):
-            noise = torch.stack([exponential(logits.shape[1:], g) for g in self.generator])
-        else:
-            noise = exponential(logits.shape, self.generator)
-        return -noise.to(logits.device).log()
+            rows = [torch.rand(shape[1:], generator=g, device=g.device) for g in self.generator]
+            return torch.stack([row.to(rows[0].device) for row in rows])
+        device = None if self.generator is None else self.generator.device
+        return torch.rand(shape, generator=self.generator, device=device)
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:

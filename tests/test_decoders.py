@@ -10,7 +10,7 @@ from progressive_vae.decoders import ORDERS, Condition
 # (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
 PIXEL_ORDERS = [
     ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
-    ("lattice", 4, 16), ("masked", 2, 3), ("masked", 4, None),
+    ("masked", 2, 3), ("masked", 4, None),
 ]  # fmt: skip
 ORDER_NAMES = "order, downsample, num_groups"
 SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
