@@ -1,7 +1,7 @@
 """Compare decoder orders, group counts and quantizers in equal training time; print one table.
 
     python examples/compare_decoders.py --dataset_name zalando-datasets/fashion_mnist
-        all rows of examples/configs/comparison.yaml, ten CPU-minutes each (five minutes on two
+        all rows of compare_decoders.yaml, ten CPU-minutes each (five minutes on two
         cores): an hour and a half on two cores. A row that is done already is not run again.
 
     python examples/compare_decoders.py --dataset_name … --trials "vq, pixels" "fsq, pixels"
@@ -55,7 +55,7 @@ from progressive_vae.training import (
 class Arguments:
     dataset_name: str
     output_dir: str = "runs/comparison"
-    config: str = str(Path(__file__).parent / "configs" / "comparison.yaml")
+    config: str = str(Path(__file__).with_suffix(".yaml"))
     trials: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "rows to run; all if not given"}
     )
@@ -163,7 +163,9 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
         run = Run(Path(folder), accelerator, 2, pixels)
         train = run.grids("train", index + 1)
         if part == "prior":
-            config = ProgressiveVAEPriorConfig(**recipe["parts"][part])
+            config = ProgressiveVAEPriorConfig(
+                grid_size=list(train.manifest.shape), **recipe["parts"][part]
+            )
             started, dataset = ProgressiveVAEPrior(config), train
         elif is_refit:
             started = run.level(index).with_decoder(**changes)

@@ -425,8 +425,12 @@ def main(arguments: list[str]):
     # All configs and settings are made before any phase runs: a wrong flag costs no training.
     configs = level_configs(model, run.image_shape[0], names)
     config_of_prior = prior_config(model, configs, run)
-    changes = {f"refit_level_{i}": decoder_changes(model, configs[i - 1], i) for i in indices}
     chosen = phases if training.phase == "all" else [training.phase]
+    changes = {
+        f"refit_level_{i}": decoder_changes(model, configs[i - 1], i)
+        for i in indices
+        if f"refit_level_{i}" in chosen
+    }
     settings = {p: fit_settings(training, run.num_levels, p) for p in chosen if p != "evaluate"}
     if accelerator.is_main_process and training.phase in ("all", phases[0]):
         # What a single phase is run again with does not speak for the whole.

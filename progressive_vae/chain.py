@@ -47,6 +47,13 @@ def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[Progress
     return configs
 
 
+def check_classes(configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig | None]):
+    """Raise a `ValueError` unless all parts that are class-conditional know the same classes."""
+    names = [config.id2label for config in configs if config is not None and config.num_classes]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"expected one id2label in all class-conditional parts, got {names}")
+
+
 def check_image_size(
     image_size: list[int] | tuple[int, ...] | None,
     configs: list[ProgressiveVAELevelConfig],

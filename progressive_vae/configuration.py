@@ -230,6 +230,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         return self.num_channels is not None
 
     @property
+    def is_stochastic(self) -> bool:
+        """Whether `P_Ψ` is a distribution to draw from, rather than one code."""
+        return self.quantizer == "gumbel"
+
+    @property
     def value_channels(self) -> int:
         """Entries at one position of the finer grid: the colours of a pixel, or 1 for a symbol."""
         return self.num_channels or 1

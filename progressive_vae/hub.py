@@ -20,7 +20,12 @@ def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
     """
     digest = hashlib.sha256()
     for level in levels:
-        parts = {**level.encoder.state_dict(), "codebook": level.quantizer.codebook}
+        quantizer = level.quantizer.state_dict().items()
+        parts = level.encoder.state_dict() | {
+            name: value
+            for name, value in quantizer
+            if name not in ("ema_counts", "ema_sums", "temperature")  # these matter in training
+        }
         for name, value in sorted(parts.items()):
             digest.update(name.encode())
             digest.update(value.detach().to("cpu", torch.float32).numpy().tobytes())

@@ -1,6 +1,5 @@
 """`ProgressiveVAEPipeline`: the levels and the prior, chained."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .chain import MAX_LEVELS, check_image_size, check_levels, grid_sizes
+from .chain import MAX_LEVELS, check_classes, check_image_size, check_levels, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, label_ids
@@ -74,6 +73,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         )  # fmt: skip
         slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
         configs = check_levels([level and level.config for level in slots])
+        check_classes([prior and prior.config, *configs])
         self.register_to_config(
             image_size=check_image_size(image_size, configs, prior and prior.config)
         )
@@ -134,18 +134,18 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         With a generator the codes of stochastic encoders are drawn, else the most probable ones.
         """
         batches = [
-            [codes.cpu() for codes in self._climb(pixel_values, generator)]
-            for pixel_values in self._pixel_batches(images, batch_size)
+            [codes.cpu() for codes in self._climb(pixel_values, generator)[:-1]]
+            for pixel_values in pixel_value_batches(images, self.image_shape, batch_size)
         ]
         self.maybe_free_model_hooks()
         return [torch.cat(level) for level in zip(*batches, strict=True)]
 
-    def _climb(self, finer: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
-        codes: list[Tensor] = []
+    def _climb(self, pixel_values: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+        """[z_1 … z_N, s]."""
+        chain = [pixel_values.to(self._execution_device)]
         for level in reversed(self.levels):
-            finer = level.encode(finer, generator)
-            codes.insert(0, finer)
-        return codes
+            chain.insert(0, level.encode(chain[0], generator))
+        return chain
 
     @torch.no_grad()
     def log_prob(
@@ -166,14 +166,12 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         prior, terms = self._require_prior(), []
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
         labels = label_ids(class_labels, self._class_config, count)
-        for start, pixel_values in zip(
-            itertools.count(0, batch_size), self._pixel_batches(images, batch_size), strict=False
-        ):
-            codes = self._climb(pixel_values, generator)
-            chain = [*codes, pixel_values]  # z_1 … z_N, s
-            given = labels[start : start + batch_size]
+        batches = pixel_value_batches(images, self.image_shape, batch_size)
+        for given, pixel_values in zip(labels.split(batch_size), batches, strict=True):
+            chain = self._climb(pixel_values, generator)  # z_1 … z_N, s
+            codes = chain[:-1]
             factors = [prior.log_prob(codes[0], self._labels_of(prior, given))]
-            for level, z, finer in zip(self.levels, chain[:-1], chain[1:], strict=True):
+            for level, z, finer in zip(self.levels, codes, chain[1:], strict=True):
                 factors.append(level.log_prob(finer, z, self._labels_of(level, given)))
             if generator is not None:
                 entropies = map(ProgressiveVAELevel.encoder_entropy, self.levels, chain[1:])
@@ -226,10 +224,10 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             num_images_per_prompt: images for each label (or for each of the given grids).
             guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
                 for none.
-            temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`. These four are one for
-                all factors, or a list for [prior, level_1 … level_N].
+            temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
             corruption: the share of wrong codes that levels refitted with corruption are told to
-                expect, or each one's most if that is less; one, or a list for [level_1 …].
+                expect in what was drawn before; a level that knows less is told its most. These
+                five are one for all factors, or a list for [prior, level_1 … level_N].
             generator: one for all, or one for each image, so that an image does not depend on its
                 batch; CPU generators work on any device.
             codes: grids [z_1 … z_k] to start from, int64 (B, H_i, W_i) each: only what is finer
@@ -253,11 +251,9 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            corruption=corruption,
         )
-        for control, told in zip(
-            controls[1:], per_factor(self.factor_names[1:], corruption=corruption), strict=True
-        ):
-            control |= told
+        controls[0].pop("corruption")  # nothing comes before the prior
         if num_levels is not None:
             if not 1 <= num_levels <= self.num_levels:
                 raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
@@ -421,7 +417,3 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         if self.prior is None:
             raise ValueError("expected a pipeline with a prior, got prior=None")
         return self.prior
-
-    def _pixel_batches(self, images: Images, batch_size: int) -> Iterator[Tensor]:
-        for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
-            yield pixel_values.to(self._execution_device)

@@ -22,7 +22,7 @@ def randomize(model, seed: int = 0, scale: float = 0.5):
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(noise * scale)
         for name, buffer in model.named_buffers():
-            if name.endswith("codebook"):
+            if name.endswith("codebook") and model.config.quantizer == "vq":
                 buffer.copy_(torch.randn(buffer.shape, generator=generator))
     return model.eval()
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from conftest import tiny_level
+from conftest import all_grids, tiny_level, total_variation
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae.hub import fingerprint
 from progressive_vae.level import ProgressiveVAELevelOutput
 
 
@@ -43,16 +44,126 @@ def test_forward_is_the_loss_under_the_uniform_prior(order):
     assert all(p.grad is not None for p in level.parameters())
 
 
-def test_saved_and_loaded_alike(tmp_path):
-    level, finer = tiny_level(num_channels=3, downsample=4), torch.rand(2, 3, 5, 7) * 2 - 1
+@pytest.mark.parametrize("quantizer", ["vq", "fsq", "gumbel"])
+@pytest.mark.parametrize("order", ["factorized", "lattice", "masked", "raster"])
+def test_saved_and_loaded_alike(order, quantizer, tmp_path):
+    level = tiny_level(
+        num_symbols=5, codebook_dim=None, downsample=4, decoder_order=order, quantizer=quantizer,
+        num_classes=2, corruption=0.1,
+    )  # fmt: skip
+    finer = torch.randint(5, (2, 5, 7))
     output = level.train()(finer)
     level.after_step(output, identity)
     level.eval().save_pretrained(tmp_path)
     loaded = ProgressiveVAELevel.from_pretrained(tmp_path)
-    assert torch.equal(level(finer).log_prob, loaded(finer).log_prob)
+    codes, labels = level.encode(finer), torch.tensor([0, 1])
+    assert torch.equal(codes, loaded.encode(finer))
+    for given in (None, labels):
+        assert torch.equal(
+            level.log_prob(finer, codes, given), loaded.log_prob(finer, codes, given)
+        )
     ours, theirs = level.state_dict(), loaded.state_dict()
-    assert ours.keys() == theirs.keys() and "quantizer.ema_sums" in ours
+    assert ours.keys() == theirs.keys() and "quantizer.codebook" in ours
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_loss_of_a_stochastic_encoder_has_its_kl():
+    level = tiny_level(num_symbols=5, quantizer="gumbel")
+    finer = torch.randint(5, (3, 4, 6))
+    output = level(finer)
+    assert torch.allclose(output.log_prob, level.log_prob(finer, output.codes), atol=1e-4)
+    kl = 6 * torch.tensor(3.0).log() - level.encoder_entropy(finer)
+    assert output.loss.item() == pytest.approx((kl - output.log_prob).mean().item() / 24, rel=1e-5)
+    output.loss.backward()
+    assert all(p.grad is not None for p in level.parameters())
+    draws = [level.encode(finer, torch.Generator().manual_seed(i)) for i in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("quantizer", ["vq", "fsq"])
+def test_a_deterministic_encoder_has_no_entropy(quantizer):
+    level = tiny_level(num_symbols=5, codebook_dim=None, quantizer=quantizer)
+    finer = torch.randint(5, (3, 4, 6))
+    assert level.encoder_entropy(finer).tolist() == [0, 0, 0]
+    assert torch.equal(level.encode(finer), level.encode(finer, torch.Generator()))
+
+
+def test_another_decoder_on_the_same_codes():
+    level, finer = tiny_level(num_symbols=5), torch.randint(5, (3, 4, 6))
+    codes = level.encode(finer)
+    larger = level.with_decoder(hidden_size=16, num_layers=2, decoder_order="raster")
+    assert torch.equal(larger.encode(finer), codes)
+    assert fingerprint([larger]) == fingerprint([level])
+    assert larger.config.encoder_hidden_size == 8  # as the old decoder's width was
+    assert larger.config.hidden_size == 16 and larger.config.codebook_size == 3
+    # What leaves the architecture alone, or only adds to it, starts from the old weights.
+    expected = level.log_prob(finer, codes)
+    same = level.with_decoder(corruption=0.2, num_classes=2, id2label={0: "a", 1: "b"})
+    assert torch.equal(same.log_prob(finer, codes), expected)
+    assert torch.equal(same.log_prob(finer, codes, ["a", "b", "a"]), expected)
+    assert not torch.equal(level.with_decoder(from_scratch=True).log_prob(finer, codes), expected)
+    with pytest.raises(ValueError, match=r"changes among .*got \['codebook_size'\]"):
+        level.with_decoder(codebook_size=4)
+
+
+def test_given_codes_only_the_decoder_learns():
+    level, finer = tiny_level(num_symbols=5), torch.randint(5, (3, 4, 6))
+    refitted, codes = level.with_decoder(), level.encode(finer)
+    output = refitted.train()(finer, codes=codes)
+    assert output.latents is None and torch.equal(output.codes, codes)
+    assert torch.allclose(output.log_prob, level.log_prob(finer, codes))
+    assert output.loss.item() == pytest.approx(-output.log_prob.mean().item() / 24, rel=1e-5)
+    output.loss.backward()
+    assert all(p.grad is not None for p in refitted.decoder.parameters())
+    assert all(p.grad is None for p in refitted.encoder.parameters())
+    before = refitted.quantizer.codebook.clone()
+    refitted.after_step(output, identity)
+    assert torch.equal(refitted.quantizer.codebook, before)
+
+
+def test_corruption_is_only_for_training():
+    level, finer = tiny_level(num_symbols=5, corruption=1.0), torch.randint(5, (20, 8, 8))
+    codes = level.encode(finer)
+    expected = level.log_prob(finer, codes)
+    assert torch.allclose(level(finer, codes=codes).log_prob, expected)
+    output = level.train()(finer, codes=codes)
+    assert not torch.allclose(output.log_prob, expected)
+    assert torch.equal(output.codes, codes)
+    assert torch.allclose(level.log_prob(finer, codes), expected)  # the stated model is clean
+    level.eval()
+    draw = lambda strength: level.sample(  # noqa: E731
+        codes, generator=torch.Generator().manual_seed(0), corruption=strength
+    )
+    assert torch.equal(draw(0.0), draw(0.0)) and not torch.equal(draw(0.0), draw(1.0))
+    with pytest.raises(ValueError, match=r"corruption in \[0, 0.0\].*got 0.1"):
+        tiny_level(num_symbols=5).sample(codes, corruption=0.1)
+
+
+@pytest.mark.parametrize("order", ["lattice", "raster"])
+def test_a_class_conditional_decoder(order):
+    level = tiny_level(num_symbols=3, num_classes=2, decoder_order=order)
+    grids = all_grids(3, 2, 2)
+    codes, labels = torch.zeros(81, 1, 1, dtype=torch.long), torch.ones(81, dtype=torch.long)
+    with torch.no_grad():
+        log_prob, null = level.log_prob(grids, codes, labels), level.log_prob(grids, codes)
+    assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    assert (log_prob - null).abs().max() > 0.01  # the class matters
+    likelihoods = []
+    for scale in (0.0, 1.0, 3.0):
+        drawn = level.sample(
+            codes[:1].expand(20_000, -1, -1), torch.ones(20_000).long(), scale,
+            torch.Generator().manual_seed(0),
+        )  # fmt: skip
+        if scale < 2:
+            assert total_variation((null, log_prob)[int(scale)], grids, drawn) < 0.04
+        given = codes[:1].expand(20_000, -1, -1), torch.ones(20_000).long()
+        with torch.no_grad():
+            gain = level.log_prob(drawn, *given) - level.log_prob(drawn, given[0])
+        likelihoods.append(gain.mean().item())
+    assert likelihoods == sorted(likelihoods)
+    level.train()
+    dropped = tiny_level(num_symbols=3, num_classes=2, decoder_order=order, class_dropout=1.0)
+    assert torch.allclose(dropped.train()(grids, codes, labels).log_prob, null)
 
 
 def test_half_precision_still_knows_256_values():

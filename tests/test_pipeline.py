@@ -120,6 +120,64 @@ def test_a_preview_takes_the_most_probable_finer_values(pipe):
     assert torch.equal(drawn.codes[0], preview.codes[0])
 
 
+def test_the_bound_of_stochastic_encoders():
+    """E[log P(s, z)] + H(P_Ψ), against the sums over all z of a 1×1 grid."""
+    prior = tiny_prior(grid_size=[1, 1])
+    level = tiny_level(num_channels=1, quantizer="gumbel")
+    pipe = ProgressiveVAEPipeline(prior, level, image_size=[1, 1])
+    image, codes = torch.full((1, 1, 1, 1), 77, dtype=torch.uint8), torch.arange(3).view(3, 1, 1)
+    pixels = image / 127.5 - 1
+    with torch.no_grad():
+        joint = prior.log_prob(codes) + level.log_prob(pixels.expand(3, -1, -1, -1), codes)
+        encoder = level.quantizer.log_probs(level.encoder(pixels)).flatten()
+    bound = (encoder.exp() * (joint - encoder)).sum()
+    nats = pipe.log_prob(image.expand(20_000, -1, -1, -1), generator=generators(1)[0])
+    assert list(nats) == ["prior", "level_1", "encoders"]
+    assert sum(nats.values()).mean().item() == pytest.approx(bound.item(), abs=0.02)
+    assert bound < joint.logsumexp(0)
+    best = pipe.log_prob(image)  # of the most probable codes: what a codec reaches
+    assert sum(best.values()).item() == pytest.approx(joint[encoder.argmax()].item(), rel=1e-4)
+    bits = pipe.bits_per_dim(image, generator=generators(1)[0])
+    assert bits["encoders"] < 0  # what the choice of z pays back
+    assert sum(v for k, v in bits.items() if k != "total") == pytest.approx(bits["total"])
+
+
+def test_classes_in_the_levels_alone(images):
+    """An unconditional prior under a class-conditional level: labels, names and guidance work."""
+    level = tiny_level(num_channels=3, num_classes=2, id2label={0: "cat", 1: "dog"})
+    pipe = ProgressiveVAEPipeline(tiny_prior(grid_size=[3, 4]), level, image_size=[5, 7])
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.labels == {"cat": 0, "dog": 1} and pipe.get_label_ids("dog") == [1]
+    given = pipe.log_prob(images, ["dog"] * 4)
+    z, pixels = pipe.encode(images)[0], images / 127.5 - 1
+    assert torch.allclose(given["level_1"], level.log_prob(pixels, z, torch.ones(4).long()))
+    assert torch.equal(given["prior"], pipe.log_prob(images)["prior"])
+    draw = lambda **kw: pipe(generator=generators(1), output_type="pt", **kw).images  # noqa: E731
+    codes = pipe(generator=generators(1), output_type="latent").codes
+    assert not torch.equal(draw(class_labels="dog"), draw(class_labels="cat"))
+    by_factor = draw(class_labels="dog", guidance_scale=[1.0, 3.0])
+    assert torch.equal(by_factor, draw(class_labels="dog", guidance_scale=3.0))
+    assert not torch.equal(by_factor, draw(class_labels="dog"))
+    both = pipe(["cat", "dog"], codes=[codes[0].repeat(2, 1, 1)], output_type="pt").images
+    assert both.shape == (2, 3, 5, 7)
+    with pytest.raises(ValueError, match="one id2label in all class-conditional parts"):
+        ProgressiveVAEPipeline(
+            tiny_prior(grid_size=[3, 4], num_classes=3), level, image_size=[5, 7]
+        )
+
+
+def test_levels_are_told_how_corrupt_codes_are():
+    level = tiny_level(num_channels=1, corruption=0.2)
+    pipe = ProgressiveVAEPipeline(tiny_prior(), level, image_size=[4, 4])
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(strength):
+        return pipe(generator=generators(1), corruption=strength, output_type="pt").images
+
+    assert not torch.equal(draw(0.0), draw(0.2))
+    assert torch.equal(draw(0.2), draw([0.0, 0.2])) and torch.equal(draw(0.2), draw(0.9))
+
+
 def test_controls_of_each_factor(pipe):
     same = pipe(temperature=[1.0, 1.0, 1.0, 1.0], generator=generators(1), output_type="pt").images
     assert torch.equal(same, pipe(generator=generators(1), output_type="pt").images)

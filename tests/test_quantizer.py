@@ -1,7 +1,15 @@
+import math
+
+import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.quantizer import VectorQuantizer
+from progressive_vae.configuration import fsq_levels
+from progressive_vae.quantizer import (
+    FiniteScalarQuantizer,
+    GumbelQuantizer,
+    VectorQuantizer,
+)
 
 
 def config(size, dim=None, **fields):
@@ -81,3 +89,77 @@ def test_k_means_finds_clusters():
     module.initialize(vectors, torch.Generator().manual_seed(0))
     assert (torch.cdist(centers, module.codebook).min(1).values < 0.3).all()
     assert (module.ema_counts > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "levels"), [(1, [1]), (3, [3]), (16, [4, 4]), (64, [8, 8]), (100, [4, 5, 5])]
+)
+def test_scalars_multiply_to_the_codebook(size, levels):
+    assert fsq_levels(size) == levels
+    module = FiniteScalarQuantizer(config(size, quantizer="fsq"))
+    assert module.codebook.shape == (size, len(levels))
+    assert len(module.codebook.unique(dim=0)) == size
+
+
+def test_a_finite_scalar_quantizer_reaches_every_code():
+    module = FiniteScalarQuantizer(config(30, quantizer="fsq"))  # 5 × 6
+    centers = torch.cartesian_prod((torch.arange(5) + 0.5) / 5, (torch.arange(6) + 0.5) / 6)
+    latents = centers.logit().T.reshape(1, 2, 5, 6).requires_grad_()
+    output = module(latents)
+    assert torch.equal(output.codes.flatten(), torch.arange(30))
+    assert torch.allclose(output.quantized, module.lookup(output.codes))
+    output.quantized.sum().backward()
+    assert (latents.grad > 0).all()  # the gradient of the squashed latent
+    far = module.encode(latents.detach() * 1e6)  # the middle one of five values stays at 0
+    assert far.unique().tolist() == [0, 5, 12, 17, 24, 29]
+
+
+def test_a_categorical_encoder_draws_from_its_distribution():
+    module = GumbelQuantizer(config(4, 3, quantizer="gumbel"))
+    latents = torch.randn(1, 3, 1, 1)
+    probabilities = module.log_probs(latents).exp().flatten()
+    many = latents.expand(20_000, -1, -1, -1)
+    drawn = module.encode(many, torch.Generator().manual_seed(0))
+    for codes in (drawn, module(many).codes):  # the forward pass sees true draws too
+        frequencies = torch.bincount(codes.flatten(), minlength=4) / 20_000
+        assert (frequencies - probabilities).abs().sum() / 2 < 0.02
+    assert module.encode(latents).item() == probabilities.argmax()
+    assert module.entropy(latents).item() == pytest.approx(
+        torch.distributions.Categorical(probabilities).entropy().item(), rel=1e-4
+    )
+
+
+def test_the_kl_to_the_uniform_prior_and_its_gradient():
+    module = GumbelQuantizer(config(4, 3, quantizer="gumbel"))
+    latents = torch.randn(2, 3, 2, 5, requires_grad=True)
+    output = module(latents)
+    assert torch.allclose(output.kl, 10 * math.log(4) - module.entropy(latents))
+    assert torch.allclose(output.quantized, module.lookup(output.codes), atol=1e-6)
+    (output.quantized.square().sum() + output.kl.sum()).backward()
+    assert latents.grad.abs().min() > 0 and module.codebook.grad.abs().sum() > 0
+
+
+def test_the_temperature_anneals_to_its_end():
+    module = GumbelQuantizer(
+        config(4, quantizer="gumbel", gumbel_temperature=[2.0, 0.5], gumbel_decay=0.5)
+    )
+    seen = []
+    for _ in range(3):
+        seen.append(module.temperature.item())
+        module.after_step(None, None, None)
+    assert seen == [2.0, 1.0, 0.5] and module.temperature.item() == 0.5
+
+
+def test_corruption_replaces_codes_by_others():
+    module, codes = quantizer(8, 2), torch.arange(8).repeat(100).view(2, 20, 20)
+    assert torch.equal(module.corrupt(codes, torch.zeros(2), None), codes)
+    corrupted = module.corrupt(codes, torch.ones(2), None)
+    assert (corrupted != codes).all() and len(corrupted[codes == 0].unique()) == 7
+    half = module.corrupt(codes, torch.tensor([0.5, 0.0]), None)
+    assert 0.3 < (half[0] != codes[0]).float().mean() < 0.7 and torch.equal(half[1], codes[1])
+    distances = torch.cdist(module.codebook, module.codebook)
+    near = module.corrupt(codes, torch.ones(2), num_near=2)
+    assert (distances[codes, near] <= distances.sort().values[:, 2][codes] + 1e-5).all()
+    single = VectorQuantizer(config(1, 2))
+    zeros = torch.zeros(1, 2, 2, dtype=torch.long)
+    assert torch.equal(single.corrupt(zeros, torch.ones(1), None), zeros)

@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.hub import fingerprint
 from progressive_vae.training import FitSettings, fit
 
 ROOT = Path(__file__).parents[1]
@@ -106,6 +107,53 @@ def test_a_phase_again_alone(trained, script, tmp_path):
         script.main([*SMALL, "--output_dir", str(tmp_path / "empty"), "--phase", "level_1"])
     with pytest.raises(ValueError, match="expected phase among"):
         script.main([*flags, "--phase", "level_3"])
+
+
+def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
+    output_dir = tmp_path / "refit"
+    shutil.copytree(trained, output_dir)
+    cached = {path: path.read_bytes() for path in output_dir.rglob("cache/*/*/*")}
+    coarser = {path: path.read_bytes() for path in output_dir.glob("[lp]*r*/model.safetensors")}
+    coarser |= {(p := output_dir / "level_1" / "model.safetensors"): p.read_bytes()}
+    before = fingerprint([ProgressiveVAELevel.from_pretrained(output_dir / "level_2")])
+    flags = [*SMALL, "--output_dir", str(output_dir)]
+    refit = shlex.split("--refit_max_train_steps 3 --refit_hidden_size 16 --refit_corruption 0.1")
+    script.main([*flags, *refit, "--phase", "refit_level_2"])
+    level = ProgressiveVAELevel.from_pretrained(output_dir / "level_2")
+    assert level.config.hidden_size == 16 and level.config.corruption == 0.1
+    assert level.config.encoder_hidden_size == 8 and fingerprint([level]) == before
+    assert all(path.read_bytes() == content for path, content in (cached | coarser).items())
+    script.main([*flags, "--phase", "evaluate"])  # nothing is stale
+    phases = json.loads((output_dir / "metrics.json").read_text())["phases"]
+    assert phases["refit_level_2"]["validation_bits_per_dim"] > 0
+    with pytest.raises(ValueError, match="refit_max_train_steps >= 1 for refit_level_1, got 0"):
+        script.main([*flags, "--phase", "refit_level_1"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--decoder_order raster masked --num_groups 0 3 --quantizer gumbel fsq",
+        "--decoder_order factorized lattice --quantizer fsq gumbel "
+        "--class_conditional_levels 1 2 --refit_max_train_steps 2 0 --refit_decoder_order raster "
+        "--refit_corruption 0.1 --refit_corruption_kind random",
+    ],
+)
+def test_every_order_and_quantizer_by_a_flag(script, tmp_path, flags):
+    script.main([*SMALL, *shlex.split(flags), "--output_dir", str(tmp_path)])
+    pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    drawn = metrics["bits_per_dim_of_drawn_codes"]
+    assert list(drawn) == ["prior", "level_1", "level_2", "encoders", "total"]
+    assert drawn["encoders"] <= 0 < drawn["total"]
+    assert {level.config.quantizer for level in pipe.levels} == {"fsq", "gumbel"}
+    pipe.set_progress_bar_config(disable=True)
+    is_refitted = "refit" in flags
+    assert pipe(["3"], guidance_scale=[1.5, 2.0, 1.0]).images[0].size == (8, 8)
+    assert pipe.level_1.config.decoder_order == "raster"  # there from the start, or by the refit
+    assert pipe.level_1.config.corruption == (0.1 if is_refitted else 0.0)
+    assert ("refit_level_1" in metrics["phases"]) == is_refitted
+    assert pipe.level_2.config.num_classes == (10 if is_refitted else 0)
 
 
 def readme_commands():
@@ -220,7 +268,9 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     pixels = data.batch(slice(0, 200))[0] / 127.5 - 1
     before, losses = level(pixels).loss.item(), []
     settings = FitSettings(max_train_steps=30, validation_steps=10, lr_warmup_steps=2)
-    steps = fit(level, data, lambda g, y: {"finer": g / 127.5 - 1}, Accelerator(), settings, "x")
+    steps = fit(
+        level, data, lambda b: {"finer": b["grid"] / 127.5 - 1}, Accelerator(), settings, "x"
+    )
     for step in steps:
         assert not level.training
         losses.append((step, level(pixels).loss.item()))
