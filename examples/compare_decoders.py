@@ -31,13 +31,19 @@ from transformers.utils import logging as transformers_logging
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,
+    ProgressiveVAEPipeline,
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
 from progressive_vae.codes import GridDataset, Manifest, PairedDataset, write_cache
 from progressive_vae.data import load_images, pixel_batches
 from progressive_vae.decoders import Condition
-from progressive_vae.evaluation import code_use
+from progressive_vae.evaluation import (
+    ClassifierFeatures,
+    code_use,
+    frechet_distance,
+    train_classifier,
+)
 from progressive_vae.sampling import Sampler
 from progressive_vae.training import (
     FitSettings,
@@ -59,8 +65,12 @@ class Arguments:
     trials: list[str] = dataclasses.field(
         default_factory=list, metadata={"help": "rows to run; all if not given"}
     )
+    distances: bool = dataclasses.field(
+        default=False, metadata={"help": "measure what drawn codes cost in place of true ones"}
+    )
     cpu_minutes: float = 10.0
     image_column: str = "image"
+    label_column: str = "label"
     mixed_precision: str = "bf16"
     seed: int = 0
 
@@ -77,7 +87,7 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
         shape = (len(image.getbands()), image.height, image.width)
         manifest = Manifest("", arguments.dataset_name, f"{split} of train", shape, 256)
         if not folder.exists():
-            batches = pixel_batches(table, arguments.image_column, None, shape)
+            batches = pixel_batches(table, arguments.image_column, arguments.label_column, shape)
             write_cache(folder, manifest, batches)
         caches[split] = GridDataset(folder, manifest)
     return caches
@@ -190,6 +200,46 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
     write_json(results / f"{name}.json", {"trial": trial, **figures})
 
 
+def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridDataset]) -> str:
+    """What drawn codes cost: Fréchet distances to the held-out images, in a classifier's features,
+    of images drawn from their own z_2, from their z_1, and from nothing, as Markdown.
+
+    The rows are pixel levels under one level_1 and prior, told to expect no wrong codes or as many
+    as they were trained with.
+    """
+    trained, size = Path(arguments.output_dir) / "trained", pixels["test"].manifest.shape
+    classes = 1 + int(pixels["train"].batch(slice(None))[1].max())
+    features = ClassifierFeatures(train_classifier(pixels["train"], classes, seed=arguments.seed))
+    prior = ProgressiveVAEPrior.from_pretrained(trained / "prior" / "prior")
+    coarsest = ProgressiveVAELevel.from_pretrained(trained / "prior" / "level_1")
+    images = pixels["test"].batch(slice(None))[0].to(torch.uint8)
+    lines = [
+        "| row | told to expect | from z_2 | from z_1 | from nothing | loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        finest = ProgressiveVAELevel.from_pretrained(trained / name / "level_2").eval()
+        pipe = ProgressiveVAEPipeline.from_levels(prior.eval(), [coarsest.eval(), finest], size[1:])
+        pipe.set_progress_bar_config(disable=True)
+        codes = pipe.encode(images)
+        for strength in sorted({0.0, finest.config.corruption / 2, finest.config.corruption}):
+            generator = torch.Generator().manual_seed(arguments.seed)
+            controls = {"output_type": "pt", "corruption": strength, "generator": generator}
+            drawn = [
+                pipe(codes=codes, **controls).images,
+                pipe(codes=codes[:1], **controls).images,
+                pipe(num_images_per_prompt=len(images), **controls).images,
+            ]
+            found = [
+                frechet_distance(features, (images / 255).split(500), batch.split(500))
+                for batch in drawn
+            ]
+            cells = [name, strength, *(f"{x:.2f}" for x in [*found, found[-1] - found[0]])]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+            print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
 def table(arguments: Arguments, names: list[str]) -> str:
     """The rows that are done, in the order of the YAML file, as Markdown."""
     lines = [
@@ -224,6 +274,8 @@ def main(flags: list[str]):
         if not (Path(arguments.output_dir) / "results" / f"{name}.json").is_file():
             run_trial(name, recipe["trials"][name], recipe, arguments, pixels, accelerator)
         print(table(arguments, names), flush=True)
+    if arguments.distances:
+        print(distances(arguments, recipe["distances"], pixels))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
-| `evaluation.py` | bits/dim per factor, code use |
+| `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
 | `hub.py` | model card, fingerprints |
 | `training.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
 """

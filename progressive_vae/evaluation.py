@@ -1,9 +1,9 @@
-"""Held-out figures: bits/dim per factor, code use, and what each level says of the class."""
+"""Held-out figures: bits/dim per factor, code use, what each level says of the class, distances."""
 
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import PIL.Image
 import torch
@@ -122,6 +122,38 @@ def label_accuracy(
             shown = pipe.decode(codes[:level], "pt", generator) if level else images.float() / 255
             right[name] += int((classifier(shown * 2 - 1).argmax(1) == labels).sum())
     return {name: count / len(dataset) for name, count in right.items()}
+
+
+class ClassifierFeatures(nn.Module):
+    """What a classifier sees before it decides: (B, C, H, W) in [0, 1] -> (B, num_features)."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        modules = [*classifier]
+        pool = [*map(type, modules)].index(nn.AdaptiveAvgPool2d)
+        self.layers = nn.Sequential(*modules[:pool])
+        self.num_features = modules[-1].in_features // 16  # of a grid of 4×4
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images * 2 - 1).mean((2, 3))
+
+
+@torch.no_grad()
+def frechet_distance(features: nn.Module, real: Iterable[Tensor], drawn: Iterable[Tensor]) -> float:
+    """Fréchet distance of two sets of images in a space of features (Heusel et al. 2017).
+
+    Args:
+        features: (B, C, H, W) in [0, 1] -> (B, num_features); has that attribute.
+        real, drawn: batches of images.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=features)
+    for images in real:
+        metric.update(images, real=True)
+    for images in drawn:
+        metric.update(images, real=False)
+    return metric.compute().item()
 
 
 def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float:

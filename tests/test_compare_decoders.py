@@ -1,0 +1,54 @@
+"""The comparison of decoders through its own script, at tiny size."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from progressive_vae import ProgressiveVAELevel
+from progressive_vae.hub import fingerprint
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "compare_decoders.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compare_decoders", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_rows_refits_and_distances(script, tmp_path, capsys):
+    recipe = yaml.safe_load(SCRIPT.with_suffix(".yaml").read_text())
+    for name in ("level_2", "level_1"):
+        recipe["parts"][name] |= {"hidden_size": 8, "num_layers": 1, "encoder_hidden_size": 8}
+    recipe["parts"]["prior"]["backbone_config"] = {
+        "model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
+        "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    for settings in recipe["settings"].values():
+        settings["train_batch_size"] = 16
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    rows = ["vq, pixels", "vq, symbols", "prior", *recipe["distances"], "raster, symbols"]
+    flags = ["--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
+    flags += ["--config", str(path), "--cpu_minutes", "0.001"]
+    script.main([*flags, "--distances", "--trials", *rows])
+    results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "run/results").iterdir()}
+    assert results.keys() == set(rows)
+    assert results["vq, pixels"]["passes"] == 7 and results["raster, symbols"]["passes"] == 4
+    assert 0 < results["prior"]["bits_per_dim"] < results["vq, pixels"]["bits_per_dim"] < 8
+    levels = [
+        ProgressiveVAELevel.from_pretrained(tmp_path / "run/trained" / name / "level_2")
+        for name in rows
+    ]
+    assert len({fingerprint([level]) for level in levels}) == 1  # all rows stand on the same codes
+    printed = capsys.readouterr().out
+    assert "| raster, symbols |" in printed
+    assert printed.count("| refit of vq, pixels, corruption 0.2 | 0.2 |") == 2
+    script.main([*flags, "--trials", "vq, pixels"])  # done already
+    with pytest.raises(ValueError, match=r"trials among .*got \['nonsense'\]"):
+        script.main([*flags, "--trials", "nonsense"])
