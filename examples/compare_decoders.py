@@ -6,7 +6,8 @@
 
     python examples/compare_decoders.py --dataset_name … --trials "vq, pixels" "fsq, pixels"
         these rows. Two processes with OMP_NUM_THREADS=1 and a part of the rows each use two cores
-        better than one process with two threads; rows with `refit` need the vq rows done.
+        better than one process with two threads (start the second once the first has cached the
+        images); rows with `refit`, `level_1` and `prior` need the vq rows done.
 
 Nothing here sees test images: the rows are trained on eleven twelfths of the training split and
 measured on the rest. The number of steps is what 30 steps of the same row tell of the CPU time of
@@ -169,6 +170,8 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
         if is_refit or index < 2:  # the finer levels, and with `refit` this level, are there
             has_pixels_only = index == 2 or (index == 1 and not is_refit)
             base = "vq, pixels" if has_pixels_only else "vq, symbols"
+            if not (output_dir / "trained" / base).is_dir():
+                raise ValueError(f"expected the row {base!r} to be done before {name!r}")
             shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)
         run = Run(Path(folder), accelerator, 2, pixels)
         train = run.grids("train", index + 1)

@@ -36,9 +36,9 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.chain import MAX_LEVELS, grid_sizes
+from progressive_vae.chain import MAX_LEVELS, check_image_size, grid_sizes
 from progressive_vae.codes import GridDataset, Manifest, write_cache
-from progressive_vae.configuration import CORRUPTIONS, DECODER_ORDERS, QUANTIZERS
+from progressive_vae.configuration import CORRUPTIONS, DECODER_FIELDS, DECODER_ORDERS, QUANTIZERS
 from progressive_vae.data import (
     GREY_MODES,
     IMAGE_COLUMNS,
@@ -111,6 +111,7 @@ class ModelArguments:
     decoder_order: list[str] = _list("lattice", f"one of {', '.join(DECODER_ORDERS)}")
     num_groups: list[int] = _list(0, "groups of the decoder; 0: what the order stands for")
     quantizer: list[str] = _list("vq", f"one of {', '.join(QUANTIZERS)}")
+    gumbel_decay: list[float] = _list(0.999, "of gumbel: the temperature's factor at each batch")
     class_conditional: bool = field(
         default=True, metadata={"help": "give the prior the labels, where the data set has any"}
     )
@@ -119,12 +120,17 @@ class ModelArguments:
         metadata={"help": "numbers of the levels whose decoders are given the labels too"},
     )
     class_dropout: float = 0.1
-    refit_hidden_size: list[int] = _list(0, "width of the refitted decoder; 0: as it was")
-    refit_num_layers: list[int] = _list(0, "its residual blocks before each group; 0: as it was")
-    refit_decoder_order: list[str] = _list("same", "its order")
-    refit_num_groups: list[int] = _list(0, "its groups; 0: what the order stands for")
-    refit_corruption: list[float] = _list(0.0, "share of wrong codes it learns to bear, up to this")
-    refit_corruption_kind: list[str] = _list("near", f"one of {', '.join(CORRUPTIONS)}")
+    # Of the decoders that are fitted again; what is not given stays as it is.
+    refit_hidden_size: list[int] | None = None
+    refit_num_layers: list[int] | None = None
+    refit_decoder_order: list[str] | None = None
+    refit_num_groups: list[int] | None = None
+    refit_corruption: list[float] | None = field(
+        default=None, metadata={"help": "share of wrong codes they learn to bear, up to this"}
+    )
+    refit_corruption_kind: list[str] | None = field(
+        default=None, metadata={"help": f"one of {', '.join(CORRUPTIONS)}"}
+    )
     prior_config: str = field(
         default='{"model_type": "llama", "hidden_size": 128, "intermediate_size": 352, '
         '"num_hidden_layers": 4, "num_attention_heads": 4}',
@@ -198,6 +204,8 @@ def parse(arguments: list[str]) -> tuple[DataArguments, ModelArguments, Training
         if value is None:
             continue
         values = value if isinstance(value, list) else [value]
+        if not values:
+            continue
         flags += [f"--{name}", *(json.dumps(v) if isinstance(v, dict) else str(v) for v in values)]
     return parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)[:3]
 
@@ -273,7 +281,7 @@ def level_configs(
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
              "encoder_hidden_size", "encoder_num_layers", "decoder_order", "num_groups",
-             "quantizer")  # fmt: skip
+             "quantizer", "gumbel_decay")  # fmt: skip
     columns = [per_level(name, getattr(model, name), model.num_levels) for name in names]
     knobs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for i, level in enumerate(knobs, 1):
@@ -296,22 +304,15 @@ def class_fields(names: list[str], class_dropout: float) -> dict:
     }
 
 
-def decoder_changes(model: ModelArguments, config: ProgressiveVAELevelConfig, index: int) -> dict:
+def decoder_changes(model: ModelArguments, index: int, class_names: list[str]) -> dict:
     """The fields of its config that the refit of level `index` changes."""
-    names = ("hidden_size", "num_layers", "decoder_order", "num_groups", "corruption",
-             "corruption_kind")  # fmt: skip
-    flags = {
-        name: per_level(f"refit_{name}", getattr(model, f"refit_{name}"), model.num_levels)
-        for name in names
-    }
-    changes = {name: flag[index - 1] for name, flag in flags.items()}
-    if changes["decoder_order"] == "same":
-        changes["decoder_order"] = config.decoder_order
-        changes["num_groups"] = changes["num_groups"] or config.num_groups
-    changes["num_groups"] = changes["num_groups"] or None
-    for name in ("hidden_size", "num_layers"):
-        changes[name] = changes[name] or getattr(config, name)
-    ProgressiveVAELevelConfig(**{**config.to_diff_dict(), **changes})  # a wrong flag fails here
+    changes = {}
+    for name in DECODER_FIELDS:
+        flag = f"refit_{name}"
+        if (values := getattr(model, flag, None)) is not None:
+            changes[name] = per_level(flag, values, model.num_levels)[index - 1]
+    if index in model.class_conditional_levels:
+        changes |= class_fields(class_names, model.class_dropout)
     return changes
 
 
@@ -427,15 +428,29 @@ def main(arguments: list[str]):
     config_of_prior = prior_config(model, configs, run)
     chosen = phases if training.phase == "all" else [training.phase]
     changes = {
-        f"refit_level_{i}": decoder_changes(model, configs[i - 1], i)
+        f"refit_level_{i}": decoder_changes(model, i, names)
         for i in indices
         if f"refit_level_{i}" in chosen
     }
+    unused = [name for name, value in vars(model).items() if name.startswith("refit") and value]
+    if training.phase == "all" and unused and not changes:
+        raise ValueError(f"expected refit_max_train_steps beside {unused}, got {refits}")
+    # What is refitted is the saved level, which another command may have trained.
+    refitted = [
+        config.with_decoder(**changes.get(f"refit_level_{i}", {}))
+        for i, config in enumerate(configs, 1)
+    ]
+    for chain in (configs, refitted):
+        check_image_size(run.image_shape[1:], chain, None)
     settings = {p: fit_settings(training, run.num_levels, p) for p in chosen if p != "evaluate"}
-    if accelerator.is_main_process and training.phase in ("all", phases[0]):
-        # What a single phase is run again with does not speak for the whole.
+    if accelerator.is_main_process:
         command = shlex.join(["accelerate", "launch", "examples/train.py", *arguments])
-        write_json(output_dir / "settings.json", {"command": command, "settings": flags})
+        path = output_dir / "settings.json"
+        if training.phase in ("all", phases[0]):
+            write_json(path, {"command": command, "settings": flags})
+        elif training.phase in changes and path.is_file():  # a refit comes on top of the whole
+            made = json.loads(path.read_text())
+            write_json(path, {**made, "command": f"{made['command']} && {command}"})
     for phase in chosen:
         if phase == "evaluate":
             run.grids("test", 1)  # an error if a level has changed since the coarser were trained

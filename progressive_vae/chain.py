@@ -3,7 +3,11 @@
 import itertools
 import math
 
-from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .configuration import (
+    MAX_RASTER_POSITIONS,
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPriorConfig,
+)
 
 MAX_LEVELS = 8
 
@@ -62,7 +66,8 @@ def check_image_size(
     """[H, W]: as given, or where it is not, of the prior's grid.
 
     Raises:
-        ValueError: no image size, or one that is none, or a prior that is not of its z_1.
+        ValueError: no image size, or one that is none, a prior that is not of its z_1, or a grid
+            that is too large for the raster order.
     """
     if image_size is None:
         if prior is None:
@@ -72,8 +77,15 @@ def check_image_size(
     if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
         raise ValueError(f"expected image_size of two positive integers, got {image_size}")
     height, width = (int(n) for n in image_size)
+    sizes = grid_sizes(configs, (height, width))
+    for i, (config, finer) in enumerate(zip(configs, sizes[1:], strict=True), 1):
+        if config.decoder_order == "raster" and math.prod(finer) > MAX_RASTER_POSITIONS:
+            raise ValueError(
+                f"expected level_{i} to have a finer grid of at most {MAX_RASTER_POSITIONS} "
+                f"positions for decoder_order='raster', got {finer[0]}×{finer[1]}"
+            )
     if prior is not None:
-        expected = (configs[0].codebook_size, grid_sizes(configs, (height, width))[0])
+        expected = (configs[0].codebook_size, sizes[0])
         got = (prior.codebook_size, tuple(prior.grid_size))
         if got != expected:
             raise ValueError(

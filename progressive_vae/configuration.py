@@ -14,6 +14,17 @@ QUANTIZERS = ("vq", "fsq", "gumbel")
 CORRUPTIONS = ("random", "near")
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
+# What a refit may change; the rest decides what the codes are.
+DECODER_FIELDS = ("hidden_size", "num_layers", "decoder_order", "num_groups", "num_classes",
+                  "id2label", "class_dropout", "corruption", "corruption_kind")  # fmt: skip
+
+# Groups of an order for a downsample, where the config leaves them open.
+_GROUPS = {
+    "factorized": lambda downsample: 1,
+    "lattice": lambda downsample: 1 + 3 * int(math.log2(downsample)),
+    "masked": lambda downsample: 8,
+}
+
 # Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them.
 _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
                     "experts_implementation", "output_attentions", "per_layer_config",
@@ -104,8 +115,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             number of its scalars, which it must be there.
         downsample: 2 or 4, the linear factor between this level's grid and the finer one.
         hidden_size: width of the decoder.
-        num_layers: residual blocks of the decoder before each group; for `"raster"` the layers
-            of its causal language model.
+        num_layers: residual blocks of the decoder before each group; of `"raster"` those on z, and
+            the layers of its causal language model.
         encoder_hidden_size: width of the encoder; `None` stands for `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         value_embed_dim: length of the vector by which the networks see one finer value.
@@ -113,9 +124,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
             symbol grids up to 256 positions.
-        num_groups: groups of the decoder. `"lattice"`: 4 for downsample 2, 7 for 4.
-            `"masked"`: any number up to 256. `None` stands for 1, 4 or 7, 8 and, for `"raster"`,
-            for as many as there are positions.
+        num_groups: groups of the decoder: 1 of `"factorized"`; 4 or 7 of `"lattice"`, for
+            downsample 2 or 4; 1 … 256 of `"masked"`; `None` of `"raster"`, as there are as many as
+            positions. `None` stands for the one number, or for 8 of `"masked"`.
         quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
             `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax).
         commitment_weight: β of `"vq"`, the pull of the encoder towards its code.
@@ -123,7 +134,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         restart_threshold: of `"vq"`: a code used less than this fraction of the mean use is
             restarted.
         gumbel_temperature: of `"gumbel"`: [at the start, at the end]; it anneals exponentially.
-        gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied at each step.
+        gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied after each batch.
         num_classes: number of class labels that the decoder is told; 0 for none.
         class_dropout: probability that training shows the decoder the null class instead.
         corruption: while a decoder is refitted, each code of z_i is replaced with a probability
@@ -163,8 +174,25 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         if self.codebook_dim is None:
             is_fsq = self.quantizer == "fsq"
             self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
+        if self.num_groups is None:
+            self.num_groups = _GROUPS.get(self.decoder_order, lambda _: None)(self.downsample)
         _name_classes(self)
         super().__post_init__(**kwargs)
+
+    def with_decoder(self, **changes) -> "ProgressiveVAELevelConfig":
+        """The config of a level with the same encoder and codebook and another decoder.
+
+        Args:
+            changes: of the fields in `DECODER_FIELDS`.
+        """
+        if unknown := sorted(set(changes) - set(DECODER_FIELDS)):
+            raise ValueError(f"expected changes among {DECODER_FIELDS}, got {unknown}")
+        fields = {name: getattr(self, name) for name in ProgressiveVAELevelConfig.__annotations__}
+        fields["encoder_hidden_size"] = self.encoder_hidden_size or self.hidden_size
+        fields["id2label"] = self.id2label if self.num_classes else None
+        if changes.get("decoder_order", self.decoder_order) != self.decoder_order:
+            fields["num_groups"] = None  # those of the other order
+        return ProgressiveVAELevelConfig(**{**fields, **changes})
 
     def validate_finer(self):
         if (self.num_channels is None) == (self.num_symbols is None):
@@ -198,16 +226,16 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
-        groups = {
-            "factorized": [1],
-            "lattice": [1 + 3 * int(math.log2(self.downsample))],
-            "masked": range(1, 257),
-            "raster": [],
-        }[self.decoder_order]
-        if self.num_groups is not None and self.num_groups not in groups:
+        if self.decoder_order == "masked":
+            fits = self.num_groups is not None and 1 <= self.num_groups <= 256
+            expected = "1 … 256"
+        else:
+            expected = _GROUPS.get(self.decoder_order, lambda _: None)(self.downsample)
+            fits = self.num_groups == expected
+        if not fits:
             raise ValueError(
-                f"expected num_groups in {groups} or None for decoder_order="
-                f"{self.decoder_order!r} and downsample={self.downsample}, got {self.num_groups}"
+                f"expected num_groups={expected} for decoder_order={self.decoder_order!r} and "
+                f"downsample={self.downsample}, got {self.num_groups}"
             )
 
     def validate_quantizer(self):

@@ -57,8 +57,8 @@ def load_images(
             f"{train_data_dir!r}"
         )
     if dataset_name == "digits":
-        return load_digits()
-    if train_data_dir is not None:
+        splits = load_digits()
+    elif train_data_dir is not None:
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"expected train_data_dir to be a folder, got {train_data_dir!r}")
         is_parquet = any(Path(train_data_dir).rglob("*.parquet"))

@@ -2,9 +2,9 @@
 
 The positions of the finer grid are split into groups. The walk predicts them in sequence:
 positions inside a group are independent given z and all earlier groups, and the colours of one
-pixel are predicted one after the other. The network takes in each group's values once they are
-known, so no later value can be seen because it has not been put in yet, and likelihood, sampling
-and coding are the same walk with another `choose`.
+pixel are predicted one after the other. Sampling and coding are the same walk with another
+`choose`. So is likelihood: no later value can be seen because it has not been put in yet. Only the
+raster order computes it otherwise, in one pass of a causal language model.
 """
 
 import math
@@ -96,11 +96,11 @@ def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -
 
 def lattice_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
     """The coarse lattice, then each halving of its stride: diagonal, horizontal, vertical."""
-    groups = [Lattice(config.downsample)]
+    groups: list[Group] = [Lattice(config.downsample)]
     for stride in (2**k for k in range(int(math.log2(config.downsample)), 0, -1)):
         half = stride // 2
         groups += [Lattice(stride, (half * y, half * x)) for y, x in ((1, 1), (0, 1), (1, 0))]
-    return [*groups]
+    return groups
 
 
 def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
@@ -109,7 +109,7 @@ def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> li
     The share that is known after group t of T is 1 − cos(π t / 2T) (MaskGIT, Chang et al. 2022).
     Unlike there the order does not depend on what was drawn, so the likelihood is exact.
     """
-    count, groups = math.prod(size), config.num_groups or 8
+    count, groups = math.prod(size), config.num_groups or 1
     order = torch.from_numpy(np.random.RandomState(0).permutation(count))  # a frozen stream
     ends = [round(count * (1 - math.cos(math.pi * t / (2 * groups)))) for t in range(groups + 1)]
     return [Scattered(order[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
@@ -268,7 +268,8 @@ class RasterDecoder(Decoder):
             hidden_size=width,
             intermediate_size=math.ceil(8 * width / 3),
             num_hidden_layers=config.num_layers,
-            num_attention_heads=math.ceil(width / 32),
+            # About one head for 32 channels; transformers wants a number that divides the width.
+            num_attention_heads=max(n for n in range(1, width // 32 + 2) if width % n == 0),
             head_dim=32,
             max_position_embeddings=MAX_RASTER_POSITIONS,
             bos_token_id=None,

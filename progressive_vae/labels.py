@@ -21,13 +21,15 @@ def label_ids(
         ValueError: not one label for each of `batch_size` examples, or one that is no class.
     """
     null = config.num_classes
+    if class_labels is not None and not null:
+        raise ValueError(f"expected class_labels=None, as there are no classes, got {class_labels}")
     if class_labels is None:
         return torch.full((batch_size or 1,), null)
     if isinstance(class_labels, Tensor):
         ids: Tensor = class_labels
     else:
         labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
-        names = {name: i for i, name in config.id2label.items()} if null else {}
+        names = {name: i for i, name in config.id2label.items()}
         unknown = [label for label in labels if isinstance(label, str) and label not in names]
         if unknown:
             raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")
@@ -44,6 +46,11 @@ def label_ids(
             f"expected class_labels in 0 … {null} ({null} is null), got {ids.tolist()}"
         )
     return ids.long()
+
+
+def known_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor | None:
+    """The labels for a part of the chain; `None` if it is not class-conditional."""
+    return labels if config.num_classes else None
 
 
 def drop_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor:

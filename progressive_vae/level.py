@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .chain import grid_sizes
 from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition, make_decoder
 from .labels import Labels, drop_labels, label_ids
@@ -24,7 +25,8 @@ NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 class ProgressiveVAELevelOutput(ModelOutput):
     """
     Args:
-        loss: scalar, nats per entry of the finer grid plus β·commitment; minimise it.
+        loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus
+            β·commitment; minimise it.
         log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
         codes: z_i, int64 (B, H_i, W_i).
         latents: the encoder's output before quantisation, (B, D, H_i, W_i); `None` where the
@@ -95,8 +97,7 @@ class ProgressiveVAELevel(PreTrainedModel):
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division."""
-        scale = self.config.downsample
-        return -(-finer_size[0] // scale), -(-finer_size[1] // scale)
+        return grid_sizes([self.config], finer_size)[0]
 
     def forward(
         self,
@@ -213,13 +214,12 @@ class ProgressiveVAELevel(PreTrainedModel):
             )
         batch_size = len(codes)
         labels, quantized = self._labels(class_labels, batch_size), self.quantizer.lookup(codes)
-        if labels is None or not (labels < self.config.num_classes).any():
-            guidance_scale = min(guidance_scale, 1.0)  # there is nothing to be guided by
         draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
+        null = None if labels is None else torch.full_like(labels, self.config.num_classes)
+        if labels is None or torch.equal(labels, null):
+            draw.guidance_scale = 1.0  # there is nothing to be guided by
         if draw.is_guided:
-            null = torch.full((batch_size,), self.config.num_classes)
-            labels = null.repeat(2) if labels is None else torch.cat([labels, null])
-            quantized = quantized.repeat(2, 1, 1, 1)
+            labels, quantized = torch.cat([labels, null]), quantized.repeat(2, 1, 1, 1)
         strength = quantized.new_full((len(quantized),), corruption) if corruption else None
         values = self.decoder.walk(
             Condition(quantized, labels, strength),
@@ -244,35 +244,28 @@ class ProgressiveVAELevel(PreTrainedModel):
         be replaced at any time, on the latent structure that the encoder defines.
 
         Args:
-            from_scratch: do not start from the old decoder's weights, even where `changes` leave
-                its architecture alone.
-            changes: fields of the config that belong to the decoder.
+            from_scratch: draw new weights. Otherwise the new decoder starts from those of the old
+                one, if `changes` leave its width, depth, order and groups alone.
+            changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
-        fields = ("hidden_size", "num_layers", "decoder_order", "num_groups", "num_classes",
-                  "id2label", "class_dropout", "corruption", "corruption_kind")  # fmt: skip
-        if unknown := sorted(set(changes) - set(fields)):
-            raise ValueError(f"expected changes among {fields}, got {unknown}")
-        old = {
-            name: getattr(self.config, name) for name in ProgressiveVAELevelConfig.__annotations__
-        }
-        if self.config.num_classes:
-            old["id2label"] = self.config.id2label
-        old["encoder_hidden_size"] = old["encoder_hidden_size"] or old["hidden_size"]
-        level = ProgressiveVAELevel(ProgressiveVAELevelConfig(**{**old, **changes}))
+        level = ProgressiveVAELevel(self.config.with_decoder(**changes))
         for name in ("encoder", "quantizer"):
             part = getattr(level, name)
             part.load_state_dict(getattr(self, name).state_dict())
             part.requires_grad_(False)
-        ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()
-        fits = all(name in ours and ours[name].shape == w.shape for name, w in theirs.items())
-        if fits and not from_scratch:  # what is new, such as the classes, starts at zero
-            level.decoder.load_state_dict(theirs, strict=False)
+        names = ("hidden_size", "num_layers", "decoder_order", "num_groups")
+        is_same = all(getattr(level.config, name) == getattr(self.config, name) for name in names)
+        if is_same and not from_scratch:
+            ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()
+            # Only the embeddings of classes and corruption can differ; new ones start at zero.
+            kept = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
+            level.decoder.load_state_dict(kept, strict=False)
         return level
 
     def _labels(self, class_labels: Labels, batch_size: int) -> Tensor | None:
         """Ids (B,) for the decoder; `None` where it is not class-conditional."""
         labels = label_ids(class_labels, self.config, batch_size)
-        return labels if self.config.num_classes else None
+        return labels.to(self.device) if self.config.num_classes else None
 
     def _check_pair(self, codes: Tensor, values: Tensor):
         size = (values.shape[-2], values.shape[-1])

@@ -15,7 +15,7 @@ from torch import Tensor
 from .chain import MAX_LEVELS, check_classes, check_image_size, check_levels, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .images import Images, from_pixel_values, pixel_value_batches
-from .labels import Labels, label_ids
+from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
 from .prior import ProgressiveVAEPrior
 from .quantizer import check_codes
@@ -126,8 +126,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
     def encode(
         self,
         images: Images,
-        generator: torch.Generator | None = None,
         batch_size: int = 256,
+        generator: torch.Generator | None = None,
     ) -> list[Tensor]:
         """[z_1 … z_N] of the images, int64 (B, H_i, W_i) each: the encoders, finest first.
 
@@ -152,8 +152,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         self,
         images: Images,
         class_labels: Labels = None,
-        generator: torch.Generator | None = None,
         batch_size: int = 256,
+        generator: torch.Generator | None = None,
     ) -> dict[str, Tensor]:
         """Nats (B,) of every factor of P(s, z(s)), z(s) the most probable codes.
 
@@ -170,9 +170,9 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         for given, pixel_values in zip(labels.split(batch_size), batches, strict=True):
             chain = self._climb(pixel_values, generator)  # z_1 … z_N, s
             codes = chain[:-1]
-            factors = [prior.log_prob(codes[0], self._labels_of(prior, given))]
+            factors = [prior.log_prob(codes[0], known_labels(given, prior.config))]
             for level, z, finer in zip(self.levels, codes, chain[1:], strict=True):
-                factors.append(level.log_prob(finer, z, self._labels_of(level, given)))
+                factors.append(level.log_prob(finer, z, known_labels(given, level.config)))
             if generator is not None:
                 entropies = map(ProgressiveVAELevel.encoder_entropy, self.levels, chain[1:])
                 factors.append(sum(entropies))
@@ -186,11 +186,11 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         self,
         images: Images,
         class_labels: Labels = None,
-        generator: torch.Generator | None = None,
         batch_size: int = 256,
+        generator: torch.Generator | None = None,
     ) -> dict[str, float]:
         """−log2 of every term of `log_prob` / (C·H·W), averaged over the images, and `"total"`."""
-        nats = self.log_prob(images, class_labels, generator, batch_size)
+        nats = self.log_prob(images, class_labels, batch_size, generator)
         scale = -1 / (math.log(2) * math.prod(self.image_shape))
         bits = {name: value.double().mean().item() * scale for name, value in nats.items()}
         return {**bits, "total": sum(bits.values())}
@@ -226,8 +226,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 for none.
             temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
             corruption: the share of wrong codes that levels refitted with corruption are told to
-                expect in what was drawn before; a level that knows less is told its most. These
-                five are one for all factors, or a list for [prior, level_1 … level_N].
+                expect in what was drawn, not given; a level that knows less is told its most.
+                These five are one for all factors, or a list for [prior, level_1 … level_N].
             generator: one for all, or one for each image, so that an image does not depend on its
                 batch; CPU generators work on any device.
             codes: grids [z_1 … z_k] to start from, int64 (B, H_i, W_i) each: only what is finer
@@ -254,6 +254,8 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
             corruption=corruption,
         )
         controls[0].pop("corruption")  # nothing comes before the prior
+        if np.any(corruption) and not any(level.config.corruption for level in self.levels):
+            raise ValueError(f"expected corruption=0, as no level learned it, got {corruption}")
         if num_levels is not None:
             if not 1 <= num_levels <= self.num_levels:
                 raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
@@ -297,15 +299,17 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
 
     def _descend(self, grids, labels, generator, count, controls, stop) -> Iterator[int]:
         """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
+        given_levels = len(grids)
         if not grids:
             prior = self._require_prior()
-            given = self._labels_of(prior, labels)
+            given = known_labels(labels, prior.config)
             grids.append(prior.sample(count, given, generator=generator, **controls[0]))
             yield 0
         for i in range(len(grids), stop):
-            level, size = self.levels[i - 1], self.grid_sizes[i]
-            given, told = self._labels_of(level, labels), controls[i]
-            told["corruption"] = min(told["corruption"], level.config.corruption)
+            level, size, told = self.levels[i - 1], self.grid_sizes[i], controls[i]
+            given = known_labels(labels, level.config)
+            is_drawn = i != given_levels
+            told["corruption"] = min(told["corruption"], level.config.corruption) * is_drawn
             grids.append(
                 level.sample(grids[-1], given, generator=generator, finer_size=size, **told)
             )
@@ -369,10 +373,6 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         configs = [p.config for p in (self.prior, *self.levels) if p is not None]
         return next((config for config in configs if config.num_classes), configs[0])
 
-    def _labels_of(self, part: ProgressiveVAEPrior | ProgressiveVAELevel, labels: Tensor):
-        """The labels for a part of the chain, if it is class-conditional."""
-        return labels if part.config.num_classes else None
-
     def _prompts(self, class_labels, codes, num_images_per_prompt):
         """Labels (count,), the given grids (count, H_i, W_i), and the count."""
         if num_images_per_prompt < 1:
@@ -390,13 +390,13 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
                 )
             check_codes(z, self.levels[i - 1].config.codebook_size, name=f"codes of level {i}")
         drawn = self.levels[len(given) - 1 :] if given else [self._require_prior(), *self.levels]
-        scales = set(np.atleast_1d(self._guidance_scale).tolist())
-        if not any(part.config.num_classes for part in drawn) and (
-            class_labels is not None or scales != {1.0}
-        ):
+        if class_labels is not None and not any(part.config.num_classes for part in drawn):
             raise ValueError(
-                "expected class_labels=None and guidance_scale=1, as no factor that is drawn is "
-                f"class-conditional, got {class_labels} and {self._guidance_scale}"
+                f"expected class_labels=None, as no drawn factor knows classes, got {class_labels}"
+            )
+        if class_labels is None and np.any(np.asarray(self._guidance_scale) != 1):
+            raise ValueError(
+                f"expected guidance_scale=1 without class_labels, got {self._guidance_scale}"
             )
         labels = label_ids(class_labels, self._class_config, len(given[0]) if given else None)
         labels = labels.repeat_interleave(num_images_per_prompt)

@@ -105,10 +105,10 @@ class ProgressiveVAEPrior(PreTrainedModel):
             generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
         """
         labels = label_ids(class_labels, self.config, batch_size).to(self.device)
-        null = torch.full_like(labels, self.config.num_classes)
-        if torch.equal(labels, null):  # there is nothing to be guided by
-            guidance_scale = min(guidance_scale, 1.0)
         draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
+        null = torch.full_like(labels, self.config.num_classes)
+        if torch.equal(labels, null):
+            draw.guidance_scale = 1.0  # there is nothing to be guided by
         inputs = self._prompt(torch.cat([labels, null]) if draw.is_guided else labels)
         cache, tokens = None, []
         for _ in range(self.config.sequence_length):

@@ -65,12 +65,15 @@ class Quantizer(nn.Module):
         size = len(self.codebook)
         if size == 1:
             return codes
-        distances = torch.cdist(self.codebook.float(), self.codebook.float())
-        distances.fill_diagonal_(float("inf"))
-        near = distances.topk(min(num_near or size, size - 1), largest=False).indices  # (K, n)
-        choice = torch.randint(near.shape[1], codes.shape, device=codes.device)
+        if num_near is None:
+            others = (codes + torch.randint_like(codes, 1, size)) % size
+        else:
+            distances = torch.cdist(self.codebook.float(), self.codebook.float())
+            distances.fill_diagonal_(float("inf"))
+            near = distances.topk(min(num_near, size - 1), largest=False).indices  # (K, n)
+            others = near[codes, torch.randint_like(codes, near.shape[1])]
         replaced = torch.rand(codes.shape, device=codes.device) < probability[:, None, None]
-        return torch.where(replaced, near[codes, choice], codes)
+        return torch.where(replaced, others, codes)
 
     def initialize(self, vectors: Tensor, generator: torch.Generator):
         """Start from latents (n, D) of the data."""

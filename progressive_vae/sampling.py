@@ -79,18 +79,20 @@ class Sampler:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
         cumulative = logits.softmax(-1).cumsum(-1)
         total = cumulative[..., -1]
-        threshold = self._uniform(total.shape).to(total.device) * total
+        threshold = self._uniform(total).to(total.device) * total
         # Rounding must not carry it to the end, where a value of probability 0 may stand.
         threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 
-    def _uniform(self, shape: torch.Size) -> Tensor:
-        """Noise in [0, 1) of shape (B, ...), on the devices of the generators."""
+    def _uniform(self, like: Tensor) -> Tensor:
+        """Noise in [0, 1) of the shape (B, ...) of `like`, on the devices of the generators."""
         if isinstance(self.generator, list):
-            rows = [torch.rand(shape[1:], generator=g, device=g.device) for g in self.generator]
+            rows = [
+                torch.rand(like.shape[1:], generator=g, device=g.device) for g in self.generator
+            ]
             return torch.stack([row.to(rows[0].device) for row in rows])
-        device = None if self.generator is None else self.generator.device
-        return torch.rand(shape, generator=self.generator, device=device)
+        device = like.device if self.generator is None else self.generator.device
+        return torch.rand(like.shape, generator=self.generator, device=device)
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:

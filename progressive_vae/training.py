@@ -95,7 +95,10 @@ class Run:
         folder = self.output_dir / f"level_{index}"
         if not (folder / "config.json").is_file():
             raise ValueError(f"expected a trained level in {folder}, got none: run its phase first")
-        return ProgressiveVAELevel.from_pretrained(folder).requires_grad_(False).eval()
+        level, info = ProgressiveVAELevel.from_pretrained(folder, output_loading_info=True)
+        if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise ValueError(f"expected the weights of {folder} to be those of its config: {info}")
+        return level.requires_grad_(False).eval()
 
     def grids(self, split: str, index: int) -> GridDataset:
         """z_index of a split, or its pixels for index = N + 1; encoded once, then cached.
@@ -166,13 +169,20 @@ class Run:
             }
             write_json(path, phases)
 
+    def drop_record(self, phase: str):
+        path = self.output_dir / "phases.json"
+        if self.accelerator.is_main_process and path.is_file():
+            phases = json.loads(path.read_text())
+            if phases.pop(phase, None) is not None:
+                write_json(path, phases)
+
     def phases(self) -> dict[str, dict[str, float]]:
         """What each phase of this run cost, in their order; rows of other levels are left out."""
         costs = json.loads((self.output_dir / "phases.json").read_text())
         names = []
         for i in range(self.num_levels, 0, -1):
             names += [f"level_{i}", f"encode_train_{i}", f"encode_test_{i}"]
-        names += ["prior", *(f"refit_level_{i}" for i in range(1, self.num_levels + 1))]
+        names += ["prior", *(f"refit_level_{i}" for i in range(self.num_levels, 0, -1))]
         return {name: costs[name] for name in names if name in costs}
 
     def show(self, phase: str, step: int, picture: Image, figures: dict[str, float]):
@@ -222,7 +232,7 @@ def fit(
         name: the prefix of what is logged.
         logged_steps: added to the steps that the trackers see.
     """
-    set_seed(settings.seed)
+    set_seed(settings.seed, device_specific=True)  # the noise of each process is its own
     loader = DataLoader(
         dataset,
         settings.train_batch_size,
@@ -306,9 +316,16 @@ def train_level(
     It starts from the saved finer levels and the cached codes z_{index + 1} (the pixels, for the
     finest level).
     """
+    if config.corruption:
+        raise ValueError(
+            f"expected corruption=0 for a level to train, got {config.corruption}: corrupted codes "
+            "are for refit_level"
+        )
     set_seed(settings.seed)
     level, train = ProgressiveVAELevel(config), run.grids("train", index + 1)
-    initialize_codebook(level, train, settings.seed)
+    if config.quantizer == "vq":
+        initialize_codebook(level, train, settings.seed)
+    run.drop_record(f"refit_level_{index}")  # of the level that was there before
     _fit_level(run, index, level, train, settings, f"level_{index}")
     run.forget(index)
     return level
@@ -356,13 +373,12 @@ def _fit_level(
     for step in fit(level, train, to_inputs, accelerator, settings, name, run.logged_steps):
         pause = time.perf_counter()
         if accelerator.is_main_process:
-            grids = held_out.batch(slice(0, 1000))[0]
-            with torch.no_grad():
-                nats = [
-                    level(as_finer(chunk, level).to(level.device)).log_prob.sum()
-                    for chunk in grids.split(250)
-                ]
-            bits = -torch.stack(nats).sum().item() / (len(grids) * math.log(2))
+            grids, nats = held_out.batch(slice(0, 1000))[0], 0.0
+            with torch.no_grad(), accelerator.autocast():
+                for chunk in grids.split(250):
+                    finer = as_finer(chunk, level).to(level.device)
+                    nats -= level.log_prob(finer, level.encode(finer)).sum().item()
+            bits = nats / (len(grids) * math.log(2))
             figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
             run.show(name, step, reconstruction_grid(view, images), figures)
         paused += time.perf_counter() - pause

@@ -1,7 +1,11 @@
 """The real classes at tiny size, with weights that make no distribution uniform."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from progressive_vae import (
     ProgressiveVAELevel,
@@ -52,6 +56,22 @@ def tiny_pipeline(num_channels: int = 3, **prior) -> ProgressiveVAEPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def load_script(name: str):
+    """A script of `examples/` as a module; each `main` starts as a new process would."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    main = module.main
+
+    def fresh_main(arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(arguments)
+
+    module.main = fresh_main
+    return module
 
 
 def all_grids(num_values: int, height: int, width: int) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """The comparison of decoders through its own script, at tiny size."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel
 from progressive_vae.hub import fingerprint
@@ -13,15 +13,8 @@ from progressive_vae.hub import fingerprint
 SCRIPT = Path(__file__).parents[1] / "examples" / "compare_decoders.py"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compare_decoders", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rows_refits_and_distances(script, tmp_path, capsys):
+def test_rows_refits_and_distances(tmp_path, capsys):
+    script = load_script("compare_decoders")
     recipe = yaml.safe_load(SCRIPT.with_suffix(".yaml").read_text())
     for name in ("level_2", "level_1"):
         recipe["parts"][name] |= {"hidden_size": 8, "num_layers": 1, "encoder_hidden_size": 8}

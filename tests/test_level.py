@@ -102,6 +102,16 @@ def test_another_decoder_on_the_same_codes():
     assert torch.equal(same.log_prob(finer, codes), expected)
     assert torch.equal(same.log_prob(finer, codes, ["a", "b", "a"]), expected)
     assert not torch.equal(level.with_decoder(from_scratch=True).log_prob(finer, codes), expected)
+    # Taking corruption and classes away again leaves the rest, and another order leaves nothing.
+    assert torch.equal(
+        same.with_decoder(corruption=0.0, num_classes=0).log_prob(finer, codes), expected
+    )
+    assert level.with_decoder(decoder_order="masked").config.num_groups == 8
+    masked = level.with_decoder(decoder_order="masked", num_groups=4)
+    assert not torch.equal(
+        masked.decoder.stages[0].blocks[0].conv1.weight,
+        level.decoder.stages[0].blocks[0].conv1.weight,
+    )
     with pytest.raises(ValueError, match=r"changes among .*got \['codebook_size'\]"):
         level.with_decoder(codebook_size=4)
 

@@ -283,6 +283,11 @@ def test_bad_images(pipe, images, message):
     ("arguments", "message"),
     [
         (dict(class_labels=[5]), "class_labels in 0 … 2"),
+        (dict(corruption=0.1), "corruption=0, as no level learned it, got 0.1"),
+        (
+            dict(class_labels=[0], guidance_scale=[1.0, 2.0]),
+            r"guidance_scale to be one or a list for",
+        ),
         (dict(temperature=-1.0), "temperature >= 0, got -1.0"),
         (dict(temperature=[1.0]), "temperature to be one or a list for"),
         (dict(num_levels=4), "num_levels in 1 … 3, got 4"),
@@ -294,11 +299,11 @@ def test_bad_images(pipe, images, message):
         (dict(codes=[torch.full((1, 1, 1), 3)]), "codes of level 1 in 0 … 2"),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], class_labels=[0]),
-            "class_labels=None and guid.*got .0. and 1",
+            "class_labels=None, as no drawn factor .*got .0.",
         ),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], guidance_scale=2.0),
-            "guidance_scale=1, as no factor .*None and 2.0",
+            "guidance_scale=1 without class_labels, got 2.0",
         ),
         (dict(codes=torch.zeros(1, 1, 1).long()), "codes to be a list"),
         (dict(callback_on_step_end_tensor_inputs=["latents"]), r"got \['latents'\]"),

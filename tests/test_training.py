@@ -1,6 +1,5 @@
 """The main job through its own script, at tiny size."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -12,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.hub import fingerprint
@@ -29,18 +28,7 @@ SMALL = shlex.split(
 
 @pytest.fixture(scope="module")
 def script():
-    """examples/train.py as a module; each `main` starts as a new process would."""
-    spec = importlib.util.spec_from_file_location("train", ROOT / "examples" / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    main = module.main
-
-    def fresh_main(arguments):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        main(arguments)
-
-    module.main = fresh_main
-    return module
+    return load_script("train")
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +116,13 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
     assert phases["refit_level_2"]["validation_bits_per_dim"] > 0
     with pytest.raises(ValueError, match="refit_max_train_steps >= 1 for refit_level_1, got 0"):
         script.main([*flags, "--phase", "refit_level_1"])
+    made_by = json.loads((output_dir / "metrics.json").read_text())["command"]
+    assert made_by.count("accelerate launch") == 2 and "--phase refit_level_2" in made_by
+    with pytest.raises(ValueError, match=r"refit_max_train_steps beside \['refit_hidden_size'\]"):
+        script.main([*flags, "--refit_hidden_size", "16"])
+    for wrong in ("--refit_decoder_order raster", "--class_conditional_levels 3"):
+        with pytest.raises(ValueError, match="decoder_order of pixels|class_conditional_levels in"):
+            script.main([*flags, *shlex.split(wrong), "--refit_max_train_steps", "1"])
 
 
 @pytest.mark.parametrize(
