@@ -164,7 +164,8 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
     output_dir, changes = Path(arguments.output_dir), dict(trial)
     part, is_refit = changes.pop("part"), changes.pop("refit", False)
     index = int(part[-1]) if part != "prior" else 0
-    settings = FitSettings(seed=arguments.seed, **recipe["settings"][part])
+    settings = recipe["settings"][part] | changes.pop("settings", {})
+    settings = FitSettings(seed=arguments.seed, **settings)
     seconds = 60 * arguments.cpu_minutes * changes.pop("times", 1)
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
         if is_refit or index < 2:  # the finer levels, and with `refit` this level, are there
