@@ -57,14 +57,8 @@ from progressive_vae.evaluation import (
     train_classifier,
 )
 from progressive_vae.hub import figures_table, model_card, version
-from progressive_vae.training import (
-    FitSettings,
-    Run,
-    refit_level,
-    train_level,
-    train_prior,
-    write_json,
-)
+from progressive_vae.run import Run, write_json
+from progressive_vae.training import FitSettings, refit_level, train_level, train_prior
 
 
 def _list(value, help: str):

@@ -19,6 +19,7 @@
 | `codes.py` | a data set's grids, cached on disk |
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
 | `hub.py` | model card, fingerprints |
+| `run.py` | what one training leaves behind, and where it lies |
 | `training.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
 """
 

@@ -1,0 +1,170 @@
+"""What one training leaves behind: levels, caches of codes, costs, pictures; and where it lies."""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from PIL.Image import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .chain import grid_sizes
+from .codes import GridDataset, Manifest, write_cache
+from .hub import fingerprint
+from .level import ProgressiveVAELevel
+
+
+@dataclass
+class Run:
+    """Where the artefacts of one training lie, and on what images it trains.
+
+    Args:
+        output_dir: the pipeline's folder: `level_i/`, `prior/`, and beside them `cache/`,
+            `validation/` and `phases.json`.
+        pixels: for the splits "train" and "test" the cache of their images.
+        class_names: names of the classes, [] where there are none.
+    """
+
+    output_dir: Path
+    accelerator: Accelerator
+    num_levels: int
+    pixels: dict[str, GridDataset]
+    class_names: list[str] = field(default_factory=list)
+    num_validation_images: int = 8
+    cache_batch_size: int = 500
+    logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        channels, height, width = self.pixels["train"].manifest.shape
+        return channels, height, width
+
+    def level(self, index: int) -> ProgressiveVAELevel:
+        """The saved level, frozen."""
+        folder = self.output_dir / f"level_{index}"
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"expected a trained level in {folder}, got none: run its phase first")
+        level, info = ProgressiveVAELevel.from_pretrained(folder, output_loading_info=True)
+        if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+            raise ValueError(f"expected the weights of {folder} to be those of its config: {info}")
+        return level.requires_grad_(False).eval()
+
+    def grids(self, split: str, index: int) -> GridDataset:
+        """z_index of a split, or its pixels for index = N + 1; encoded once, then cached.
+
+        Raises:
+            ValueError: the cache in place was made by other weights.
+        """
+        if index == self.num_levels + 1:
+            return self.pixels[split]
+        levels = [self.level(i) for i in range(index, self.num_levels + 1)]
+        size = grid_sizes([level.config for level in levels], self.image_shape[1:])[0]
+        manifest = Manifest(
+            weights=fingerprint(levels),
+            dataset=self.pixels[split].manifest.dataset,
+            split=split,
+            shape=size,
+            num_values=levels[0].config.codebook_size,
+        )
+        folder = self.output_dir / "cache" / f"level_{index}" / split
+        if not folder.exists():
+            finer = self.grids(split, index + 1)
+            self.accelerator.wait_for_everyone()  # all have seen that there is no cache yet
+            if self.accelerator.is_main_process:
+                start = time.perf_counter()
+                write_cache(folder, manifest, self._encode(levels[0], finer))
+                self.record(f"encode_{split}_{index}", len(finer), time.perf_counter() - start)
+            self.accelerator.wait_for_everyone()
+        return GridDataset(folder, manifest)
+
+    def _encode(
+        self, level: ProgressiveVAELevel, finer: GridDataset
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        level = level.to(self.accelerator.device)
+        for grids, labels in tqdm(
+            finer.batches(self.cache_batch_size),
+            total=math.ceil(len(finer) / self.cache_batch_size),
+            desc="encode",
+        ):
+            yield level.encode(as_finer(grids, level).to(level.device)).cpu(), labels
+
+    def forget(self, index: int):
+        """Delete the cached codes of a level whose weights have just changed."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.output_dir / "cache" / f"level_{index}", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save(self, model: PreTrainedModel, name: str):
+        """`save_pretrained` under a temporary name, then rename: complete or absent."""
+        if self.accelerator.is_main_process:
+            folder = self.output_dir / name
+            temporary = folder.with_name(f"{name}.incomplete")
+            shutil.rmtree(temporary, ignore_errors=True)
+            model.save_pretrained(temporary)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+        self.accelerator.wait_for_everyone()
+
+    def record(self, phase: str, num_images: int, seconds: float, **figures: float):
+        """Note what a phase cost, and other figures of it, in `phases.json`."""
+        if self.accelerator.is_main_process:
+            path = self.output_dir / "phases.json"
+            phases = json.loads(path.read_text()) if path.is_file() else {}
+            phases[phase] = {
+                "seconds": round(seconds, 2),
+                "images": num_images,
+                "images_per_second": round(num_images / seconds, 2),
+                **figures,
+            }
+            write_json(path, phases)
+
+    def drop_record(self, phase: str):
+        path = self.output_dir / "phases.json"
+        if self.accelerator.is_main_process and path.is_file():
+            phases = json.loads(path.read_text())
+            if phases.pop(phase, None) is not None:
+                write_json(path, phases)
+
+    def phases(self) -> dict[str, dict[str, float]]:
+        """What each phase of this run cost, in their order; rows of other levels are left out."""
+        costs = json.loads((self.output_dir / "phases.json").read_text())
+        names = []
+        for i in range(self.num_levels, 0, -1):
+            names += [f"level_{i}", f"encode_train_{i}", f"encode_test_{i}"]
+        names += ["prior", *(f"refit_level_{i}" for i in range(self.num_levels, 0, -1))]
+        return {name: costs[name] for name in names if name in costs}
+
+    def show(self, phase: str, step: int, picture: Image, figures: dict[str, float]):
+        """Send a validation to the trackers and keep its picture."""
+        logged = self.logged_steps + step
+        self.accelerator.log({f"{phase}/{k}": v for k, v in figures.items()}, step=logged)
+        if self.accelerator.is_main_process:
+            folder = self.output_dir / "validation" / phase
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step-{step:06d}.png")
+            array = np.asarray(picture.convert("RGB"))[None]
+            for tracker in self.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({phase: array}, step=logged, **layout)
+
+
+def write_json(path: Path, contents: dict):
+    """Write under a temporary name, then rename."""
+    temporary = path.with_suffix(".incomplete")
+    temporary.write_text(json.dumps(contents, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:
+    """What a level sees of cached grids: pixels in [−1, 1] on the finest level, else symbols."""
+    return grids / 127.5 - 1 if level.config.is_finest else grids
