@@ -100,6 +100,7 @@ class ModelArguments:
     downsample: list[int] = _list(2, "2 or 4: linear factor between a level and the finer grid")
     hidden_size: list[int] = _list(96, "width of the decoder")
     num_layers: list[int] = _list(2, "residual blocks of the decoder before each group")
+    pixel_logit_rank: list[int] = _list(64, "of the ordinal table of pixel values; 0: free logits")
     encoder_hidden_size: list[int] = _list(64, "width of the encoder")
     encoder_num_layers: list[int] = _list(1, "residual blocks of the encoder on each grid")
     decoder_order: list[str] = _list("lattice", f"one of {', '.join(DECODER_ORDERS)}")
@@ -274,8 +275,8 @@ def level_configs(
     if not 1 <= model.num_levels <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
-             "encoder_hidden_size", "encoder_num_layers", "decoder_order", "num_groups",
-             "quantizer", "gumbel_decay")  # fmt: skip
+             "pixel_logit_rank", "encoder_hidden_size", "encoder_num_layers", "decoder_order",
+             "num_groups", "quantizer", "gumbel_decay")  # fmt: skip
     columns = [per_level(name, getattr(model, name), model.num_levels) for name in names]
     knobs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for i, level in enumerate(knobs, 1):

@@ -15,8 +15,9 @@ CORRUPTIONS = ("random", "near")
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # What a refit may change; the rest decides what the codes are.
-DECODER_FIELDS = ("hidden_size", "num_layers", "decoder_order", "num_groups", "num_classes",
-                  "id2label", "class_dropout", "corruption", "corruption_kind")  # fmt: skip
+DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_logit_rank", "decoder_order",
+                  "num_groups", "num_classes", "id2label", "class_dropout", "corruption",
+                  "corruption_kind")  # fmt: skip
 
 # Groups of an order for a downsample, where the config leaves them open.
 _GROUPS = {
@@ -120,6 +121,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         encoder_hidden_size: width of the encoder; `None` stands for `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         value_embed_dim: length of the vector by which the networks see one finer value.
+        pixel_logit_rank: rank of the ordinal table through which the logits of pixels are made, so
+            that near values learn together; 0 for a free logit of every value, which is better
+            for few images of few grey values.
         decoder_order: how the finer grid is split into groups that are predicted in sequence.
             `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
@@ -155,6 +159,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 1
     value_embed_dim: int = 16
+    pixel_logit_rank: int = 64
     decoder_order: str = "lattice"
     num_groups: int | None = None
     quantizer: str = "vq"
@@ -209,7 +214,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     def validate_sizes(self):
         _check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
-                     value_embed_dim=1, commitment_weight=0, codebook_decay=0,
+                     value_embed_dim=1, pixel_logit_rank=0, commitment_weight=0, codebook_decay=0,
                      restart_threshold=0)  # fmt: skip
         if self.codebook_decay >= 1:
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")

@@ -176,8 +176,9 @@ class Stage(nn.Module):
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
         self.blocks = residual_blocks(width, config.num_layers)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+        rank = config.pixel_logit_rank if config.is_finest else 0
         self.logits = nn.ModuleList(
-            PixelLogits(width) if config.is_finest else ZeroLinear(width, config.num_values)
+            PixelLogits(width, rank) if rank else ZeroLinear(width, config.num_values)
             for _ in range(channels)
         )
         # Later colours see the earlier ones of the same pixel.

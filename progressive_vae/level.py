@@ -245,7 +245,7 @@ class ProgressiveVAELevel(PreTrainedModel):
 
         Args:
             from_scratch: draw new weights. Otherwise the new decoder starts from those of the old
-                one, if `changes` leave its width, depth, order and groups alone.
+                one, if `changes` leave its width, depth, logits, order and groups alone.
             changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
         level = ProgressiveVAELevel(self.config.with_decoder(**changes))
@@ -253,7 +253,7 @@ class ProgressiveVAELevel(PreTrainedModel):
             part = getattr(level, name)
             part.load_state_dict(getattr(self, name).state_dict())
             part.requires_grad_(False)
-        names = ("hidden_size", "num_layers", "decoder_order", "num_groups")
+        names = ("hidden_size", "num_layers", "pixel_logit_rank", "decoder_order", "num_groups")
         is_same = all(getattr(level.config, name) == getattr(self.config, name) for name in names)
         if is_same and not from_scratch:
             ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()

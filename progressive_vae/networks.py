@@ -45,7 +45,7 @@ class PixelLogits(nn.Module):
     256, but the distribution can take any shape: the table and the biases are learned too.
     """
 
-    def __init__(self, width: int, rank: int = 64):
+    def __init__(self, width: int, rank: int):
         super().__init__()
         self.project = ZeroLinear(width, rank)
         self.values = PixelEmbedding(256, rank)

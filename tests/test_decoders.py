@@ -59,9 +59,10 @@ def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, si
     assert total_variation(log_prob, grids, drawn) < 0.03
 
 
+@pytest.mark.parametrize("rank", [0, 64])
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
-def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups):
-    level = level_of(order, downsample, num_groups, num_channels=1)
+def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, rank):
+    level = level_of(order, downsample, num_groups, num_channels=1, pixel_logit_rank=rank)
     pixels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     with torch.no_grad():
         log_prob = level.log_prob(pixels, torch.zeros(256, 1, 1, dtype=torch.long))
@@ -152,3 +153,12 @@ def test_a_fresh_decoder_is_uniform():
     with torch.no_grad():
         log_prob = level.log_prob(all_grids(3, 2, 2), torch.zeros(81, 1, 1, dtype=torch.long))
     assert torch.allclose(log_prob, torch.full((81,), -4 * math.log(3)))
+
+
+@pytest.mark.parametrize("rank", [0, 64])
+def test_a_fresh_decoder_of_pixels_is_uniform(rank):
+    config = ProgressiveVAELevelConfig(num_channels=1, hidden_size=8, pixel_logit_rank=rank)
+    pixels, codes = torch.rand(2, 1, 3, 3) * 2 - 1, torch.zeros(2, 2, 2, dtype=torch.long)
+    with torch.no_grad():
+        log_prob = ProgressiveVAELevel(config).log_prob(pixels, codes)
+    assert torch.allclose(log_prob, torch.full((2,), -9 * math.log(256)))
