@@ -230,7 +230,7 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
                 frechet_distance(features, (images / 255).split(500), batch.split(500))
                 for batch in drawn
             ]
-            cells = [name, strength, *(f"{x:.2f}" for x in [*found, found[-1] - found[0]])]
+            cells = [name, strength, *(f"{x:.4f}" for x in [*found, found[-1] - found[0]])]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
             print(lines[-1], flush=True)
     return "\n".join(lines)
