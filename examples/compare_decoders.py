@@ -162,7 +162,7 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
         if is_refit or index < 2:  # the finer levels, and with `refit` this level, are there
             has_pixels_only = index == 2 or (index == 1 and not is_refit)
-            base = "vq, pixels" if has_pixels_only else "vq, symbols"
+            base = changes.pop("base", "vq, pixels" if has_pixels_only else "vq, symbols")
             if not (output_dir / "trained" / base).is_dir():
                 raise ValueError(f"expected the row {base!r} to be done before {name!r}")
             shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)
