@@ -73,6 +73,14 @@ class Encoder(nn.Module):
         return self.out(self.layers(x.contiguous(memory_format=torch.channels_last)))
 
 
+def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
+    """Whether a decoder with config `new` can start as the function that one with `old` is."""
+    names = ("hidden_size", "pixel_logit_rank", "decoder_order", "num_groups")
+    grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
+    is_same = all(getattr(new, name) == getattr(old, name) for name in names)
+    return is_same and (grows or new.num_layers == old.num_layers)
+
+
 class ProgressiveVAELevel(PreTrainedModel):
     """One VAE of the chain; the finest one sees pixels, the others see symbols.
 
@@ -245,7 +253,8 @@ class ProgressiveVAELevel(PreTrainedModel):
 
         Args:
             from_scratch: draw new weights. Otherwise the new decoder starts from those of the old
-                one, if `changes` leave its width, depth, logits, order and groups alone.
+                one, if `changes` leave its width, logits, order and groups alone; it may have more
+                residual blocks, which start as the identity (not with `"raster"`).
             changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
         level = ProgressiveVAELevel(self.config.with_decoder(**changes))
@@ -253,11 +262,9 @@ class ProgressiveVAELevel(PreTrainedModel):
             part = getattr(level, name)
             part.load_state_dict(getattr(self, name).state_dict())
             part.requires_grad_(False)
-        names = ("hidden_size", "num_layers", "pixel_logit_rank", "decoder_order", "num_groups")
-        is_same = all(getattr(level.config, name) == getattr(self.config, name) for name in names)
-        if is_same and not from_scratch:
+        if not from_scratch and _can_grow(self.config, level.config):
             ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()
-            # Only the embeddings of classes and corruption can differ; new ones start at zero.
+            # More blocks, and the embeddings of classes and corruption, start at zero.
             kept = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
             level.decoder.load_state_dict(kept, strict=False)
         return level

@@ -101,6 +101,9 @@ def test_another_decoder_on_the_same_codes():
     same = level.with_decoder(corruption=0.2, num_classes=2, id2label={0: "a", 1: "b"})
     assert torch.equal(same.log_prob(finer, codes), expected)
     assert torch.equal(same.log_prob(finer, codes, ["a", "b", "a"]), expected)
+    deeper = level.with_decoder(num_layers=level.config.num_layers + 2)
+    assert deeper.num_parameters() > level.num_parameters()
+    assert torch.equal(deeper.log_prob(finer, codes), expected)
     assert not torch.equal(level.with_decoder(from_scratch=True).log_prob(finer, codes), expected)
     # Taking corruption and classes away again leaves the rest, and another order leaves nothing.
     assert torch.equal(
