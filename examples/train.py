@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -35,7 +37,9 @@ from progressive_vae import (
     ProgressiveVAEPipeline,
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
+    __version__,
 )
+from progressive_vae.card import PICTURES, figures_table
 from progressive_vae.chain import MAX_LEVELS, check_image_size, grid_sizes
 from progressive_vae.codes import GridDataset, Manifest, write_cache
 from progressive_vae.configuration import CORRUPTIONS, DECODER_FIELDS, DECODER_ORDERS, QUANTIZERS
@@ -49,6 +53,7 @@ from progressive_vae.data import (
     prepare_image,
 )
 from progressive_vae.evaluation import (
+    distance_of_samples,
     evaluate,
     label_accuracy,
     reconstruction_grid,
@@ -56,9 +61,12 @@ from progressive_vae.evaluation import (
     sampling_speed,
     train_classifier,
 )
-from progressive_vae.hub import figures_table, model_card, version
+from progressive_vae.hub import INDEX, METRICS, create_repository, push_folder, write_card
 from progressive_vae.run import Run, write_json
 from progressive_vae.training import FitSettings, refit_level, train_level, train_prior
+
+BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete/",
+                       "phases.json", "settings.json")  # fmt: skip
 
 
 def _list(value, help: str):
@@ -171,6 +179,15 @@ class TrainingArguments:
     report_to: str = field(default="tensorboard", metadata={"help": "a tracker's name, or none"})
     logging_dir: str = "logs"
     overwrite_cache: bool = False
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "push the pipeline once it is whole, and when it changes"}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "the repository; the name of output_dir if not given"}
+    )
+    hub_private_repo: bool = field(
+        default=False, metadata={"help": "else as your account has it by default"}
+    )
     seed: int = 0
 
 
@@ -343,20 +360,26 @@ def fit_settings(training: TrainingArguments, num_levels: int, phase: str) -> Fi
     return FitSettings(**values)
 
 
-def evaluate_and_save(run: Run, training: TrainingArguments):
+def assemble(run: Run) -> ProgressiveVAEPipeline:
+    """The pipeline of the saved parts, its index and its card beside them."""
+    folder = run.output_dir / "prior"
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"expected a trained prior in {folder}, got none: run its phase first")
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
-    output_dir, test = run.output_dir, run.pixels["test"]
-    prior_folder = output_dir / "prior"
-    if not (prior_folder / "config.json").is_file():
-        raise ValueError(
-            f"expected a trained prior in {prior_folder}, got none: run its phase first"
-        )
-    prior = ProgressiveVAEPrior.from_pretrained(prior_folder).eval()
+    prior = ProgressiveVAEPrior.from_pretrained(folder).eval()
     pipe = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
+    write_json(run.output_dir / INDEX, json.loads(pipe.to_json_string()))
+    write_card(run.output_dir)
+    return pipe
+
+
+def evaluate_and_save(run: Run, training: TrainingArguments):
+    pipe, output_dir, test = assemble(run), run.output_dir, run.pixels["test"]
     pipe.to(run.accelerator.device)
     pipe.set_progress_bar_config(disable=True)
+    name = test.manifest.dataset.split(" (")[0]
     metrics = {
-        "dataset": test.manifest.dataset.split(" (")[0],
+        "dataset": Path(name).name if Path(name).exists() else name,
         "split": test.manifest.split,
         "num_images": len(test),
         **evaluate(pipe, test),
@@ -365,22 +388,69 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
         classifier = train_classifier(run.pixels["train"], len(run.class_names), seed=training.seed)
         with run.accelerator.autocast():
             metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
+        metrics["num_drawn"] = min(len(test), 5000)
+        metrics["frechet_distance"] = distance_of_samples(
+            pipe, classifier, test, metrics["num_drawn"], training.seed
+        )
     metrics |= {
         "sampled_images_per_second": round(sampling_speed(pipe), 1),
         "phases": run.phases(),
         "parameters": {name: getattr(pipe, name).num_parameters() for name in pipe.factor_names},
         "seed": training.seed,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, progressive_vae {version()}",
+        f"torch {torch.__version__}, progressive_vae {__version__}",
         **json.loads((output_dir / "settings.json").read_text()),
     }
-    pipe.save_pretrained(output_dir)
     sample_grid(pipe, training.seed).save(output_dir / "samples.png")
     images = test.batch(slice(0, 10))[0].to(torch.uint8)
     reconstruction_grid(pipe, images, training.seed).save(output_dir / "reconstructions.png")
-    write_json(output_dir / "metrics.json", metrics)
-    model_card(metrics).save(output_dir / "README.md")
+    write_json(output_dir / METRICS, metrics)
+    write_card(output_dir)
     print(f"\n{figures_table(metrics)}\n\nwrote {output_dir}")
+
+
+def open_repository(training: TrainingArguments):
+    """Find out before hours of training, not after them, whether the results may be pushed."""
+    training.hub_model_id = training.hub_model_id or Path(training.output_dir).resolve().name
+    try:
+        create_repository(training.hub_model_id, training.hub_private_repo or None)
+    except ValueError:  # a name that is none, or another visibility
+        raise
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise ValueError(
+                f"expected a token that may write to hub_model_id={training.hub_model_id}, got "
+                f"{error}: run `hf auth login`"
+            ) from error
+        # A network that is down now may be up then.
+        warnings.warn(f"the Hub cannot be reached, training goes on: {error}", stacklevel=2)
+
+
+def push(training: TrainingArguments):
+    """Push the pipeline as it is now. What was trained is worth more than any error in here."""
+    folder, repo_id = training.output_dir, training.hub_model_id
+    private = training.hub_private_repo or None
+    try:
+        print(f"pushed {push_folder(folder, repo_id, private=private)}")
+    except Exception as error:
+        later = f"push_folder({folder!r}, {repo_id!r}, private={private})"
+        warnings.warn(
+            f"not pushed to {repo_id}: {error}\nNothing is lost, the files are in {folder}. To "
+            f'push them later: python -c "from progressive_vae.hub import push_folder; {later}"',
+            stacklevel=2,
+        )
+
+
+def after_phase(run: Run, training: TrainingArguments):
+    """Figures and pictures of other weights are deleted; what makes a pipeline may be pushed."""
+    for name in (METRICS, *PICTURES):
+        (run.output_dir / name).unlink(missing_ok=True)
+    if training.push_to_hub:
+        try:
+            assemble(run)
+        except ValueError:  # not all parts are there, or not for one another
+            return
+        push(training)
 
 
 def main(arguments: list[str]):
@@ -414,6 +484,11 @@ def main(arguments: list[str]):
     phases.append("evaluate")
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
+    if accelerator.is_main_process:
+        # What is not of the pipeline, for those who upload the folder by other means.
+        (output_dir / ".gitignore").write_text("".join(f"{n}\n" for n in BESIDE_THE_PIPELINE))
+        if training.push_to_hub:
+            open_repository(training)
     pixels, names = cache_pixels(data, training, accelerator)
     run = Run(
         output_dir, accelerator, model.num_levels, pixels, names, training.num_validation_images
@@ -451,7 +526,10 @@ def main(arguments: list[str]):
             run.grids("test", 1)  # an error if a level has changed since the coarser were trained
             if accelerator.is_main_process:
                 evaluate_and_save(run, training)
-        elif phase == "prior":
+                if training.push_to_hub:
+                    push(training)
+            continue
+        if phase == "prior":
             train_prior(run, config_of_prior, settings[phase])
         else:
             index = int(phase.rpartition("_")[2])
@@ -459,6 +537,8 @@ def main(arguments: list[str]):
                 refit_level(run, index, changes[phase], settings[phase])
             else:
                 train_level(run, index, configs[index - 1], settings[phase])
+        if accelerator.is_main_process:
+            after_phase(run, training)
     accelerator.end_training()
 
 

@@ -4,6 +4,7 @@
 
 | file | purpose |
 |---|---|
+| `saved.py` | what saved files say of themselves: version and format |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `chain.py` | what fits together: the grids of a chain of levels |
 | `labels.py` | class labels: numbers or names, as ids |
@@ -13,29 +14,32 @@
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
+| `fingerprint.py` | which codes a part was trained on |
 | `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
+| `card.py` | the model card |
+| `hub.py` | a pipeline as a repository: saved, pushed, found again |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
-| `hub.py` | model card, fingerprints |
 | `run.py` | what one training leaves behind, and where it lies |
 | `training.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
 """
 
 from transformers import AutoConfig, AutoModel
 
+from . import hub
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .level import ProgressiveVAELevel
 from .pipeline import ProgressiveVAEPipeline
 from .prior import ProgressiveVAEPrior
-
-__version__ = "0.1.0"
+from .saved import __version__
 
 AutoConfig.register("progressive_vae_level", ProgressiveVAELevelConfig)
 AutoConfig.register("progressive_vae_prior", ProgressiveVAEPriorConfig)
 AutoModel.register(ProgressiveVAELevelConfig, ProgressiveVAELevel)
 AutoModel.register(ProgressiveVAEPriorConfig, ProgressiveVAEPrior)
+hub.register(ProgressiveVAEPipeline, ProgressiveVAELevel, ProgressiveVAEPrior)
 
 __all__ = [
     "ProgressiveVAELevel",
@@ -43,4 +47,5 @@ __all__ = [
     "ProgressiveVAEPipeline",
     "ProgressiveVAEPrior",
     "ProgressiveVAEPriorConfig",
+    "__version__",
 ]

@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
+from .saved import stamp, take_stamp
+
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
 QUANTIZERS = ("vq", "fsq", "gumbel")
 CORRUPTIONS = ("random", "near")
@@ -34,11 +36,13 @@ _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implement
 
 
 def strict_config(cls):
-    """A strict dataclass whose every complaint, also on assignment, is a `ValueError`."""
+    """A strict dataclass whose every complaint, also on assignment, is a `ValueError`; what it
+    saves is stamped, and a stamp that it cannot read is refused before anything else."""
     cls = strict(cls)
-    strict_init, strict_setattr = cls.__init__, cls.__setattr__
+    strict_init, strict_setattr, to_dict = cls.__init__, cls.__setattr__, cls.to_dict
 
     def __init__(self, **kwargs):
+        take_stamp(kwargs, cls.__name__)
         try:
             strict_init(self, **kwargs)
         except StrictDataclassError as error:
@@ -51,6 +55,7 @@ def strict_config(cls):
             raise ValueError(f"{cls.__name__}: {error}") from error
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__
+    cls.to_dict = lambda self: to_dict(self) | stamp()
     return cls
 
 
@@ -145,6 +150,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             that is drawn for each example from 0 … corruption and told to the network.
         corruption_kind: what replaces a code: `"random"`, any other one, or `"near"`, one of the
             eight nearest in the codebook.
+        finer_fingerprint: `fingerprint` of the finer levels on whose codes this part was trained; a
+            pipeline refuses other ones. `None`: unchecked.
     """
 
     model_type = "progressive_vae_level"
@@ -172,6 +179,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     class_dropout: float = 0.1
     corruption: float = 0.0
     corruption_kind: str = "near"
+    finer_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
         _check_names(self, kwargs)
@@ -291,6 +299,8 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         backbone_config: any causal-LM config of transformers, as a config or as a dict with its
             `model_type`; its vocabulary is set to codes, classes and the null class. `None`
             stands for a small Llama.
+        finer_fingerprint: `fingerprint` of the finer levels on whose codes this part was trained; a
+            pipeline refuses other ones. `None`: unchecked.
     """
 
     model_type = "progressive_vae_prior"
@@ -300,6 +310,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
     num_classes: int = 0
     class_dropout: float = 0.1
     backbone_config: dict | PreTrainedConfig | None = None
+    finer_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
         _check_names(self, kwargs)

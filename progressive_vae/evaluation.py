@@ -156,6 +156,30 @@ def frechet_distance(features: nn.Module, real: Iterable[Tensor], drawn: Iterabl
     return metric.compute().item()
 
 
+def distance_of_samples(
+    pipe: ProgressiveVAEPipeline,
+    classifier: Classifier,
+    dataset: GridDataset,
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> float:
+    """Fréchet distance of so many drawn images, their labels spread evenly over the classes, to
+    the held-out ones, in the features of a classifier."""
+    assert pipe.prior is not None
+    num_classes = pipe.prior.config.num_classes
+    labels = (torch.arange(num_images) % num_classes).tolist() if num_classes else None
+    drawn = pipe(
+        labels,
+        num_images_per_prompt=1 if num_classes else num_images,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+        batch_size=batch_size,
+    ).images
+    real = (images / 255 for images, _ in dataset.batches(batch_size))
+    return frechet_distance(ClassifierFeatures(classifier), real, drawn.split(batch_size))
+
+
 def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float:
     """Images per second drawn in one batch of `num_images`, after a small one to warm up."""
     for count in (8, num_images):

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .chain import MAX_LEVELS, check_classes, check_image_size, check_levels, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .fingerprint import check_fingerprints
+from .hub import HubPipeline
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
@@ -36,7 +37,7 @@ class ProgressiveVAEPipelineOutput(BaseOutput):
     codes: list[Tensor]
 
 
-class ProgressiveVAEPipeline(DiffusionPipeline):
+class ProgressiveVAEPipeline(HubPipeline):
     """`P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)`.
 
     Lists over levels start with the coarsest: `codes[i - 1]` is z_i. Wherever images come in they
@@ -74,6 +75,7 @@ class ProgressiveVAEPipeline(DiffusionPipeline):
         slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
         configs = check_levels([level and level.config for level in slots])
         check_classes([prior and prior.config, *configs])
+        check_fingerprints(prior, self.levels)
         self.register_to_config(
             image_size=check_image_size(image_size, configs, prior and prior.config)
         )

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .chain import grid_sizes
 from .codes import GridDataset, Manifest, write_cache
-from .hub import fingerprint
+from .fingerprint import fingerprint
 from .level import ProgressiveVAELevel
 
 
@@ -57,6 +57,11 @@ class Run:
         if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
             raise ValueError(f"expected the weights of {folder} to be those of its config: {info}")
         return level.requires_grad_(False).eval()
+
+    def fingerprint(self, index: int) -> str | None:
+        """Of the saved levels `index` … N; `None` if there are none."""
+        levels = [self.level(i) for i in range(index, self.num_levels + 1)]
+        return fingerprint(levels) if levels else None
 
     def grids(self, split: str, index: int) -> GridDataset:
         """z_index of a split, or its pixels for index = N + 1; encoded once, then cached.

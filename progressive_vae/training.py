@@ -168,6 +168,7 @@ def train_level(
         )
     set_seed(settings.seed)
     level, train = ProgressiveVAELevel(config), run.grids("train", index + 1)
+    level.config.finer_fingerprint = run.fingerprint(index + 1)
     if config.quantizer == "vq":
         initialize_codebook(level, train, settings.seed)
     run.drop_record(f"refit_level_{index}")  # of the level that was there before
@@ -267,6 +268,7 @@ def train_prior(
     train, held_out = run.grids("train", 1), run.grids("test", 1)
     set_seed(settings.seed)
     prior = ProgressiveVAEPrior(config)
+    prior.config.finer_fingerprint = run.fingerprint(1)
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
     view = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
     view.to(accelerator.device).set_progress_bar_config(disable=True)

@@ -8,7 +8,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from conftest import tiny_pipeline
+import torch
+from conftest import tiny_level, tiny_pipeline
+
+from progressive_vae.fingerprint import fingerprint
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
@@ -22,12 +25,14 @@ def saved_names() -> dict:
             name: sorted(json.loads((Path(folder) / name / "config.json").read_text()))
             for name in ("prior", "level_1", "level_3")
         }
-    versions = ("_diffusers_version",)
+    versions = ("_diffusers_version", "_progressive_vae")
     return {
         "model_index": {k: v for k, v in index.items() if k not in versions},
         "configs": {
             name: [k for k in keys if k != "transformers_version"] for name, keys in configs.items()
         },
+        # Saved parts remember fingerprints, so the way to compute them is a format too.
+        "fingerprint": fingerprint([level_of_sines()]),
         "level_1": sorted(pipe.level_1.state_dict()),
         "level_3": sorted(pipe.level_3.state_dict()),
         # The names inside the backbone are those of transformers.
@@ -35,9 +40,18 @@ def saved_names() -> dict:
     }
 
 
+def level_of_sines():
+    level = tiny_level(num_channels=1)
+    with torch.no_grad():
+        for value in (*level.encoder.parameters(), level.quantizer.codebook):
+            value.copy_(torch.sin(torch.arange(1.0, 1 + value.numel())).view_as(value))
+    return level
+
+
 def test_saved_names_are_the_published_ones():
     published, now = json.loads(GOLDEN.read_text()), saved_names()
     assert now["model_index"] == published["model_index"]
+    assert now["fingerprint"] == published["fingerprint"]
     for part in ("prior", "level_1", "level_3"):
         assert now[part] == published[part]
         # A newer transformers may write fields of its own; ours must all be there.

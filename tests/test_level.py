@@ -3,7 +3,7 @@ import torch
 from conftest import all_grids, tiny_level, total_variation
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.hub import fingerprint
+from progressive_vae.fingerprint import fingerprint
 from progressive_vae.level import ProgressiveVAELevelOutput
 
 

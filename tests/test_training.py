@@ -14,7 +14,7 @@ import torch
 from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
-from progressive_vae.hub import fingerprint
+from progressive_vae.fingerprint import fingerprint
 from progressive_vae.training import FitSettings, fit
 
 ROOT = Path(__file__).parents[1]

@@ -1,0 +1,127 @@
+"""The model card of a repository: MODEL_CARD.md with the figures of one's own run."""
+
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+PICTURES = {
+    "samples.png": "Drawn images, a row for each class where there are classes.",
+    "reconstructions.png": "Held-out images drawn again from their own codes: from z₁ alone in the "
+    "first row, from one level more in each next row, and the images themselves in the last.",
+}
+_BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
+_OF_THE_PROJECT = "## Decoders compared"  # from here on the template speaks of the package
+
+
+def card_template() -> str:
+    """MODEL_CARD.md: package data of an installed wheel, the repository's own in a checkout."""
+    packaged = resources.files("progressive_vae") / "MODEL_CARD.md"
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    return (Path(__file__).parents[1] / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def model_card(
+    repository: str,
+    metrics: dict | None = None,
+    pictures: Sequence[str] = (),
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """The card of a pipeline.
+
+    Args:
+        repository: what its usage passes to `from_pretrained`: a name on the Hub or a folder.
+        metrics: the contents of `metrics.json`; without them the card states no figures.
+        pictures: names among `PICTURES` of files beside the card.
+    """
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        license=license,
+        tags=["diffusers:ProgressiveVAEPipeline", "progressive-vae", "vq-vae", "image-generation"],
+        **(_metadata(metrics) if metrics else {}),
+    )
+    before, rest = card_template().split(_BEGIN)
+    after = rest.split(_END)[1].split(_OF_THE_PROJECT)[0]
+    parts = [f"![{name.partition('.')[0]}]({name})\n\n*{PICTURES[name]}*" for name in pictures]
+    parts.append(_measured(metrics) if metrics else "No figures were saved with this pipeline; "
+                 "`pipe.bits_per_dim(images)` states them, one for each factor.")  # fmt: skip
+    figures = "\n\n".join([_BEGIN, *parts, _END])
+    text = f"---\n{data.to_yaml()}\n---\n{before}{figures}{after}".rstrip() + "\n"
+    return ModelCard(for_repository(text, repository))
+
+
+def for_repository(text: str, repository: str) -> str:
+    """The card with its usage, the first `from_pretrained` in it, changed to another repository."""
+    call = re.compile(r'(Pipeline\.from_pretrained\()"[^"]*"')
+    return call.sub(lambda found: f'{found[1]}"{repository}"', text, count=1)
+
+
+def figures_table(metrics: dict) -> str:
+    """The figures of `metrics.json` as Markdown tables."""
+    bits, codes = metrics["bits_per_dim"], metrics["codes"]
+    accuracy = metrics.get("label_accuracy", {})
+    header = ["factor", "bits/dim", "codes used", "perplexity"]
+    header += ["label kept"] if accuracy else []
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for name, value in bits.items():
+        use = codes.get(name)
+        row = [name, f"{value:.4f}"]
+        row += (
+            [f"{use['codes_used']} of {use['codebook_size']}", f"{use['codebook_perplexity']:.1f}"]
+            if use
+            else ["", ""]
+        )
+        if accuracy:
+            row.append(f"{100 * accuracy[name]:.1f} %" if name in accuracy else "")
+        lines.append("| " + " | ".join(row) + " |")
+    if accuracy:
+        lines += ["", f"Label kept by the images themselves: {100 * accuracy['images']:.1f} %."]
+    if "frechet_distance" in metrics:
+        lines += ["", f"Fréchet distance of {metrics['num_drawn']} drawn images to the held-out "
+                  f"ones: {metrics['frechet_distance']:.4f}, in the features of a small classifier "
+                  "of this data set: not to be compared with distances in other "
+                  "features."]  # fmt: skip
+    lines += ["", "| phase | seconds | images/s |", "|---|---|---|"]
+    for name, phase in metrics["phases"].items():
+        lines.append(f"| {name} | {phase['seconds']:.1f} | {phase['images_per_second']:.0f} |")
+    lines.append(f"| sample, batch of 250 | | {metrics['sampled_images_per_second']:.0f} |")
+    return "\n".join(lines)
+
+
+def _measured(metrics: dict) -> str:
+    settings = "\n".join(f"{name}: {value}" for name, value in metrics["settings"].items())
+    return (
+        f"Measured on {metrics['num_images']} held-out images (`{metrics['dataset']}`, split "
+        f"`{metrics['split']}`), seed {metrics['seed']}, {metrics['machine']}:\n\n"
+        f"{figures_table(metrics)}\n\n"
+        f"Trained and measured by `{metrics['command']}`.\n\n"
+        f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
+    )
+
+
+def _metadata(metrics: dict) -> dict:
+    """What the Hub shows beside the card: the data set and the results."""
+    found = {"bits_per_dim": ("bits per dimension", metrics["bits_per_dim"]["total"])}
+    if "frechet_distance" in metrics:
+        name = "Fréchet distance in features of a classifier of the data set"
+        found["frechet_distance"] = (name, metrics["frechet_distance"])
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=metrics["dataset"],
+            dataset_name=metrics["dataset"],
+            dataset_split=metrics["split"],
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value, 4),
+        )
+        for kind, (name, value) in found.items()
+    ]
+    # The Hub links `datasets`, so only what can be one of its names may stand there.
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", metrics["dataset"]) is not None
+    datasets = {"datasets": [metrics["dataset"]]} if is_on_hub else {}
+    return {"model_name": "Progressive VAE", "eval_results": results, **datasets}

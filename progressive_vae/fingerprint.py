@@ -1,0 +1,52 @@
+"""Which codes a part was trained on, so that parts that do not belong together are refused."""
+
+import hashlib
+
+import numpy as np
+import torch
+
+from .level import ProgressiveVAELevel
+from .prior import ProgressiveVAEPrior
+
+_OF_TRAINING = ("ema_counts", "ema_sums", "temperature")  # state that does not decide the codes
+
+
+def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
+    """A hash of the encoders and codebooks of these levels: of all that decides the codes.
+
+    Only the signs of the weights count. Training flips some of them at every step, and rounding to
+    any float type flips none: a half-precision copy has the fingerprint of the original, whether
+    it was rounded once or twice. Decoders do not count, so a refit leaves it as it is.
+    """
+    digest = hashlib.sha256()
+    for level in levels:
+        digest.update(f"{level.config.quantizer} {level.config.codebook_size}".encode())
+        parts = level.encoder.state_dict(prefix="encoder.")
+        parts |= level.quantizer.state_dict(prefix="quantizer.")
+        for name, value in sorted(parts.items()):
+            if not name.endswith(_OF_TRAINING):
+                digest.update(f"{name} {tuple(value.shape)}".encode())
+                digest.update(np.packbits(torch.signbit(value).cpu().numpy()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_fingerprints(prior: ProgressiveVAEPrior | None, levels: list[ProgressiveVAELevel]):
+    """Raise a `ValueError` if a part remembers finer levels other than those it is to join.
+
+    Weights that are not there yet (on the meta device) are not checked.
+
+    Args:
+        levels: [level_1 … level_N].
+    """
+    if any(weight.is_meta for level in levels for weight in level.parameters()):
+        return
+    parts = [("prior", prior), *((f"level_{i}", level) for i, level in enumerate(levels, 1))]
+    for i, (name, part) in enumerate(parts):
+        expected = part.config.finer_fingerprint if part is not None else None
+        if expected is not None and (got := fingerprint(levels[i:])) != expected:
+            finer = [f"level_{j}" for j in range(i + 1, len(levels) + 1)]
+            raise ValueError(
+                f"expected {finer} with the fingerprint {expected} of the levels on whose codes "
+                f"{name} was trained, got {got}. To combine them all the same, load {name} with "
+                "`from_pretrained(…, finer_fingerprint=None)`, and do not trust its bits"
+            )

@@ -1,0 +1,57 @@
+import inspect
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from progressive_vae.card import for_repository, model_card
+
+METRICS = {
+    "dataset": "some/images",
+    "split": "test",
+    "num_images": 10,
+    "bits_per_dim": {"prior": 0.1, "level_1": 2.0, "total": 2.1},
+    "codes": {"level_1": {"codebook_size": 8, "codes_used": 7, "codebook_perplexity": 5.5}},
+    "label_accuracy": {"images": 0.9, "level_1": 0.8},
+    "frechet_distance": 1.25,
+    "num_drawn": 5,
+    "phases": {"level_1": {"seconds": 3.0, "images": 30, "images_per_second": 10.0}},
+    "sampled_images_per_second": 100.0,
+    "seed": 0,
+    "machine": "a machine",
+    "command": "accelerate launch examples/train.py",
+    "settings": {"learning_rate": "[0.004]"},
+}
+
+
+def test_the_card_has_the_figures_of_its_run():
+    card = model_card("org/name", METRICS, ["samples.png"])
+    assert "| level_1 | 2.0000 | 7 of 8 | 5.5 | 80.0 % |" in card.content
+    assert "| total | 2.1000 |" in card.content and "learning_rate: [0.004]" in card.content
+    assert "](samples.png)" in card.content and "reconstructions.png" not in card.content
+    parsed = ModelCard(card.content).data
+    assert parsed.library_name == "diffusers" and parsed.license == "apache-2.0"
+    assert parsed.datasets == ["some/images"]
+    found = {result.metric_type: result.metric_value for result in parsed.eval_results}
+    assert found == {"bits_per_dim": pytest.approx(2.1), "frechet_distance": 1.25}
+
+
+@pytest.mark.parametrize("metrics", [None, METRICS, METRICS | {"dataset": "pictures"}])
+def test_every_card_is_whole(metrics):
+    content = model_card("org/name", metrics).content
+    _, head, body = content.split("---\n", 2)
+    known = {*inspect.signature(ModelCardData).parameters, "model-index"}
+    assert set(yaml.safe_load(head)) <= known
+    assert ("datasets" in head) == (metrics is METRICS)  # "pictures" is no name on the Hub
+    assert "pip install progressive-vae" in body.splitlines()[0]
+    for section in ("Usage", "Figures", "Recipe", "Intended use and limits", "Changes"):
+        assert f"\n## {section}\n" in body
+    # Neither a gap to fill in, nor the experiments of the package.
+    assert "TODO" not in body and "## What did not help" not in body
+
+
+def test_usage_names_the_repository():
+    content = model_card("folder/of/mine").content
+    assert 'Pipeline.from_pretrained("folder/of/mine")' in content
+    moved = for_repository(content, "org/name")
+    assert moved == content.replace("folder/of/mine", "org/name")

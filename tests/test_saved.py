@@ -1,0 +1,46 @@
+import json
+
+import pytest
+from conftest import tiny_level
+
+import progressive_vae
+from progressive_vae import (
+    ProgressiveVAELevel,
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPipeline,
+    ProgressiveVAEPriorConfig,
+)
+from progressive_vae.saved import FORMAT_VERSION
+
+
+def change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_everything_saved_says_its_version(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    for name, prefix in (("model_index", "_"), ("prior/config", ""), ("level_2/config", "")):
+        saved = json.loads((tmp_path / f"{name}.json").read_text())
+        assert saved[f"{prefix}format_version"] == FORMAT_VERSION
+        assert saved[f"{prefix}progressive_vae"] == progressive_vae.__version__
+
+
+def test_another_version_of_the_same_format_is_read_and_written_as_ours(tmp_path):
+    tiny_level(num_channels=1).save_pretrained(tmp_path)
+    change(tmp_path / "config.json", progressive_vae="0.0.1")
+    level = ProgressiveVAELevel.from_pretrained(tmp_path)
+    assert level.config.to_dict()["progressive_vae"] == progressive_vae.__version__
+
+
+@pytest.mark.parametrize("config", [ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig])
+def test_a_newer_format_is_refused_before_its_fields_are_read(config):
+    message = r"format_version <= 1.*got 2, saved by 9.9: run `pip install --upgrade"
+    with pytest.raises(ValueError, match=message):
+        config(format_version=2, progressive_vae="9.9", of_the_future=1, codebook_size="new type")
+
+
+def test_a_newer_pipeline_is_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    change(tmp_path / "model_index.json", _format_version=FORMAT_VERSION + 1)
+    with pytest.raises(ValueError, match=r"model_index.json with format_version.*pip install"):
+        ProgressiveVAEPipeline.from_pretrained(tmp_path)
