@@ -55,8 +55,18 @@ def strict_config(cls):
             raise ValueError(f"{cls.__name__}: {error}") from error
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__
-    cls.to_dict = lambda self: to_dict(self) | stamp()
+    # The weights say of what dtype they are: those in half precision may lie beside the others, and
+    # all share this config.
+    cls.to_dict = lambda self: _without_dtype(to_dict(self)) | stamp()
     return cls
+
+
+def _without_dtype(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_dtype(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+        if name != "dtype"
+    }
 
 
 def _check_names(config: PreTrainedConfig, names):

@@ -1,4 +1,22 @@
-"""The real classes at tiny size, with weights that make no distribution uniform."""
+"""The real classes at tiny size, with weights that make no distribution uniform.
+
+All tests see the Hub that runs in this process, and no other: huggingface_hub reads where the Hub
+is when it is imported, so that comes before the other imports.
+"""
+
+# ruff: noqa: E402
+import os
+import tempfile
+
+from loopback_hub import LoopbackHub
+
+HUB = LoopbackHub()
+os.environ |= {
+    "HF_ENDPOINT": HUB.url,
+    "HF_TOKEN": HUB.token,
+    "HF_HOME": tempfile.mkdtemp(),
+    "HF_HUB_DISABLE_XET": "1",
+}
 
 import importlib.util
 from pathlib import Path
