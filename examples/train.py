@@ -414,9 +414,9 @@ def open_repository(training: TrainingArguments):
     training.hub_model_id = training.hub_model_id or Path(training.output_dir).resolve().name
     try:
         create_repository(training.hub_model_id, training.hub_private_repo or None)
-    except ValueError:  # a name that is none, or another visibility
-        raise
     except Exception as error:
+        if not isinstance(error, HfHubHTTPError) and isinstance(error, ValueError):
+            raise  # a name that is none, or another visibility
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise ValueError(
                 f"expected a token that may write to hub_model_id={training.hub_model_id}, got "
