@@ -15,7 +15,7 @@ from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition, make_decoder
 from .labels import Labels, drop_labels, label_ids
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
-from .quantizer import QUANTIZERS, check_codes
+from .quantizer import QUANTIZERS, Quantizer, check_codes
 from .sampling import Generators, Sampler
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
@@ -102,6 +102,8 @@ class ProgressiveVAELevel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         init_weights(module)
+        if isinstance(module, Quantizer):
+            module.init_weights()
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division."""

@@ -116,3 +116,5 @@ def init_weights(module: nn.Module):
     elif isinstance(module, nn.LayerNorm):
         init.ones_(module.weight)
         init.zeros_(module.bias)
+    elif isinstance(module, PixelLogits):
+        init.zeros_(module.bias)

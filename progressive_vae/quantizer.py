@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration import ProgressiveVAELevelConfig, fsq_levels
 from .sampling import Generators, Sampler
@@ -43,7 +44,8 @@ class Quantizer(nn.Module):
 
     - `forward(latents)` -> `QuantizerOutput`, for latents (B, D, H, W);
     - `encode(latents, generator=None)` -> argmax_k P_Ψ(k | latent), or with a generator a draw:
-      int64 (B, H, W).
+      int64 (B, H, W);
+    - `init_weights()`: sets its own tensors to their start, but leaves loaded ones alone.
     """
 
     codebook: Tensor
@@ -99,6 +101,10 @@ class VectorQuantizer(Quantizer):
         self.register_buffer("codebook", torch.zeros(size, dim))
         self.register_buffer("ema_counts", torch.zeros(size))
         self.register_buffer("ema_sums", torch.zeros(size, dim))
+
+    def init_weights(self):
+        for buffer in self.buffers():
+            init.zeros_(buffer)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """The nearest code, with the straight-through gradient."""
@@ -187,8 +193,14 @@ class FiniteScalarQuantizer(Quantizer):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
         self.levels = fsq_levels(config.codebook_size)
+        self.register_buffer("codebook", self.product_grid())
+
+    def product_grid(self) -> Tensor:
         axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.levels]
-        self.register_buffer("codebook", torch.cartesian_prod(*axes).view(-1, len(axes)))
+        return torch.cartesian_prod(*axes).view(-1, len(axes))
+
+    def init_weights(self):
+        init.copy_(self.codebook, self.product_grid())
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         codes = self.encode(latents)
@@ -212,12 +224,16 @@ class GumbelQuantizer(Quantizer):
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
-        start, self.final_temperature = config.gumbel_temperature
+        self.first_temperature, self.final_temperature = config.gumbel_temperature
         self.decay = config.gumbel_decay
         self.logits = nn.Linear(config.codebook_dim, config.codebook_size)
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.codebook_dim))
         self.temperature: Tensor
-        self.register_buffer("temperature", torch.tensor(float(start)))
+        self.register_buffer("temperature", torch.tensor(float(self.first_temperature)))
+
+    def init_weights(self):
+        init.normal_(self.codebook)
+        init.constant_(self.temperature, self.first_temperature)
 
     def forward(self, latents: Tensor) -> QuantizerOutput:
         log_probs = self.log_probs(latents)

@@ -219,6 +219,17 @@ def test_initialization_is_the_one_asked_for():
     assert torch.cdist(table[:1], table[1:2]) < torch.cdist(table[:1], table[128:129])
 
 
+@pytest.mark.parametrize("quantizer", ["vq", "fsq", "gumbel"])
+def test_what_a_checkpoint_lacks_starts_anew(quantizer):
+    config = ProgressiveVAELevelConfig(num_channels=1, quantizer=quantizer)
+    level = ProgressiveVAELevel.from_pretrained(None, config=config, state_dict={})
+    fresh = ProgressiveVAELevel(config).state_dict()
+    for name, tensor in level.state_dict().items():
+        if tensor.ndim < 2 or (name == "quantizer.codebook" and quantizer != "gumbel"):
+            assert torch.equal(tensor, fresh[name]), name  # these are not drawn
+    assert level.quantizer.codebook.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("finer", "message"),
     [
