@@ -315,6 +315,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
     """
 
     model_type = "progressive_vae_prior"
+    sub_configs = {"backbone_config": AutoConfig}  # where attn_implementation and dtype go on to
 
     codebook_size: int = 64
     grid_size: list[int] | tuple[int, ...] = (4, 4)
@@ -327,7 +328,6 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         _check_names(self, kwargs)
         self.grid_size = list(self.grid_size)
         _name_classes(self)
-        super().__post_init__(**kwargs)
         if self.backbone_config is None:
             self.backbone_config = LlamaConfig(
                 hidden_size=128,
@@ -350,6 +350,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
             self.sequence_length
         ):
             backbone.max_position_embeddings = self.sequence_length
+        super().__post_init__(**kwargs)
 
     def validate_sizes(self):
         _check_range(self, codebook_size=1)

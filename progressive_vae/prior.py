@@ -43,6 +43,9 @@ class ProgressiveVAEPrior(PreTrainedModel):
     base_model_prefix = "prior"
     main_input_name = "codes"
     supports_gradient_checkpointing = True
+    # Attention is the backbone's, which has its own say.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: ProgressiveVAEPriorConfig):
         super().__init__(config)

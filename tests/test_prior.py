@@ -28,6 +28,16 @@ def test_an_image_does_not_depend_on_its_batch():
     assert torch.equal(together[2:3], alone)
 
 
+def test_the_backbone_is_told_the_attention_and_dtype(tmp_path):
+    tiny_prior().save_pretrained(tmp_path)
+    for attention in ("eager", "sdpa"):
+        loaded = ProgressiveVAEPrior.from_pretrained(
+            tmp_path, attn_implementation=attention, dtype="bfloat16"
+        )
+        backbone = loaded.backbone.config
+        assert (backbone._attn_implementation, backbone.dtype) == (attention, torch.bfloat16)
+
+
 def test_guidance_sharpens_towards_the_class():
     prior = tiny_prior(num_classes=2, codebook_size=5)
     labels = torch.zeros(4000, dtype=torch.long)
