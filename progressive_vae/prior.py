@@ -40,7 +40,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
     """
 
     config_class = ProgressiveVAEPriorConfig
-    base_model_prefix = "prior"
+    base_model_prefix = "backbone"  # the attribute, so that its input embeddings are found
     main_input_name = "codes"
     supports_gradient_checkpointing = True
     # Attention is the backbone's, which has its own say.
