@@ -239,7 +239,8 @@ class ProgressiveVAEPipeline(HubPipeline):
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or
                 `"latent"`, the finest codes.
             callback_on_step_end: called after each factor of codes as `(pipe, step, step,
-                tensors)`, where `tensors["codes"]` is [z_1 …] so far; it may return others.
+                tensors)`, where `tensors["codes"]` is [z_1 …] so far; it may return others, and
+                set `pipe._guidance_scale` for the factors that follow.
             batch_size: images drawn at a time.
 
         Returns:
@@ -249,7 +250,6 @@ class ProgressiveVAEPipeline(HubPipeline):
         labels, given, count = self._prompts(class_labels, codes, num_images_per_prompt)
         controls = per_factor(
             self.factor_names,
-            guidance_scale=guidance_scale,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -273,6 +273,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         with self.progress_bar(total=self._num_timesteps) as progress:
             for start in starts:
                 chunk = slice(start, min(start + batch_size, count))
+                self._guidance_scale = guidance_scale  # the callback may have changed it
                 grids = [z[chunk].to(self._execution_device) for z in given]
                 draws = self._descend(
                     grids,
@@ -304,11 +305,12 @@ class ProgressiveVAEPipeline(HubPipeline):
         given_levels = len(grids)
         if not grids:
             prior = self._require_prior()
-            given = known_labels(labels, prior.config)
-            grids.append(prior.sample(count, given, generator=generator, **controls[0]))
+            given, told = known_labels(labels, prior.config), controls[0] | self._guidance(0)
+            grids.append(prior.sample(count, given, generator=generator, **told))
             yield 0
         for i in range(len(grids), stop):
-            level, size, told = self.levels[i - 1], self.grid_sizes[i], controls[i]
+            level, size = self.levels[i - 1], self.grid_sizes[i]
+            told = controls[i] | self._guidance(i)
             given = known_labels(labels, level.config)
             is_drawn = i != given_levels
             told["corruption"] = min(told["corruption"], level.config.corruption) * is_drawn
@@ -316,6 +318,9 @@ class ProgressiveVAEPipeline(HubPipeline):
                 level.sample(grids[-1], given, generator=generator, finer_size=size, **told)
             )
             yield i
+
+    def _guidance(self, factor: int) -> dict[str, float]:
+        return per_factor(self.factor_names, guidance_scale=self._guidance_scale)[factor]
 
     def decode(
         self,

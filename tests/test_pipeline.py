@@ -199,6 +199,26 @@ def test_callback_sees_and_replaces_codes(pipe):
     assert not output.codes[1].any()
 
 
+def test_callback_sets_the_guidance_of_what_follows():
+    levels = [
+        tiny_level(num_symbols=4, num_classes=2, seed=1),
+        tiny_level(num_channels=3, codebook_size=4, num_classes=2, seed=2),
+    ]
+    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(num_classes=2), levels)
+
+    def callback(pipe, step, _, tensors):
+        pipe._guidance_scale = 5.0
+
+    def draw(**given):
+        return pipe([0, 1] * 4, generator=generators(8), output_type="pt", **given).images
+
+    expected = draw(guidance_scale=[1.0, 5.0, 5.0])
+    assert not torch.equal(draw(), expected)
+    for batch_size in (3, 256):  # each batch starts with the scale that was asked for
+        changed = draw(callback_on_step_end=callback, batch_size=batch_size)
+        assert torch.equal(changed, expected) and pipe.guidance_scale == 5.0
+
+
 def test_without_a_prior(pipe, images):
     view = ProgressiveVAEPipeline(None, pipe.level_3, image_size=[5, 7])
     view.set_progress_bar_config(disable=True)
