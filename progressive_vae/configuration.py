@@ -29,10 +29,11 @@ _GROUPS = {
 }
 
 # Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them, and
-# `use_cache`, which the `Trainer` of transformers leaves in every config.
+# what others leave there: the `Trainer` of transformers `use_cache`, its quantizers their config.
 _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
                     "experts_implementation", "output_attentions", "per_layer_config",
-                    "use_cache", "_commit_hash", "_attn_implementation_internal",
+                    "use_cache", "quantization_config", "_commit_hash",
+                    "_attn_implementation_internal",
                     "_experts_implementation_internal"}  # fmt: skip
 
 

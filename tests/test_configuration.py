@@ -59,6 +59,7 @@ def test_assignment_is_checked_too():
         ProgressiveVAELevelConfig(num_channels=3, downsample=4),
         ProgressiveVAEPriorConfig(num_classes=2, id2label={0: "cat", 1: "dog"}, dtype="bfloat16"),
         ProgressiveVAEPriorConfig(use_cache=False),  # as the Trainer of transformers leaves it
+        ProgressiveVAEPriorConfig(quantization_config={"quant_method": "torchao"}),
     ],
 )
 def test_a_config_survives_its_file(config, tmp_path):
