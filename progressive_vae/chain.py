@@ -3,6 +3,9 @@
 import itertools
 import math
 
+import torch
+from torch import Tensor
+
 from .configuration import (
     MAX_RASTER_POSITIONS,
     ProgressiveVAELevelConfig,
@@ -27,6 +30,17 @@ def grid_sizes(
     return sizes
 
 
+def check_parts(
+    prior: ProgressiveVAEPriorConfig | None,
+    slots: list[ProgressiveVAELevelConfig | None],
+    image_size: list[int] | tuple[int, ...] | None,
+) -> list[int]:
+    """[H, W] of a pipeline of a prior and [level_1 … level_8], if they fit together."""
+    configs = check_levels(slots)
+    check_classes([prior, *configs])
+    return check_image_size(image_size, configs, prior)
+
+
 def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[ProgressiveVAELevelConfig]:
     """The configs of [level_1 … level_N] out of those of [level_1 … level_8].
 
@@ -49,6 +63,37 @@ def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[Progress
             f"finer grid has num_symbols={configs[-1].num_symbols}"
         )
     return configs
+
+
+def check_codes(
+    codes: Tensor, codebook_size: int, size: tuple[int, ...] | None = None, name: str = "codes"
+):
+    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W)."""
+    expected = "(B, H, W)" if size is None else f"(B, {size[0]}, {size[1]})"
+    if codes.ndim != 3 or not codes.numel() or (size and tuple(codes.shape[1:]) != tuple(size)):
+        raise ValueError(f"expected {name} of shape {expected}, got {tuple(codes.shape)}")
+    if codes.dtype != torch.long:
+        raise ValueError(f"expected {name} of dtype torch.int64, got {codes.dtype}")
+    lowest, highest = int(codes.min()), int(codes.max())
+    if lowest < 0 or highest >= codebook_size:
+        raise ValueError(
+            f"expected {name} in 0 … {codebook_size - 1}, got values in {lowest} … {highest}"
+        )
+
+
+def check_grids(
+    codes: list[Tensor], configs: list[ProgressiveVAELevelConfig], sizes: list[tuple[int, int]]
+):
+    """Raise a `ValueError` unless `codes` are grids [z_1 … z_k] of one number of examples."""
+    if not 1 <= len(codes) <= len(configs):
+        raise ValueError(f"expected codes of 1 … {len(configs)} levels, got {len(codes)}")
+    for i, (z, config, size) in enumerate(zip(codes, configs, sizes, strict=False), 1):
+        if z.ndim != 3 or tuple(z.shape[1:]) != size or len(z) != len(codes[0]):
+            raise ValueError(
+                f"expected codes of level {i} of shape ({len(codes[0])}, {size[0]}, {size[1]}), "
+                f"got {tuple(z.shape)}"
+            )
+        check_codes(z, config.codebook_size, name=f"codes of level {i}")
 
 
 def check_classes(configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig | None]):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .chain import grid_sizes
+from .chain import check_codes, grid_sizes
 from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition, make_decoder
 from .labels import Labels, drop_labels, label_ids
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
-from .quantizer import QUANTIZERS, Quantizer, check_codes
+from .quantizer import QUANTIZERS, Quantizer
 from .sampling import Generators, Sampler
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .chain import MAX_LEVELS, check_classes, check_image_size, check_levels, grid_sizes
+from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .fingerprint import check_fingerprints
 from .hub import HubPipeline
@@ -19,7 +19,6 @@ from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
 from .prior import ProgressiveVAEPrior
-from .quantizer import check_codes
 from .sampling import Generators, per_factor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -73,12 +72,10 @@ class ProgressiveVAEPipeline(HubPipeline):
             level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
         )  # fmt: skip
         slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
-        configs = check_levels([level and level.config for level in slots])
-        check_classes([prior and prior.config, *configs])
+        configs = [level and level.config for level in slots]
+        image_size = check_parts(prior and prior.config, configs, image_size)
         check_fingerprints(prior, self.levels)
-        self.register_to_config(
-            image_size=check_image_size(image_size, configs, prior and prior.config)
-        )
+        self.register_to_config(image_size=image_size)
 
     @classmethod
     def from_levels(
@@ -387,15 +384,8 @@ class ProgressiveVAEPipeline(HubPipeline):
         if isinstance(codes, Tensor):
             raise ValueError("expected codes to be a list [z_1 … z_k] of tensors, got a tensor")
         given = list(codes or [])
-        if codes is not None and not 1 <= len(given) <= self.num_levels:
-            raise ValueError(f"expected codes of 1 … {self.num_levels} levels, got {len(given)}")
-        for i, (z, size) in enumerate(zip(given, self.grid_sizes, strict=False), 1):
-            if z.ndim != 3 or tuple(z.shape[1:]) != size or len(z) != len(given[0]):
-                raise ValueError(
-                    f"expected codes of level {i} of shape ({len(given[0])}, {size[0]}, "
-                    f"{size[1]}), got {tuple(z.shape)}"
-                )
-            check_codes(z, self.levels[i - 1].config.codebook_size, name=f"codes of level {i}")
+        if codes is not None:
+            check_grids(given, [level.config for level in self.levels], self.grid_sizes)
         drawn = self.levels[len(given) - 1 :] if given else [self._require_prior(), *self.levels]
         if class_labels is not None and not any(part.config.num_classes for part in drawn):
             raise ValueError(

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .chain import check_codes
 from .configuration import ProgressiveVAEPriorConfig
 from .labels import Labels, drop_labels, label_ids
-from .quantizer import check_codes
 from .sampling import Generators, Sampler
 
 

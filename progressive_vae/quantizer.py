@@ -16,22 +16,6 @@ from .configuration import ProgressiveVAELevelConfig, fsq_levels
 from .sampling import Generators, Sampler
 
 
-def check_codes(
-    codes: Tensor, codebook_size: int, size: tuple[int, ...] | None = None, name: str = "codes"
-):
-    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W)."""
-    expected = "(B, H, W)" if size is None else f"(B, {size[0]}, {size[1]})"
-    if codes.ndim != 3 or not codes.numel() or (size and tuple(codes.shape[1:]) != tuple(size)):
-        raise ValueError(f"expected {name} of shape {expected}, got {tuple(codes.shape)}")
-    if codes.dtype != torch.long:
-        raise ValueError(f"expected {name} of dtype torch.int64, got {codes.dtype}")
-    lowest, highest = int(codes.min()), int(codes.max())
-    if lowest < 0 or highest >= codebook_size:
-        raise ValueError(
-            f"expected {name} in 0 … {codebook_size - 1}, got values in {lowest} … {highest}"
-        )
-
-
 class QuantizerOutput(NamedTuple):
     codes: Tensor  # int64 (B, H, W)
     quantized: Tensor  # (B, D, H, W), with the quantizer's gradient
