@@ -350,6 +350,10 @@ class ProgressiveVAEPipeline(HubPipeline):
         batch = {"batch_size": controls["batch_size"]} if "batch_size" in controls else {}
         return self.decode(self.encode(images, **batch)[:level], output_type, generator, **controls)
 
+    def enable_sequential_cpu_offload(self, *args, **kwargs):
+        """Not supported: weights are read outside of the `forward` that its hooks wait for."""
+        raise ValueError("expected enable_model_cpu_offload in place of the sequential one")
+
     # ---- arguments ------------------------------------------------------------------------------
 
     @property

@@ -22,11 +22,14 @@ class ProgressiveVAEPriorOutput(ModelOutput):
         loss: scalar, −log P_Φ(z_1) in nats per code; minimise it.
         log_prob: log P_Φ(z_1) in nats, summed over the grid, (B,).
         logits: of every code given the codes before it, (B, L_1, K_1).
+        hidden_states, attentions: the backbone's, where asked for.
     """
 
     loss: Tensor | None = None
     log_prob: Tensor | None = None
     logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class ProgressiveVAEPrior(PreTrainedModel):
@@ -56,7 +59,14 @@ class ProgressiveVAEPrior(PreTrainedModel):
         # The backbone has initialised itself; modules of its kinds are all there are.
         self.backbone._init_weights(module)
 
-    def forward(self, codes: Tensor, class_labels: Labels = None, return_dict: bool | None = None):
+    def forward(
+        self,
+        codes: Tensor,
+        class_labels: Labels = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ):
         """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
 
         In training mode each label is replaced by the null class with probability `class_dropout`,
@@ -68,9 +78,16 @@ class ProgressiveVAEPrior(PreTrainedModel):
         labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
         if self.training:
             labels = drop_labels(labels, self.config)
-        log_prob, logits = self._teacher_forced(codes, labels)
+        asked = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        asked = {k: getattr(self.config, k) if v is None else v for k, v in asked.items()}
+        log_prob, found = self._teacher_forced(codes, labels, **asked)
         loss = -log_prob.mean() / self.config.sequence_length
-        output = ProgressiveVAEPriorOutput(loss, log_prob, logits)
+        output = ProgressiveVAEPriorOutput(
+            loss, log_prob, self._logits(found), found.get("hidden_states"), found.get("attentions")
+        )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
@@ -80,14 +97,17 @@ class ProgressiveVAEPrior(PreTrainedModel):
         labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
         return self._teacher_forced(codes, labels)[0]
 
-    def _teacher_forced(self, codes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Nats (B,), and the logits (B, L_1, K_1) that give them."""
+    def _teacher_forced(
+        self, codes: Tensor, labels: Tensor, **asked: bool | None | None
+    ) -> tuple[Tensor, ModelOutput]:
+        """Nats (B,), and the output of the backbone that gives them."""
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
         tokens = codes.flatten(1)
         inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1)
-        logits = self._logits(self.backbone(inputs, use_cache=False))
-        nats = F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none")
-        return -nats.view(tokens.shape).sum(1), logits
+        output = self.backbone(inputs, use_cache=False, **asked)
+        logits = self._logits(output).float().flatten(0, 1)
+        nats = F.cross_entropy(logits, tokens.flatten(), reduction="none")
+        return -nats.view(tokens.shape).sum(1), output
 
     @apply_forward_hook
     @torch.no_grad()
