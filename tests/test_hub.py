@@ -11,6 +11,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from conftest import HUB, load_script, tiny_level, tiny_pipeline, tiny_prior
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -189,14 +190,31 @@ except ValueError as error:
     assert "pip install progressive-vae" in HUB.files(repository)["README.md"].decode()
 
 
-@pytest.mark.gpu
-def test_offload_to_the_cpu(repository, images):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_model_offload_brings_each_part_before_it_is_used(repository, images, device, monkeypatch):
     pipe = ProgressiveVAEPipeline.from_pretrained(repository)
-    expected = pipe.bits_per_dim(images)
-    pipe.enable_model_cpu_offload()
-    assert pipe.bits_per_dim(images)["total"] == pytest.approx(expected["total"], rel=1e-3)
-    pipe()
+    expected = pipe.bits_per_dim(images)["total"]
+    brought = []
+    bring = CpuOffload.pre_forward
+
+    def record(hook, module, *args, **kwargs):
+        brought.append(module)
+        return bring(hook, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", record)
+    pipe.enable_model_cpu_offload(device=device)
+    for use, parts in (
+        (lambda: pipe.encode(images), pipe.levels),
+        (lambda: pipe.bits_per_dim(images), [pipe.prior, *pipe.levels]),
+        (lambda: pipe(output_type="np"), [pipe.prior, *pipe.levels]),
+    ):
+        brought.clear()
+        use()
+        assert {id(part) for part in parts} <= {id(module) for module in brought}
+    assert pipe.bits_per_dim(images)["total"] == pytest.approx(expected, rel=1e-3)
     assert all(level.device.type == "cpu" for level in pipe.levels)
+    with pytest.raises(ValueError, match="expected enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
 
 
 # ---- out ----------------------------------------------------------------------------------------
