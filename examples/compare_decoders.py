@@ -103,7 +103,8 @@ def num_steps(
         return {"finer": as_finer(batch["grid"], model), **codes}
 
     times = [
-        time.process_time() for _ in fit(model, dataset, to_inputs, accelerator, trial, "time")
+        time.process_time()
+        for _ in fit(model, dataset, to_inputs, accelerator, trial, {"phase": "time"})
     ]
     return max(1, round(30 * seconds / (times[-1] - times[0])))
 

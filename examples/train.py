@@ -18,16 +18,20 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
+import signal
 import sys
 import warnings
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
@@ -41,6 +45,7 @@ from progressive_vae import (
 )
 from progressive_vae.card import PICTURES, figures_table
 from progressive_vae.chain import MAX_LEVELS, check_image_size, grid_sizes
+from progressive_vae.checkpoints import Checkpoints
 from progressive_vae.codes import GridDataset, Manifest, write_cache
 from progressive_vae.configuration import CORRUPTIONS, DECODER_FIELDS, DECODER_ORDERS, QUANTIZERS
 from progressive_vae.data import (
@@ -61,12 +66,19 @@ from progressive_vae.evaluation import (
     sampling_speed,
     train_classifier,
 )
-from progressive_vae.hub import INDEX, METRICS, create_repository, push_folder, write_card
+from progressive_vae.hub import (
+    INDEX,
+    METRICS,
+    create_repository,
+    push_folder,
+    weights_digest,
+    write_card,
+)
 from progressive_vae.run import Run, write_json
 from progressive_vae.training import FitSettings, refit_level, train_level, train_prior
 
 BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete/",
-                       "phases.json", "settings.json")  # fmt: skip
+                       "*.replaced/", "history.json", "phases.json", "settings.json")  # fmt: skip
 
 
 def _list(value, help: str):
@@ -179,11 +191,25 @@ class TrainingArguments:
     report_to: str = field(default="tensorboard", metadata={"help": "a tracker's name, or none"})
     logging_dir: str = "logs"
     overwrite_cache: bool = False
+    checkpointing_steps: int = field(default=500, metadata={"help": "0: only when told to stop"})
+    checkpoints_total_limit: int = field(
+        default=2, metadata={"help": "checkpoints of a phase that are kept; 0: all"}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "`latest`: leave out phases that are done and go on with the others; or "
+            "the path of a checkpoint"
+        },
+    )
     push_to_hub: bool = field(
         default=False, metadata={"help": "push the pipeline once it is whole, and when it changes"}
     )
     hub_model_id: str | None = field(
         default=None, metadata={"help": "the repository; the name of output_dir if not given"}
+    )
+    hub_license: str = field(
+        default="apache-2.0", metadata={"help": "of the weights, for the card; as the Hub names it"}
     )
     hub_private_repo: bool = field(
         default=False, metadata={"help": "else as your account has it by default"}
@@ -360,6 +386,17 @@ def fit_settings(training: TrainingArguments, num_levels: int, phase: str) -> Fi
     return FitSettings(**values)
 
 
+def without_paths(text: str) -> str:
+    """What is to be seen by others: of absolute paths only the last name."""
+    return re.sub(r"""(?<![\w.:/])/(?:[^\s'"/]+/)+([^\s'"/]+)""", r"\1", text)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} ({torch.get_num_threads()} threads)"
+
+
 def assemble(run: Run) -> ProgressiveVAEPipeline:
     """The pipeline of the saved parts, its index and its card beside them."""
     folder = run.output_dir / "prior"
@@ -397,9 +434,11 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
         "phases": run.phases(),
         "parameters": {name: getattr(pipe, name).num_parameters() for name in pipe.factor_names},
         "seed": training.seed,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        "machine": f"{run.accelerator.num_processes} × {device_name(run.accelerator.device)}, "
         f"torch {torch.__version__}, progressive_vae {__version__}",
-        **json.loads((output_dir / "settings.json").read_text()),
+        "license": training.hub_license,
+        "weights": weights_digest(output_dir),
+        **json.loads(without_paths((output_dir / "settings.json").read_text())),
     }
     sample_grid(pipe, training.seed).save(output_dir / "samples.png")
     images = test.batch(slice(0, 10))[0].to(torch.uint8)
@@ -413,7 +452,8 @@ def open_repository(training: TrainingArguments):
     """Find out before hours of training, not after them, whether the results may be pushed."""
     training.hub_model_id = training.hub_model_id or Path(training.output_dir).resolve().name
     try:
-        create_repository(training.hub_model_id, training.hub_private_repo or None)
+        repo_id = create_repository(training.hub_model_id, training.hub_private_repo or None)
+        HfApi().auth_check(repo_id, write=True)  # one that exists may be another's
     except Exception as error:
         if not isinstance(error, HfHubHTTPError) and isinstance(error, ValueError):
             raise  # a name that is none, or another visibility
@@ -428,15 +468,16 @@ def open_repository(training: TrainingArguments):
 
 def push(training: TrainingArguments):
     """Push the pipeline as it is now. What was trained is worth more than any error in here."""
-    folder, repo_id = training.output_dir, training.hub_model_id
+    folder, repo_id = str(Path(training.output_dir).resolve()), training.hub_model_id
     private = training.hub_private_repo or None
     try:
         print(f"pushed {push_folder(folder, repo_id, private=private)}")
     except Exception as error:
-        later = f"push_folder({folder!r}, {repo_id!r}, private={private})"
+        later = "from progressive_vae.hub import push_folder; "
+        later += f"push_folder({folder!r}, {repo_id!r}, private={private})"
         warnings.warn(
             f"not pushed to {repo_id}: {error}\nNothing is lost, the files are in {folder}. To "
-            f'push them later: python -c "from progressive_vae.hub import push_folder; {later}"',
+            f"push them later: python -c {shlex.quote(later)}",
             stacklevel=2,
         )
 
@@ -445,6 +486,8 @@ def after_phase(run: Run, training: TrainingArguments):
     """Figures and pictures of other weights are deleted; what makes a pipeline may be pushed."""
     for name in (METRICS, *PICTURES):
         (run.output_dir / name).unlink(missing_ok=True)
+    if (run.output_dir / INDEX).is_file():
+        write_card(run.output_dir)
     if training.push_to_hub:
         try:
             assemble(run)
@@ -462,6 +505,8 @@ def main(arguments: list[str]):
         cpu=not torch.accelerator.is_available(),
         mixed_precision=training.mixed_precision,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
+        # Others wait while the main process encodes, evaluates and pushes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
         log_with=None if training.report_to == "none" else training.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(output_dir), logging_dir=str(output_dir / training.logging_dir)
@@ -471,8 +516,9 @@ def main(arguments: list[str]):
         raise ValueError(
             f"expected {os.environ['WORLD_SIZE']} processes, got {accelerator.num_processes}"
         )
-    if accelerator.device.type == "cpu" and torch.get_num_threads() == 1:
-        # The launcher, told nothing, gives each process one thread, as suits processes with a GPU.
+    is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    if accelerator.device.type == "cpu" and is_launched and torch.get_num_threads() == 1:
+        # A launcher, told nothing, gives each process one thread, as suits processes with a GPU.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
     flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
@@ -484,14 +530,22 @@ def main(arguments: list[str]):
     phases.append("evaluate")
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
-    if accelerator.is_main_process:
-        # What is not of the pipeline, for those who upload the folder by other means.
-        (output_dir / ".gitignore").write_text("".join(f"{n}\n" for n in BESIDE_THE_PIPELINE))
-        if training.push_to_hub:
-            open_repository(training)
     pixels, names = cache_pixels(data, training, accelerator)
+    checkpoints = Checkpoints(
+        output_dir,
+        training.checkpointing_steps or None,
+        training.checkpoints_total_limit or None,
+        training.resume_from_checkpoint,
+    )
+    signal.signal(signal.SIGTERM, checkpoints.stop)
     run = Run(
-        output_dir, accelerator, model.num_levels, pixels, names, training.num_validation_images
+        output_dir,
+        accelerator,
+        model.num_levels,
+        pixels,
+        names,
+        training.num_validation_images,
+        checkpoints=checkpoints,
     )
     # All configs and settings are made before any phase runs: a wrong flag costs no training.
     configs = level_configs(model, run.image_shape[0], names)
@@ -514,6 +568,11 @@ def main(arguments: list[str]):
         check_image_size(run.image_shape[1:], chain, None)
     settings = {p: fit_settings(training, run.num_levels, p) for p in chosen if p != "evaluate"}
     if accelerator.is_main_process:
+        if training.push_to_hub:
+            open_repository(training)
+        if not (output_dir / ".gitignore").exists():
+            # What is not of the pipeline, for those who upload the folder by other means.
+            (output_dir / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
         command = shlex.join(["accelerate", "launch", "examples/train.py", *arguments])
         path = output_dir / "settings.json"
         if training.phase in ("all", phases[0]):

@@ -22,6 +22,7 @@
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
+| `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `run.py` | what one training leaves behind, and where it lies |
 | `training.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
 """

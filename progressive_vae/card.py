@@ -28,7 +28,6 @@ def model_card(
     repository: str,
     metrics: dict | None = None,
     pictures: Sequence[str] = (),
-    license: str = "apache-2.0",
 ) -> ModelCard:
     """The card of a pipeline.
 
@@ -40,7 +39,7 @@ def model_card(
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        license=license,
+        license=(metrics or {}).get("license", "apache-2.0"),
         tags=["diffusers:ProgressiveVAEPipeline", "progressive-vae", "vq-vae", "image-generation"],
         **(_metadata(metrics) if metrics else {}),
     )
@@ -54,9 +53,14 @@ def model_card(
     return ModelCard(for_repository(text, repository))
 
 
+def is_generated(text: str) -> bool:
+    """Whether a card was made here, rather than written by hand."""
+    return _BEGIN in text and _END in text
+
+
 def for_repository(text: str, repository: str) -> str:
-    """The card with its usage, the first `from_pretrained` in it, changed to another repository."""
-    call = re.compile(r'(Pipeline\.from_pretrained\()"[^"]*"')
+    """The card with its usage, the first such call in it, changed to another repository."""
+    call = re.compile(r'(ProgressiveVAEPipeline\.from_pretrained\()"[^"]*"')
     return call.sub(lambda found: f'{found[1]}"{repository}"', text, count=1)
 
 

@@ -64,11 +64,12 @@ def strict_config(cls):
 
 
 def _without_dtype(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_dtype(value) if isinstance(value, dict) else value
-        for name, value in fields.items()
-        if name != "dtype"
-    }
+    nested = (
+        {"backbone_config": _without_dtype(fields["backbone_config"])}
+        if fields.get("backbone_config")
+        else {}
+    )
+    return {name: value for name, value in fields.items() if name != "dtype"} | nested
 
 
 def _check_names(config: PreTrainedConfig, names):

@@ -18,32 +18,43 @@ def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
     any float type flips none: a half-precision copy has the fingerprint of the original, whether
     it was rounded once or twice. Decoders do not count, so a refit leaves it as it is.
     """
-    digest = hashlib.sha256()
-    for level in levels:
-        digest.update(f"{level.config.quantizer} {level.config.codebook_size}".encode())
-        parts = level.encoder.state_dict(prefix="encoder.")
-        parts |= level.quantizer.state_dict(prefix="quantizer.")
-        for name, value in sorted(parts.items()):
-            if not name.endswith(_OF_TRAINING):
-                digest.update(f"{name} {tuple(value.shape)}".encode())
-                digest.update(np.packbits(torch.signbit(value).cpu().numpy()).tobytes())
-    return digest.hexdigest()[:16]
+    return _joined([_digest(level) for level in levels])
+
+
+def _digest(level: ProgressiveVAELevel) -> bytes:
+    digest = hashlib.sha256(f"{level.config.quantizer} {level.config.codebook_size}".encode())
+    parts = level.encoder.state_dict(prefix="encoder.")
+    parts |= level.quantizer.state_dict(prefix="quantizer.")
+    for name, value in sorted(parts.items()):
+        if not name.endswith(_OF_TRAINING):
+            digest.update(f"{name} {tuple(value.shape)}".encode())
+            digest.update(np.packbits(torch.signbit(value).cpu().numpy()).tobytes())
+    return digest.digest()
+
+
+def _joined(digests: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def check_fingerprints(prior: ProgressiveVAEPrior | None, levels: list[ProgressiveVAELevel]):
     """Raise a `ValueError` if a part remembers finer levels other than those it is to join.
 
-    Weights that are not there yet (on the meta device) are not checked.
+    Weights that are not there yet (on the meta device) or not floats any more (quantized ones) are
+    not checked.
 
     Args:
         levels: [level_1 … level_N].
     """
-    if any(weight.is_meta for level in levels for weight in level.parameters()):
-        return
     parts = [("prior", prior), *((f"level_{i}", level) for i, level in enumerate(levels, 1))]
+    if not any(part is not None and part.config.finer_fingerprint for _, part in parts):
+        return
+    weights = [weight for level in levels for weight in level.parameters()]
+    if any(weight.is_meta or not weight.is_floating_point() for weight in weights):
+        return
+    digests = [_digest(level) for level in levels]
     for i, (name, part) in enumerate(parts):
         expected = part.config.finer_fingerprint if part is not None else None
-        if expected is not None and (got := fingerprint(levels[i:])) != expected:
+        if expected is not None and (got := _joined(digests[i:])) != expected:
             finer = [f"level_{j}" for j in range(i + 1, len(levels) + 1)]
             raise ValueError(
                 f"expected {finer} with the fingerprint {expected} of the levels on whose codes "

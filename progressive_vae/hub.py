@@ -1,6 +1,8 @@
 """A pipeline as a repository: what is saved, what is pushed, and how it is found again."""
 
+import hashlib
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,20 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.utils.sha import sha_fileobj
 
-from .card import PICTURES, for_repository, model_card
+from .card import PICTURES, for_repository, is_generated, model_card
 from .saved import stamp, take_stamp
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
+
+# model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
+_WEIGHTS = re.compile(
+    r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+)
+_PART = re.compile(r"(prior|level_\d)/(.+)")
 
 
 def register(pipeline: type[DiffusionPipeline], *parts: type):
@@ -54,7 +63,7 @@ class HubPipeline(DiffusionPipeline):
         token: str | None = None,
         create_pr: bool = False,
     ):
-        """Write the parts, `model_index.json` and, if there is none, a card.
+        """Write the parts, `model_index.json` and a card, unless one written by hand is there.
 
         Args:
             safe_serialization: only `True`: weights are never pickled.
@@ -65,12 +74,14 @@ class HubPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("expected safe_serialization=True, got False: nothing is pickled")
         folder = Path(save_directory)
+        for path in folder.glob("*/model*.safetensors*"):
+            if _weights_of(path.relative_to(folder).as_posix(), variant):
+                path.unlink()  # else a single file that was there would hide new shards
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        if not (folder / CARD).is_file():
-            write_card(folder)
+        write_card(folder)
         if push_to_hub:
             repo_id = repo_id or folder.resolve().name
-            push_folder(folder, repo_id, commit_message, private, token, create_pr)
+            push_folder(folder, repo_id, commit_message, private, token, create_pr, variant)
 
     def push_to_hub(
         self,
@@ -82,21 +93,44 @@ class HubPipeline(DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
     ) -> CommitInfo:
-        """Push the pipeline as one commit; see `push_folder`.
-
-        A card that the repository has already is kept.
-        """
+        """Push the pipeline as one commit; see `push_folder`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
-            return push_folder(folder, repo_id, commit_message, private, token, create_pr, True)
+            return push_folder(folder, repo_id, commit_message, private, token, create_pr, variant)
 
 
 def write_card(folder: str | Path):
-    """Write the card of the pipeline that a folder holds, with its metrics and pictures."""
+    """Write the card of the pipeline that a folder holds, with the metrics and pictures of its
+    weights; a card written by hand stays."""
     folder = Path(folder)
-    metrics = json.loads((folder / METRICS).read_text()) if (folder / METRICS).is_file() else None
-    pictures = [name for name in PICTURES if (folder / name).is_file()]
-    model_card(str(folder), metrics, pictures).save(folder / CARD)
+    card = folder / CARD
+    if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
+        return
+    found = figures(folder)
+    metrics = json.loads((folder / METRICS).read_text()) if found else None
+    pictures = [name for name in found if name != METRICS]
+    model_card(folder.as_posix(), metrics, pictures).save(card)
+
+
+def weights_digest(folder: Path) -> str:
+    """A hash of the weight files of the pipeline in a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*/model*.safetensors")):
+        if _weights_of(path.relative_to(folder).as_posix(), None):
+            with path.open("rb") as file:
+                digest.update(sha_fileobj(file))
+    return digest.hexdigest()
+
+
+def figures(folder: Path) -> list[str]:
+    """Names of the files in a folder that say how good its pipeline is; [] if they are of other
+    weights than those that lie there."""
+    metrics = folder / METRICS
+    if not metrics.is_file() or json.loads(metrics.read_text())["weights"] != weights_digest(
+        folder
+    ):
+        return []
+    return [METRICS, *(name for name in PICTURES if (folder / name).is_file())]
 
 
 def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
@@ -125,51 +159,84 @@ def push_folder(
     private: bool | None = None,
     token: str | None = None,
     create_pr: bool = False,
-    keep_card: bool = False,
+    variant: str | None = None,
 ) -> CommitInfo:
     """Push the pipeline in a folder as one commit: all of it or nothing becomes visible.
 
     Only what `model_index.json` names is pushed, and the card, metrics and pictures beside it; no
-    checkpoints, caches or logs. An interrupted push leaves the repository as it was, and can be
-    repeated: files that have arrived are not sent again.
+    checkpoints, caches or logs. What an earlier push left there and the pipeline no longer has
+    goes in the same commit; a card written by hand stays, and so do weights of other variants,
+    which have to be pushed again themselves. An interrupted push leaves the repository as it was,
+    and can be repeated.
 
     Args:
         private: visibility of a new repository; one that exists must have it already. `None` is
             what the account or organisation has as its default.
         token: where not given, that of `hf auth login`.
         create_pr: open a pull request instead of writing to `main`.
-        keep_card: leave the repository's own card, if it has one, as it is.
+        variant: only the weights of this variant are new: the card and figures there are kept.
+
+    Raises:
+        ValueError: no whole pipeline in the folder, or a repository of another visibility.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
-        raise ValueError(f"expected a saved pipeline, with {INDEX}, in folder, got {folder}")
+    names = pipeline_files(folder, variant)
     repo_id = create_repository(repo_id, private, token)
     api = HfApi(token=token)
-    names = pipeline_files(folder)
-    if keep_card and CARD in names and api.file_exists(repo_id, CARD):
-        names.remove(CARD)
-    operations = [
-        CommitOperationAdd(
-            name,
-            for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
-            if name == CARD
-            else folder / name,
-        )
-        for name in names
-    ]
+    there = api.list_repo_files(repo_id)
+    if CARD in there and CARD in names:
+        card = Path(api.hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8")
+        if variant is not None or not is_generated(card):
+            names.remove(CARD)
+    outdated = [name for name in there if _is_outdated(name, names, variant)]
+    operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
+    for name in names:
+        contents: Path | bytes = folder / name
+        if name == CARD:
+            contents = for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
+        operations.append(CommitOperationAdd(name, contents))
     message = commit_message or "Upload ProgressiveVAEPipeline"
     return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr)
 
 
-def pipeline_files(folder: Path) -> list[str]:
-    """Names, relative to the folder, of the files that make up its pipeline."""
+def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
+    """Names, relative to the folder, of the files that make up its pipeline.
+
+    Raises:
+        ValueError: there is none, or a part of it is missing.
+    """
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"expected a saved pipeline, with {INDEX}, in folder, got {folder}")
     index = json.loads((folder / INDEX).read_text())
-    parts = [name for name, value in index.items() if _is_part(value)]
-    found = [folder / name for name in (INDEX, CARD, METRICS, *PICTURES)]
-    for part in parts:
-        found += [folder / part / "config.json", *sorted((folder / part).glob("*.safetensors*"))]
-    return [path.relative_to(folder).as_posix() for path in found if path.is_file()]
+    names = [INDEX, *([CARD] if (folder / CARD).is_file() else [])]
+    names += figures(folder) if variant is None else []
+    for part in (name for name, value in index.items() if _is_part(value)):
+        files = sorted(path.relative_to(folder).as_posix() for path in (folder / part).glob("*"))
+        weights = [name for name in files if _weights_of(name, variant)]
+        if not weights or f"{part}/config.json" not in files:
+            raise ValueError(
+                f"expected config.json and weights of variant={variant} in {folder / part}, which "
+                f"{INDEX} names, got {files}"
+            )
+        names += [f"{part}/config.json", *weights]
+    return names
 
 
 def _is_part(value) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _weights_of(name: str, variant: str | None) -> bool:
+    """Whether `part/file` holds weights of a variant."""
+    part = _PART.fullmatch(name)
+    found = _WEIGHTS.fullmatch(part[2]) if part else None
+    return found is not None and (found[1] or found[2]) == variant
+
+
+def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:
+    """Whether a file of the repository belongs to an earlier state of the pipeline."""
+    if name in names:
+        return False
+    if part := _PART.fullmatch(name):
+        return f"{part[1]}/config.json" not in names or _weights_of(name, variant)
+    return variant is None and name in (METRICS, *PICTURES)

@@ -98,7 +98,7 @@ class ProgressiveVAEPrior(PreTrainedModel):
         return self._teacher_forced(codes, labels)[0]
 
     def _teacher_forced(
-        self, codes: Tensor, labels: Tensor, **asked: bool | None | None
+        self, codes: Tensor, labels: Tensor, **asked: bool | None
     ) -> tuple[Tensor, ModelOutput]:
         """Nats (B,), and the output of the backbone that gives them."""
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -17,9 +18,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .chain import grid_sizes
+from .checkpoints import Checkpoints
 from .codes import GridDataset, Manifest, write_cache
 from .fingerprint import fingerprint
 from .level import ProgressiveVAELevel
+
+HISTORY, REPLACED = "history.json", ".replaced"
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Run:
             `validation/` and `phases.json`.
         pixels: for the splits "train" and "test" the cache of their images.
         class_names: names of the classes, [] where there are none.
+        checkpoints: of phases that may be interrupted; `None` for phases that start anew.
     """
 
     output_dir: Path
@@ -40,7 +45,18 @@ class Run:
     class_names: list[str] = field(default_factory=list)
     num_validation_images: int = 8
     cache_batch_size: int = 500
+    checkpoints: Checkpoints | None = None
     logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
+
+    def __post_init__(self):
+        if self.accelerator.is_main_process:
+            for replaced in self.output_dir.glob(f"*{REPLACED}"):
+                # A kill came between the two names of a save: before it, nothing had changed.
+                if replaced.with_suffix("").exists():
+                    shutil.rmtree(replaced)
+                else:
+                    os.replace(replaced, replaced.with_suffix(""))
+        self.accelerator.wait_for_everyone()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -108,16 +124,36 @@ class Run:
             shutil.rmtree(self.output_dir / "cache" / f"level_{index}", ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def save(self, model: PreTrainedModel, name: str):
-        """`save_pretrained` under a temporary name, then rename: complete or absent."""
+    def save(self, model: PreTrainedModel, name: str, identity: dict[str, Any]):
+        """`save_pretrained` under a temporary name, then rename: complete or absent.
+
+        A file `history.json` beside the weights holds the identities of the phases that made them.
+        """
         if self.accelerator.is_main_process:
             folder = self.output_dir / name
             temporary = folder.with_name(f"{name}.incomplete")
             shutil.rmtree(temporary, ignore_errors=True)
             model.save_pretrained(temporary)
-            shutil.rmtree(folder, ignore_errors=True)
+            is_refit = identity["phase"].startswith("refit")
+            history = [*(self._history(name) if is_refit else []), identity]
+            (temporary / HISTORY).write_text(json.dumps(history, indent=2))
+            replaced = folder.with_name(f"{name}{REPLACED}")
+            if folder.exists():
+                os.replace(folder, replaced)
             os.replace(temporary, folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        if self.checkpoints is not None:
+            self.checkpoints.remove(identity["phase"], self.accelerator)
+
+    def _history(self, name: str) -> list[dict[str, Any]]:
+        path = self.output_dir / name / HISTORY
+        return json.loads(path.read_text()) if path.is_file() else []
+
+    def is_done(self, name: str, identity: dict[str, Any]) -> bool:
+        """Whether a run that is resumed finds the phase's work in the folder `name`."""
+        is_resumed = self.checkpoints is not None and self.checkpoints.resume is not None
+        return is_resumed and identity in self._history(name)
 
     def record(self, phase: str, num_images: int, seconds: float, **figures: float):
         """Note what a phase cost, and other figures of it, in `phases.json`."""

@@ -5,10 +5,12 @@ Each phase starts from saved artefacts (the finer levels, the cached grids) and 
 `save_pretrained`, so any of them can be run again alone. All of them go through one `fit()`.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,10 +18,11 @@ from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .checkpoints import Checkpoints, Progress
 from .codes import GridDataset, PairedDataset
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .evaluation import reconstruction_grid, sample_grid
@@ -28,6 +31,7 @@ from .pipeline import ProgressiveVAEPipeline
 from .prior import ProgressiveVAEPrior
 from .run import Run, as_finer
 
+WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
 MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size
 
 
@@ -57,35 +61,62 @@ class FitSettings:
                 raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
 
 
+class Shuffled(Sampler):
+    """The indices 0 … n − 1 in an order that depends on the seed and the epoch alone, so that a fit
+    that goes on within an epoch sees what it would have seen."""
+
+    def __init__(self, count: int, seed: int):
+        self.count, self.seed = count, seed
+        self.begin_at(0, 0)
+
+    def begin_at(self, epoch: int, start: int):
+        """The next pass is that of `epoch`, without its first `start` indices."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return self.count - self.start
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.count, generator=generator)[self.start :].tolist())
+
+
 def fit(
     model: PreTrainedModel,
     dataset: GridDataset | PairedDataset,
     to_inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     accelerator: Accelerator,
     settings: FitSettings,
-    name: str,
+    identity: dict[str, Any],
+    checkpoints: Checkpoints | None = None,
     logged_steps: int = 0,
-) -> Iterator[int]:
+) -> Iterator[Progress]:
     """Minimise `model(**inputs).loss`; a generator that pauses for each validation.
 
-    It yields the step every `validation_steps` and at the end, with the averaged weights in the
-    model, in evaluation mode; the model is left that way after the last one. A model that has an
-    `after_step(output, gather)` gets it called after each step.
+    It yields where it stands every `validation_steps` and at the end, with the averaged weights in
+    the model, in evaluation mode; the model is left that way after the last one. A model that has
+    an `after_step(output, gather)` gets it called after each step.
 
     Args:
         to_inputs: a batch of the data set -> keywords of the model.
-        name: the prefix of what is logged.
+        identity: of the fit, `"phase"` its name: a checkpoint of another one is refused.
+        checkpoints: where to save and go on from; `None` for neither.
         logged_steps: added to the steps that the trackers see.
+
+    Raises:
+        FloatingPointError: the loss is no number any more.
+        SystemExit: with code 0, after a checkpoint, where `checkpoints.stop` has been called.
     """
+    name, sampler = identity["phase"], Shuffled(len(dataset), settings.seed)
     set_seed(settings.seed, device_specific=True)  # the noise of each process is its own
     loader = DataLoader(
         dataset,
         settings.train_batch_size,
-        shuffle=True,
+        sampler=sampler,
         drop_last=len(dataset) >= settings.train_batch_size * accelerator.num_processes,
         num_workers=settings.dataloader_num_workers,
         persistent_workers=settings.dataloader_num_workers > 0,
-        generator=torch.Generator().manual_seed(settings.seed),
+        generator=torch.Generator().manual_seed(settings.seed),  # of the workers
     )
     model = model.to(accelerator.device, memory_format=torch.channels_last)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -104,14 +135,21 @@ def fit(
     average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
     wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     wrapped.train()
-    step = epoch = 0
-    progress = tqdm(
-        total=settings.max_train_steps, desc=name, disable=not accelerator.is_local_main_process
+    progress, states = Progress(), {"scheduler": scheduler, "average": average}
+    if checkpoints is not None:
+        progress = checkpoints.load(identity, states, accelerator)
+    bar = tqdm(
+        total=settings.max_train_steps,
+        initial=progress.step,
+        desc=name,
+        disable=not accelerator.is_local_main_process,
     )
-    while step < settings.max_train_steps:
-        loader.set_epoch(epoch)
-        epoch += 1
+    clock = time.perf_counter()
+    while progress.step < settings.max_train_steps:
+        batches_of_all = progress.batch * accelerator.num_processes
+        sampler.begin_at(progress.epoch, batches_of_all * settings.train_batch_size)
         for batch in loader:
+            progress.batch += 1
             with accelerator.accumulate(wrapped):
                 output = wrapped(**to_inputs(batch))
                 accelerator.backward(output.loss)
@@ -126,31 +164,47 @@ def fit(
             scheduler.step()
             if settings.use_ema:
                 average.step(parameters)
-            step += 1
-            progress.update()
-            if step % settings.logging_steps == 0 or step == settings.max_train_steps:
+            progress.step += 1
+            step, is_final = progress.step, progress.step == settings.max_train_steps
+            bar.update()
+            if step % settings.logging_steps == 0 or is_final:
                 loss = accelerator.reduce(output.loss.detach(), "mean").item()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss of {name} became {loss} at step {step}")
+                    raise FloatingPointError(_diverged(name, loss, step, checkpoints))
                 figures = {"loss": loss, "grad_norm": float(norm), "lr": scheduler.get_last_lr()[0]}
-                progress.set_postfix(loss=f"{loss:.4f}")
+                bar.set_postfix(loss=f"{loss:.4f}")
                 logged = {f"{name}/{k}": v for k, v in figures.items()}
                 accelerator.log(logged, step=logged_steps + step)
-            if step % settings.validation_steps == 0 or step == settings.max_train_steps:
-                is_final = step == settings.max_train_steps
+            if step % settings.validation_steps == 0 or is_final:
                 if settings.use_ema:
                     average.store(parameters)
                     average.copy_to(parameters)
                 wrapped.eval()
-                yield step
+                progress.seconds += time.perf_counter() - clock
+                yield progress
+                clock = time.perf_counter()
                 if settings.use_ema and not is_final:
                     average.restore(parameters)
                 wrapped.train(not is_final)
-            if step == settings.max_train_steps:
+            if is_final:
                 break
-    progress.close()
+            if checkpoints and checkpoints.is_due(step, accelerator, settings.logging_steps):
+                progress.seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
+                checkpoints.save(identity, progress, states, accelerator)
+                if checkpoints.is_stopping:
+                    accelerator.print(f"stopped in {name} at step {step}, which is saved")
+                    raise SystemExit(0)
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+    bar.close()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
+
+
+def _diverged(name: str, loss: float, step: int, checkpoints: Checkpoints | None) -> str:
+    saved = checkpoints.of(name) if checkpoints else []
+    advice = f"the last checkpoint before is {saved[-1]}" if saved else "there is no checkpoint"
+    return f"the loss of {name} became {loss} at step {step}; {advice}"
 
 
 def train_level(
@@ -166,14 +220,17 @@ def train_level(
             f"expected corruption=0 for a level to train, got {config.corruption}: corrupted codes "
             "are for refit_level"
         )
+    train, name = run.grids("train", index + 1), f"level_{index}"
+    config.finer_fingerprint = run.fingerprint(index + 1)
+    identity = identify(name, config, settings, train, run)
+    if run.is_done(name, identity):
+        return run.level(index)
     set_seed(settings.seed)
-    level, train = ProgressiveVAELevel(config), run.grids("train", index + 1)
-    level.config.finer_fingerprint = run.fingerprint(index + 1)
+    level = ProgressiveVAELevel(config)
     if config.quantizer == "vq":
         initialize_codebook(level, train, settings.seed)
     run.drop_record(f"refit_level_{index}")  # of the level that was there before
-    _fit_level(run, index, level, train, settings, f"level_{index}")
-    run.forget(index)
+    _fit_level(run, index, level, train, settings, identity)
     return level
 
 
@@ -188,9 +245,36 @@ def refit_level(run: Run, index: int, changes: dict, settings: FitSettings) -> P
     """
     finer, codes = run.grids("train", index + 1), run.grids("train", index)
     set_seed(settings.seed)
-    level = run.level(index).with_decoder(**changes)
-    _fit_level(run, index, level, PairedDataset(finer, codes), settings, f"refit_level_{index}")
+    old = run.level(index)
+    level = old.with_decoder(**changes)
+    identity = identify(f"refit_level_{index}", level.config, settings, codes, run)
+    if run.is_done(f"level_{index}", identity):
+        return old
+    _fit_level(run, index, level, PairedDataset(finer, codes), settings, identity)
     return level
+
+
+def identify(
+    phase: str,
+    config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
+    settings: FitSettings,
+    train: GridDataset,
+    run: Run,
+) -> dict[str, Any]:
+    """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
+    fields = asdict(settings)
+    for name in ("logging_steps", "validation_steps", "dataloader_num_workers"):
+        del fields[name]
+    identity = {
+        "phase": phase,
+        "config": {k: v for k, v in config.to_dict().items() if k not in WRITTEN_BY},
+        "data": {**asdict(train.manifest), "num_examples": len(train)},
+        "num_processes": run.accelerator.num_processes,
+        "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
+        "mixed_precision": run.accelerator.mixed_precision,
+        **fields,
+    }
+    return json.loads(json.dumps(identity))
 
 
 def _fit_level(
@@ -199,16 +283,17 @@ def _fit_level(
     level: ProgressiveVAELevel,
     train: GridDataset | PairedDataset,
     settings: FitSettings,
-    name: str,
+    identity: dict[str, Any],
 ):
     """Fit, show the validations, note the cost, and save as `level_{index}`."""
     accelerator, held_out = run.accelerator, run.grids("test", index + 1)
+    name = identity["phase"]
     finer_levels = [run.level(i) for i in range(index + 1, run.num_levels + 1)]
     # What this level says of an image, through the finer levels, which are trained already.
     view = ProgressiveVAEPipeline.from_levels(None, [level, *finer_levels], run.image_shape[1:])
     view.to(accelerator.device).set_progress_bar_config(disable=True)
     images = run.pixels["test"].batch(slice(0, run.num_validation_images))[0].to(torch.uint8)
-    start, paused, figures = time.perf_counter(), 0.0, {}
+    progress, figures = Progress(), {}
 
     def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = {"finer": as_finer(batch["grid"], level)}
@@ -216,8 +301,9 @@ def _fit_level(
             inputs["codes"] = batch["codes"]
         return inputs | _class_labels(batch, level)
 
-    for step in fit(level, train, to_inputs, accelerator, settings, name, run.logged_steps):
-        pause = time.perf_counter()
+    for progress in fit(
+        level, train, to_inputs, accelerator, settings, identity, run.checkpoints, run.logged_steps
+    ):
         if accelerator.is_main_process:
             grids, nats = held_out.batch(slice(0, 1000))[0], 0.0
             with torch.no_grad(), accelerator.autocast():
@@ -226,12 +312,12 @@ def _fit_level(
                     nats -= level.log_prob(finer, level.encode(finer)).sum().item()
             bits = nats / (len(grids) * math.log(2))
             figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
-            run.show(name, step, reconstruction_grid(view, images), figures)
-        paused += time.perf_counter() - pause
-    seconds = time.perf_counter() - start - paused
-    run.record(name, _images_seen(settings, accelerator), seconds, **figures)
+            run.show(name, progress.step, reconstruction_grid(view, images), figures)
+    run.record(name, _images_seen(settings, accelerator), progress.seconds, **figures)
     run.logged_steps += settings.max_train_steps
-    run.save(level, f"level_{index}")
+    if not name.startswith("refit"):
+        run.forget(index)  # the codes of the level that was there before
+    run.save(level, f"level_{index}", identity)
 
 
 def _class_labels(
@@ -266,29 +352,32 @@ def train_prior(
     """Fit the prior to the cached z_1 by maximum likelihood, and save it."""
     accelerator = run.accelerator
     train, held_out = run.grids("train", 1), run.grids("test", 1)
+    config.finer_fingerprint = run.fingerprint(1)
+    identity = identify("prior", config, settings, train, run)
+    if run.is_done("prior", identity):
+        return ProgressiveVAEPrior.from_pretrained(run.output_dir / "prior")
     set_seed(settings.seed)
-    prior = ProgressiveVAEPrior(config)
-    prior.config.finer_fingerprint = run.fingerprint(1)
+    prior, progress = ProgressiveVAEPrior(config), Progress()
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
     view = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
     view.to(accelerator.device).set_progress_bar_config(disable=True)
-    start, paused = time.perf_counter(), 0.0
 
     def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"codes": batch["grid"]} | _class_labels(batch, prior)
 
-    for step in fit(prior, train, to_inputs, accelerator, settings, "prior", run.logged_steps):
-        pause = time.perf_counter()
+    for progress in fit(
+        prior, train, to_inputs, accelerator, settings, identity, run.checkpoints, run.logged_steps
+    ):
         if accelerator.is_main_process:
             grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
             with torch.no_grad():
                 bits = -prior.log_prob(grids).mean().item() / math.log(2)
             figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
-            run.show("prior", step, sample_grid(view, columns=run.num_validation_images), figures)
-        paused += time.perf_counter() - pause
-    run.record("prior", _images_seen(settings, accelerator), time.perf_counter() - start - paused)
+            picture = sample_grid(view, columns=run.num_validation_images)
+            run.show("prior", progress.step, picture, figures)
+    run.record("prior", _images_seen(settings, accelerator), progress.seconds)
     run.logged_steps += settings.max_train_steps
-    run.save(prior, "prior")
+    run.save(prior, "prior", identity)
     return prior
 
 

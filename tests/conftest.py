@@ -16,6 +16,8 @@ os.environ |= {
     "HF_TOKEN": HUB.token,
     "HF_HOME": tempfile.mkdtemp(),
     "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_OFFLINE": "0",
+    "NO_PROXY": "127.0.0.1",
 }
 
 import importlib.util

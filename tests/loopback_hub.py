@@ -62,7 +62,7 @@ class LoopbackHub:
     huggingface_hub is imported.
 
     `repos` holds what is there. While `fail_on` is a regular expression, requests whose
-    "METHOD /path" it is found in are answered with an error.
+    "METHOD /path" it is found in are answered with an error, and `log` holds those that were not.
     """
 
     token = TOKEN
@@ -71,6 +71,7 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.fail_on: str | None = None
+        self.log: list[str] = []
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -94,6 +95,8 @@ class LoopbackHub:
         request.need_token()
         asked = request.json()
         repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
+        if repo_id.split("/")[0] not in (USER, "org"):
+            raise Refusal(403, "Forbidden", "you have no right to create this repository")
         answer = {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
         if repo_id in self.repos:
             raise Refusal(409, "RepoExists", "You already created this repository", answer)
@@ -122,6 +125,7 @@ class LoopbackHub:
             "files": [
                 {
                     "path": file["path"],
+                    **_known(file["path"], commit.files),
                     "uploadMode": "lfs" if file["path"].endswith(LFS_ENDINGS) else "regular",
                     "shouldIgnore": any(_is_ignored(file["path"], line) for line in ignored),
                 }
@@ -146,7 +150,10 @@ class LoopbackHub:
         return {}
 
     def commit(self, request, repo_id, revision):
-        request.need_token()
+        if "create_pr" in request.query:
+            request.need_token()
+        else:
+            self.may_write(request, repo_id)
         repo = request.repo(repo_id)
         parent, message = repo.at(revision), ""
         files = dict(parent.files)
@@ -187,6 +194,14 @@ class LoopbackHub:
         asked = request.json()["paths"]
         return [_describe(name, files[name]) for name in asked if name in files]
 
+    def may_write(self, request, repo_id):
+        """Organisations other than ours are read by us, and written by others."""
+        request.need_token()
+        request.repo(repo_id)
+        if repo_id.split("/")[0] not in (USER, "org"):
+            raise Refusal(403, "Forbidden", f"you have no right to write to {repo_id}")
+        return {}
+
     def validate_card(self, request):
         return {"errors": [], "warnings": []}
 
@@ -196,6 +211,7 @@ ROUTES = [
     ("POST", r"/api/repos/create", LoopbackHub.create),
     ("POST", r"/api/validate-yaml", LoopbackHub.validate_card),
     ("GET", r"/api/models/{repo}", LoopbackHub.info),
+    ("GET", r"/api/models/{repo}/auth-check/write", LoopbackHub.may_write),
     ("GET", r"/api/models/{repo}/revision/(?P<revision>.+)", LoopbackHub.info),
     ("POST", r"/api/models/{repo}/preupload/(?P<revision>.+)", LoopbackHub.preupload),
     ("POST", r"/api/models/{repo}/commit/(?P<revision>.+)", LoopbackHub.commit),
@@ -241,6 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 if self.hub.fail_on and re.search(self.hub.fail_on, f"{self.command} {path}"):
                     raise Refusal(400, "Down", "the Hub is down")  # a 500 would be tried again
+                self.hub.log.append(f"{self.command} {path}")
                 self._answer(path)
             except Refusal as refusal:
                 self._send(refusal.status, json.dumps(refusal.body).encode(), refusal.headers)
@@ -286,6 +303,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+def _known(name: str, files: dict[str, bytes]) -> dict:
+    """The identity of a file that is there, so that one alike need not be sent."""
+    if name not in files:
+        return {}
+    data = files[name]
+    if name.endswith(LFS_ENDINGS):
+        return {"oid": hashlib.sha256(data).hexdigest()}
+    return {"oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
 
 
 def _describe(name: str, data: bytes) -> dict:

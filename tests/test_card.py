@@ -20,6 +20,7 @@ METRICS = {
     "seed": 0,
     "machine": "a machine",
     "command": "accelerate launch examples/train.py",
+    "license": "cc-by-4.0",
     "settings": {"learning_rate": "[0.004]"},
 }
 
@@ -30,7 +31,7 @@ def test_the_card_has_the_figures_of_its_run():
     assert "| total | 2.1000 |" in card.content and "learning_rate: [0.004]" in card.content
     assert "](samples.png)" in card.content and "reconstructions.png" not in card.content
     parsed = ModelCard(card.content).data
-    assert parsed.library_name == "diffusers" and parsed.license == "apache-2.0"
+    assert parsed.library_name == "diffusers" and parsed.license == "cc-by-4.0"
     assert parsed.datasets == ["some/images"]
     found = {result.metric_type: result.metric_value for result in parsed.eval_results}
     assert found == {"bits_per_dim": pytest.approx(2.1), "frechet_distance": 1.25}
@@ -53,5 +54,6 @@ def test_every_card_is_whole(metrics):
 def test_usage_names_the_repository():
     content = model_card("folder/of/mine").content
     assert 'Pipeline.from_pretrained("folder/of/mine")' in content
+    content = 'OtherPipeline.from_pretrained("a/b")\n' + content  # not ours to change
     moved = for_repository(content, "org/name")
     assert moved == content.replace("folder/of/mine", "org/name")

@@ -1,7 +1,9 @@
 """Every way in and out of the Hub, over a Hub of our own on the loopback."""
 
+import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from accelerate.hooks import CpuOffload
 from conftest import HUB, load_script, tiny_level, tiny_pipeline, tiny_prior
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from loopback_hub import Repo
+from test_card import METRICS
 from test_training import SMALL
 from transformers import AutoConfig, AutoModel
 
@@ -25,7 +29,7 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.hub import push_folder
+from progressive_vae.hub import push_folder, weights_digest, write_card
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = [f"{part}/model.safetensors" for part in ("level_1", "level_2", "level_3", "prior")]
@@ -141,13 +145,14 @@ def test_safetensors_offline_and_from_the_cache(repository, tmp_path):
     assert_same(tiny_pipeline(), load())
 
 
-def test_private_repositories_need_the_token(tmp_path):
-    tiny_pipeline().push_to_hub("org/private", private=True)
+def test_private_repositories_need_the_token(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    tiny_pipeline().push_to_hub("org/private", private=True, token=HUB.token)
     assert HUB.repos["org/private"].private
     for cls in (ProgressiveVAEPipeline, diffusers.DiffusionPipeline):
         assert_same(tiny_pipeline(), cls.from_pretrained("org/private", token=HUB.token))
     with pytest.raises((OSError, RepositoryNotFoundError)):
-        ProgressiveVAEPipeline.from_pretrained("org/private", token=False, cache_dir=tmp_path)
+        ProgressiveVAEPipeline.from_pretrained("org/private", cache_dir=tmp_path)
 
 
 def test_components_can_be_replaced_or_left_out(repository, images):
@@ -227,9 +232,45 @@ def test_a_push_is_one_commit_of_the_pipeline_alone():
     assert sorted(HUB.files("org/pushed")) == sorted(
         ["README.md", "model_index.json", *WEIGHTS, *CONFIGS]
     )
-    before = len(commits)
+    assert len(commits) == 2  # that of the creation, and this one
     tiny_pipeline().push_to_hub("org/pushed")
-    assert len(HUB.repos["org/pushed"].commits) <= before + 1  # none, if nothing has changed
+    assert len(commits) == 2  # nothing has changed
+
+
+def test_a_push_takes_away_what_the_pipeline_no_longer_has(tmp_path):
+    """Old files would hide new ones, or stay as weights and figures of another pipeline."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "samples.png").write_bytes(b"a picture")
+    metrics = METRICS | {"weights": weights_digest(tmp_path)}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    write_card(tmp_path)
+    push_folder(tmp_path, "org/changing")
+    assert {"metrics.json", "samples.png"} <= set(HUB.files("org/changing"))
+    half = tiny_pipeline().to(torch.float16)
+    half.push_to_hub("org/changing", variant="fp16")
+    files = HUB.files("org/changing")
+    assert {"metrics.json", "samples.png", "level_1/model.fp16.safetensors"} <= set(files)
+    assert "| total | 2.1000 |" in files["README.md"].decode()
+
+    # Into shards, with other weights: their figures are not known.
+    pipe, commits = tiny_pipeline(), len(HUB.repos["org/changing"].commits)
+    pipe.level_3.quantizer.codebook.neg_()
+    pipe.save_pretrained(tmp_path, max_shard_size="20KB", push_to_hub=True, repo_id="org/changing")
+    assert len(HUB.repos["org/changing"].commits) == commits + 1
+    assert (tmp_path / "metrics.json").is_file()  # but nothing of the folder's own is deleted
+    files = HUB.files("org/changing")
+    assert "level_1/model.safetensors.index.json" in files and "metrics.json" not in files
+    assert "level_1/model.safetensors" not in files and "samples.png" not in files
+    assert "level_1/model.fp16.safetensors" in files
+    assert "| total |" not in files["README.md"].decode()
+    for place in ("org/changing", tmp_path):
+        assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(place))
+
+    # And with fewer levels.
+    finest = tiny_level(num_channels=3, codebook_size=5, seed=3)
+    ProgressiveVAEPipeline(None, finest, image_size=[5, 7]).push_to_hub("org/changing")
+    parts = {name.split("/")[0] for name in HUB.files("org/changing") if "/" in name}
+    assert parts == {"level_1"}
 
 
 def test_saving_pushes_too(tmp_path):
@@ -250,17 +291,26 @@ def test_saving_pushes_too(tmp_path):
     assert f'from_pretrained("{folder}")' in (folder / "README.md").read_text()
     pipe.save_pretrained(folder, push_to_hub=True)
     assert "tester/mine" in HUB.repos and not HUB.repos["tester/mine"].private
+    shutil.rmtree(folder / "level_2")
+    with pytest.raises(ValueError, match="expected config.json and weights .*level_2, which"):
+        push_folder(folder, "org/never")
+    assert "org/never" not in HUB.repos
     with pytest.raises(ValueError, match="safe_serialization=True, got False"):
         pipe.save_pretrained(folder, safe_serialization=False)
 
 
-def test_a_card_that_is_there_is_kept():
+def test_a_card_written_by_hand_is_kept(tmp_path):
     HfApi().create_repo("org/carded")
     HfApi().upload_file(
         repo_id="org/carded", path_in_repo="README.md", path_or_fileobj=b"# By hand"
     )
     tiny_pipeline().push_to_hub("org/carded")
     assert HUB.files("org/carded")["README.md"] == b"# By hand"
+    tiny_pipeline().save_pretrained(tmp_path, push_to_hub=True, repo_id="org/carded")
+    assert HUB.files("org/carded")["README.md"] == b"# By hand"
+    (tmp_path / "README.md").write_text("# By hand here")
+    tiny_pipeline().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# By hand here"
     assert_same(tiny_pipeline(), ProgressiveVAEPipeline.from_pretrained("org/carded"))
 
 
@@ -270,6 +320,13 @@ def test_a_pull_request_leaves_main_alone(repository):
     info = pipe.push_to_hub(repository, create_pr=True)
     assert info.pr_revision and HUB.files(repository) == before
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(repository, revision=info.pr_revision))
+    # Also to those in whose repository one may not write.
+    others = HUB.repos["others/theirs"] = Repo(private=False)
+    others.refs["main"] = others.add("initial commit", {}).oid
+    with pytest.raises(HfHubHTTPError):
+        pipe.push_to_hub("others/theirs")
+    info = pipe.push_to_hub("others/theirs", create_pr=True)
+    assert info.pr_num == 1 and not HUB.files("others/theirs")
 
 
 def test_nothing_private_becomes_public_and_nothing_public_private():
@@ -283,18 +340,21 @@ def test_nothing_private_becomes_public_and_nothing_public_private():
     assert HUB.repos["org/closed"].private
 
 
-@pytest.mark.parametrize("where", ["preupload", "lfs", "POST .*/commit/"])
-def test_an_interrupted_push_can_be_repeated(where, tmp_path):
-    name, pipe = f"org/broken-{where[:3]}", tiny_pipeline()
+@pytest.mark.parametrize("where", ["/preupload/", "/info/lfs/", "PUT /lfs/", "POST .*/commit/"])
+def test_an_interrupted_push_can_be_repeated(where):
+    name, pipe = f"org/broken{len(where)}", tiny_pipeline()
     pipe.push_to_hub(name)
     before = HUB.files(name)
-    pipe.level_3.quantizer.codebook.neg_()
+    with torch.no_grad():  # bytes that this Hub has not seen
+        pipe.level_3.quantizer.codebook += len(where)
     HUB.fail_on = where
     with pytest.raises((HfHubHTTPError, OSError, RuntimeError)):
         pipe.push_to_hub(name)
     assert HUB.files(name) == before
     HUB.fail_on = None
+    HUB.log.clear()
     pipe.push_to_hub(name)
+    assert any(re.search(where, line) for line in HUB.log)  # it had come that far
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(name))
 
 
@@ -310,9 +370,6 @@ def test_usage_in_the_card_runs_as_it_stands(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(usage, {})
     assert (tmp_path / "sample.png").is_file()
-    HfApi().upload_file(  # the Hub's own validation of the metadata, as far as it is here
-        repo_id=repository, path_in_repo="README.md", path_or_fileobj=content.encode()
-    )
 
 
 # ---- the command line ---------------------------------------------------------------------------
@@ -370,8 +427,8 @@ def test_training_goes_on_without_a_network(script, tmp_path, trained):
     said = "\n".join(str(warning.message) for warning in caught)
     assert "training goes on" in said and f"the files are in {output_dir}" in said
     HUB.fail_on = None
-    later = re.findall(r'python -c "(.*)"', said)[-1]
-    exec(later)
+    later = re.findall(r"python -c (.*)", said)[-1]
+    exec(shlex.split(later)[0])
     assert_same(
         ProgressiveVAEPipeline.from_pretrained(output_dir),
         ProgressiveVAEPipeline.from_pretrained("org/later"),
@@ -384,6 +441,10 @@ def test_a_wrong_token_or_visibility_is_said_before_training(script, tmp_path, m
     HfApi().create_repo("org/seen-by-all", private=False, exist_ok=True)
     with pytest.raises(ValueError, match="expected org/seen-by-all to be private"):
         script.main([*flags, "org/seen-by-all", "--hub_private_repo"])
+    others = HUB.repos["others/read-only"] = Repo(private=False)
+    others.refs["main"] = others.add("initial commit", {}).oid
+    with pytest.raises(ValueError, match="(?s)token that may write to hub_model_id=others/read-on"):
+        script.main([*flags, "others/read-only"])
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ValueError, match="(?s)expected a token that may write to.*hf auth login"):
         script.main([*flags, "org/mine"])

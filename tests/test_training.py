@@ -263,12 +263,10 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     pixels = data.batch(slice(0, 200))[0] / 127.5 - 1
     before, losses = level(pixels).loss.item(), []
     settings = FitSettings(max_train_steps=30, validation_steps=10, lr_warmup_steps=2)
-    steps = fit(
-        level, data, lambda b: {"finer": b["grid"] / 127.5 - 1}, Accelerator(), settings, "x"
-    )
-    for step in steps:
+    to_inputs, identity = lambda b: {"finer": b["grid"] / 127.5 - 1}, {"phase": "x"}
+    for progress in fit(level, data, to_inputs, Accelerator(), settings, identity):
         assert not level.training
-        losses.append((step, level(pixels).loss.item()))
+        losses.append((progress.step, level(pixels).loss.item()))
     assert [step for step, _ in losses] == [10, 20, 30]
     assert level(pixels).loss.item() == losses[-1][1] < before
 

@@ -1,0 +1,177 @@
+"""A phase that was interrupted goes on where it was, and ends with the same weights to the bit.
+
+A checkpoint is what Accelerate saves (weights, optimizer, random states of every process) and
+`fit.pt`, with the averaged weights, the schedule and the place in the data. It is written under a
+temporary name and renamed: complete or invisible.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+
+IDENTITY, STATE = "identity.json", "fit.pt"
+
+
+class Stateful(Protocol):
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict): ...
+
+
+@dataclass
+class Progress:
+    """Where a fit stands.
+
+    Args:
+        step: optimisation steps done.
+        epoch, batch: passes over the data set done, and batches of the next one.
+        seconds: spent so far, validations left out.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Checkpoints:
+    """The checkpoints `checkpoint-{phase}-{step}` in a folder.
+
+    Args:
+        every: optimisation steps from one to the next; `None` for none but that of a stop.
+        total_limit: the number of a phase's checkpoints that are kept; `None` for all.
+        resume: start phases from their checkpoints; "latest", or the path of one. `None`: start
+            anew, and delete what is there.
+    """
+
+    folder: Path
+    every: int | None = None
+    total_limit: int | None = None
+    resume: str | None = None
+    is_stopping: bool = field(default=False, init=False)
+
+    def __post_init__(self):
+        for name in ("every", "total_limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected checkpoints' {name} >= 1 or None, got {value}")
+        if self.resume not in (None, "latest") and not (Path(self.resume) / STATE).is_file():
+            raise ValueError(
+                f"expected resume_from_checkpoint to be 'latest' or a checkpoint, got {self.resume}"
+            )
+
+    def stop(self, *_: Any):
+        """A signal's handler: the fit saves after the step it is at, and ends the program."""
+        self.is_stopping = True
+
+    def of(self, phase: str) -> list[Path]:
+        """The complete checkpoints of a phase, oldest first."""
+        found = self.folder.glob(f"checkpoint-{phase}-*")
+        return sorted(path for path in found if path.suffix != ".incomplete")
+
+    def remove(self, phase: str, accelerator: Accelerator):
+        if accelerator.is_main_process:
+            for path in self.folder.glob(f"checkpoint-{phase}-*"):
+                _discard(path)
+        accelerator.wait_for_everyone()
+
+    def is_due(self, step: int, accelerator: Accelerator, logging_steps: int) -> bool:
+        """Whether to save after this step; alike on all processes."""
+        if accelerator.num_processes == 1 or step % logging_steps == 0:
+            # Processes hear of a signal at different steps, and agree here.
+            stopping = torch.tensor(float(self.is_stopping), device=accelerator.device)
+            self.is_stopping = bool(accelerator.reduce(stopping, "sum"))
+        else:
+            return self.every is not None and step % self.every == 0
+        return self.is_stopping or (self.every is not None and step % self.every == 0)
+
+    def save(
+        self,
+        identity: Mapping[str, Any],
+        progress: Progress,
+        states: Mapping[str, Stateful],
+        accelerator: Accelerator,
+    ):
+        """Write the checkpoint of `identity["phase"]`; older ones beyond `total_limit` go."""
+        phase = identity["phase"]
+        path = self.folder / f"checkpoint-{phase}-{progress.step:08d}"
+        if path.exists():
+            return  # a stop right after it was written
+        temporary = path.with_name(path.name + ".incomplete")
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(temporary))
+        if accelerator.is_main_process:
+            contents = {name: state.state_dict() for name, state in states.items()}
+            torch.save({"progress": asdict(progress), **contents}, temporary / STATE)
+            (temporary / IDENTITY).write_text(json.dumps(identity, indent=2))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            temporary.rename(path)
+            for old in self.of(phase)[: -self.total_limit] if self.total_limit else []:
+                _discard(old)
+        accelerator.wait_for_everyone()
+
+    def load(
+        self, identity: Mapping[str, Any], states: Mapping[str, Stateful], accelerator: Accelerator
+    ) -> Progress:
+        """Bring everything that Accelerate prepared, and `states`, to where the checkpoint was.
+
+        Raises:
+            ValueError: it belongs to another fit, or cannot be read.
+        """
+        phase = identity["phase"]
+        if self.resume is None:
+            self.remove(phase, accelerator)
+            return Progress()
+        found = self.of(phase) if self.resume == "latest" else [Path(self.resume)]
+        found = [path for path in found if path.name.startswith(f"checkpoint-{phase}-")]
+        if not found:
+            return Progress()
+        path = found[-1]
+        try:
+            theirs = json.loads((path / IDENTITY).read_text())
+            contents = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise ValueError(_damaged(path, error)) from error
+        check_identity(identity, theirs, str(path))
+        try:
+            accelerator.load_state(str(path))
+            for name, state in states.items():
+                state.load_state_dict(contents[name])
+        except Exception as error:
+            raise ValueError(_damaged(path, error)) from error
+        return Progress(**contents["progress"])
+
+
+def _discard(path: Path):
+    """Delete a checkpoint, which a kill in between leaves invisible."""
+    if path.suffix != ".incomplete":
+        path = path.rename(path.with_name(path.name + ".incomplete"))
+    shutil.rmtree(path)
+
+
+def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str):
+    """Raise a `ValueError` that names what differs."""
+    if different := [name for name in ours if ours[name] != theirs.get(name)]:
+        raise ValueError(
+            f"expected to go on from {where} with "
+            f"{ {name: theirs.get(name) for name in different} }, got "
+            f"{ {name: ours[name] for name in different} }: resume with the same flags and number "
+            "of processes, or start anew without --resume_from_checkpoint"
+        )
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return (
+        f"expected a whole checkpoint, got {path}, which cannot be read ({error}): delete it to go "
+        "on from the one before, or from the start of its phase"
+    )

@@ -1,0 +1,93 @@
+"""Kill a training run at random moments, start it again each time, and compare its weights with
+those of a run that nobody disturbed.
+
+    python tests/interruptions.py --kills 20
+
+Moments are drawn over the whole life of a process: while it imports, reads the data set, encodes,
+trains, validates, saves a checkpoint or a level, and between phases.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    "--hidden_size 8 --encoder_hidden_size 8 --num_layers 1 --codebook_size 8 --report_to none "
+    "--max_train_steps 40 --prior_max_train_steps 40 --refit_max_train_steps 0 40 "
+    "--refit_corruption 0 0.2 --quantizer gumbel vq --class_conditional_levels 2 "
+    "--validation_steps 15 --num_validation_images 2 --checkpointing_steps 5 "
+    "--max_train_samples 400 --max_eval_samples 40"
+).split()
+
+
+def start(output_dir: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), *FLAGS, *flags]
+    return subprocess.Popen(
+        [*command, "--output_dir", str(output_dir)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen):
+    errors = process.communicate()[1]
+    if process.returncode:
+        raise RuntimeError(f"expected training to end well, got {errors[-3000:]}")
+
+
+def weights(output_dir: Path) -> dict[str, str]:
+    files = sorted(output_dir.glob("*/model.safetensors"))
+    names = [path for path in files if path.parent.name in ("prior", "level_1", "level_2")]
+    return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+def disturb(output_dir: Path, kills: int, seconds: float, seed: int = 0) -> int:
+    """Kill a run up to so many times, each within `seconds`, then let it end; the kills done."""
+    random.seed(seed)
+    for kill in range(kills):
+        process = start(output_dir, "--resume_from_checkpoint", "latest")
+        try:
+            process.communicate(timeout=random.uniform(0.05, 1) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            continue
+        if process.returncode:
+            finish(process)
+        return kill
+    finish(start(output_dir, "--resume_from_checkpoint", "latest"))
+    return kills
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    total = 0
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        finish(start(Path(folder) / "undisturbed"))
+        seconds = time.perf_counter() - begin
+        expected = weights(Path(folder) / "undisturbed")
+        for run in range(arguments.kills):
+            output_dir = Path(folder) / f"run-{run}"
+            total += disturb(output_dir, arguments.kills - total, seconds, arguments.seed + run)
+            assert weights(output_dir) == expected, (run, weights(output_dir), expected)
+            print(f"run {run}: the same weights, {total} kills so far", flush=True)
+            if total >= arguments.kills:
+                break
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A run that is killed and started again ends with the weights of one that was not."""
+
+import json
+import signal
+import time
+
+import pytest
+from conftest import load_script
+from interruptions import FLAGS, disturb, finish, start, weights
+
+RESUME = ("--resume_from_checkpoint", "latest")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    load_script("train").main([*FLAGS, "--output_dir", str(output_dir)])
+    return output_dir
+
+
+def test_killed_and_started_again_the_weights_are_the_same(undisturbed, tmp_path):
+    assert len(weights(undisturbed)) == 3
+    assert disturb(tmp_path, kills=3, seconds=15) > 0
+    assert weights(tmp_path) == weights(undisturbed)
+    assert not list(tmp_path.glob("checkpoint-*"))  # what is done needs none
+
+
+def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path):
+    process = start(tmp_path, "--checkpointing_steps", "0")
+    while not (tmp_path / "validation" / "level_2").is_dir():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 0
+    (saved,) = tmp_path.glob("checkpoint-*")
+    assert saved.name.startswith("checkpoint-level_2-")
+    finish(start(tmp_path, *RESUME, "--checkpointing_steps", "0"))
+    assert weights(tmp_path) == weights(undisturbed)
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run that has just written two checkpoints of level_2, and where it lies."""
+    script = load_script("train")
+    stop_at(script, monkeypatch, "checkpoint-level_2-00000010")
+    with pytest.raises(SystemExit):
+        script.main([*FLAGS, "--output_dir", str(tmp_path)])
+    monkeypatch.undo()
+    return tmp_path
+
+
+def stop_at(script, monkeypatch, name):
+    save = script.Checkpoints.save
+
+    def save_and_stop(self, identity, progress, states, accelerator):
+        save(self, identity, progress, states, accelerator)
+        if (self.folder / name).exists():
+            raise SystemExit("stopped")
+
+    monkeypatch.setattr(script.Checkpoints, "save", save_and_stop)
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(stopped):
+    script, flags = load_script("train"), [*FLAGS, "--output_dir", str(stopped), *RESUME]
+    with pytest.raises(ValueError, match="with {'learning_rate': 0.002}, got {'learning_rate': 0."):
+        script.main([*flags, "--learning_rate", "0.001"])
+    newest = stopped / "checkpoint-level_2-00000010"
+    for name in ("fit.pt", "identity.json", "model.safetensors", "optimizer.bin"):
+        path = newest / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="expected a whole checkpoint, got .*00000010.*delete"):
+            script.main(flags)
+        path.write_bytes(whole)
+    with pytest.raises(ValueError, match="resume_from_checkpoint to be 'latest' or a checkpoint"):
+        script.main([*flags, "--resume_from_checkpoint", str(stopped / "nothing")])
+
+
+def test_a_checkpoint_by_its_path(stopped, undisturbed):
+    script = load_script("train")
+    older = stopped / "checkpoint-level_2-00000005"
+    flags = [*FLAGS, "--output_dir", str(stopped), "--resume_from_checkpoint", str(older)]
+    script.main(flags)
+    assert weights(stopped) == weights(undisturbed)
+
+
+def test_only_so_many_checkpoints_are_kept(tmp_path, monkeypatch):
+    script = load_script("train")
+    stop_at(script, monkeypatch, "checkpoint-level_2-00000020")
+    with pytest.raises(SystemExit):
+        script.main([*FLAGS, "--output_dir", str(tmp_path), "--checkpoints_total_limit", "3"])
+    steps = sorted(int(path.name[-8:]) for path in tmp_path.glob("checkpoint-level_2-*"))
+    assert steps == [10, 15, 20]
+    identity = json.loads((tmp_path / "checkpoint-level_2-00000020" / "identity.json").read_text())
+    assert identity["phase"] == "level_2" and identity["num_processes"] == 1
+
+
+def test_starting_anew_takes_no_old_checkpoint(stopped, undisturbed):
+    load_script("train").main([*FLAGS, "--output_dir", str(stopped)])
+    assert weights(stopped) == weights(undisturbed)
+    assert not list(stopped.glob("checkpoint-*"))
