@@ -14,7 +14,6 @@ A YAML file (`--config`) sets defaults, flags win. Lists over levels start with 
 one value stands for all levels. `--phase` runs one phase again from the saved artefacts.
 """
 
-import itertools
 import json
 import os
 import platform
@@ -22,7 +21,6 @@ import re
 import shlex
 import signal
 import sys
-import warnings
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -31,12 +29,11 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from progressive_vae import (
+    ProgressiveVAELevel,
     ProgressiveVAELevelConfig,
     ProgressiveVAEPipeline,
     ProgressiveVAEPrior,
@@ -66,11 +63,12 @@ from progressive_vae.evaluation import (
     sampling_speed,
     train_classifier,
 )
+from progressive_vae.fingerprint import fingerprint
 from progressive_vae.hub import (
     INDEX,
     METRICS,
-    create_repository,
-    push_folder,
+    open_repository,
+    push_or_warn,
     weights_digest,
     write_card,
 )
@@ -157,6 +155,14 @@ class ModelArguments:
 class TrainingArguments:
     output_dir: str = field(
         default="runs/progressive_vae", metadata={"help": "the pipeline's folder"}
+    )
+    finest_level: str | None = field(
+        default=None,
+        metadata={"help": "folder of a level to start from: only what is coarser is trained"},
+    )
+    extend: str | None = field(
+        default=None,
+        metadata={"help": "folder of a pipeline that gets one more level, coarser than its others"},
     )
     phase: str = field(
         default="all", metadata={"help": "all, level_N … level_1, prior, refit_level_i or evaluate"}
@@ -304,9 +310,9 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
 
 
 def level_configs(
-    model: ModelArguments, num_channels: int, class_names: list[str]
+    model: ModelArguments, num_channels: int, class_names: list[str], given: dict[int, Path]
 ) -> list[ProgressiveVAELevelConfig]:
-    """The configs of levels 1 … N."""
+    """The configs of levels 1 … N: as the flags say, but for those that are given."""
     conditional = model.class_conditional_levels
     if not set(conditional) <= set(range(1, model.num_levels + 1)) or (
         conditional and not class_names
@@ -326,11 +332,53 @@ def level_configs(
         level |= {name: level[name] or None for name in ("codebook_dim", "num_groups")}
         if i in conditional:
             level |= class_fields(class_names, model.class_dropout)
-    finest = ProgressiveVAELevelConfig(num_channels=num_channels, **knobs[-1])
-    return [
-        ProgressiveVAELevelConfig(num_symbols=finer["codebook_size"], **level)
-        for level, finer in itertools.pairwise(knobs)
-    ] + [finest]
+    configs: list[ProgressiveVAELevelConfig] = []
+    for i in range(model.num_levels, 0, -1):
+        if i in given:
+            config = ProgressiveVAELevelConfig.from_pretrained(given[i])
+            if i == model.num_levels and config.num_channels != num_channels:
+                raise ValueError(
+                    f"expected a level of images with {num_channels} colours in {given[i]}, got "
+                    f"one with num_channels={config.num_channels}"
+                )
+        elif configs:
+            num_symbols = configs[0].codebook_size
+            config = ProgressiveVAELevelConfig(num_symbols=num_symbols, **knobs[i - 1])
+        else:
+            config = ProgressiveVAELevelConfig(num_channels=num_channels, **knobs[-1])
+        configs.insert(0, config)
+    return configs
+
+
+def find_given(model: ModelArguments, training: TrainingArguments) -> dict[int, Path]:
+    """The folders of levels that are trained already; `--extend` sets the number of levels."""
+    if training.extend is None:
+        given = {model.num_levels: training.finest_level} if training.finest_level else {}
+    else:
+        found = Path(training.extend)
+        count = len(list(found.glob("level_[1-8]")))
+        if not (found / INDEX).is_file() or training.finest_level is not None:
+            raise ValueError(
+                f"expected extend to be the folder of a saved pipeline, and no finest_level, got "
+                f"{found} and {training.finest_level}"
+            )
+        model.num_levels = count + 1
+        given = {i + 1: found / f"level_{i}" for i in range(1, count + 1)}
+    for folder in map(Path, given.values()):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"expected a saved level in {folder}, got none")
+    if clash := [path for path in given.values() if Path(path).parent == Path(training.output_dir)]:
+        raise ValueError(f"expected an output_dir other than that of {clash}, got the same")
+    return {i: Path(path) for i, path in given.items()}
+
+
+def take_given(run: Run, given: dict[int, Path]):
+    """Copy the levels that are there already to where those that are trained will lie."""
+    for index, path in given.items():
+        level = ProgressiveVAELevel.from_pretrained(path)
+        identity = {"phase": f"level_{index}", "given": fingerprint([level])}
+        if not run.is_done(f"level_{index}", identity):
+            run.save(level, f"level_{index}", identity)
 
 
 def class_fields(names: list[str], class_dropout: float) -> dict:
@@ -448,40 +496,6 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
     print(f"\n{figures_table(metrics)}\n\nwrote {output_dir}")
 
 
-def open_repository(training: TrainingArguments):
-    """Find out before hours of training, not after them, whether the results may be pushed."""
-    training.hub_model_id = training.hub_model_id or Path(training.output_dir).resolve().name
-    try:
-        repo_id = create_repository(training.hub_model_id, training.hub_private_repo or None)
-        HfApi().auth_check(repo_id, write=True)  # one that exists may be another's
-    except Exception as error:
-        if not isinstance(error, HfHubHTTPError) and isinstance(error, ValueError):
-            raise  # a name that is none, or another visibility
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            raise ValueError(
-                f"expected a token that may write to hub_model_id={training.hub_model_id}, got "
-                f"{error}: run `hf auth login`"
-            ) from error
-        # A network that is down now may be up then.
-        warnings.warn(f"the Hub cannot be reached, training goes on: {error}", stacklevel=2)
-
-
-def push(training: TrainingArguments):
-    """Push the pipeline as it is now. What was trained is worth more than any error in here."""
-    folder, repo_id = str(Path(training.output_dir).resolve()), training.hub_model_id
-    private = training.hub_private_repo or None
-    try:
-        print(f"pushed {push_folder(folder, repo_id, private=private)}")
-    except Exception as error:
-        later = "from progressive_vae.hub import push_folder; "
-        later += f"push_folder({folder!r}, {repo_id!r}, private={private})"
-        warnings.warn(
-            f"not pushed to {repo_id}: {error}\nNothing is lost, the files are in {folder}. To "
-            f"push them later: python -c {shlex.quote(later)}",
-            stacklevel=2,
-        )
-
-
 def after_phase(run: Run, training: TrainingArguments):
     """Figures and pictures of other weights are deleted; what makes a pipeline may be pushed."""
     for name in (METRICS, *PICTURES):
@@ -493,13 +507,15 @@ def after_phase(run: Run, training: TrainingArguments):
             assemble(run)
         except ValueError:  # not all parts are there, or not for one another
             return
-        push(training)
+        push_or_warn(run.output_dir, training.hub_model_id, training.hub_private_repo or None)
 
 
 def main(arguments: list[str]):
     data, model, training = parse(arguments)
     output_dir = Path(training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    private = training.hub_private_repo or None
+    training.hub_model_id = training.hub_model_id or output_dir.resolve().name
     accelerator = Accelerator(
         # Without this a launch of two processes on CPUs becomes two runs of one process each.
         cpu=not torch.accelerator.is_available(),
@@ -523,9 +539,10 @@ def main(arguments: list[str]):
     transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
     flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
     accelerator.init_trackers("progressive_vae", flags)
+    given = find_given(model, training)
     indices = range(model.num_levels, 0, -1)
     refits = per_level("refit_max_train_steps", training.refit_max_train_steps, model.num_levels)
-    phases = [*(f"level_{i}" for i in indices), "prior"]
+    phases = [*(f"level_{i}" for i in indices if i not in given), "prior"]
     phases += [f"refit_level_{i}" for i in indices if refits[i - 1] or training.phase != "all"]
     phases.append("evaluate")
     if training.phase not in ("all", *phases):
@@ -548,7 +565,7 @@ def main(arguments: list[str]):
         checkpoints=checkpoints,
     )
     # All configs and settings are made before any phase runs: a wrong flag costs no training.
-    configs = level_configs(model, run.image_shape[0], names)
+    configs = level_configs(model, run.image_shape[0], names, given)
     config_of_prior = prior_config(model, configs, run)
     chosen = phases if training.phase == "all" else [training.phase]
     changes = {
@@ -569,7 +586,7 @@ def main(arguments: list[str]):
     settings = {p: fit_settings(training, run.num_levels, p) for p in chosen if p != "evaluate"}
     if accelerator.is_main_process:
         if training.push_to_hub:
-            open_repository(training)
+            open_repository(training.hub_model_id, private)
         if not (output_dir / ".gitignore").exists():
             # What is not of the pipeline, for those who upload the folder by other means.
             (output_dir / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
@@ -580,13 +597,15 @@ def main(arguments: list[str]):
         elif training.phase in changes and path.is_file():  # a refit comes on top of the whole
             made = json.loads(path.read_text())
             write_json(path, {**made, "command": f"{made['command']} && {command}"})
+    if training.phase in ("all", phases[0]):
+        take_given(run, given)
     for phase in chosen:
         if phase == "evaluate":
             run.grids("test", 1)  # an error if a level has changed since the coarser were trained
             if accelerator.is_main_process:
                 evaluate_and_save(run, training)
                 if training.push_to_hub:
-                    push(training)
+                    push_or_warn(output_dir, training.hub_model_id, private)
             continue
         if phase == "prior":
             train_prior(run, config_of_prior, settings[phase])
@@ -596,6 +615,8 @@ def main(arguments: list[str]):
                 refit_level(run, index, changes[phase], settings[phase])
             else:
                 train_level(run, index, configs[index - 1], settings[phase])
+        if checkpoints.is_stopping:  # told so in the last steps of a phase that is saved now
+            break
         if accelerator.is_main_process:
             after_phase(run, training)
     accelerator.end_training()

@@ -56,6 +56,7 @@ class Checkpoints:
     total_limit: int | None = None
     resume: str | None = None
     is_stopping: bool = field(default=False, init=False)
+    is_fitting: bool = field(default=False, init=False)
 
     def __post_init__(self):
         for name in ("every", "total_limit"):
@@ -68,8 +69,11 @@ class Checkpoints:
             )
 
     def stop(self, *_: Any):
-        """A signal's handler: the fit saves after the step it is at, and ends the program."""
+        """A signal's handler: a fit saves after the step it is at, and ends the program; between
+        fits there is nothing to save, as what is written is complete or invisible."""
         self.is_stopping = True
+        if not self.is_fitting:
+            raise SystemExit(0)
 
     def of(self, phase: str) -> list[Path]:
         """The complete checkpoints of a phase, oldest first."""

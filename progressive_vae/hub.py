@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+import shlex
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
@@ -150,6 +153,43 @@ def create_repository(repo_id: str, private: bool | None = None, token: str | No
             "change its visibility in its settings, or push to another one"
         )
     return repo_id
+
+
+def open_repository(repo_id: str, private: bool | None = None):
+    """Find out before hours of training, not after them, whether the results may be pushed.
+
+    Raises:
+        ValueError: a name that is none, a repository of another visibility, or a token that may not
+            write to it. A network that is down is a warning, as it may be up then.
+    """
+    try:
+        repo_id = create_repository(repo_id, private)
+        HfApi().auth_check(repo_id, write=True)  # one that exists may be another's
+    except Exception as error:
+        if isinstance(error, HfHubHTTPError):
+            if error.response.status_code in (401, 403):
+                raise ValueError(
+                    f"expected a token that may write to {repo_id}, got {error}: run "
+                    "`hf auth login`"
+                ) from error
+        elif isinstance(error, ValueError):
+            raise
+        warnings.warn(f"the Hub cannot be reached, training goes on: {error}", stacklevel=2)
+
+
+def push_or_warn(folder: str | Path, repo_id: str, private: bool | None = None):
+    """Push a pipeline in the course of a training, which is worth more than any error in here."""
+    folder = str(Path(folder).resolve())
+    try:
+        print(f"pushed {push_folder(folder, repo_id, private=private)}")
+    except Exception as error:
+        later = "from progressive_vae.hub import push_folder; "
+        later += f"push_folder({folder!r}, {repo_id!r}, private={private})"
+        warnings.warn(
+            f"not pushed to {repo_id}: {error}\nNothing is lost, the files are in {folder}. To "
+            f"push them later: python -c {shlex.quote(later)}",
+            stacklevel=2,
+        )
 
 
 def push_folder(

@@ -138,6 +138,7 @@ def fit(
     progress, states = Progress(), {"scheduler": scheduler, "average": average}
     if checkpoints is not None:
         progress = checkpoints.load(identity, states, accelerator)
+        checkpoints.is_fitting = True
     bar = tqdm(
         total=settings.max_train_steps,
         initial=progress.step,
@@ -197,6 +198,8 @@ def fit(
                     raise SystemExit(0)
         progress.epoch, progress.batch = progress.epoch + 1, 0
     bar.close()
+    if checkpoints is not None:
+        checkpoints.is_fitting = False
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
 

@@ -443,7 +443,7 @@ def test_a_wrong_token_or_visibility_is_said_before_training(script, tmp_path, m
         script.main([*flags, "org/seen-by-all", "--hub_private_repo"])
     others = HUB.repos["others/read-only"] = Repo(private=False)
     others.refs["main"] = others.add("initial commit", {}).oid
-    with pytest.raises(ValueError, match="(?s)token that may write to hub_model_id=others/read-on"):
+    with pytest.raises(ValueError, match="(?s)token that may write to others/read-only"):
         script.main([*flags, "others/read-only"])
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(ValueError, match="(?s)expected a token that may write to.*hf auth login"):

@@ -255,6 +255,39 @@ def test_yaml_sets_defaults_and_flags_win(script, tmp_path):
         script.parse(["--config", str(config)])
 
 
+def test_a_trained_pipeline_gets_a_coarser_level(trained, script, tmp_path):
+    before = {p: p.read_bytes() for p in sorted(trained.glob("*/model.safetensors"))}
+    flags = [*SMALL, "--extend", str(trained), "--output_dir", str(tmp_path)]
+    flags += shlex.split("--downsample 2 --train_batch_size 64 --learning_rate 0.002")
+    script.main(flags)
+    assert before == {p: p.read_bytes() for p in before}
+    pipe, old = (ProgressiveVAEPipeline.from_pretrained(folder) for folder in (tmp_path, trained))
+    assert pipe.num_levels == 3 and pipe.grid_sizes[1:] == old.grid_sizes
+    for level, ours in ((old.level_1, pipe.level_2), (old.level_2, pipe.level_3)):
+        for name, value in level.state_dict().items():
+            assert torch.equal(value, ours.state_dict()[name])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    known = json.loads((trained / "metrics.json").read_text())["bits_per_dim"]
+    assert metrics["bits_per_dim"]["level_3"] == pytest.approx(known["level_2"], rel=1e-5)
+    assert "level_2" not in metrics["phases"] and "level_1" in metrics["phases"]
+    with pytest.raises(ValueError, match="expected extend to be the folder of a saved pipeline"):
+        script.main([*SMALL, "--extend", str(tmp_path / "none"), "--output_dir", str(tmp_path)])
+
+
+def test_only_what_is_coarser_than_a_given_level(trained, script, tmp_path):
+    given = trained / "level_2"
+    flags = [*SMALL, "--finest_level", str(given), "--output_dir", str(tmp_path)]
+    script.main([*flags, "--codebook_size", "4", "99"])  # that of the given one is its own
+    pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
+    assert pipe.level_2.config.codebook_size == pipe.level_1.config.num_symbols == 8
+    assert pipe.level_1.config.codebook_size == 4
+    assert fingerprint([pipe.level_2]) == fingerprint([ProgressiveVAELevel.from_pretrained(given)])
+    with pytest.raises(ValueError, match="expected a saved level in"):
+        script.main([*SMALL, "--finest_level", str(tmp_path), "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="an output_dir other than that of"):
+        script.main([*flags, "--output_dir", str(trained)])
+
+
 def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     from accelerate import Accelerator
 
