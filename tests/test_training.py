@@ -158,7 +158,7 @@ def readme_commands():
 
 def test_every_launch_line_of_the_readme_parses(script):
     launches = [c.split(" && ")[-1] for c in readme_commands() if "accelerate launch" in c]
-    assert len(launches) == 7
+    assert len(launches) == 8
     documented = re.findall(
         r"^    (accelerate launch .*?)\n        \w", script.__doc__, re.M | re.S
     )
@@ -302,6 +302,14 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
         losses.append((progress.step, level(pixels).loss.item()))
     assert [step for step, _ in losses] == [10, 20, 30]
     assert level(pixels).loss.item() == losses[-1][1] < before
+
+
+def test_a_loss_that_is_no_number_stops_the_phase(script, tmp_path):
+    flags = [*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "30"]
+    flags += shlex.split("--learning_rate 1e30 --max_grad_norm 1e30 --lr_warmup_steps 0")
+    with pytest.raises(FloatingPointError, match="loss of level_2 became nan at step .*checkpoint"):
+        script.main([*flags, "--checkpointing_steps", "1"])
+    assert not (tmp_path / "level_2").exists()
 
 
 def test_commands_of_the_readme_and_ci_are_the_same():
