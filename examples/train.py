@@ -48,6 +48,8 @@ from progressive_vae.configuration import CORRUPTIONS, DECODER_FIELDS, DECODER_O
 from progressive_vae.data import (
     GREY_MODES,
     IMAGE_COLUMNS,
+    decode,
+    encoded,
     find_column,
     find_labels,
     load_images,
@@ -283,7 +285,10 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
         )
     label_column, names = find_labels(splits, data.label_column)
     # The first image settles colours and size; the others are checked against it.
-    image = splits["train"][0][image_column]
+    values = (row[image_column] for row in encoded(splits["train"], image_column))
+    image = next((image for image in map(decode, values) if image is not None), None)
+    if image is None:
+        raise ValueError(f"expected images in column {image_column!r}, got none that can be read")
     mode = "L" if image.mode in GREY_MODES else "RGB"
     shape = prepare_image(image, mode, data.resolution, data.center_crop).shape
     pixels = {}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import torch
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
@@ -98,11 +99,16 @@ class GridDataset(torch.utils.data.Dataset):
                 f"{ {name: ours[name] for name in different} }; "
                 f"run the phase that made it again (for pixels pass --overwrite_cache)"
             )
-        tables = [datasets.Dataset.from_file(str(Path(folder) / shard)) for shard in shards]
-        self.table = datasets.concatenate_datasets(tables)
-        if len(self.table) != self.num_examples:
+        try:
+            tables = [datasets.Dataset.from_file(str(Path(folder) / shard)) for shard in shards]
+            self.table = datasets.concatenate_datasets(tables)
+            found = str(len(self.table))
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            found = str(error)
+        if found != str(self.num_examples):
             raise ValueError(
-                f"expected {self.num_examples} examples in {folder}, got {len(self.table)}"
+                f"expected {self.num_examples} examples in {folder}, got {found}: the cache is "
+                "damaged, delete it and it is made again"
             )
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """The images of a data set, as grids of 8-bit values."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def find_labels(
     return name, [str(i) for i in range(1 + int(max(c.max() for c in columns)))]
 
 
+def encoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
+    """The data set with images as the bytes of their files, for `decode`."""
+    return dataset.cast_column(image_column, datasets.Image(decode=False))
+
+
+def decode(value: dict) -> PIL.Image.Image | None:
+    """The image of {"bytes", "path"}; `None` if it cannot be read."""
+    try:
+        return datasets.Image().decode_example(value)
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+        return None
+
+
 def prepare_image(
     image: PIL.Image.Image, mode: str, resolution: int | None = None, center_crop: bool = False
 ) -> np.ndarray:
@@ -159,25 +173,36 @@ def pixel_batches(
     """Batches (int64 (b, C, H, W) of 0 … 255, labels (b,) or −1), for `codes.write_cache`.
 
     With `random_flip` the mirror image of each follows: a model trained on both sees every image
-    either way with probability ½.
+    either way with probability ½. Images that cannot be read are left out, and a warning counts and
+    names them at the end.
 
     Raises:
         ValueError: an image whose size is not `shape`: nothing is resized unless asked.
     """
-    mode = "L" if shape[0] == 1 else "RGB"
+    mode, broken = "L" if shape[0] == 1 else "RGB", []
+    dataset = encoded(dataset, image_column)
     for start in range(0, len(dataset), batch_size):
         rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
-        arrays = [  # one at a time: a thousand decoded photographs fill a memory
-            prepare_image(row[image_column], mode, resolution, center_crop) for row in rows
-        ]
-        for index, array in enumerate(arrays, start):
+        arrays, labels = [], []
+        for index, row in enumerate(rows, start):  # a thousand decoded photographs fill a memory
+            image = decode(row[image_column])
+            if image is None:
+                broken.append(row[image_column]["path"] or f"index {index}")
+                continue
+            array = prepare_image(image, mode, resolution, center_crop)
             if array.shape != shape:
                 raise ValueError(
                     f"expected all images of (C, H, W) = {shape}, got {array.shape} at index "
                     f"{index}; --resolution and --center_crop make them one size"
                 )
-        grids = torch.from_numpy(np.stack(arrays).astype(np.int64))
-        labels = torch.tensor(rows[label_column] if label_column else [-1] * len(grids))
+            arrays.append(array)
+            labels.append(row[label_column] if label_column else -1)
+        if not arrays:
+            continue
+        grids, labels = torch.from_numpy(np.stack(arrays).astype(np.int64)), torch.tensor(labels)
         yield grids, labels
         if random_flip:
             yield grids.flip(-1), labels
+    if broken:
+        shown = ", ".join(broken[:20]) + (", …" if len(broken) > 20 else "")
+        warnings.warn(f"left out {len(broken)} images that cannot be read: {shown}", stacklevel=2)

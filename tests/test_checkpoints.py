@@ -1,12 +1,16 @@
 """A run that is killed and started again ends with the weights of one that was not."""
 
+import errno
 import json
 import signal
 import time
 
 import pytest
+import torch
 from conftest import load_script
 from interruptions import FLAGS, disturb, finish, start, weights
+
+from progressive_vae import ProgressiveVAELevel
 
 RESUME = ("--resume_from_checkpoint", "latest")
 
@@ -100,3 +104,20 @@ def test_starting_anew_takes_no_old_checkpoint(stopped, undisturbed):
     load_script("train").main([*FLAGS, "--output_dir", str(stopped)])
     assert weights(stopped) == weights(undisturbed)
     assert not list(stopped.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("when", ["checkpoint", "level"])
+def test_a_full_disk_loses_nothing(stopped, undisturbed, when, monkeypatch):
+    script = load_script("train")
+    flags = [*FLAGS, "--output_dir", str(stopped), *RESUME]
+
+    def full(*arguments, **keywords):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    where = torch if when == "checkpoint" else ProgressiveVAELevel
+    monkeypatch.setattr(where, "save" if when == "checkpoint" else "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        script.main(flags)
+    monkeypatch.undo()
+    script.main(flags)
+    assert weights(stopped) == weights(undisturbed)

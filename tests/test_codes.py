@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 
 import pytest
 import torch
@@ -58,3 +59,25 @@ def test_an_interrupted_write_leaves_nothing_to_load(tmp_path):
 def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one example in split 'train'"):
         write_cache(tmp_path / "cache", MANIFEST, [])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_truncated_shard_is_refused(tmp_path, share):
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+    (shard,) = (tmp_path / "cache").glob("*.arrow")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(ValueError, match="expected 20 examples in .*the cache is damaged, delete"):
+        GridDataset(tmp_path / "cache", MANIFEST)
+
+
+def test_a_full_disk_leaves_the_cache_that_is_there(tmp_path):
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+
+    def full():
+        yield from batches(2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_cache(tmp_path / "cache", MANIFEST, full())
+    assert len(GridDataset(tmp_path / "cache", MANIFEST)) == 20

@@ -103,3 +103,17 @@ def test_images_that_do_not_fit(modes, shape, message):
 def test_bad_sources(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_images(**arguments)
+
+
+def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for i, image in enumerate(pictures("L", "L", "L", "L")):
+        image.save(folder / f"{i}.png")
+    (folder / "1.png").write_bytes(b"no picture at all")
+    whole = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(whole[: len(whole) // 2])
+    images = datasets.load_dataset("imagefolder", data_dir=str(tmp_path))["train"]
+    with pytest.warns(UserWarning, match="left out 2 images that cannot be read: .*1.png, .*2.png"):
+        ((grids, labels),) = pixel_batches(images, "image", None, (1, 3, 4))
+    assert len(grids) == len(labels) == 2

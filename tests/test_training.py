@@ -175,9 +175,10 @@ def test_the_python_of_the_readme(trained, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
-    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict = {}
-    exec(code, names)
+    for code in blocks:
+        exec(code.replace('"you/', '"org/readme-'), names)
     assert [z.shape for z in names["codes"]] == [(8, 2, 2), (8, 4, 4)]
     assert len(names["variations"]) == 16 and len(names["same"]) == len(names["again"]) == 8
 
