@@ -302,14 +302,17 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
             num_values=256,
         )
         folder = Path(training.output_dir) / "cache" / "pixels" / split
-        if accelerator.is_main_process:
-            if training.overwrite_cache or not folder.exists():
-                batches = pixel_batches(
-                    table, image_column, label_column, shape, data.resolution, data.center_crop,
-                    data.random_flip and split == "train",
-                )  # fmt: skip
-                write_cache(folder, manifest, batches)
-        accelerator.wait_for_everyone()
+        is_missing = training.overwrite_cache or not folder.exists()
+        accelerator.wait_for_everyone()  # all have seen that there is no cache yet
+        if is_missing:
+            share = table.shard(
+                accelerator.num_processes, accelerator.process_index, contiguous=True
+            )
+            batches = pixel_batches(
+                share, image_column, label_column, shape, data.resolution, data.center_crop,
+                data.random_flip and split == "train",
+            )  # fmt: skip
+            write_cache(folder, manifest, batches, accelerator.state)
         pixels[split] = GridDataset(folder, manifest)
     return pixels, names
 

@@ -17,6 +17,7 @@ import datasets
 import numpy as np
 import pyarrow
 import torch
+from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
@@ -50,28 +51,46 @@ class Manifest:
 
 
 def write_cache(
-    folder: str | Path, manifest: Manifest, batches: Iterable[tuple[Tensor, Tensor]]
+    folder: str | Path,
+    manifest: Manifest,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    state: PartialState | None = None,
 ) -> None:
     """Write batches of (grids int64 (b, *shape), labels int64 (b,)) as the cache `folder`.
 
     Memory does not grow with the number of batches. A label of −1 says that there is none.
+
+    Args:
+        state: of Accelerate. Each process writes the batches that it is given as a shard of its
+            own, in the order of their ranks, and all call this; `None` for one process alone.
     """
-    folder, shard, count = Path(folder), "grids-00000-of-00001.arrow", 0
+    folder, rank, size = Path(folder), 0, 1
+    if state is not None:
+        rank, size = state.process_index, state.num_processes
+    is_main, shards = rank == 0, [f"grids-{i:05d}-of-{size:05d}.arrow" for i in range(size)]
     temporary = folder.with_name(folder.name + ".incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    writer = ArrowWriter(path=str(temporary / shard), features=_FEATURES)
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if state is not None:
+        state.wait_for_everyone()
+    writer = ArrowWriter(path=str(temporary / shards[rank]), features=_FEATURES)
     for grids, labels in batches:
         rows = grids.numpy().astype(manifest.dtype).reshape(len(grids), -1)
         writer.write_batch({"grid": [row.tobytes() for row in rows], "label": labels.tolist()})
-        count += len(grids)
-    if not count:
-        raise ValueError(f"expected at least one example in split {manifest.split!r}, got none")
     writer.finalize()
-    contents = {**asdict(manifest), "num_examples": count, "shards": [shard]}
-    (temporary / "manifest.json").write_text(json.dumps(contents, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    if state is not None:
+        state.wait_for_everyone()
+    if is_main:
+        count = sum(len(datasets.Dataset.from_file(str(temporary / shard))) for shard in shards)
+        if not count:
+            raise ValueError(f"expected at least one example in split {manifest.split!r}, got none")
+        contents = {**asdict(manifest), "num_examples": count, "shards": shards}
+        (temporary / "manifest.json").write_text(json.dumps(contents, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    if state is not None:
+        state.wait_for_everyone()
 
 
 class GridDataset(torch.utils.data.Dataset):

@@ -148,7 +148,8 @@ def frechet_distance(features: nn.Module, real: Iterable[Tensor], drawn: Iterabl
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    metric = FrechetInceptionDistance(feature=features)
+    # One process measures, and would wait for the others for ever.
+    metric = FrechetInceptionDistance(feature=features, sync_on_compute=False)
     for images in real:
         metric.update(images, real=True)
     for images in drawn:

@@ -1,7 +1,6 @@
 """What one training leaves behind: levels, caches of codes, costs, pictures; and where it lies."""
 
 import json
-import math
 import os
 import shutil
 import time
@@ -100,22 +99,22 @@ class Run:
         if not folder.exists():
             finer = self.grids(split, index + 1)
             self.accelerator.wait_for_everyone()  # all have seen that there is no cache yet
-            if self.accelerator.is_main_process:
-                start = time.perf_counter()
-                write_cache(folder, manifest, self._encode(levels[0], finer))
-                self.record(f"encode_{split}_{index}", len(finer), time.perf_counter() - start)
-            self.accelerator.wait_for_everyone()
+            start = time.perf_counter()
+            write_cache(folder, manifest, self._encode(levels[0], finer), self.accelerator.state)
+            self.record(f"encode_{split}_{index}", len(finer), time.perf_counter() - start)
         return GridDataset(folder, manifest)
 
     def _encode(
         self, level: ProgressiveVAELevel, finer: GridDataset
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        level = level.to(self.accelerator.device)
-        for grids, labels in tqdm(
-            finer.batches(self.cache_batch_size),
-            total=math.ceil(len(finer) / self.cache_batch_size),
-            desc="encode",
-        ):
+        """The codes of this process's share of the grids."""
+        level, processes = level.to(self.accelerator.device), self.accelerator.num_processes
+        ends = [round(len(finer) * i / processes) for i in range(processes + 1)]
+        begin, end = ends[self.accelerator.process_index :][:2]
+        starts = range(begin, end, self.cache_batch_size)
+        for start in tqdm(starts, desc="encode", disable=not self.accelerator.is_main_process):
+            rows = slice(start, min(start + self.cache_batch_size, end))
+            grids, labels = finer.batch(rows)
             yield level.encode(as_finer(grids, level).to(level.device)).cpu(), labels
 
     def forget(self, index: int):

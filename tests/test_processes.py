@@ -1,5 +1,6 @@
 """Two processes (gloo) do what one does with the joined batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import torch
 from conftest import tiny_level
+from test_training import SMALL
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.codes import GridDataset
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
@@ -25,6 +30,26 @@ for _ in range(3):
     level.after_step(level(pixels[4 * rank : 4 * rank + 4]), accelerator.gather)
 torch.save(level.quantizer.state_dict(), f"{sys.argv[2]}/{rank}.pt")
 accelerator.end_training()
+"""
+
+STOPS = """
+import runpy
+import sys
+
+from progressive_vae.checkpoints import Checkpoints
+
+save = Checkpoints.save
+
+
+def save_and_stop(self, identity, progress, *arguments):
+    save(self, identity, progress, *arguments)
+    if progress.step == 4:
+        raise SystemExit(0)
+
+
+Checkpoints.save = save_and_stop
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -63,3 +88,33 @@ def test_the_main_job_in_two_processes(tmp_path):
     assert printed.count("| total |") == 1  # one process evaluates
     assert (tmp_path / "run" / "metrics.json").is_file()
     assert not list((tmp_path / "run").rglob("*.incomplete"))
+    # Each has encoded its share, and together they have the codes of the saved pipeline.
+    cache = tmp_path / "run" / "cache"
+    contents = json.loads((cache / "level_1" / "train" / "manifest.json").read_text())
+    assert len(contents["shards"]) == 2 and contents["num_examples"] == 200
+    pixels = GridDataset(cache / "pixels" / "train").batch(slice(None))[0]
+    pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path / "run")
+    for i, codes in enumerate(pipe.encode(pixels.to(torch.uint8)), 1):
+        assert torch.equal(codes, GridDataset(cache / f"level_{i}" / "train").batch(slice(None))[0])
+
+
+def test_two_processes_go_on_from_their_checkpoint(tmp_path):
+    flags = [
+        *SMALL,
+        "--report_to",
+        "none",
+        "--max_train_samples",
+        "200",
+        "--max_eval_samples",
+        "20",
+    ]
+    flags += ["--checkpointing_steps", "2", "--phase", "level_2"]
+    script, folders = str(ROOT / "examples" / "train.py"), (tmp_path / "whole", tmp_path / "parts")
+    launch(script, *flags, "--output_dir", str(folders[0]))
+    (tmp_path / "stops.py").write_text(STOPS)
+    launch(str(tmp_path / "stops.py"), script, *flags, "--output_dir", str(folders[1]))
+    assert (folders[1] / "checkpoint-level_2-00000004").is_dir()
+    resume = ["--resume_from_checkpoint", "latest"]
+    launch(script, *flags, "--output_dir", str(folders[1]), *resume)
+    ours, theirs = ((f / "level_2" / "model.safetensors").read_bytes() for f in folders)
+    assert ours == theirs
