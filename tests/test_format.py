@@ -1,19 +1,23 @@
-"""Saved names are a file format: `golden.json` holds them as they were published.
+"""Saved names are a file format: `golden.json` holds them as they were published, and `golden/` a
+pipeline with what it says of an image.
 
-A change here breaks every repository saved before it. Write the file anew, by running this module
-as a script, only together with code that still reads the old names.
+A change here breaks every repository saved before it. Write the files anew, by running this module
+as a script, only together with code that still reads the old ones.
 """
 
 import json
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import tiny_level, tiny_pipeline
+from conftest import tiny_level, tiny_pipeline, tiny_prior
 
+from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.fingerprint import fingerprint
 
 GOLDEN = Path(__file__).with_name("golden.json")
+SAVED = Path(__file__).with_name("golden")
 
 
 def saved_names() -> dict:
@@ -48,6 +52,33 @@ def level_of_sines():
     return level
 
 
+def small_pipeline() -> ProgressiveVAEPipeline:
+    sizes = {"hidden_size": 4, "value_embed_dim": 2, "pixel_logit_rank": 2, "codebook_dim": 2}
+    backbone = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8,
+                "num_hidden_layers": 1, "num_attention_heads": 1}  # fmt: skip
+    prior = tiny_prior(num_classes=2, backbone_config=backbone)
+    coarsest = tiny_level(num_symbols=4, seed=1, **sizes)
+    finest = tiny_level(num_channels=1, codebook_size=4, seed=2, **sizes)
+    pipe = ProgressiveVAEPipeline.from_levels(prior, [coarsest, finest])
+    prior.config.finer_fingerprint = fingerprint(pipe.levels)
+    return pipe
+
+
+def what_it_says(pipe: ProgressiveVAEPipeline) -> dict:
+    image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8) * 4
+    return {
+        "codes": [codes.tolist() for codes in pipe.encode(image)],
+        "bits_per_dim": pipe.bits_per_dim(image, class_labels=["1"]),
+    }
+
+
+def test_a_pipeline_that_was_saved_says_what_it_said():
+    published = json.loads((SAVED / "says.json").read_text())
+    now = what_it_says(ProgressiveVAEPipeline.from_pretrained(SAVED))
+    assert now["codes"] == published["codes"]
+    assert now["bits_per_dim"] == pytest.approx(published["bits_per_dim"], rel=1e-4)
+
+
 def test_saved_names_are_the_published_ones():
     published, now = json.loads(GOLDEN.read_text()), saved_names()
     assert now["model_index"] == published["model_index"]
@@ -60,3 +91,6 @@ def test_saved_names_are_the_published_ones():
 
 if __name__ == "__main__":
     GOLDEN.write_text(json.dumps(saved_names(), indent=1) + "\n")
+    small_pipeline().save_pretrained(SAVED)
+    (SAVED / "README.md").unlink()
+    (SAVED / "says.json").write_text(json.dumps(what_it_says(small_pipeline()), indent=1) + "\n")
