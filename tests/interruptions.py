@@ -3,8 +3,9 @@ those of a run that nobody disturbed.
 
     python tests/interruptions.py --kills 20
 
-Moments are drawn over the whole life of a process: while it imports, reads the data set, encodes,
-trains, validates, saves a checkpoint or a level, and between phases.
+A moment is a random time after the first sight of something that a run writes, or before it has
+written anything: while it imports, reads the data set, encodes, trains, validates, saves a checkpoint
+or a level, and between phases.
 """
 
 import argparse
@@ -51,13 +52,27 @@ def weights(output_dir: Path) -> dict[str, str]:
     return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
 
 
-def disturb(output_dir: Path, kills: int, seconds: float, seed: int = 0) -> int:
-    """Kill a run up to so many times, each within `seconds`, then let it end; the kills done."""
-    random.seed(seed)
+# What a run writes, in this order; the names of a checkpoint say its step.
+WRITTEN = ["cache/pixels/train", "cache/pixels/test"]
+for _phase in ("level_2", "level_1", "prior", "refit_level_2"):
+    WRITTEN += [f"checkpoint-{_phase}-{step:08d}.incomplete" for step in (5, 20, 35)]
+    WRITTEN += [f"checkpoint-{_phase}-{step:08d}" for step in (5, 10, 15, 20, 25, 30, 35)]
+    WRITTEN += [f"{_phase.removeprefix('refit_')}.incomplete", _phase]
+    WRITTEN += [f"cache/{_phase}/{split}" for split in ("train.incomplete", "train", "test")]
+
+
+def disturb(output_dir: Path, kills: int, seed: int = 0) -> int:
+    """Kill a run so many times, or as often as it can be before it ends; the kills done."""
+    draws = random.Random(seed)
     for kill in range(kills):
         process = start(output_dir, "--resume_from_checkpoint", "latest")
+        left = [name for name in WRITTEN if not (output_dir / name).exists()]
+        awaited = output_dir / draws.choice(["", *left])  # the folder itself: at once
+        delay = draws.uniform(0, 6) if awaited == output_dir else draws.uniform(0, 0.2)
+        while process.poll() is None and not awaited.exists():
+            time.sleep(0.002)
         try:
-            process.communicate(timeout=random.uniform(0.05, 1) * seconds)
+            process.communicate(timeout=delay)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -76,13 +91,11 @@ def main():
     arguments = parser.parse_args()
     total = 0
     with tempfile.TemporaryDirectory() as folder:
-        begin = time.perf_counter()
         finish(start(Path(folder) / "undisturbed"))
-        seconds = time.perf_counter() - begin
         expected = weights(Path(folder) / "undisturbed")
         for run in range(arguments.kills):
             output_dir = Path(folder) / f"run-{run}"
-            total += disturb(output_dir, arguments.kills - total, seconds, arguments.seed + run)
+            total += disturb(output_dir, min(5, arguments.kills - total), arguments.seed + run)
             assert weights(output_dir) == expected, (run, weights(output_dir), expected)
             print(f"run {run}: the same weights, {total} kills so far", flush=True)
             if total >= arguments.kills:

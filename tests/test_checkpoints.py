@@ -24,7 +24,7 @@ def undisturbed(tmp_path_factory):
 
 def test_killed_and_started_again_the_weights_are_the_same(undisturbed, tmp_path):
     assert len(weights(undisturbed)) == 3
-    assert disturb(tmp_path, kills=3, seconds=15) > 0
+    assert disturb(tmp_path, kills=3) > 0
     assert weights(tmp_path) == weights(undisturbed)
     assert not list(tmp_path.glob("checkpoint-*"))  # what is done needs none
 
