@@ -4,8 +4,8 @@ those of a run that nobody disturbed.
     python tests/interruptions.py --kills 20
 
 A moment is a random time after the first sight of something that a run writes, or before it has
-written anything: while it imports, reads the data set, encodes, trains, validates, saves a checkpoint
-or a level, and between phases.
+written anything: while it imports, reads the data set, encodes, trains, validates, saves a
+checkpoint or a level, and between phases.
 """
 
 import argparse
@@ -31,19 +31,19 @@ FLAGS = (
 
 def start(output_dir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *FLAGS, *flags]
-    return subprocess.Popen(
-        [*command, "--output_dir", str(output_dir)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with open(f"{output_dir}.log", "w") as log:  # a pipe that nobody reads would fill up
+        return subprocess.Popen(
+            [*command, "--output_dir", str(output_dir)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=log,
+            stderr=log,
+        )
 
 
-def finish(process: subprocess.Popen):
-    errors = process.communicate()[1]
-    if process.returncode:
-        raise RuntimeError(f"expected training to end well, got {errors[-3000:]}")
+def finish(process: subprocess.Popen, output_dir: Path):
+    if process.wait():
+        said = Path(f"{output_dir}.log").read_text()
+        raise RuntimeError(f"expected training to end well, got {said[-3000:]}")
 
 
 def weights(output_dir: Path) -> dict[str, str]:
@@ -72,15 +72,14 @@ def disturb(output_dir: Path, kills: int, seed: int = 0) -> int:
         while process.poll() is None and not awaited.exists():
             time.sleep(0.002)
         try:
-            process.communicate(timeout=delay)
+            process.wait(timeout=delay)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.wait()
             continue
-        if process.returncode:
-            finish(process)
+        finish(process, output_dir)
         return kill
-    finish(start(output_dir, "--resume_from_checkpoint", "latest"))
+    finish(start(output_dir, "--resume_from_checkpoint", "latest"), output_dir)
     return kills
 
 
@@ -91,8 +90,9 @@ def main():
     arguments = parser.parse_args()
     total = 0
     with tempfile.TemporaryDirectory() as folder:
-        finish(start(Path(folder) / "undisturbed"))
-        expected = weights(Path(folder) / "undisturbed")
+        output_dir = Path(folder) / "undisturbed"
+        finish(start(output_dir), output_dir)
+        expected = weights(output_dir)
         for run in range(arguments.kills):
             output_dir = Path(folder) / f"run-{run}"
             total += disturb(output_dir, min(5, arguments.kills - total), arguments.seed + run)

@@ -23,24 +23,25 @@ def undisturbed(tmp_path_factory):
 
 
 def test_killed_and_started_again_the_weights_are_the_same(undisturbed, tmp_path):
+    output_dir = tmp_path / "run"
     assert len(weights(undisturbed)) == 3
-    assert disturb(tmp_path, kills=3) > 0
-    assert weights(tmp_path) == weights(undisturbed)
-    assert not list(tmp_path.glob("checkpoint-*"))  # what is done needs none
+    assert disturb(output_dir, kills=3) > 0
+    assert weights(output_dir) == weights(undisturbed)
+    assert not list(output_dir.glob("checkpoint-*"))  # what is done needs none
 
 
 def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path):
-    process = start(tmp_path, "--checkpointing_steps", "0")
-    while not (tmp_path / "validation" / "level_2").is_dir():
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.05)
+    output_dir = tmp_path / "run"
+    process = start(output_dir, "--checkpointing_steps", "0")
+    while not (output_dir / "validation" / "level_2").is_dir():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate()
-    assert process.returncode == 0
-    (saved,) = tmp_path.glob("checkpoint-*")
+    assert process.wait() == 0
+    (saved,) = output_dir.glob("checkpoint-*")
     assert saved.name.startswith("checkpoint-level_2-")
-    finish(start(tmp_path, *RESUME, "--checkpointing_steps", "0"))
-    assert weights(tmp_path) == weights(undisturbed)
+    finish(start(output_dir, *RESUME, "--checkpointing_steps", "0"), output_dir)
+    assert weights(output_dir) == weights(undisturbed)
 
 
 @pytest.fixture
