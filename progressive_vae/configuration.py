@@ -57,19 +57,16 @@ def strict_config(cls):
             raise ValueError(f"{cls.__name__}: {error}") from error
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__
-    # The weights say of what dtype they are: those in half precision may lie beside the others, and
-    # all share this config.
-    cls.to_dict = lambda self: _without_dtype(to_dict(self)) | stamp()
+    cls.to_dict = lambda self: _without_half(to_dict(self)) | stamp()
     return cls
 
 
-def _without_dtype(fields: dict[str, Any]) -> dict[str, Any]:
-    nested = (
-        {"backbone_config": _without_dtype(fields["backbone_config"])}
-        if fields.get("backbone_config")
-        else {}
-    )
-    return {name: value for name, value in fields.items() if name != "dtype"} | nested
+def _without_half(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without a dtype of half precision: such weights may lie beside others (`variant`),
+    and all share this config. Where it is silent, the weights say themselves what they are."""
+    if fields.get("backbone_config"):
+        fields = fields | {"backbone_config": _without_half(fields["backbone_config"])}
+    return {k: v for k, v in fields.items() if k != "dtype" or v == "float32"}
 
 
 def _check_names(config: PreTrainedConfig, names):
