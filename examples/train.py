@@ -623,8 +623,6 @@ def main(arguments: list[str]):
                 refit_level(run, index, changes[phase], settings[phase])
             else:
                 train_level(run, index, configs[index - 1], settings[phase])
-        if checkpoints.is_stopping:  # told so in the last steps of a phase that is saved now
-            break
         if accelerator.is_main_process:
             after_phase(run, training)
     accelerator.end_training()

@@ -55,7 +55,8 @@ class Checkpoints:
     every: int | None = None
     total_limit: int | None = None
     resume: str | None = None
-    is_stopping: bool = field(default=False, init=False)
+    is_told: bool = field(default=False, init=False)  # this process, to stop
+    is_stopping: bool = field(default=False, init=False)  # all processes, at this step
     is_fitting: bool = field(default=False, init=False)
 
     def __post_init__(self):
@@ -71,7 +72,7 @@ class Checkpoints:
     def stop(self, *_: Any):
         """A signal's handler: a fit saves after the step it is at, and ends the program; between
         fits there is nothing to save, as what is written is complete or invisible."""
-        self.is_stopping = True
+        self.is_told = True
         if not self.is_fitting:
             raise SystemExit(0)
 
@@ -88,13 +89,12 @@ class Checkpoints:
 
     def is_due(self, step: int, accelerator: Accelerator, logging_steps: int) -> bool:
         """Whether to save after this step; alike on all processes."""
+        is_due = self.every is not None and step % self.every == 0
         if accelerator.num_processes == 1 or step % logging_steps == 0:
             # Processes hear of a signal at different steps, and agree here.
-            stopping = torch.tensor(float(self.is_stopping), device=accelerator.device)
-            self.is_stopping = bool(accelerator.reduce(stopping, "sum"))
-        else:
-            return self.every is not None and step % self.every == 0
-        return self.is_stopping or (self.every is not None and step % self.every == 0)
+            told = torch.tensor(float(self.is_told), device=accelerator.device)
+            self.is_stopping = bool(accelerator.reduce(told, "sum"))
+        return is_due or self.is_stopping
 
     def save(
         self,

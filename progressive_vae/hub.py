@@ -77,10 +77,15 @@ class HubPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("expected safe_serialization=True, got False: nothing is pickled")
         folder = Path(save_directory)
-        for path in folder.glob("*/model*.safetensors*"):
-            if _weights_of(path.relative_to(folder).as_posix(), variant):
-                path.unlink()  # else a single file that was there would hide new shards
+        old = {
+            path: path.stat().st_mtime_ns
+            for path in folder.glob("*/model*.safetensors*")
+            if _weights_of(path.relative_to(folder).as_posix(), variant)
+        }
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
+        for path, time in old.items():
+            if path.exists() and path.stat().st_mtime_ns == time:
+                path.unlink()  # a single file that was there before would hide new shards
         write_card(folder)
         if push_to_hub:
             repo_id = repo_id or folder.resolve().name
@@ -128,10 +133,9 @@ def weights_digest(folder: Path) -> str:
 def figures(folder: Path) -> list[str]:
     """Names of the files in a folder that say how good its pipeline is; [] if they are of other
     weights than those that lie there."""
-    metrics = folder / METRICS
-    if not metrics.is_file() or json.loads(metrics.read_text())["weights"] != weights_digest(
-        folder
-    ):
+    path = folder / METRICS
+    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    if metrics.get("weights") != weights_digest(folder):
         return []
     return [METRICS, *(name for name in PICTURES if (folder / name).is_file())]
 
