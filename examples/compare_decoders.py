@@ -37,7 +37,7 @@ from progressive_vae import (
     ProgressiveVAEPriorConfig,
 )
 from progressive_vae.codes import GridDataset, Manifest, PairedDataset, write_cache
-from progressive_vae.data import load_images, pixel_batches
+from progressive_vae.data import load_images, pixel_batches, read_images
 from progressive_vae.decoders import Condition
 from progressive_vae.evaluation import (
     ClassifierFeatures,
@@ -80,7 +80,8 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
         shape = (len(image.getbands()), image.height, image.width)
         manifest = Manifest("", arguments.dataset_name, f"{split} of train", shape, 256)
         if not folder.exists():
-            batches = pixel_batches(table, arguments.image_column, arguments.label_column, shape)
+            columns = arguments.image_column, arguments.label_column
+            batches = pixel_batches(read_images(table, *columns, shape))
             write_cache(folder, manifest, batches)
         caches[split] = GridDataset(folder, manifest)
     return caches

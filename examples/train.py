@@ -29,6 +29,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from datasets.distributed import split_dataset_by_node
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -47,14 +48,14 @@ from progressive_vae.codes import GridDataset, Manifest, write_cache
 from progressive_vae.configuration import CORRUPTIONS, DECODER_FIELDS, DECODER_ORDERS, QUANTIZERS
 from progressive_vae.data import (
     GREY_MODES,
-    IMAGE_COLUMNS,
     decode,
     encoded,
-    find_column,
+    find_image_column,
     find_labels,
     load_images,
     pixel_batches,
     prepare_image,
+    read_images,
 )
 from progressive_vae.evaluation import (
     distance_of_samples,
@@ -75,8 +76,10 @@ from progressive_vae.hub import (
     write_card,
 )
 from progressive_vae.run import Run, write_json
+from progressive_vae.streaming import PixelStream
 from progressive_vae.training import FitSettings, refit_level, train_level, train_prior
 
+STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
 BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete/",
                        "*.replaced/", "history.json", "phases.json", "settings.json")  # fmt: skip
 
@@ -110,6 +113,13 @@ class DataArguments:
     random_flip: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "read the training images as they come, never all of them to a disk"},
+    )
+    shuffle_buffer_size: int = field(
+        default=1000, metadata={"help": "images among which a stream is shuffled"}
+    )
 
 
 @dataclass
@@ -263,7 +273,7 @@ def per_level(name: str, values: list, num_levels: int) -> list:
 
 
 def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: Accelerator):
-    """The pixel caches of the two splits, and the class names."""
+    """The pixels of the two splits, cached or as a stream, and the class names."""
     name = data.dataset_name or data.train_data_dir
     splits = load_images(
         dataset_name=data.dataset_name,
@@ -272,17 +282,20 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
         train_split=data.train_split,
         eval_split=data.eval_split,
         eval_fraction=data.eval_fraction,
+        image_column=data.image_column,
+        streaming=data.streaming,
     )
-    for split, limit in (("train", data.max_train_samples), ("test", data.max_eval_samples)):
+    limits = {"train": data.max_train_samples, "test": data.max_eval_samples}
+    for split, limit in limits.items():
+        if data.streaming:
+            limit = limit or {"test": STREAMED_EVAL_SAMPLES}.get(split)
+            splits[split] = splits[split].take(limit) if limit else splits[split]
+            continue
         if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
             splits[split] = splits[split].shuffle(seed=0).select(range(limit))
-    splits["test"] = splits["test"].shuffle(seed=0)  # the pictures show its beginning
-    image_column = find_column(splits["train"], data.image_column, IMAGE_COLUMNS, "image_column")
-    if image_column is None:
-        raise ValueError(
-            f"expected image_column among {splits['train'].column_names}, got none of the usual "
-            f"names {IMAGE_COLUMNS}"
-        )
+        if split == "test":
+            splits[split] = splits[split].shuffle(seed=0)  # the pictures show its beginning
+    image_column = find_image_column(splits["train"], data.image_column)
     label_column, names = find_labels(splits, data.label_column)
     # The first image settles colours and size; the others are checked against it.
     values = (row[image_column] for row in encoded(splits["train"], image_column))
@@ -293,26 +306,30 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
     shape = prepare_image(image, mode, data.resolution, data.center_crop).shape
     pixels = {}
     for split, table in splits.items():
-        options = f"{data.resolution}, {data.center_crop}, {data.random_flip and split == 'train'}"
+        is_flipped = data.random_flip and split == "train"
+        content = f"stream of {limits[split]}" if data.streaming else table._fingerprint
         manifest = Manifest(
             weights="",
-            dataset=f"{name} ({table._fingerprint}; {options})",
+            dataset=f"{name} ({content}; {data.resolution}, {data.center_crop}, {is_flipped})",
             split=split,
             shape=shape,
             num_values=256,
         )
+        columns, sizes = (image_column, label_column), (data.resolution, data.center_crop)
+        if data.streaming and split == "train":
+            pixels[split] = PixelStream(
+                table, manifest, *columns, *sizes, is_flipped, data.shuffle_buffer_size
+            )
+            continue
         folder = Path(training.output_dir) / "cache" / "pixels" / split
         is_missing = training.overwrite_cache or not folder.exists()
         accelerator.wait_for_everyone()  # all have seen that there is no cache yet
         if is_missing:
-            share = table.shard(
-                accelerator.num_processes, accelerator.process_index, contiguous=True
+            share = split_dataset_by_node(
+                table, accelerator.process_index, accelerator.num_processes
             )
-            batches = pixel_batches(
-                share, image_column, label_column, shape, data.resolution, data.center_crop,
-                data.random_flip and split == "train",
-            )  # fmt: skip
-            write_cache(folder, manifest, batches, accelerator.state)
+            images = read_images(share, *columns, shape, *sizes)
+            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
         pixels[split] = GridDataset(folder, manifest)
     return pixels, names
 

@@ -7,8 +7,8 @@
 | `saved.py` | what saved files say of themselves: version and format |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `chain.py` | what fits together: the grids of a chain of levels |
-| `labels.py` | class labels: numbers or names, as ids |
 | `sampling.py` | draws from categorical distributions, and their controls |
+| `labels.py` | class labels: numbers or names, as ids |
 | `networks.py` | convolution nets; no probability in here |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
@@ -21,6 +21,7 @@
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
+| `streaming.py` | images read as they come, where a disk does not hold them |
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `run.py` | what one training leaves behind, and where it lies |

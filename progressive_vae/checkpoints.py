@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 IDENTITY, STATE = "identity.json", "fit.pt"
 
@@ -113,9 +114,11 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(temporary))
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or is_sharded(accelerator):
             contents = {name: state.state_dict() for name, state in states.items()}
-            torch.save({"progress": asdict(progress), **contents}, temporary / STATE)
+            file = temporary / _state_name(accelerator)
+            torch.save({"progress": asdict(progress), **contents}, file)
+        if accelerator.is_main_process:
             (temporary / IDENTITY).write_text(json.dumps(identity, indent=2))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -143,7 +146,8 @@ class Checkpoints:
         path = found[-1]
         try:
             theirs = json.loads((path / IDENTITY).read_text())
-            contents = torch.load(path / STATE, map_location="cpu", weights_only=True)
+            file = path / _state_name(accelerator)
+            contents = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
             raise ValueError(_damaged(path, error)) from error
         check_identity(identity, theirs, str(path))
@@ -154,6 +158,17 @@ class Checkpoints:
         except Exception as error:
             raise ValueError(_damaged(path, error)) from error
         return Progress(**contents["progress"])
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether the processes hold parts of one model (FSDP) in place of copies."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def _state_name(accelerator: Accelerator) -> str:
+    """One file for all processes, unless each has averaged its own part of the weights."""
+    is_alone = accelerator.is_main_process or not is_sharded(accelerator)
+    return STATE if is_alone else f"fit_{accelerator.process_index}.pt"
 
 
 def _discard(path: Path):

@@ -5,6 +5,7 @@ split, the shape and the count; opening a cache that is not the expected one is 
 is written under a temporary name and renamed, so it is complete or absent.
 """
 
+import copy
 import json
 import math
 import os
@@ -94,7 +95,7 @@ def write_cache(
 
 
 class GridDataset(torch.utils.data.Dataset):
-    """A cache as a torch data set: `dataset[i]` is {"grid": (*shape), "label": int}.
+    """A cache as a torch data set: `dataset[i]` is {"grid": (*shape), "label": int, "index": i}.
 
     Batches are read at once (`__getitems__`), from the memory map.
 
@@ -142,20 +143,39 @@ class GridDataset(torch.utils.data.Dataset):
         grids = torch.from_numpy(values.reshape(-1, *self.manifest.shape).astype(np.int64))
         return grids, torch.tensor(rows["label"])
 
+    def share(self, rank: int, world_size: int) -> "GridDataset":
+        """The rows of process `rank`, which follow those of the process before."""
+        part = copy.copy(self)
+        part.table = self.table.shard(world_size, rank, contiguous=True)
+        part.num_examples = len(part.table)
+        return part
+
+    def sample(self, count: int, seed: int) -> Tensor:
+        """`count` random grids, or all if there are fewer: int64 (b, *shape)."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(self), generator=generator)[:count]
+        return self.batch(rows.tolist())[0]
+
+    def random_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Without an end, drawn with torch's global generator."""
+        while True:
+            yield self.batch(torch.randint(len(self), (batch_size,)).tolist())
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for start in range(0, len(self), batch_size):
             yield self.batch(slice(start, start + batch_size))
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         grids, labels = self.batch(indices)
-        return [{"grid": g, "label": y} for g, y in zip(grids, labels, strict=True)]
+        rows = zip(grids, labels, indices, strict=True)
+        return [{"grid": g, "label": y, "index": i} for g, y, i in rows]
 
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
 
 
 class PairedDataset(torch.utils.data.Dataset):
-    """Grids and the codes of each: `dataset[i]` is {"grid", "label", "codes"}."""
+    """Grids and the codes of each: `dataset[i]` is {"grid", "label", "index", "codes"}."""
 
     def __init__(self, grids: GridDataset, codes: GridDataset):
         if len(grids) != len(codes):

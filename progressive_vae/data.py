@@ -1,8 +1,11 @@
 """The images of a data set, as grids of 8-bit values."""
 
 import warnings
+import zlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 import datasets
 import numpy as np
@@ -13,7 +16,9 @@ from torch import Tensor
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 GREY_MODES = ("L", "1")
-_COLOUR_MODES = (*GREY_MODES, "RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA", "RGBX")
+COLOUR_MODES = (*GREY_MODES, "RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA", "RGBX")
+
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -42,7 +47,9 @@ def load_images(
     eval_split: str = "test",
     eval_fraction: float = 0.1,
     seed: int = 0,
-) -> datasets.DatasetDict:
+    image_column: str | None = None,
+    streaming: bool = False,
+) -> dict[str, Table]:
     """The splits {"train", "test"} of a data set of images.
 
     Args:
@@ -51,6 +58,8 @@ def load_images(
             files, in place of `dataset_name`.
         eval_split: the held-out split; where there is none, `eval_fraction` of the training split
             is held out, drawn with `seed`.
+        image_column: of a stream without that split, whose images are held out by their bytes.
+        streaming: read the images as they are asked for, in place of fetching them all first.
     """
     if (dataset_name is None) == (train_data_dir is None):
         raise ValueError(
@@ -59,52 +68,89 @@ def load_images(
         )
     if dataset_name == "digits":
         splits = load_digits()
+        if streaming:
+            splits = {k: split.to_iterable_dataset(num_shards=4) for k, split in splits.items()}
     elif train_data_dir is not None:
         if not Path(train_data_dir).is_dir():
             raise ValueError(f"expected train_data_dir to be a folder, got {train_data_dir!r}")
         is_parquet = any(Path(train_data_dir).rglob("*.parquet"))
         loader = "parquet" if is_parquet else "imagefolder"
-        splits = datasets.load_dataset(loader, data_dir=train_data_dir)
+        splits = datasets.load_dataset(loader, data_dir=train_data_dir, streaming=streaming)
     else:
-        splits = datasets.load_dataset(dataset_name, dataset_config_name)
+        splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
     if train_split not in splits:
         raise ValueError(f"expected train_split among {list(splits)}, got {train_split!r}")
     if eval_split in splits and eval_split != train_split:
-        return datasets.DatasetDict(train=splits[train_split], test=splits[eval_split])
-    if not 0 < eval_fraction < 1 or len(splits[train_split]) < 2:
+        return {"train": splits[train_split], "test": splits[eval_split]}
+    whole = splits[train_split]
+    if not 0 < eval_fraction < 1:
         raise ValueError(
-            f"the data set has no split {eval_split!r}: expected eval_fraction in (0, 1) and at "
-            f"least 2 images to hold some out, got {eval_fraction} and {len(splits[train_split])}"
+            f"the data set has no split {eval_split!r}: expected eval_fraction in (0, 1) to hold "
+            f"some images out, got {eval_fraction}"
         )
-    return splits[train_split].train_test_split(test_size=eval_fraction, seed=seed)
+    if not streaming:
+        if len(whole) < 2:
+            raise ValueError(f"expected at least 2 images to hold some out, got {len(whole)}")
+        return whole.train_test_split(test_size=eval_fraction, seed=seed)
+    column = find_image_column(whole, image_column)
+    whole = encoded(whole, column)
+    return {
+        split: whole.filter(_is_held_out, fn_kwargs=dict(wanted=wanted, column=column,
+                                                         fraction=eval_fraction))
+        for split, wanted in (("train", False), ("test", True))
+    }  # fmt: skip
+
+
+def _is_held_out(row: dict, column: str, fraction: float, wanted: bool) -> bool:
+    """By a hash of the file: alike wherever the image stands, and whichever process reads it."""
+    value = row[column]
+    content = value["bytes"] or Path(value["path"]).name.encode()
+    return (zlib.crc32(content) < fraction * 2**32) == wanted
 
 
 def find_column(
-    dataset: datasets.Dataset, name: str | None, candidates: tuple[str, ...], argument: str
+    table: Table, name: str | None, candidates: tuple[str, ...], argument: str
 ) -> str | None:
     """The column asked for, or the first of the usual ones that is there."""
+    names = table.column_names or list(next(iter(table), {}))  # a stream may not know them yet
     if name is None:
-        return next((c for c in candidates if c in dataset.column_names), None)
-    if name not in dataset.column_names:
-        raise ValueError(f"expected {argument} among {dataset.column_names}, got {name!r}")
+        return next((c for c in candidates if c in names), None)
+    if name not in names:
+        raise ValueError(f"expected {argument} among {names}, got {name!r}")
     return name
 
 
+def find_image_column(table: Table, name: str | None = None) -> str:
+    found = find_column(table, name, IMAGE_COLUMNS, "image_column")
+    if found is None:
+        raise ValueError(
+            f"expected image_column among {table.column_names}, got none of the usual names "
+            f"{IMAGE_COLUMNS}"
+        )
+    return found
+
+
 def find_labels(
-    splits: datasets.DatasetDict, label_column: str | None = None
+    splits: dict[str, Table], label_column: str | None = None
 ) -> tuple[str | None, list[str]]:
     """The column of labels and the names of the classes 0 … n − 1; (None, []) where there is none.
+
+    Of a stream the classes are known if the data set names them.
 
     Raises:
         ValueError: the column asked for holds no classes. One that is only found by its name is
             then left aside, as are the names of splits that a folder's labels may stand for.
     """
-    name = find_column(splits["train"], label_column, LABEL_COLUMNS, "label_column")
+    train = splits["train"]
+    name = find_column(train, label_column, LABEL_COLUMNS, "label_column")
     if name is None:
         return None, []
-    columns = [np.asarray(table[name][:]) for table in splits.values()]
-    feature = splits["train"].features[name]
-    are_classes = all(c.dtype.kind in "iu" and c.min() >= 0 for c in columns)
+    feature = (train.features or {}).get(name)
+    if isinstance(train, datasets.IterableDataset):
+        columns, are_classes = [], isinstance(feature, datasets.ClassLabel)
+    else:
+        columns = [np.asarray(table[name][:]) for table in splits.values()]
+        are_classes = all(c.dtype.kind in "iu" and c.min() >= 0 for c in columns)
     if not are_classes or (
         isinstance(feature, datasets.ClassLabel) and set(feature.names) <= {"train", "test", "val"}
     ):
@@ -119,9 +165,9 @@ def find_labels(
     return name, [str(i) for i in range(1 + int(max(c.max() for c in columns)))]
 
 
-def encoded(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
-    """The data set with images as the bytes of their files, for `decode`."""
-    return dataset.cast_column(image_column, datasets.Image(decode=False))
+def encoded(table: Table, image_column: str) -> Table:
+    """The table with images as the bytes of their files, for `decode`."""
+    return table.cast_column(image_column, datasets.Image(decode=False))
 
 
 def decode(value: dict) -> PIL.Image.Image | None:
@@ -141,7 +187,7 @@ def prepare_image(
         resolution: length to which the shorter side is resized; `None` leaves the image alone.
         center_crop: cut the middle square out.
     """
-    modes = GREY_MODES if mode == "L" else _COLOUR_MODES
+    modes = GREY_MODES if mode == "L" else COLOUR_MODES
     if image.mode not in modes:
         raise ValueError(
             f"expected 8-bit images of modes {modes}, as the first image is one of them, "
@@ -160,49 +206,51 @@ def prepare_image(
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-def pixel_batches(
-    dataset: datasets.Dataset,
+def read_images(
+    table: Table,
     image_column: str,
     label_column: str | None,
     shape: tuple[int, int, int],
     resolution: int | None = None,
     center_crop: bool = False,
-    random_flip: bool = False,
-    batch_size: int = 1000,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (int64 (b, C, H, W) of 0 … 255, labels (b,) or −1), for `codes.write_cache`.
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Each image, uint8 (C, H, W), and its label or −1.
 
-    With `random_flip` the mirror image of each follows: a model trained on both sees every image
-    either way with probability ½. Images that cannot be read are left out, and a warning counts and
-    names them at the end.
+    Images that cannot be read are left out, and a warning counts and names them at the end.
 
     Raises:
         ValueError: an image whose size is not `shape`: nothing is resized unless asked.
     """
     mode, broken = "L" if shape[0] == 1 else "RGB", []
-    dataset = encoded(dataset, image_column)
-    for start in range(0, len(dataset), batch_size):
-        rows = dataset.select(range(start, min(start + batch_size, len(dataset))))
-        arrays, labels = [], []
-        for index, row in enumerate(rows, start):  # a thousand decoded photographs fill a memory
-            image = decode(row[image_column])
-            if image is None:
-                broken.append(row[image_column]["path"] or f"index {index}")
-                continue
-            array = prepare_image(image, mode, resolution, center_crop)
-            if array.shape != shape:
-                raise ValueError(
-                    f"expected all images of (C, H, W) = {shape}, got {array.shape} at index "
-                    f"{index}; --resolution and --center_crop make them one size"
-                )
-            arrays.append(array)
-            labels.append(row[label_column] if label_column else -1)
-        if not arrays:
+    for index, row in enumerate(encoded(table, image_column)):
+        image = decode(row[image_column])
+        if image is None:
+            broken.append(row[image_column]["path"] or f"index {index}")
             continue
-        grids, labels = torch.from_numpy(np.stack(arrays).astype(np.int64)), torch.tensor(labels)
-        yield grids, labels
-        if random_flip:
-            yield grids.flip(-1), labels
+        array = prepare_image(image, mode, resolution, center_crop)
+        if array.shape != shape:
+            raise ValueError(
+                f"expected all images of (C, H, W) = {shape}, got {array.shape} at index "
+                f"{index}; --resolution and --center_crop make them one size"
+            )
+        yield array, row[label_column] if label_column else -1
     if broken:
         shown = ", ".join(broken[:20]) + (", …" if len(broken) > 20 else "")
         warnings.warn(f"left out {len(broken)} images that cannot be read: {shown}", stacklevel=2)
+
+
+def pixel_batches(
+    images: Iterator[tuple[np.ndarray, int]], random_flip: bool = False, batch_size: int = 1000
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (int64 (b, C, H, W) of 0 … 255, labels (b,)) of what `read_images` gives, for
+    `codes.write_cache`.
+
+    With `random_flip` the mirror image of each follows: a model trained on both sees every image
+    either way with probability ½.
+    """
+    while batch := list(islice(images, batch_size)):
+        arrays, labels = zip(*batch, strict=True)
+        grids = torch.from_numpy(np.stack(arrays).astype(np.int64))
+        yield grids, torch.tensor(labels)
+        if random_flip:
+            yield grids.flip(-1), torch.tensor(labels)

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import PIL.Image
 import torch
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from .codes import GridDataset
 from .images import from_pixel_values
 from .pipeline import ProgressiveVAEPipeline
+from .streaming import PixelStream
 
 
 def code_use(counts: Tensor) -> dict[str, float]:
@@ -83,17 +85,21 @@ class Classifier(nn.Sequential):
 
 
 def train_classifier(
-    dataset: GridDataset, num_classes: int, max_train_steps: int = 1000, seed: int = 0
+    dataset: GridDataset | PixelStream,
+    num_classes: int,
+    max_train_steps: int = 1000,
+    seed: int = 0,
 ) -> Classifier:
     """Fit the yardstick on a training split in batches of 128, for at most 20 epochs."""
-    num_steps = min(max_train_steps, 20 * max(1, len(dataset) // 128))
+    num_steps = max_train_steps
+    if dataset.num_examples is not None:
+        num_steps = min(num_steps, 20 * max(1, dataset.num_examples // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
-        for _ in range(num_steps):
-            images, labels = dataset.batch(torch.randint(len(dataset), (128,)).tolist())
+        for images, labels in islice(dataset.random_batches(128), num_steps):
             loss = F.cross_entropy(model(images / 127.5 - 1), labels)
             optimizer.zero_grad()
             loss.backward()

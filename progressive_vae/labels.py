@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from .sampling import Generators, uniform
+
 Labels: TypeAlias = "Tensor | list[int] | list[str] | int | str | None"
 
 
@@ -53,10 +55,10 @@ def known_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor | None:
     return labels if config.num_classes else None
 
 
-def drop_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor:
+def drop_labels(labels: Tensor, config: PreTrainedConfig, generator: Generators = None) -> Tensor:
     """Each label (B,) replaced by the null class with probability `class_dropout`.
 
     So one network learns P(· | class) and P(·), as classifier-free guidance needs.
     """
-    dropped = torch.rand(len(labels), device=labels.device) < config.class_dropout
+    dropped = uniform(labels.shape, generator, labels.device) < config.class_dropout
     return labels.masked_fill(dropped, config.num_classes)

@@ -16,7 +16,7 @@ from .decoders import Condition, make_decoder
 from .labels import Labels, drop_labels, label_ids
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
 from .quantizer import QUANTIZERS, Quantizer
-from .sampling import Generators, Sampler
+from .sampling import Generators, Sampler, uniform
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 
@@ -114,6 +114,7 @@ class ProgressiveVAELevel(PreTrainedModel):
         finer: Tensor,
         codes: Tensor | None = None,
         class_labels: Labels = None,
+        generator: Generators = None,
         return_dict: bool | None = None,
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
@@ -125,24 +126,26 @@ class ProgressiveVAELevel(PreTrainedModel):
             codes: z_i where it is known already: then the encoder is not run, the loss is the
                 decoder's alone, and in training mode the codes are corrupted as the config says.
             class_labels: of a class-conditional decoder; in training mode some are dropped.
+            generator: of the noise of training, one for the batch, or one for each example.
 
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
         """
         values, labels = self._values(finer), self._labels(class_labels, len(finer))
         if labels is not None and self.training:
-            labels = drop_labels(labels, self.config)
+            labels = drop_labels(labels, self.config, generator)
         latents = corruption = kl = commitment_loss = None
         if codes is None:
             latents = self.encoder(finer)
-            codes, quantized, kl, commitment_loss = self.quantizer(latents)
+            codes, quantized, kl, commitment_loss = self.quantizer(latents, generator)
         else:
             self._check_pair(codes, values)
             shown = codes
             if self.training and self.config.corruption:
-                corruption = torch.rand(len(codes), device=codes.device) * self.config.corruption
+                noise = uniform(codes.shape[:1], generator, codes.device)
+                corruption = noise * self.config.corruption
                 num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
-                shown = self.quantizer.corrupt(codes, corruption, num_near)
+                shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
             quantized = self.quantizer.lookup(shown)
         log_prob = self.decoder.log_prob(Condition(quantized, labels, corruption), values)
         nats = -log_prob if kl is None else kl - log_prob

@@ -65,19 +65,20 @@ class ProgressiveVAEPrior(PreTrainedModel):
         class_labels: Labels = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        generator: Generators = None,
         return_dict: bool | None = None,
     ):
         """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
 
         In training mode each label is replaced by the null class with probability `class_dropout`,
-        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`.
+        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`; `generator` draws which.
 
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
         labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
         if self.training:
-            labels = drop_labels(labels, self.config)
+            labels = drop_labels(labels, self.config, generator)
         asked = {
             "output_hidden_states": output_hidden_states,
             "output_attentions": output_attentions,

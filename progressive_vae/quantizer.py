@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration import ProgressiveVAELevelConfig, fsq_levels
-from .sampling import Generators, Sampler
+from .sampling import Generators, Sampler, uniform
 
 
 class QuantizerOutput(NamedTuple):
@@ -26,7 +26,8 @@ class QuantizerOutput(NamedTuple):
 class Quantizer(nn.Module):
     """What the kinds share. Each has a `codebook` (K, D), and
 
-    - `forward(latents)` -> `QuantizerOutput`, for latents (B, D, H, W);
+    - `forward(latents, generator=None)` -> `QuantizerOutput`, for latents (B, D, H, W), with the
+      noise, if there is any, of the generators;
     - `encode(latents, generator=None)` -> argmax_k P_Ψ(k | latent), or with a generator a draw:
       int64 (B, H, W);
     - `init_weights()`: sets its own tensors to their start, but leaves loaded ones alone.
@@ -42,7 +43,13 @@ class Quantizer(nn.Module):
         """int64 (B, H, W) -> codebook[codes] (B, D, H, W)."""
         return F.embedding(codes, self.codebook).movedim(-1, 1)
 
-    def corrupt(self, codes: Tensor, probability: Tensor, num_near: int | None) -> Tensor:
+    def corrupt(
+        self,
+        codes: Tensor,
+        probability: Tensor,
+        num_near: int | None,
+        generator: Generators = None,
+    ) -> Tensor:
         """Replace each code with a probability, (B,), by another one.
 
         Args:
@@ -52,13 +59,13 @@ class Quantizer(nn.Module):
         if size == 1:
             return codes
         if num_near is None:
-            others = (codes + torch.randint_like(codes, 1, size)) % size
+            others = (codes + 1 + _integers(codes, size - 1, generator)) % size
         else:
             distances = torch.cdist(self.codebook.float(), self.codebook.float())
             distances.fill_diagonal_(float("inf"))
             near = distances.topk(min(num_near, size - 1), largest=False).indices  # (K, n)
-            others = near[codes, torch.randint_like(codes, near.shape[1])]
-        replaced = torch.rand(codes.shape, device=codes.device) < probability[:, None, None]
+            others = near[codes, _integers(codes, near.shape[1], generator)]
+        replaced = uniform(codes.shape, generator, codes.device) < probability[:, None, None]
         return torch.where(replaced, others, codes)
 
     def initialize(self, vectors: Tensor, generator: torch.Generator):
@@ -90,7 +97,7 @@ class VectorQuantizer(Quantizer):
         for buffer in self.buffers():
             init.zeros_(buffer)
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
+    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         """The nearest code, with the straight-through gradient."""
         codes = self.encode(latents)
         quantized = self.lookup(codes).to(latents.dtype)
@@ -186,7 +193,7 @@ class FiniteScalarQuantizer(Quantizer):
     def init_weights(self):
         init.copy_(self.codebook, self.product_grid())
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
+    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         codes = self.encode(latents)
         squashed = 2 * latents.sigmoid() - 1
         quantized = self.lookup(codes).to(latents.dtype)
@@ -219,12 +226,16 @@ class GumbelQuantizer(Quantizer):
         init.normal_(self.codebook)
         init.constant_(self.temperature, self.first_temperature)
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
+    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         log_probs = self.log_probs(latents)
-        soft = F.gumbel_softmax(log_probs, self.temperature, hard=True)
-        quantized = (soft @ self.codebook.float()).movedim(-1, 1)
-        kl = math.log(len(self.codebook)) * soft[0, ..., 0].numel() - _entropy(log_probs)
-        return QuantizerOutput(soft.argmax(-1), quantized.to(latents.dtype), kl)
+        noise = uniform(log_probs.shape, generator, log_probs.device)
+        gumbel = -(-noise.clamp(min=1e-20).log()).log()
+        soft = ((log_probs + gumbel) / self.temperature).softmax(-1)
+        codes = soft.argmax(-1)
+        hard = F.one_hot(codes, len(self.codebook)) + soft - soft.detach()
+        quantized = (hard @ self.codebook.float()).movedim(-1, 1)
+        kl = math.log(len(self.codebook)) * codes[0].numel() - _entropy(log_probs)
+        return QuantizerOutput(codes, quantized.to(latents.dtype), kl)
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         temperature = 0.0 if generator is None else 1.0
@@ -242,6 +253,11 @@ class GumbelQuantizer(Quantizer):
     @torch.no_grad()
     def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
         self.temperature.mul_(self.decay).clamp_(min=self.final_temperature)
+
+
+def _integers(codes: Tensor, count: int, generator: Generators) -> Tensor:
+    """0 … count − 1, uniform, of the shape of `codes`."""
+    return (uniform(codes.shape, generator, codes.device) * count).long()
 
 
 def _entropy(log_probs: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What one training leaves behind: levels, caches of codes, costs, pictures; and where it lies."""
 
 import json
+import math
 import os
 import shutil
 import time
@@ -17,10 +18,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .chain import grid_sizes
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, is_sharded
 from .codes import GridDataset, Manifest, write_cache
 from .fingerprint import fingerprint
 from .level import ProgressiveVAELevel
+from .streaming import PixelStream
 
 HISTORY, REPLACED = "history.json", ".replaced"
 
@@ -32,7 +34,8 @@ class Run:
     Args:
         output_dir: the pipeline's folder: `level_i/`, `prior/`, and beside them `cache/`,
             `validation/` and `phases.json`.
-        pixels: for the splits "train" and "test" the cache of their images.
+        pixels: for the splits "train" and "test" the cache of their images, or the stream of those
+            to train on.
         class_names: names of the classes, [] where there are none.
         checkpoints: of phases that may be interrupted; `None` for phases that start anew.
     """
@@ -40,7 +43,7 @@ class Run:
     output_dir: Path
     accelerator: Accelerator
     num_levels: int
-    pixels: dict[str, GridDataset]
+    pixels: dict[str, GridDataset | PixelStream]
     class_names: list[str] = field(default_factory=list)
     num_validation_images: int = 8
     cache_batch_size: int = 500
@@ -78,7 +81,7 @@ class Run:
         levels = [self.level(i) for i in range(index, self.num_levels + 1)]
         return fingerprint(levels) if levels else None
 
-    def grids(self, split: str, index: int) -> GridDataset:
+    def grids(self, split: str, index: int) -> GridDataset | PixelStream:
         """z_index of a split, or its pixels for index = N + 1; encoded once, then cached.
 
         Raises:
@@ -101,20 +104,20 @@ class Run:
             self.accelerator.wait_for_everyone()  # all have seen that there is no cache yet
             start = time.perf_counter()
             write_cache(folder, manifest, self._encode(levels[0], finer), self.accelerator.state)
-            self.record(f"encode_{split}_{index}", len(finer), time.perf_counter() - start)
+            count = len(GridDataset(folder, manifest))
+            self.record(f"encode_{split}_{index}", count, time.perf_counter() - start)
         return GridDataset(folder, manifest)
 
     def _encode(
-        self, level: ProgressiveVAELevel, finer: GridDataset
+        self, level: ProgressiveVAELevel, finer: GridDataset | PixelStream
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The codes of this process's share of the grids."""
-        level, processes = level.to(self.accelerator.device), self.accelerator.num_processes
-        ends = [round(len(finer) * i / processes) for i in range(processes + 1)]
-        begin, end = ends[self.accelerator.process_index :][:2]
-        starts = range(begin, end, self.cache_batch_size)
-        for start in tqdm(starts, desc="encode", disable=not self.accelerator.is_main_process):
-            rows = slice(start, min(start + self.cache_batch_size, end))
-            grids, labels = finer.batch(rows)
+        level = level.to(self.accelerator.device)
+        share = finer.share(self.accelerator.process_index, self.accelerator.num_processes)
+        batches = share.batches(self.cache_batch_size)
+        count = share.num_examples and math.ceil(share.num_examples / self.cache_batch_size)
+        is_quiet = not self.accelerator.is_main_process
+        for grids, labels in tqdm(batches, desc="encode", total=count, disable=is_quiet):
             yield level.encode(as_finer(grids, level).to(level.device)).cpu(), labels
 
     def forget(self, index: int):
@@ -128,11 +131,12 @@ class Run:
 
         A file `history.json` beside the weights holds the identities of the phases that made them.
         """
+        state = self.accelerator.get_state_dict(model) if is_sharded(self.accelerator) else None
         if self.accelerator.is_main_process:
             folder = self.output_dir / name
             temporary = folder.with_name(f"{name}.incomplete")
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=state)
             is_refit = identity["phase"].startswith("refit")
             history = [*(self._history(name) if is_refit else []), identity]
             (temporary / HISTORY).write_text(json.dumps(history, indent=2))

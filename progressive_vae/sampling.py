@@ -14,6 +14,16 @@ from transformers import (
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
 
+def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> Tensor:
+    """Noise in [0, 1) of a shape (B, ...), drawn where the generators live and moved to `device`;
+    with a list, row b is drawn with generator b alone."""
+    if isinstance(generator, list):
+        rows = [torch.rand(shape[1:], generator=g, device=g.device) for g in generator]
+        return torch.stack([row.to(device) for row in rows])
+    source = device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=source).to(device)
+
+
 class Sampler:
     """Draws int64 (B, ...) from logits (B, ..., V) by inversion: one uniform number for each.
 
@@ -79,20 +89,10 @@ class Sampler:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
         cumulative = logits.softmax(-1).cumsum(-1)
         total = cumulative[..., -1]
-        threshold = self._uniform(total).to(total.device) * total
+        threshold = uniform(total.shape, self.generator, total.device) * total
         # Rounding must not carry it to the end, where a value of probability 0 may stand.
         threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
-
-    def _uniform(self, like: Tensor) -> Tensor:
-        """Noise in [0, 1) of the shape (B, ...) of `like`, on the devices of the generators."""
-        if isinstance(self.generator, list):
-            rows = [
-                torch.rand(like.shape[1:], generator=g, device=g.device) for g in self.generator
-            ]
-            return torch.stack([row.to(rows[0].device) for row in rows])
-        device = like.device if self.generator is None else self.generator.device
-        return torch.rand(like.shape, generator=self.generator, device=device)
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:

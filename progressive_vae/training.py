@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .checkpoints import Checkpoints, Progress
+from .checkpoints import Checkpoints, Progress, is_sharded
 from .codes import GridDataset, PairedDataset
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .evaluation import reconstruction_grid, sample_grid
@@ -30,6 +33,7 @@ from .level import ProgressiveVAELevel
 from .pipeline import ProgressiveVAEPipeline
 from .prior import ProgressiveVAEPrior
 from .run import Run, as_finer
+from .streaming import PixelStream
 
 WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
 MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size
@@ -83,8 +87,8 @@ class Shuffled(Sampler):
 
 def fit(
     model: PreTrainedModel,
-    dataset: GridDataset | PairedDataset,
-    to_inputs: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    dataset: GridDataset | PairedDataset | PixelStream,
+    to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
     accelerator: Accelerator,
     settings: FitSettings,
     identity: dict[str, Any],
@@ -107,21 +111,14 @@ def fit(
         FloatingPointError: the loss is no number any more.
         SystemExit: with code 0, after a checkpoint, where `checkpoints.stop` has been called.
     """
-    name, sampler = identity["phase"], Shuffled(len(dataset), settings.seed)
-    set_seed(settings.seed, device_specific=True)  # the noise of each process is its own
-    loader = DataLoader(
-        dataset,
-        settings.train_batch_size,
-        sampler=sampler,
-        drop_last=len(dataset) >= settings.train_batch_size * accelerator.num_processes,
-        num_workers=settings.dataloader_num_workers,
-        persistent_workers=settings.dataloader_num_workers > 0,
-        generator=torch.Generator().manual_seed(settings.seed),  # of the workers
-    )
+    name = identity["phase"]
+    set_seed(settings.seed, device_specific=True)  # a backbone may have dropout
+    loader, order = _loader(dataset, accelerator, settings)
+    if is_sharded(accelerator) and not isinstance(model, ProgressiveVAEPrior):
+        raise ValueError(f"expected FSDP for the phase prior alone, got it for {name}")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        parameters,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
@@ -132,9 +129,13 @@ def fit(
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
-    average = EMAModel(parameters, decay=settings.ema_decay, foreach=True)
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
+    if is_sharded(accelerator):
+        for method in ("log_prob", "sample"):  # these gather the weights as forward does
+            register_fsdp_forward_method(wrapped, method)
+    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    average = EMAModel(_local(parameters), decay=settings.ema_decay, foreach=True)
     progress, states = Progress(), {"scheduler": scheduler, "average": average}
     if checkpoints is not None:
         progress = checkpoints.load(identity, states, accelerator)
@@ -148,11 +149,12 @@ def fit(
     clock = time.perf_counter()
     while progress.step < settings.max_train_steps:
         batches_of_all = progress.batch * accelerator.num_processes
-        sampler.begin_at(progress.epoch, batches_of_all * settings.train_batch_size)
+        order.begin_at(progress.epoch, batches_of_all * settings.train_batch_size)
         for batch in loader:
             progress.batch += 1
+            noise = _generators(batch["index"], progress.epoch, settings.seed)
             with accelerator.accumulate(wrapped):
-                output = wrapped(**to_inputs(batch))
+                output = wrapped(**to_inputs(batch), generator=noise)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
@@ -164,7 +166,7 @@ def fit(
                 continue
             scheduler.step()
             if settings.use_ema:
-                average.step(parameters)
+                average.step(_local(parameters))
             progress.step += 1
             step, is_final = progress.step, progress.step == settings.max_train_steps
             bar.update()
@@ -178,14 +180,16 @@ def fit(
                 accelerator.log(logged, step=logged_steps + step)
             if step % settings.validation_steps == 0 or is_final:
                 if settings.use_ema:
-                    average.store(parameters)
-                    average.copy_to(parameters)
+                    average.store(_local(parameters))
+                    average.copy_to(_local(parameters))
+                    _reshard(wrapped)
                 wrapped.eval()
                 progress.seconds += time.perf_counter() - clock
                 yield progress
                 clock = time.perf_counter()
                 if settings.use_ema and not is_final:
-                    average.restore(parameters)
+                    average.restore(_local(parameters))
+                    _reshard(wrapped)
                 wrapped.train(not is_final)
             if is_final:
                 break
@@ -196,12 +200,60 @@ def fit(
                 if checkpoints.is_stopping:
                     accelerator.print(f"stopped in {name} at step {step}, which is saved")
                     raise SystemExit(0)
+        if not progress.batch:
+            raise ValueError(f"expected examples to fit {name} to, got none")
         progress.epoch, progress.batch = progress.epoch + 1, 0
     bar.close()
     if checkpoints is not None:
         checkpoints.is_fitting = False
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     accelerator.free_memory()
+
+
+def _loader(
+    dataset: GridDataset | PairedDataset | PixelStream,
+    accelerator: Accelerator,
+    settings: FitSettings,
+) -> tuple[DataLoader, Shuffled | PixelStream]:
+    """The batches of this process, and what is told where they begin."""
+    shared: dict[str, Any] = dict(
+        batch_size=settings.train_batch_size,
+        num_workers=settings.dataloader_num_workers,
+        persistent_workers=settings.dataloader_num_workers > 0,
+        generator=torch.Generator().manual_seed(settings.seed),  # of the workers
+    )
+    if isinstance(dataset, PixelStream):
+        share = dataset.share(accelerator.process_index, accelerator.num_processes)
+        loader = DataLoader(share, **shared)
+        # Only moved to the device: the stream is divided already.
+        return prepare_data_loader(
+            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        ), share
+    order = Shuffled(len(dataset), settings.seed)
+    drop_last = len(dataset) >= settings.train_batch_size * accelerator.num_processes
+    loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **shared)
+    return accelerator.prepare(loader), order
+
+
+def _local(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+    """Of a sharded model the part that this process holds, in the same memory: the average is
+    sharded alike."""
+    return [
+        p.to_local().detach().requires_grad_() if isinstance(p, DTensor) else p for p in parameters
+    ]
+
+
+def _reshard(model: torch.nn.Module):
+    """Whole weights that a sharded model still holds from its last pass are older than its parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _generators(indices: Tensor, epoch: int, seed: int) -> list[torch.Generator]:
+    """The noise of an example is its own: the same in whichever process and batch it stands."""
+    seeds = (seed * 1_000_003 + epoch) * 1_000_003 + indices.cpu()  # wraps around at 2^64
+    return [torch.Generator().manual_seed(value) for value in seeds.tolist()]
 
 
 def _diverged(name: str, loss: float, step: int, checkpoints: Checkpoints | None) -> str:
@@ -247,13 +299,14 @@ def refit_level(run: Run, index: int, changes: dict, settings: FitSettings) -> P
         changes: fields of the decoder's config, as in `ProgressiveVAELevel.with_decoder`.
     """
     finer, codes = run.grids("train", index + 1), run.grids("train", index)
+    pairs = finer if isinstance(finer, PixelStream) else PairedDataset(finer, codes)
     set_seed(settings.seed)
     old = run.level(index)
     level = old.with_decoder(**changes)
     identity = identify(f"refit_level_{index}", level.config, settings, codes, run)
     if run.is_done(f"level_{index}", identity):
         return old
-    _fit_level(run, index, level, PairedDataset(finer, codes), settings, identity)
+    _fit_level(run, index, level, pairs, settings, identity)
     return level
 
 
@@ -261,7 +314,7 @@ def identify(
     phase: str,
     config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
     settings: FitSettings,
-    train: GridDataset,
+    train: GridDataset | PixelStream,
     run: Run,
 ) -> dict[str, Any]:
     """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
@@ -271,7 +324,7 @@ def identify(
     identity = {
         "phase": phase,
         "config": {k: v for k, v in config.to_dict().items() if k not in WRITTEN_BY},
-        "data": {**asdict(train.manifest), "num_examples": len(train)},
+        "data": {**asdict(train.manifest), "num_examples": train.num_examples},
         "num_processes": run.accelerator.num_processes,
         "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
         "mixed_precision": run.accelerator.mixed_precision,
@@ -284,7 +337,7 @@ def _fit_level(
     run: Run,
     index: int,
     level: ProgressiveVAELevel,
-    train: GridDataset | PairedDataset,
+    train: GridDataset | PairedDataset | PixelStream,
     settings: FitSettings,
     identity: dict[str, Any],
 ):
@@ -300,8 +353,9 @@ def _fit_level(
 
     def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         inputs = {"finer": as_finer(batch["grid"], level)}
-        if "codes" in batch:
-            inputs["codes"] = batch["codes"]
+        if name.startswith("refit"):  # a stream has no codes beside it
+            known = batch.get("codes")
+            inputs["codes"] = level.encode(inputs["finer"]) if known is None else known
         return inputs | _class_labels(batch, level)
 
     for progress in fit(
@@ -329,19 +383,16 @@ def _class_labels(
     return {"class_labels": batch["label"]} if model.config.num_classes else {}
 
 
-def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset, seed: int):
+def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelStream, seed: int):
     """k-means on latents of up to 2,000 images, drawn with the seed: alike on all processes.
 
     The statistics it leaves weigh as much as all those images, so that the codebook moves slowly
     during the first hundreds of steps, while the encoder changes most.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(train), generator=generator)[:2000]
+    grids = train.sample(2000, seed)
     with torch.no_grad():
-        latents = [
-            level.encoder(as_finer(train.batch(part.tolist())[0], level))
-            for part in rows.split(250)
-        ]
+        latents = [level.encoder(as_finer(part, level)) for part in grids.split(250)]
     vectors = torch.cat(latents).movedim(1, -1).flatten(0, -2)
     if len(vectors) > MAX_KMEANS_VECTORS:
         rows = torch.randperm(len(vectors), generator=generator)[:MAX_KMEANS_VECTORS]
@@ -371,7 +422,7 @@ def train_prior(
     for progress in fit(
         prior, train, to_inputs, accelerator, settings, identity, run.checkpoints, run.logged_steps
     ):
-        if accelerator.is_main_process:
+        if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
             grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
             with torch.no_grad():
                 bits = -prior.log_prob(grids).mean().item() / math.log(2)

@@ -4,7 +4,14 @@ import PIL.Image
 import pytest
 import torch
 
-from progressive_vae.data import find_labels, load_digits, load_images, pixel_batches, prepare_image
+from progressive_vae.data import (
+    find_labels,
+    load_digits,
+    load_images,
+    pixel_batches,
+    prepare_image,
+    read_images,
+)
 
 
 def table(images, **columns):
@@ -64,11 +71,11 @@ def test_labels_that_are_no_classes():
 def test_pixels_are_those_of_the_images():
     arrays = np.random.default_rng(0).integers(0, 256, (5, 3, 4, 3), dtype=np.uint8)
     data = table([PIL.Image.fromarray(a) for a in arrays], label=[4, 3, 2, 1, 0])
-    batches = list(pixel_batches(data, "image", "label", (3, 3, 4), batch_size=2))
+    batches = list(pixel_batches(read_images(data, "image", "label", (3, 3, 4)), batch_size=2))
     grids, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert torch.equal(grids, torch.from_numpy(arrays.transpose(0, 3, 1, 2)).long())
     assert labels.tolist() == [4, 3, 2, 1, 0]
-    flipped = list(pixel_batches(data, "image", None, (3, 3, 4), random_flip=True))
+    flipped = list(pixel_batches(read_images(data, "image", None, (3, 3, 4)), random_flip=True))
     assert torch.equal(flipped[1][0], flipped[0][0].flip(-1)) and flipped[0][1].tolist() == [-1] * 5
 
 
@@ -89,7 +96,7 @@ def test_resolution_and_crop_only_when_asked():
 )
 def test_images_that_do_not_fit(modes, shape, message):
     with pytest.raises(ValueError, match=message):
-        list(pixel_batches(table(pictures(*modes)), "image", None, shape))
+        list(read_images(table(pictures(*modes)), "image", None, shape))
 
 
 @pytest.mark.parametrize(
@@ -115,5 +122,5 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
     (folder / "2.png").write_bytes(whole[: len(whole) // 2])
     images = datasets.load_dataset("imagefolder", data_dir=str(tmp_path))["train"]
     with pytest.warns(UserWarning, match="left out 2 images that cannot be read: .*1.png, .*2.png"):
-        ((grids, labels),) = pixel_batches(images, "image", None, (1, 3, 4))
+        ((grids, labels),) = pixel_batches(read_images(images, "image", None, (1, 3, 4)))
     assert len(grids) == len(labels) == 2
