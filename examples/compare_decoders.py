@@ -45,9 +45,10 @@ from progressive_vae.evaluation import (
     frechet_distance,
     train_classifier,
 )
+from progressive_vae.fitting import FitSettings, fit
 from progressive_vae.run import Run, as_finer, write_json
 from progressive_vae.sampling import Sampler
-from progressive_vae.training import FitSettings, fit, refit_level, train_level, train_prior
+from progressive_vae.training import refit_level, train_level, train_prior
 
 
 @dataclasses.dataclass

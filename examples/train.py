@@ -67,6 +67,7 @@ from progressive_vae.evaluation import (
     train_classifier,
 )
 from progressive_vae.fingerprint import fingerprint
+from progressive_vae.fitting import OPTIMIZERS, FitSettings
 from progressive_vae.hub import (
     INDEX,
     METRICS,
@@ -77,7 +78,7 @@ from progressive_vae.hub import (
 )
 from progressive_vae.run import Run, write_json
 from progressive_vae.streaming import PixelStream
-from progressive_vae.training import FitSettings, refit_level, train_level, train_prior
+from progressive_vae.training import refit_level, train_level, train_prior
 
 STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
 BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete/",
@@ -133,6 +134,7 @@ class ModelArguments:
     pixel_logit_rank: list[int] = _list(64, "of the ordinal table of pixel values; 0: free logits")
     encoder_hidden_size: list[int] = _list(64, "width of the encoder")
     encoder_num_layers: list[int] = _list(1, "residual blocks of the encoder on each grid")
+    block_kernel_size: list[int] = _list(1, "1 or 3: of the second convolution of each block")
     decoder_order: list[str] = _list("lattice", f"one of {', '.join(DECODER_ORDERS)}")
     num_groups: list[int] = _list(0, "groups of the decoder; 0: what the order stands for")
     quantizer: list[str] = _list("vq", f"one of {', '.join(QUANTIZERS)}")
@@ -181,6 +183,9 @@ class TrainingArguments:
     )
     max_train_steps: list[int] = _list(10_000, "optimisation steps of each level")
     train_batch_size: list[int] = _list(64, "images a step, on each process")
+    optimizer: str = field(
+        default="muon", metadata={"help": f"of the levels, one of {', '.join(OPTIMIZERS)}"}
+    )
     learning_rate: list[float] = _list(2e-3, "after warm-up")
     refit_max_train_steps: list[int] = _list(0, "steps of a second fit of its decoder; 0: none")
     refit_train_batch_size: list[int] = _list(64, "images a step, on each process")
@@ -349,8 +354,8 @@ def level_configs(
     if not 1 <= model.num_levels <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
-             "pixel_logit_rank", "encoder_hidden_size", "encoder_num_layers", "decoder_order",
-             "num_groups", "quantizer", "gumbel_decay")  # fmt: skip
+             "pixel_logit_rank", "encoder_hidden_size", "encoder_num_layers", "block_kernel_size",
+             "decoder_order", "num_groups", "quantizer", "gumbel_decay")  # fmt: skip
     columns = [per_level(name, getattr(model, name), model.num_levels) for name in names]
     knobs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for i, level in enumerate(knobs, 1):
@@ -451,7 +456,7 @@ def fit_settings(training: TrainingArguments, num_levels: int, phase: str) -> Fi
             columns = per_level(flag, getattr(training, flag), num_levels)
             values[name] = columns[int(phase.rpartition("_")[2]) - 1]
     if phase == "prior":
-        values["adam_weight_decay"] = training.prior_adam_weight_decay
+        values |= {"adam_weight_decay": training.prior_adam_weight_decay, "optimizer": "adamw"}
     if values["max_train_steps"] < 1:
         flag = f"{phase.partition('_')[0]}_max_train_steps".removeprefix("level_")
         raise ValueError(f"expected {flag} >= 1 for {phase}, got {values['max_train_steps']}")

@@ -25,6 +25,8 @@
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `run.py` | what one training leaves behind, and where it lies |
+| `muon.py` | the optimizer |
+| `fitting.py` | one loss minimised, on one process or many |
 | `training.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
 """
 

@@ -33,12 +33,14 @@ class Progress:
         step: optimisation steps done.
         epoch, batch: passes over the data set done, and batches of the next one.
         seconds: spent so far, validations left out.
+        waited: seconds of these in which the model waited for data.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 @dataclass

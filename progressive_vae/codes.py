@@ -7,9 +7,9 @@ is written under a temporary name and renamed, so it is complete or absent.
 
 import copy
 import json
-import math
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +22,14 @@ from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
-FORMAT = 1
-_FEATURES = datasets.Features({"grid": datasets.Value("binary"), "label": datasets.Value("int64")})
+FORMAT = 2
+_FEATURES = datasets.Features(
+    {
+        "grid": datasets.Value("binary"),
+        "label": datasets.Value("int64"),
+        "crc": datasets.Value("uint32"),  # of the grid: a disk may lie
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,10 @@ def write_cache(
         state.wait_for_everyone()
     writer = ArrowWriter(path=str(temporary / shards[rank]), features=_FEATURES)
     for grids, labels in batches:
-        rows = grids.numpy().astype(manifest.dtype).reshape(len(grids), -1)
-        writer.write_batch({"grid": [row.tobytes() for row in rows], "label": labels.tolist()})
+        array = grids.numpy().astype(manifest.dtype).reshape(len(grids), -1)
+        rows = [row.tobytes() for row in array]
+        crcs = [zlib.crc32(row) for row in rows]
+        writer.write_batch({"grid": rows, "label": labels.tolist(), "crc": crcs})
     writer.finalize()
     if state is not None:
         state.wait_for_everyone()
@@ -104,7 +112,7 @@ class GridDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder: str | Path, expected: Manifest | None = None):
-        path = Path(folder) / "manifest.json"
+        self.folder, path = folder, Path(folder) / "manifest.json"
         if not path.is_file():
             raise ValueError(f"expected a code cache in {folder}, got no manifest.json")
         contents = json.loads(path.read_text())
@@ -135,11 +143,18 @@ class GridDataset(torch.utils.data.Dataset):
         return self.num_examples
 
     def batch(self, indices: slice | list[int]) -> tuple[Tensor, Tensor]:
-        """(grids int64 (b, *shape), labels int64 (b,))."""
+        """(grids int64 (b, *shape), labels int64 (b,)).
+
+        Raises:
+            ValueError: a grid that is not what was written.
+        """
         rows = self.table[indices]
+        if [zlib.crc32(grid) for grid in rows["grid"]] != rows["crc"]:
+            raise ValueError(
+                f"expected the grids that were written to {self.folder}, got others: the cache is "
+                "damaged, delete it and it is made again"
+            )
         values = np.frombuffer(b"".join(rows["grid"]), self.manifest.dtype)
-        if values.size != len(rows["grid"]) * math.prod(self.manifest.shape):
-            raise ValueError(f"expected grids of shape {self.manifest.shape}, got other sizes")
         grids = torch.from_numpy(values.reshape(-1, *self.manifest.shape).astype(np.int64))
         return grids, torch.tensor(rows["label"])
 

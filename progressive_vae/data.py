@@ -75,9 +75,9 @@ def load_images(
             raise ValueError(f"expected train_data_dir to be a folder, got {train_data_dir!r}")
         is_parquet = any(Path(train_data_dir).rglob("*.parquet"))
         loader = "parquet" if is_parquet else "imagefolder"
-        splits = datasets.load_dataset(loader, data_dir=train_data_dir, streaming=streaming)
+        splits = _load(loader, data_dir=train_data_dir, streaming=streaming)
     else:
-        splits = datasets.load_dataset(dataset_name, dataset_config_name, streaming=streaming)
+        splits = _load(str(dataset_name), name=dataset_config_name, streaming=streaming)
     if train_split not in splits:
         raise ValueError(f"expected train_split among {list(splits)}, got {train_split!r}")
     if eval_split in splits and eval_split != train_split:
@@ -99,6 +99,15 @@ def load_images(
                                                          fraction=eval_fraction))
         for split, wanted in (("train", False), ("test", True))
     }  # fmt: skip
+
+
+def _load(path: str, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:
+    try:
+        return datasets.load_dataset(path, **options)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"expected at least one image in each split: {error}") from error
 
 
 def _is_held_out(row: dict, column: str, fraction: float, wanted: bool) -> bool:
@@ -149,7 +158,7 @@ def find_labels(
     if isinstance(train, datasets.IterableDataset):
         columns, are_classes = [], isinstance(feature, datasets.ClassLabel)
     else:
-        columns = [np.asarray(table[name][:]) for table in splits.values()]
+        columns = [np.asarray(table.with_format("numpy")[name][:]) for table in splits.values()]
         are_classes = all(c.dtype.kind in "iu" and c.min() >= 0 for c in columns)
     if not are_classes or (
         isinstance(feature, datasets.ClassLabel) and set(feature.names) <= {"train", "test", "val"}
@@ -161,8 +170,17 @@ def find_labels(
             )
         return None, []
     if isinstance(feature, datasets.ClassLabel):
-        return name, list(feature.names)
-    return name, [str(i) for i in range(1 + int(max(c.max() for c in columns)))]
+        names = list(feature.names)
+    else:
+        names = [str(i) for i in range(1 + int(max(c.max() for c in columns)))]
+    found = set(np.unique(columns[0]).tolist()) if columns else {*range(len(names))}
+    missing = [each for i, each in enumerate(names) if i not in found]
+    if missing:
+        warnings.warn(
+            f"no example of {missing} in the training split: what is drawn of them is not learned",
+            stacklevel=2,
+        )
+    return name, names
 
 
 def encoded(table: Table, image_column: str) -> Table:

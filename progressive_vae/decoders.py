@@ -174,7 +174,7 @@ class Stage(nn.Module):
         super().__init__()
         width, channels = config.hidden_size, config.value_channels
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
-        self.blocks = residual_blocks(width, config.num_layers)
+        self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         rank = config.pixel_logit_rank if config.is_finest else 0
         self.logits = nn.ModuleList(
@@ -260,7 +260,7 @@ class RasterDecoder(Decoder):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.blocks = residual_blocks(width, config.num_layers)
+        self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
         self.upsample = nn.Sequential(
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )

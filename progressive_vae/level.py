@@ -45,6 +45,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
         width = config.encoder_hidden_size or config.hidden_size
+        blocks = config.encoder_num_layers, config.block_kernel_size
         if config.is_finest:
             self.embed, embed_dim = None, config.value_channels
         else:
@@ -54,12 +55,12 @@ class Encoder(nn.Module):
         # few and each says much: they are looked at before the first halving.
         layers: list[nn.Module] = [] if config.is_finest else [
             nn.Conv2d(embed_dim, width, 3, padding=1),
-            residual_blocks(width, config.encoder_num_layers),
+            residual_blocks(width, *blocks),
         ]  # fmt: skip
         for step in range(int(math.log2(config.downsample))):
             layers += [
                 Downsample(embed_dim if config.is_finest and step == 0 else width, width),
-                residual_blocks(width, config.encoder_num_layers),
+                residual_blocks(width, *blocks),
             ]
         self.layers = nn.Sequential(*layers)
         self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, config.codebook_dim, 1))

@@ -57,13 +57,14 @@ class PixelLogits(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(norm(x)))), the identity at initialisation."""
+    """x + conv(silu(conv(norm(x)))), the identity at initialisation;
+    the second convolution mixes channels alone unless its kernel is 3×3."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, kernel_size: int):
         super().__init__()
         self.norm = ChannelNorm(width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = ZeroConv2d(width, width, 3, padding=1)
+        self.conv2 = ZeroConv2d(width, width, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.silu(self.conv1(self.norm(x))))
@@ -92,8 +93,8 @@ class Downsample(nn.Module):
         return self.conv(F.pixel_unshuffle(x, 2))
 
 
-def residual_blocks(width: int, num_layers: int) -> nn.Sequential:
-    return nn.Sequential(*(ResidualBlock(width) for _ in range(num_layers)))
+def residual_blocks(width: int, num_layers: int, kernel_size: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualBlock(width, kernel_size) for _ in range(num_layers)))
 
 
 def init_weights(module: nn.Module):

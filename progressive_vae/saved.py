@@ -5,7 +5,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Raised when files are written that older versions would misread; a golden test holds the format.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def stamp(prefix: str = "") -> dict[str, Any]:
@@ -13,8 +13,8 @@ def stamp(prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}format_version": FORMAT_VERSION, f"{prefix}progressive_vae": __version__}
 
 
-def take_stamp(fields: dict[str, Any], what: str, prefix: str = ""):
-    """Take the stamp out of fields that were loaded.
+def take_stamp(fields: dict[str, Any], what: str, prefix: str = "") -> int:
+    """Take the stamp out of fields that were loaded, and return their format.
 
     Raises:
         ValueError: the format is newer than what this version can read.
@@ -27,3 +27,4 @@ def take_stamp(fields: dict[str, Any], what: str, prefix: str = ""):
             f"progressive_vae {__version__} can read, got {found}, saved by {written_by}: "
             "run `pip install --upgrade progressive-vae`"
         )
+    return found

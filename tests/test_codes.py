@@ -81,3 +81,25 @@ def test_a_full_disk_leaves_the_cache_that_is_there(tmp_path):
     with pytest.raises(OSError, match="No space left"):
         write_cache(tmp_path / "cache", MANIFEST, full())
     assert len(GridDataset(tmp_path / "cache", MANIFEST)) == 20
+
+
+def test_a_grid_that_is_not_what_was_written_is_refused(tmp_path):
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+    (shard,) = (tmp_path / "cache").glob("*.arrow")
+    content, row = bytearray(shard.read_bytes()), next(batches())[0][0].numpy().astype("uint16")
+    content[content.index(row.tobytes())] ^= 1  # one bit
+    shard.write_bytes(bytes(content))
+    dataset = GridDataset(tmp_path / "cache", MANIFEST)
+    dataset.batch([1, 2])
+    with pytest.raises(ValueError, match="written to .*the cache is damaged, delete it"):
+        dataset.batch([2, 0])
+
+
+def test_shares_are_the_whole(tmp_path):
+    write_cache(tmp_path / "cache", MANIFEST, batches())
+    dataset = GridDataset(tmp_path / "cache", MANIFEST)
+    shares = [dataset.share(rank, 3) for rank in range(3)]
+    assert sum(map(len, shares)) == 20 and len(next(shares[0].batches(100))[0]) == len(shares[0])
+    joined = torch.cat([grids for share in shares for grids, _ in share.batches(4)])
+    assert torch.equal(joined, dataset.batch(slice(None))[0])
+    assert len(dataset.sample(7, seed=0)) == 7 and len(dataset.sample(50, seed=0)) == 20

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from progressive_vae.data import (
+    find_image_column,
     find_labels,
     load_digits,
     load_images,
@@ -64,7 +65,7 @@ def test_labels_that_are_no_classes():
     assert find_labels(splits) == (None, [])
     with pytest.raises(ValueError, match="label_column of integers"):
         find_labels(splits, "label")
-    numbers = table(pictures("L", "L"), label=[0, 2])
+    numbers = table(pictures("L", "L", "L"), label=[0, 2, 1])
     assert find_labels(datasets.DatasetDict(train=numbers, test=numbers))[1] == ["0", "1", "2"]
 
 
@@ -124,3 +125,50 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
     with pytest.warns(UserWarning, match="left out 2 images that cannot be read: .*1.png, .*2.png"):
         ((grids, labels),) = pixel_batches(read_images(images, "image", None, (1, 3, 4)))
     assert len(grids) == len(labels) == 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA"])
+def test_every_mode_of_8_bits_becomes_colour(mode):
+    grey = PIL.Image.new("L", (4, 3), 255)
+    first = PIL.Image.new("RGB", (4, 3))
+    images = table([first, grey.convert("RGB" if mode == "LA" else "L").convert(mode)])
+    (_, (array, _)) = read_images(images, "image", None, (3, 3, 4))
+    assert array.dtype == np.uint8 and array.min() >= 254
+
+
+def test_transparency_and_palettes_are_read_as_colour():
+    palette = PIL.Image.new("RGB", (4, 3), (10, 200, 30)).quantize(4)
+    clear = PIL.Image.new("RGBA", (4, 3), (10, 200, 30, 0))
+    (one, _), (two, _) = read_images(table([palette, clear]), "image", None, (3, 3, 4))
+    assert one[:, 0, 0].tolist() == two[:, 0, 0].tolist() == [10, 200, 30]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_more_than_8_bits_is_refused(mode):
+    with pytest.raises(ValueError, match=f"expected 8-bit images .* got one of mode '{mode}'"):
+        list(read_images(table(pictures(mode)), "image", None, (1, 3, 4)))
+
+
+def test_a_missing_column():
+    images = table(pictures("L", "L")).rename_column("image", "scan")
+    with pytest.raises(ValueError, match="image_column among .*'scan'.*got none of the usual"):
+        find_image_column(images)
+    assert find_image_column(images, "scan") == "scan"
+    with pytest.raises(ValueError, match="expected image_column among .*'scan'.*got 'photo'"):
+        find_image_column(images, "photo")
+
+
+def test_an_empty_split(tmp_path):
+    for split, count in (("train", 3), ("test", 0)):
+        images = table(pictures(*["L"] * count))
+        images.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match='one image in each split: .*"test" corresponds to no'):
+        load_images(train_data_dir=str(tmp_path))
+
+
+def test_a_class_without_an_example():
+    names = datasets.ClassLabel(names=["cat", "dog", "owl"])
+    images = table(pictures("L", "L"), label=[0, 2]).cast_column("label", names)
+    with pytest.warns(UserWarning, match=r"no example of \['dog'\] in the training split"):
+        found = find_labels({"train": images, "test": images})
+    assert found == ("label", ["cat", "dog", "owl"])

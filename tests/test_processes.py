@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_level
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
@@ -53,12 +58,27 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def launch(*arguments):
+SCRIPT = str(ROOT / "examples" / "train.py")
+
+
+def launch(*arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return run([*command, f"--nproc_per_node={processes}", *arguments])
+
+
+def run(command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def losses(folder):
+    """Of every phase, by step, as TensorBoard has them."""
+    (events,) = {path.parent for path in (folder / "logs").rglob("events*") if path.parent.name}
+    reader = EventAccumulator(str(events)).Reload()
+    tags = [tag for tag in reader.Tags()["scalars"] if tag.endswith("/loss")]
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags}
 
 
 def test_the_codebook_of_two_processes_is_that_of_one(tmp_path):
@@ -83,8 +103,7 @@ def test_the_main_job_in_two_processes(tmp_path):
         "--max_train_steps 3 --prior_max_train_steps 3 --validation_steps 2 --max_eval_samples 20 "
         "--max_train_samples 200 --decoder_order factorized lattice --report_to none"
     ).split()
-    script = str(ROOT / "examples" / "train.py")
-    printed = launch(script, *flags, "--output_dir", str(tmp_path / "run"))
+    printed = launch(SCRIPT, *flags, "--output_dir", str(tmp_path / "run"))
     assert printed.count("| total |") == 1  # one process evaluates
     assert (tmp_path / "run" / "metrics.json").is_file()
     assert not list((tmp_path / "run").rglob("*.incomplete"))
@@ -109,12 +128,95 @@ def test_two_processes_go_on_from_their_checkpoint(tmp_path):
         "20",
     ]
     flags += ["--checkpointing_steps", "2", "--phase", "level_2"]
-    script, folders = str(ROOT / "examples" / "train.py"), (tmp_path / "whole", tmp_path / "parts")
-    launch(script, *flags, "--output_dir", str(folders[0]))
+    folders = (tmp_path / "whole", tmp_path / "parts")
+    launch(SCRIPT, *flags, "--output_dir", str(folders[0]))
     (tmp_path / "stops.py").write_text(STOPS)
-    launch(str(tmp_path / "stops.py"), script, *flags, "--output_dir", str(folders[1]))
+    launch(str(tmp_path / "stops.py"), SCRIPT, *flags, "--output_dir", str(folders[1]))
     assert (folders[1] / "checkpoint-level_2-00000004").is_dir()
     resume = ["--resume_from_checkpoint", "latest"]
-    launch(script, *flags, "--output_dir", str(folders[1]), *resume)
+    launch(SCRIPT, *flags, "--output_dir", str(folders[1]), *resume)
     ours, theirs = ((f / "level_2" / "model.safetensors").read_bytes() for f in folders)
     assert ours == theirs
+
+
+def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):
+    """Losses, codebooks and weights, with noise of all kinds: Gumbel, lost classes, wrong codes."""
+    flags = [*SMALL, "--quantizer", "gumbel", "vq", "--class_conditional_levels", "2"]
+    flags += ["--max_train_steps", "20", "--prior_max_train_steps", "20", "--logging_steps", "5"]
+    flags += ["--refit_max_train_steps", "0", "20", "--refit_corruption", "0", "0.3"]
+    batch_sizes = ("--train_batch_size", "--refit_train_batch_size", "--prior_train_batch_size")
+    for processes in (1, 2):
+        sizes = [x for name in batch_sizes for x in (name, str(32 // processes))]
+        folder = ["--output_dir", str(tmp_path / str(processes))]
+        launch(SCRIPT, *flags, *sizes, *folder, processes=processes)
+    ours, theirs = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert set(ours) == {f"{p}/loss" for p in ("level_2", "level_1", "prior", "refit_level_2")}
+    for phase, curve in ours.items():
+        assert len(curve) == 4
+        assert torch.allclose(torch.tensor(curve), torch.tensor(theirs[phase]), atol=2e-3), phase
+    for part in ("level_2", "level_1", "prior"):
+        one, two = (load_file(tmp_path / n / part / "model.safetensors") for n in "12")
+        for name, value in one.items():
+            assert torch.allclose(value, two[name], atol=2e-3), (part, name)
+
+
+def test_a_stream_in_two_processes(tmp_path):
+    flags = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "30"]
+    launch(SCRIPT, *flags, "--output_dir", str(tmp_path))
+    assert len(GridDataset(tmp_path / "cache" / "level_1" / "train")) == 1437
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 30
+
+
+def launch_lines():
+    readme = (ROOT / "README.md").read_text()
+    return re.findall(r"^accelerate launch .*--num_processes .*$", readme, re.M)
+
+
+@pytest.mark.parametrize("line", [line for line in launch_lines() if "fsdp" not in line])
+def test_launch_lines_of_the_readme(line, tmp_path):
+    """They start as many processes as they say."""
+    flags = [
+        *SMALL,
+        "--report_to",
+        "none",
+        "--max_train_samples",
+        "100",
+        "--max_eval_samples",
+        "20",
+    ]
+    run([*shlex.split(line), *flags, "--output_dir", str(tmp_path)])
+    expected = int(re.search(r"--num_processes (\d+)", line)[1])
+    assert json.loads((tmp_path / "metrics.json").read_text())["machine"][:3] == f"{expected} ×"
+    for part in ("level_2", "level_1", "prior"):
+        (identity,) = json.loads((tmp_path / part / "history.json").read_text())
+        assert identity["num_processes"] == expected
+    assert expected > 1 and launch_lines()
+
+
+def test_a_sharded_prior_is_that_of_two_copies(tmp_path):
+    """FSDP2 on two CPUs, interrupted and not, against DDP."""
+    flags = [*SMALL, "--report_to", "none", "--output_dir", str(tmp_path)]
+    launch(SCRIPT, *flags)
+    sharded, weights = str(ROOT / "tests" / "sharded.py"), tmp_path / "prior" / "model.safetensors"
+    wanted = weights.read_bytes()
+    flags += ["--phase", "prior", "--checkpointing_steps", "5"]
+    launch(sharded, SCRIPT, *flags)
+    (tmp_path / "stops.py").write_text(STOPS.replace("== 4", "== 5"))
+    assert weights.read_bytes() == wanted
+    weights.unlink()
+    launch(str(tmp_path / "stops.py"), sharded, SCRIPT, *flags)
+    (checkpoint,) = tmp_path.glob("checkpoint-prior-*")
+    assert (checkpoint / "fit.pt").is_file() and (checkpoint / "fit_1.pt").is_file()
+    launch(sharded, SCRIPT, *flags, "--resume_from_checkpoint", "latest")
+    assert weights.read_bytes() == wanted
+    with pytest.raises(AssertionError, match="expected FSDP for the phase prior alone"):
+        launch(sharded, SCRIPT, *flags, "--phase", "level_1")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("line", [line for line in launch_lines() if "fsdp" in line])
+def test_the_launch_line_of_a_sharded_prior(line, tmp_path):
+    flags = [*SMALL, "--report_to", "none", "--max_eval_samples", "20"]
+    launch(SCRIPT, *flags, "--output_dir", str(tmp_path))
+    run([*shlex.split(line), *flags, "--output_dir", str(tmp_path)])
+    assert ProgressiveVAEPipeline.from_pretrained(tmp_path).prior is not None

@@ -15,7 +15,7 @@ from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.fingerprint import fingerprint
-from progressive_vae.training import FitSettings, fit
+from progressive_vae.fitting import FitSettings, fit
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(

@@ -1,0 +1,30 @@
+"""Run a script as under `accelerate launch --use_fsdp --fsdp_version 2`, but on CPUs, where
+Accelerate knows DDP alone.
+
+    torchrun --nproc_per_node 2 tests/sharded.py examples/train.py …
+"""
+
+import runpy
+import sys
+
+import accelerate
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+
+class ShardingAccelerator(accelerate.Accelerator):
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="SHARDED_STATE_DICT",
+        )
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.state.distributed_type = DistributedType.FSDP
+
+
+accelerate.Accelerator = ShardingAccelerator
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")

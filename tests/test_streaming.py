@@ -1,0 +1,120 @@
+"""Images that are read as they come."""
+
+import json
+from collections import Counter
+
+import PIL.Image
+import pytest
+import torch
+from conftest import load_script
+from test_training import SMALL
+
+from progressive_vae.codes import GridDataset, Manifest
+from progressive_vae.data import find_labels, load_images, read_images
+from progressive_vae.streaming import PixelStream
+
+COUNT = 1437  # digits to train on, in 4 files
+STREAM = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "30"]
+
+
+@pytest.fixture(scope="module")
+def stream():
+    table = load_images(dataset_name="digits", streaming=True)["train"]
+    manifest = Manifest("", "digits", "train", (1, 8, 8), 256)
+    return PixelStream(table, manifest, "image", "label", buffer_size=100)
+
+
+def files(grids):
+    return Counter(grid.numpy().tobytes() for grid in grids)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_process_reads_its_own_images(stream, processes):
+    shares = [
+        torch.cat([grids for grids, _ in stream.share(rank, processes).batches(100)])
+        for rank in range(processes)
+    ]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 4
+    whole = torch.cat([grids for grids, _ in stream.batches(100)])
+    assert len(whole) == COUNT and files(torch.cat(shares)) == files(whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_has_every_image_once_and_the_next_another_order(stream, workers):
+    stream.begin_at(0, 0)
+    batches = iter(torch.utils.data.DataLoader(stream, 1437 // 3, num_workers=workers))
+    first, second = (torch.cat([next(batches)["grid"] for _ in range(3)]) for _ in range(2))
+    assert max(files(first).values()) == 1
+    if not workers:  # with workers the passes of their shares overlap
+        assert files(first) == files(second) and not torch.equal(first, second)
+    stream.begin_at(0, 64)  # a resumed fit sees yet another order
+    again = next(iter(torch.utils.data.DataLoader(stream, 100)))["grid"]
+    assert not torch.equal(again, first[:100])
+    stream.begin_at(0, 0)
+    again = next(iter(torch.utils.data.DataLoader(stream, 100)))["grid"]
+    assert workers or torch.equal(again, first[:100])
+
+
+def test_images_are_held_out_by_their_bytes(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(60):
+            PIL.Image.new("L", (4, 4), 2 * i + (name == "dog")).save(tmp_path / name / f"{i}.png")
+    splits = load_images(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.3)
+    assert find_labels(splits) == ("label", ["cat", "dog"])
+    greys = {
+        split: [int(image.max()) for image, _ in read_images(table, "image", "label", (1, 4, 4))]
+        for split, table in splits.items()
+    }
+    assert sorted(greys["train"] + greys["test"]) == list(range(120))
+    assert 15 < len(greys["test"]) < 60
+
+
+def test_a_stream_that_ends_before_it_begins(stream):
+    empty = PixelStream(stream.table.take(0), stream.manifest, "image")
+    with pytest.raises(ValueError, match="expected images in split 'train', got none"):
+        next(iter(empty))
+
+
+def test_mirror_images(stream):
+    table = load_images(dataset_name="digits", streaming=True)["train"].take(200)
+    mirrored = PixelStream(table, stream.manifest, "image", random_flip=True, buffer_size=1)
+    plain = PixelStream(table, stream.manifest, "image", buffer_size=1)
+    seen, unseen = (
+        next(iter(torch.utils.data.DataLoader(s, 200)))["grid"] for s in (mirrored, plain)
+    )
+    is_flipped = (seen == unseen.flip(-1)).flatten(1).all(1)
+    assert ((seen == unseen).flatten(1).all(1) | is_flipped).all()
+    assert 60 < is_flipped.sum() < 140
+    assert sum(len(grids) for grids, _ in mirrored.batches(50)) == 400  # both, to be encoded
+
+
+def test_the_main_job_on_a_stream(tmp_path):
+    script, flags = load_script("train"), [*STREAM, "--output_dir", str(tmp_path)]
+    script.main([*flags, "--refit_max_train_steps", "0", "6"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["num_images"] == 30 and 0 < metrics["bits_per_dim"]["total"] < 9
+    assert "refit_level_2" in metrics["phases"]
+    cache = tmp_path / "cache"
+    assert not (cache / "pixels" / "train").exists()
+    assert len(GridDataset(cache / "level_2" / "train")) == COUNT
+    script.main([*flags, "--phase", "prior"])
+
+
+def test_a_stream_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    script = load_script("train")
+    save = script.Checkpoints.save
+
+    def save_and_stop(self, identity, progress, *arguments):
+        save(self, identity, progress, *arguments)
+        raise SystemExit(0)
+
+    flags = [*STREAM, "--output_dir", str(tmp_path), "--phase", "level_2"]
+    monkeypatch.setattr(script.Checkpoints, "save", save_and_stop)
+    with pytest.raises(SystemExit):
+        script.main([*flags, "--checkpointing_steps", "3"])
+    monkeypatch.undo()
+    (checkpoint,) = tmp_path.glob("checkpoint-level_2-*")
+    assert json.loads((checkpoint / "identity.json").read_text())["data"]["num_examples"] is None
+    script.main([*flags, "--resume_from_checkpoint", "latest"])
+    assert (tmp_path / "level_2" / "model.safetensors").is_file()
