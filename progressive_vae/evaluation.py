@@ -163,6 +163,92 @@ def frechet_distance(features: nn.Module, real: Iterable[Tensor], drawn: Iterabl
     return metric.compute().item()
 
 
+def precision_recall(real: Tensor, drawn: Tensor, num_neighbours: int = 3) -> dict[str, float]:
+    """Of two sets of features (n, F): the share of drawn ones that lie among the real ones, and of
+    real ones among the drawn ones.
+
+    A point lies among a set if it is nearer to one of its points than that point's k-th neighbour
+    in the set (Kynkäänniemi et al. 2019).
+    """
+
+    def share_among(points: Tensor, others: Tensor) -> float:
+        radii = [
+            torch.cdist(part, others).kthvalue(num_neighbours + 1).values
+            for part in others.split(1000)
+        ]
+        radius = torch.cat(radii)  # the nearest neighbour of a point is itself
+        inside = [(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return {"precision": share_among(drawn, real), "recall": share_among(real, drawn)}
+
+
+@torch.no_grad()
+def rate_distortion(
+    pipe: ProgressiveVAEPipeline,
+    images: Tensor,
+    num_draws: int = 8,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> dict[str, dict[str, float]]:
+    """For each level k the bits/dim of z_1 … z_k, and what they tell of uint8 images (B, C, H, W).
+
+    `mse` is the mean squared error, in squares of the 256 grey values, of one draw from z_1 … z_k;
+    `mse_of_mean` that of the mean of `num_draws` draws, nearer to what a decoder that minimises
+    squared error would show. `psnr` is 10 log10(255² / mse) in dB, likewise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sums: dict[str, Counter] = {f"level_{k}": Counter() for k in range(1, pipe.num_levels + 1)}
+    for batch in images.split(batch_size):
+        codes, nats = pipe.encode(batch), pipe.log_prob(batch)
+        rate = 0.0
+        for k, factor in enumerate(pipe.factor_names[:-1], 1):  # that of z_k
+            rate -= nats[factor].double().sum().item() / math.log(2)
+            shown = torch.stack(
+                [pipe.decode(codes[:k], "pt", generator) * 255 for _ in range(num_draws)]
+            )
+            errors = {"mse": shown[0] - batch, "mse_of_mean": shown.mean(0) - batch}
+            squares = {name: error.square().sum().item() for name, error in errors.items()}
+            sums[f"level_{k}"].update({"bits_per_dim": rate, **squares})
+    figures = {}
+    for name, totals in sums.items():
+        figures[name] = {key: value / images.numel() for key, value in totals.items()}
+        for key, psnr in (("mse", "psnr"), ("mse_of_mean", "psnr_of_mean")):
+            figures[name][psnr] = 10 * math.log10(255**2 / figures[name][key])
+    return figures
+
+
+def draw_labelled(
+    pipe: ProgressiveVAEPipeline, num_images: int, seed: int = 0, batch_size: int = 250
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Drawn uint8 images and their labels, spread evenly over the classes; −1 where there are
+    none. For `codes.write_cache`."""
+    assert pipe.prior is not None
+    num_classes, generator = pipe.prior.config.num_classes, torch.Generator().manual_seed(seed)
+    for start in range(0, num_images, batch_size):
+        numbers = torch.arange(start, min(start + batch_size, num_images))
+        labels = numbers % num_classes if num_classes else torch.full_like(numbers, -1)
+        prompt = {"class_labels": labels.tolist()} if num_classes else {}
+        drawn = pipe(
+            **prompt,
+            num_images_per_prompt=1 if num_classes else len(numbers),
+            generator=generator,
+            output_type="pt",
+            batch_size=batch_size,
+        )
+        yield (drawn.images * 255).round().to(torch.uint8), labels
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000) -> float:
+    """The share of images whose label a classifier of pixel values in [−1, 1] tells."""
+    right = sum(
+        int((classifier(images / 127.5 - 1).argmax(1) == labels).sum())
+        for images, labels in dataset.batches(batch_size)
+    )
+    return right / len(dataset)
+
+
 def distance_of_samples(
     pipe: ProgressiveVAEPipeline,
     classifier: Classifier,
@@ -173,18 +259,9 @@ def distance_of_samples(
 ) -> float:
     """Fréchet distance of so many drawn images, their labels spread evenly over the classes, to
     the held-out ones, in the features of a classifier."""
-    assert pipe.prior is not None
-    num_classes = pipe.prior.config.num_classes
-    labels = (torch.arange(num_images) % num_classes).tolist() if num_classes else None
-    drawn = pipe(
-        labels,
-        num_images_per_prompt=1 if num_classes else num_images,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="pt",
-        batch_size=batch_size,
-    ).images
+    drawn = (images / 255 for images, _ in draw_labelled(pipe, num_images, seed, batch_size))
     real = (images / 255 for images, _ in dataset.batches(batch_size))
-    return frechet_distance(ClassifierFeatures(classifier), real, drawn.split(batch_size))
+    return frechet_distance(ClassifierFeatures(classifier), real, drawn)
 
 
 def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float:

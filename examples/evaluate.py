@@ -1,0 +1,334 @@
+"""All held-out figures of a pipeline: bits, Fréchet distances, classes, rate and distortion.
+
+    python examples/evaluate.py
+        the Fashion-MNIST model that comes with the project, on the whole test set.
+
+    python examples/evaluate.py --model you/pictures --train_data_dir pictures
+
+Writes `evaluation.json`, `evaluation.md` and `rate_distortion.png` into `--output_dir`, where the
+caches of the images, the drawn images and the classifier stay too. Distances are in the features of
+a small classifier of the data set's own labels, or with `--features inception` in those of
+torchmetrics' Inception network, whose weights are then fetched.
+"""
+
+import io
+import math
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import PIL.Image
+import torch
+from datasets import disable_progress_bars
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import HfArgumentParser
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.codes import GridDataset, Manifest, write_cache
+from progressive_vae.data import (
+    find_image_column,
+    find_labels,
+    load_images,
+    pixel_batches,
+    read_images,
+)
+from progressive_vae.evaluation import (
+    Classifier,
+    ClassifierFeatures,
+    accuracy,
+    draw_labelled,
+    evaluate,
+    frechet_distance,
+    label_accuracy,
+    precision_recall,
+    rate_distortion,
+    train_classifier,
+)
+from progressive_vae.fingerprint import fingerprint
+from progressive_vae.run import write_json
+
+LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default=str(Path(__file__).parent / "fashion_mnist"),
+        metadata={"help": "a pipeline's folder, or its repository on the Hub"},
+    )
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_data_dir: str | None = None
+    train_split: str = "train"
+    eval_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    resolution: int | None = None
+    center_crop: bool = False
+    max_eval_samples: int | None = None
+    features: str = field(default="classifier", metadata={"help": "classifier or inception"})
+    num_drawn: int = field(default=10_000, metadata={"help": "images drawn for the distances"})
+    num_drawn_to_learn_from: int = field(
+        default=60_000, metadata={"help": "drawn images that a classifier learns from; 0: none"}
+    )
+    classifier_steps: int = 4000
+    num_images_of_curve: int = field(default=1000, metadata={"help": "of rate and distortion"})
+    output_dir: str = "runs/evaluation"
+    seed: int = 0
+
+
+def cache(arguments: Arguments, pipe: ProgressiveVAEPipeline) -> dict[str, GridDataset]:
+    """The images of both splits, and the names of their classes."""
+    splits = load_images(
+        arguments.dataset_name,
+        arguments.dataset_config_name,
+        arguments.train_data_dir,
+        arguments.train_split,
+        arguments.eval_split,
+    )
+    limit = arguments.max_eval_samples
+    if limit is not None and limit < len(splits["test"]):
+        splits["test"] = splits["test"].shuffle(seed=0).select(range(limit))
+    column = find_image_column(splits["train"], arguments.image_column)
+    label_column, _ = find_labels(splits, arguments.label_column)
+    sizes, found = (arguments.resolution, arguments.center_crop), {}
+    for split, table in splits.items():
+        content = f"{arguments.dataset_name or arguments.train_data_dir} ({table._fingerprint}"
+        manifest = Manifest("", f"{content}; {sizes})", split, pipe.image_shape, 256)
+        folder = Path(arguments.output_dir) / "cache" / split
+        try:
+            found[split] = GridDataset(folder, manifest)
+        except ValueError:  # none there, or that of other images
+            images = read_images(table, column, label_column, pipe.image_shape, *sizes)
+            write_cache(folder, manifest, pixel_batches(images))
+            found[split] = GridDataset(folder, manifest)
+    return found
+
+
+def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int) -> GridDataset:
+    """Images drawn at temperature 1, their classes in turn; kept, as they take minutes."""
+    weights = f"{fingerprint(pipe.levels)} {sum(p.double().sum() for p in pipe.prior.parameters())}"
+    manifest = Manifest(weights, f"drawn {arguments.seed}", str(count), pipe.image_shape, 256)
+    folder = Path(arguments.output_dir) / "cache" / f"drawn_{count}"
+    try:
+        return GridDataset(folder, manifest)
+    except ValueError:
+        write_cache(folder, manifest, draw_labelled(pipe, count, arguments.seed))
+        return GridDataset(folder, manifest)
+
+
+def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module:
+    """(B, C, H, W) in [0, 1] -> (B, num_features)."""
+    if arguments.features == "inception":
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        inception = FrechetInceptionDistance(feature=2048, normalize=True).inception
+        return Inception(inception)
+    if arguments.features != "classifier":
+        raise ValueError(
+            f"expected features to be 'classifier' or 'inception', got {arguments.features!r}"
+        )
+    return ClassifierFeatures(classifier_of(arguments, data["train"], "classifier"))
+
+
+class Inception(torch.nn.Module):
+    """torchmetrics' Inception network on grey or coloured images in [0, 1]."""
+
+    num_features = 2048
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network((images.expand(-1, 3, -1, -1) * 255).to(torch.uint8))
+
+
+def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classifier:
+    """Trained on `data`, and kept."""
+    path = Path(arguments.output_dir) / "cache" / f"{name}.safetensors"
+    labels = data.batch(slice(None, 5000))[1]
+    if int(labels.min()) < 0:
+        raise ValueError("expected a data set with labels, got none: try --features inception")
+    identity = f"{data.manifest}, {arguments.classifier_steps} steps, seed {arguments.seed}"
+    num_classes = int(labels.max()) + 1
+    classifier = Classifier(data.manifest.shape[0], num_classes).eval()
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("identity") == identity:
+                classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
+                return classifier
+    classifier = train_classifier(data, num_classes, arguments.classifier_steps, arguments.seed)
+    save_file(classifier.state_dict(), path, {"identity": identity})
+    return classifier
+
+
+@torch.no_grad()
+def distances(
+    arguments: Arguments,
+    pipe: ProgressiveVAEPipeline,
+    features: torch.nn.Module,
+    data: dict[str, GridDataset],
+    drawn: GridDataset,
+) -> dict[str, dict[str, float]]:
+    """To the held-out images: of as many training images, of those drawn again from the true z_k of
+    held-out images, for each k, and of those drawn from nothing; with precision and recall."""
+    count, generator = len(drawn), torch.Generator().manual_seed(arguments.seed)
+    real = [images / 255 for images, _ in data["test"].batches(250)]
+
+    def again(level: int):
+        for images in real:
+            codes = pipe.encode((images * 255).to(torch.uint8))
+            yield pipe.decode(codes[:level], "pt", generator)
+
+    sources = {
+        f"{count} training images": [
+            images / 255 for images, _ in islice(data["train"].batches(250), count // 250)
+        ],
+        **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
+        "nothing": [images / 255 for images, _ in drawn.batches(250)],
+    }
+    of_real = torch.cat([features(images) for images in real])
+    rows = {}
+    for name, batches in sources.items():
+        images = list(batches)
+        of_these = torch.cat([features(batch) for batch in images])
+        rows[name] = {
+            "frechet_distance": frechet_distance(features, real, images),
+            **precision_recall(of_real, of_these),
+        }
+    return rows
+
+
+def lossy_files(images: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
+    """(bits/dim, mean squared error) of image files at low qualities, one file an image."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    arrays = [image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+              for image in images]  # fmt: skip
+    for name, qualities in LOSSY.items():
+        for quality in qualities:
+            try:
+                bits = squares = 0.0
+                for array in arrays:
+                    file, seen = encode_lossy(name, array, quality)
+                    bits += 8 * len(file)
+                    squares += float(((seen.astype(float) - array.astype(float)) ** 2).sum())
+            except ImportError:  # imagecodecs is not there
+                break
+            curves.setdefault(name, []).append((bits / images.numel(), squares / images.numel()))
+    return curves
+
+
+def encode_lossy(name: str, array, quality: int):
+    """The file, and the pixels that are read from it."""
+    import numpy as np
+
+    if name == "JPEG-XL":  # `quality` is the distance
+        import imagecodecs
+
+        file = imagecodecs.jpegxl_encode(array, distance=float(quality), effort=7)
+        seen = imagecodecs.jpegxl_decode(file)
+    else:
+        buffer = io.BytesIO()
+        PIL.Image.fromarray(array).save(buffer, name, quality=quality)
+        file = buffer.getvalue()
+        image = PIL.Image.open(io.BytesIO(file))
+        seen = np.asarray(image.convert("L" if array.ndim == 2 else "RGB"))
+    return file, seen.reshape(array.shape)
+
+
+def plot(curves: dict[str, list[tuple[float, float]]], path: Path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for name, points in curves.items():
+        rates, errors = zip(*sorted(points), strict=True)
+        axes.plot(rates, [10 * math.log10(255**2 / e) for e in errors], "o-", ms=4, label=name)
+    axes.set(xscale="log", xlabel="bits per dimension", ylabel="PSNR in dB")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+def report(metrics: dict) -> str:
+    """The figures as Markdown."""
+    lines = ["| factor | bits/dim |", "|---|---|"]
+    lines += [f"| {name} | {bits:.4f} |" for name, bits in metrics["bits_per_dim"].items()]
+    lines += [
+        "",
+        f"| images from | Fréchet distance ({metrics['features']}) | precision | recall |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for name, row in metrics["distances"].items():
+        figures = (row["frechet_distance"], row["precision"], row["recall"])
+        lines.append(f"| {name} | {figures[0]:.4f} | {figures[1]:.3f} | {figures[2]:.3f} |")
+    if "accuracy" in metrics:
+        lines += ["", "| accuracy on held-out images | |", "|---|---|"]
+        lines += [f"| {name} | {100 * a:.2f} % |" for name, a in metrics["accuracy"].items()]
+    lines += [
+        "",
+        "| from | bits/dim | PSNR of a draw | PSNR of a mean of draws |",
+        "|---|---|---|---|",
+    ]
+    for name, row in metrics["rate_distortion"].items():
+        lines.append(
+            f"| z_1 … z_{name.removeprefix('level_')} | {row['bits_per_dim']:.4f} | "
+            f"{row['psnr']:.2f} | {row['psnr_of_mean']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: list[str]):
+    arguments = HfArgumentParser(
+        Arguments, description="All held-out figures of a pipeline."
+    ).parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+    if arguments.dataset_name is None and arguments.train_data_dir is None:
+        arguments.dataset_name = "zalando-datasets/fashion_mnist"
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    disable_progress_bars()
+    pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    data = cache(arguments, pipe)
+    test, num_drawn = data["test"], min(arguments.num_drawn, len(data["train"]))
+    drawn, features = drawn_images(arguments, pipe, num_drawn), features_of(arguments, data)
+    metrics = {
+        "model": Path(arguments.model).name,
+        "num_images": len(test),
+        "features": arguments.features,
+        "seed": arguments.seed,
+        **evaluate(pipe, test),
+        "distances": distances(arguments, pipe, features, data, drawn),
+    }
+    if pipe.labels and arguments.features == "classifier":
+        real = classifier_of(arguments, data["train"], "classifier")
+        metrics["accuracy"] = {"learned from the training split": accuracy(real, test)}
+        for name, share in label_accuracy(pipe, real, test, arguments.seed).items():
+            if name != "images":
+                metrics["accuracy"][f"the same, on images drawn again from {name}"] = share
+        if count := arguments.num_drawn_to_learn_from:
+            learned = classifier_of(arguments, drawn_images(arguments, pipe, count), "learned")
+            metrics["accuracy"][f"learned from {count} drawn images"] = accuracy(learned, test)
+    images = test.batch(slice(0, arguments.num_images_of_curve))[0].to(torch.uint8)
+    metrics["rate_distortion"] = rate_distortion(pipe, images, seed=arguments.seed)
+    rows = metrics["rate_distortion"].values()
+    curves = {
+        "z_1 … z_k, a draw": [(row["bits_per_dim"], row["mse"]) for row in rows],
+        "z_1 … z_k, mean of 8 draws": [(row["bits_per_dim"], row["mse_of_mean"]) for row in rows],
+        **lossy_files(images),
+    }
+    metrics["curves"] = curves
+    plot(curves, output_dir / "rate_distortion.png")
+    write_json(output_dir / "evaluation.json", metrics)
+    (output_dir / "evaluation.md").write_text(report(metrics) + "\n")
+    print(f"{report(metrics)}\n\nwrote {output_dir}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

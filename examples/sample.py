@@ -1,0 +1,66 @@
+"""Draw images from a pipeline and save them as one grid.
+
+python examples/sample.py
+    ten of each class of the Fashion-MNIST model that comes with the project, in seconds.
+
+python examples/sample.py --model you/digits --class_labels 3 8 --guidance_scale 1.5
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.evaluation import picture_grid
+
+
+@dataclass
+class Arguments:
+    model: str = field(
+        default=str(Path(__file__).parent / "fashion_mnist"),
+        metadata={"help": "a pipeline's folder, or its repository on the Hub"},
+    )
+    class_labels: list[str] | None = field(
+        default=None, metadata={"help": "names or numbers of classes; all of them if not given"}
+    )
+    num_images_per_prompt: int = field(default=10, metadata={"help": "images of each class"})
+    guidance_scale: float = field(default=1.0, metadata={"help": "above 1: more like the class"})
+    temperature: float = 1.0
+    top_p: float | None = None
+    seed: int = 0
+    output: str = "samples.png"
+
+
+def main(words: list[str]):
+    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(
+        words, look_for_args_file=False
+    )[0]
+    pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    asked = [
+        int(name) if name.isdigit() and name not in pipe.labels else name
+        for name in arguments.class_labels or pipe.labels
+    ]
+    labels = asked or None
+    count = arguments.num_images_per_prompt * (len(labels) if labels else 1)
+    start = time.perf_counter()
+    images = pipe(
+        labels,
+        num_images_per_prompt=arguments.num_images_per_prompt,
+        guidance_scale=arguments.guidance_scale,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        generator=[torch.Generator().manual_seed(arguments.seed + i) for i in range(count)],
+    ).images
+    seconds = time.perf_counter() - start
+    picture_grid(images, arguments.num_images_per_prompt).save(arguments.output)
+    print(f"drew {count} images in {seconds:.1f} s, a row for each of {labels or ['no class']}")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
