@@ -180,12 +180,12 @@ def distances(
 
     def again(level: int):
         for images in real:
-            codes = pipe.encode((images * 255).to(torch.uint8))
+            codes = pipe.encode((images * 255).round().to(torch.uint8))
             yield pipe.decode(codes[:level], "pt", generator)
 
     sources = {
         f"{count} training images": [
-            images / 255 for images, _ in islice(data["train"].batches(250), count // 250)
+            images / 255 for images, _ in islice(data["train"].batches(250), math.ceil(count / 250))
         ],
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
         "nothing": [images / 255 for images, _ in drawn.batches(250)],

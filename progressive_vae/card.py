@@ -89,10 +89,14 @@ def figures_table(metrics: dict) -> str:
                   f"ones: {metrics['frechet_distance']:.4f}, in the features of a small classifier "
                   "of this data set: not to be compared with distances in other "
                   "features."]  # fmt: skip
-    lines += ["", "| phase | seconds | images/s |", "|---|---|---|"]
+    lines += ["", "| phase | seconds | share | waiting for data | images/s |", "|---" * 5 + "|"]
+    whole = sum(phase["seconds"] for phase in metrics["phases"].values())
     for name, phase in metrics["phases"].items():
-        lines.append(f"| {name} | {phase['seconds']:.1f} | {phase['images_per_second']:.0f} |")
-    lines.append(f"| sample, batch of 250 | | {metrics['sampled_images_per_second']:.0f} |")
+        seconds, waiting = phase["seconds"], phase.get("waiting_share")
+        cells = [name, f"{seconds:.1f}", f"{100 * seconds / whole:.1f} %"]
+        cells += ["" if waiting is None else f"{100 * waiting:.1f} %"]
+        lines.append("| " + " | ".join([*cells, f"{phase['images_per_second']:.0f}"]) + " |")
+    lines.append(f"| sample, batch of 250 | | | | {metrics['sampled_images_per_second']:.0f} |")
     return "\n".join(lines)
 
 

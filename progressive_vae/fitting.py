@@ -237,6 +237,7 @@ def _loader(
         batch_size=settings.train_batch_size,
         num_workers=settings.dataloader_num_workers,
         persistent_workers=settings.dataloader_num_workers > 0,
+        pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator().manual_seed(settings.seed),  # of the workers
     )
     if isinstance(dataset, PixelStream):

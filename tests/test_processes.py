@@ -82,6 +82,27 @@ def losses(folder):
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags}
 
 
+HEARS = """
+import runpy
+import sys
+
+from progressive_vae.checkpoints import Checkpoints
+
+is_due = Checkpoints.is_due
+
+
+def told_at_three(self, step, accelerator, logging_steps):
+    if step == 3 and accelerator.process_index == 1:
+        self.stop()
+    return is_due(self, step, accelerator, logging_steps)
+
+
+Checkpoints.is_due = told_at_three
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_the_codebook_of_two_processes_is_that_of_one(tmp_path):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(8, 1, 8, 8, generator=generator) * 2 - 1
@@ -138,6 +159,18 @@ def test_two_processes_go_on_from_their_checkpoint(tmp_path):
     launch(SCRIPT, *flags, "--output_dir", str(folders[1]), *resume)
     ours, theirs = ((f / "level_2" / "model.safetensors").read_bytes() for f in folders)
     assert ours == theirs
+
+
+def test_all_stop_where_one_is_told_to(tmp_path):
+    """Processes hear of a signal at different steps; they agree on the next that is logged."""
+    (tmp_path / "hears.py").write_text(HEARS)
+    flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--phase", "level_2"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "0"]
+    printed = launch(str(tmp_path / "hears.py"), SCRIPT, *flags)
+    assert "stopped in level_2 at step 4, which is saved" in printed
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == [
+        "checkpoint-level_2-00000004"
+    ]
 
 
 def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):

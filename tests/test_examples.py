@@ -1,0 +1,77 @@
+"""The scripts that sample and evaluate, on a pipeline that the script for training has written."""
+
+import json
+
+import PIL.Image
+import pytest
+import torch
+from conftest import load_script
+from test_training import SMALL
+
+from progressive_vae.evaluation import precision_recall, rate_distortion
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("digits")
+    flags = ["--report_to", "none", "--max_eval_samples", "50", "--output_dir", str(output_dir)]
+    load_script("train").main([*SMALL, *flags])
+    return output_dir
+
+
+def test_sample_draws_a_row_for_each_class(trained, tmp_path, capsys):
+    script, path = load_script("sample"), tmp_path / "drawn.png"
+    flags = ["--model", str(trained), "--output", str(path), "--num_images_per_prompt", "3"]
+    script.main(flags)
+    whole = PIL.Image.open(path)
+    assert "drew 30 images" in capsys.readouterr().out
+    script.main([*flags, "--class_labels", "3", "8", "--guidance_scale", "1.5"])
+    two = PIL.Image.open(path)
+    assert two.width == whole.width and two.height * 5 == whole.height
+
+
+def test_evaluate_writes_every_figure(trained, tmp_path):
+    script = load_script("evaluate")
+    flags = ["--model", str(trained), "--dataset_name", "digits", "--output_dir", str(tmp_path)]
+    flags += ["--max_eval_samples", "100", "--num_drawn", "100", "--classifier_steps", "30"]
+    flags += ["--num_drawn_to_learn_from", "200", "--num_images_of_curve", "10"]
+    script.main(flags)
+    first = json.loads((tmp_path / "evaluation.json").read_text())
+    bits = first["bits_per_dim"]
+    assert set(bits) == {"prior", "level_1", "level_2", "total"} and first["num_images"] == 100
+    assert list(first["distances"])[1:] == ["true z_2", "true z_1", "nothing"]
+    for row in first["distances"].values():
+        assert row["frechet_distance"] >= 0 and 0 <= row["precision"] <= 1 >= row["recall"] >= 0
+    curve = first["rate_distortion"]
+    assert 0 < curve["level_1"]["bits_per_dim"] < curve["level_2"]["bits_per_dim"] < bits["total"]
+    for row in curve.values():
+        assert row["mse_of_mean"] <= row["mse"]
+    assert {"JPEG", "WebP"} <= set(first["curves"])
+    assert "learned from 200 drawn images" in first["accuracy"]
+    assert PIL.Image.open(tmp_path / "rate_distortion.png").width > 500
+    assert f"{bits['total']:.4f}" in (tmp_path / "evaluation.md").read_text()
+    script.main(flags)  # from what is kept, the same
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == first
+    with pytest.raises(ValueError, match="features to be 'classifier' or 'inception', got 'x'"):
+        script.main([*flags, "--features", "x"])
+
+
+def test_precision_and_recall():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 2, generator=generator)
+    alike = precision_recall(real, torch.randn(300, 2, generator=generator))
+    assert alike["precision"] > 0.85 and alike["recall"] > 0.85
+    narrow = precision_recall(real, 0.05 * torch.randn(300, 2, generator=generator))
+    assert narrow["precision"] > 0.9 and narrow["recall"] < 0.2
+    away = precision_recall(real, real + 100)
+    assert away == {"precision": 0.0, "recall": 0.0}
+
+
+def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
+    curve = rate_distortion(pipe, images, num_draws=2)
+    bits = pipe.bits_per_dim(images)
+    rate = 0.0
+    for k, factor in enumerate(("prior", "level_1", "level_2"), 1):
+        rate += bits[factor]
+        assert curve[f"level_{k}"]["bits_per_dim"] == pytest.approx(rate, rel=1e-4)
+        assert curve[f"level_{k}"]["psnr"] <= curve[f"level_{k}"]["psnr_of_mean"]
