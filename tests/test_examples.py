@@ -75,3 +75,28 @@ def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
         rate += bits[factor]
         assert curve[f"level_{k}"]["bits_per_dim"] == pytest.approx(rate, rel=1e-4)
         assert curve[f"level_{k}"]["psnr"] <= curve[f"level_{k}"]["psnr_of_mean"]
+
+
+def test_benchmark_measures_both(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "{num_levels: 2, codebook_size: [8], downsample: [2], hidden_size: [8], num_layers: [1], "
+        "encoder_hidden_size: [8], train_batch_size: [16], learning_rate: [1.0e-3], "
+        "prior_train_batch_size: 16, prior_learning_rate: 1.0e-3, prior_config: "
+        "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, "
+        "num_attention_heads: 2}}"
+    )
+    script = load_script("benchmark")
+    script.TIMED_SECONDS = 0.02
+    flags = ["--dataset_name", "digits", "--train_minutes", "0.02", "--num_drawn", "60"]
+    flags += ["--config", str(recipe), "--output_dir", str(tmp_path / "out")]
+    script.main(flags)
+    ours, theirs, real = json.loads((tmp_path / "out" / "benchmark.json").read_text()).values()
+    assert 0 < real["Fréchet distance"] < min(x["Fréchet distance"] for x in (ours, theirs))
+    assert {"level_1, batch 250", "prior, batch 1", "encoded"} <= set(ours)
+    assert 0 < ours["share of the rate of bf16 products, training level_2"] < 1
+    weights = (tmp_path / "out" / "afternoon" / "vae.safetensors").read_bytes()
+    pipeline = str(tmp_path / "out" / "progressive_vae" / "pipeline")
+    script.main([*flags, "--model", pipeline])  # nothing is trained again
+    assert (tmp_path / "out" / "afternoon" / "vae.safetensors").read_bytes() == weights
+    assert "| pipeline |" in capsys.readouterr().out
