@@ -78,9 +78,9 @@ def tiny_pipeline(num_channels: int = 3, **prior) -> ProgressiveVAEPipeline:
     return pipe
 
 
-def load_script(name: str):
-    """A script of `examples/` as a module; each `main` starts as a new process would."""
-    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+def load_script(name: str, folder: str = "examples"):
+    """A script as a module; each `main` starts as a new process would."""
+    path = Path(__file__).parents[1] / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

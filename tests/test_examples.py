@@ -8,6 +8,7 @@ import torch
 from conftest import load_script
 from test_training import SMALL
 
+from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.evaluation import precision_recall, rate_distortion
 
 
@@ -54,6 +55,25 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == first
     with pytest.raises(ValueError, match="features to be 'classifier' or 'inception', got 'x'"):
         script.main([*flags, "--features", "x"])
+
+
+def test_half_the_bytes_and_the_same_model(trained, tmp_path, images):
+    script = load_script("halve", "conversion")
+    script.main([str(trained), str(tmp_path)])
+    whole, half = (ProgressiveVAEPipeline.from_pretrained(path) for path in (trained, tmp_path))
+    for name in whole.factor_names:
+        sizes = [(path / name / "model.safetensors").stat().st_size for path in (trained, tmp_path)]
+        assert sizes[1] < 0.7 * sizes[0]  # names and shapes are not halved
+        assert {p.dtype for p in getattr(half, name).parameters()} == {torch.float32}
+    digits = images[:, :1, :5, :5].repeat(1, 1, 2, 2)[..., :8, :8]
+    assert half.bits_per_dim(digits) == pytest.approx(whole.bits_per_dim(digits), rel=1e-2)
+    with pytest.raises(ValueError, match="another folder than the source"):
+        script.main([str(tmp_path), str(tmp_path)])
+    with torch.no_grad():
+        whole.level_1.decoder.stem.bias[0] = 1e6
+    whole.save_pretrained(tmp_path / "large")
+    with pytest.raises(ValueError, match="below 65504, got larger ones in level_1.decoder.stem"):
+        script.main([str(tmp_path / "large"), str(tmp_path / "target")])
 
 
 def test_precision_and_recall():

@@ -1,0 +1,50 @@
+"""Store a pipeline in half the bytes: weights of 16 bits on the disk, of 32 bits once loaded.
+
+    python conversion/halve.py runs/fashion_mnist examples/fashion_mnist
+
+Fingerprints, and so the parts' fit for one another, stay as they are. Figures do not go along: they
+are of other weights, if only just. (For weights that are also loaded in 16 bits, as GPUs like them,
+`pipe.save_pretrained(folder, variant="fp16")` is the usual way.)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.run import write_json
+
+
+def halve(source: str, target: str):
+    """
+    Raises:
+        ValueError: a weight that is too large for 16 bits, or `target` is `source`.
+    """
+    if Path(source).resolve() == Path(target).resolve():
+        raise ValueError(f"expected another folder than the source, got {target} for both")
+    pipe = ProgressiveVAEPipeline.from_pretrained(source, dtype=torch.float16)
+    for name in pipe.factor_names:
+        for key, value in getattr(pipe, name).state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"expected weights below 65504, got larger ones in {name}.{key}")
+    pipe.save_pretrained(target)
+    for name in pipe.factor_names:
+        path = Path(target) / name / "config.json"
+        write_json(path, {**json.loads(path.read_text()), "dtype": "float32"})
+
+
+def main(words: list[str]):
+    parser = HfArgumentParser((), description=__doc__.partition("\n")[0])
+    parser.add_argument("source", help="a pipeline's folder, or its repository on the Hub")
+    parser.add_argument("target", help="a folder to write")
+    arguments = parser.parse_args(words)
+    halve(arguments.source, arguments.target)
+    size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*.safetensors"))
+    print(f"wrote {size / 1e6:.2f} MB of weights to {arguments.target}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
