@@ -25,7 +25,7 @@ def halve(source: str, target: str):
     """
     if Path(source).resolve() == Path(target).resolve():
         raise ValueError(f"expected another folder than the source, got {target} for both")
-    pipe = ProgressiveVAEPipeline.from_pretrained(source, dtype=torch.float16)
+    pipe = ProgressiveVAEPipeline.from_pretrained(source).to(dtype=torch.float16)
     for name in pipe.factor_names:
         for key, value in getattr(pipe, name).state_dict().items():
             if not value.isfinite().all():

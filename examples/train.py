@@ -330,10 +330,11 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
         is_missing = training.overwrite_cache or not folder.exists()
         accelerator.wait_for_everyone()  # all have seen that there is no cache yet
         if is_missing:
-            share = split_dataset_by_node(
-                table, accelerator.process_index, accelerator.num_processes
-            )
-            images = read_images(share, *columns, shape, *sizes)
+            rank, processes = accelerator.process_index, accelerator.num_processes
+            share, before = split_dataset_by_node(table, rank, processes), 0
+            if not data.streaming:
+                before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
+            images = read_images(share, *columns, shape, *sizes, before)
             write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
         pixels[split] = GridDataset(folder, manifest)
     return pixels, names

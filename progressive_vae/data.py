@@ -231,16 +231,18 @@ def read_images(
     shape: tuple[int, int, int],
     resolution: int | None = None,
     center_crop: bool = False,
+    first_index: int = 0,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Each image, uint8 (C, H, W), and its label or −1.
 
-    Images that cannot be read are left out, and a warning counts and names them at the end.
+    Images that cannot be read are left out, and a warning counts and names them at the end, by
+    their files or by their indices, of which the table's begin with `first_index`.
 
     Raises:
         ValueError: an image whose size is not `shape`: nothing is resized unless asked.
     """
     mode, broken = "L" if shape[0] == 1 else "RGB", []
-    for index, row in enumerate(encoded(table, image_column)):
+    for index, row in enumerate(encoded(table, image_column), first_index):
         image = decode(row[image_column])
         if image is None:
             broken.append(row[image_column]["path"] or f"index {index}")
