@@ -1,6 +1,7 @@
 """The scripts that sample and evaluate, on a pipeline that the script for training has written."""
 
 import json
+from pathlib import Path
 
 import PIL.Image
 import pytest
@@ -10,6 +11,7 @@ from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.evaluation import precision_recall, rate_distortion
+from progressive_vae.hub import weights_digest
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,20 @@ def test_benchmark_measures_both(tmp_path, capsys):
     script.main([*flags, "--model", pipeline])  # nothing is trained again
     assert (tmp_path / "out" / "afternoon" / "vae.safetensors").read_bytes() == weights
     assert "| pipeline |" in capsys.readouterr().out
+
+
+def test_the_model_that_comes_with_the_project(tmp_path, monkeypatch, capsys):
+    folder = Path(__file__).parents[1] / "examples" / "fashion_mnist"
+    assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 4e6
+    monkeypatch.chdir(tmp_path)
+    load_script("sample").main(["--num_images_per_prompt", "2"])
+    assert "drew 20 images" in capsys.readouterr().out
+    assert PIL.Image.open("samples.png").height > PIL.Image.open("samples.png").width
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["weights"] == weights_digest(folder)  # the figures are of these weights
+    card = (folder / "README.md").read_text()
+    assert f"{metrics['bits_per_dim']['total']:.4f}" in card
+    codes = ProgressiveVAEPipeline.from_pretrained(folder).encode(
+        PIL.Image.open("samples.png").convert("L").crop((0, 0, 28, 28))
+    )
+    assert [z.shape for z in codes] == [(1, 4, 4), (1, 7, 7)]
