@@ -127,9 +127,9 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
     use = code_use(counts)
     draw, passes, start = Sampler(len(first)), [], time.process_time()
 
-    def choose(group, colour, logits):
+    def choose(group, colour, distribution):
         passes.append(group)
-        return draw(logits)
+        return draw(distribution.logits)
 
     level.decoder.walk(Condition(level.quantizer.lookup(first)), grids.shape[-2:], choose)
     seconds = time.process_time() - start

@@ -8,16 +8,18 @@
 Writes `evaluation.json`, `evaluation.md` and `rate_distortion.png` into `--output_dir`, where the
 caches of the images, the drawn images and the classifier stay too. Distances are in the features of
 a small classifier of the data set's own labels, or with `--features inception` in those of
-torchmetrics' Inception network, whose weights are then fetched.
+torchmetrics' Inception network, whose weights are then fetched; `--features none` leaves them out.
 """
 
 import io
 import math
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import torch
 from datasets import disable_progress_bars
@@ -50,6 +52,11 @@ from progressive_vae.fingerprint import fingerprint
 from progressive_vae.run import write_json
 
 LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
+LOSSLESS = {
+    "PNG": {"optimize": True},
+    "WebP": {"lossless": True, "quality": 100, "method": 6},
+    "JPEG-XL": {"lossless": True, "effort": 9},
+}
 
 
 @dataclass
@@ -68,7 +75,7 @@ class Arguments:
     resolution: int | None = None
     center_crop: bool = False
     max_eval_samples: int | None = None
-    features: str = field(default="classifier", metadata={"help": "classifier or inception"})
+    features: str = field(default="classifier", metadata={"help": "classifier, inception or none"})
     num_drawn: int = field(default=10_000, metadata={"help": "images drawn for the distances"})
     num_drawn_to_learn_from: int = field(
         default=60_000, metadata={"help": "drawn images that a classifier learns from; 0: none"}
@@ -119,8 +126,10 @@ def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int)
         return GridDataset(folder, manifest)
 
 
-def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module:
+def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module | None:
     """(B, C, H, W) in [0, 1] -> (B, num_features)."""
+    if arguments.features == "none":
+        return None
     if arguments.features == "inception":
         from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -128,7 +137,8 @@ def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.
         return Inception(inception)
     if arguments.features != "classifier":
         raise ValueError(
-            f"expected features to be 'classifier' or 'inception', got {arguments.features!r}"
+            "expected features to be 'classifier', 'inception' or 'none', "
+            f"got {arguments.features!r}"
         )
     return ClassifierFeatures(classifier_of(arguments, data["train"], "classifier"))
 
@@ -151,7 +161,9 @@ def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classif
     path = Path(arguments.output_dir) / "cache" / f"{name}.safetensors"
     labels = data.batch(slice(None, 5000))[1]
     if int(labels.min()) < 0:
-        raise ValueError("expected a data set with labels, got none: try --features inception")
+        raise ValueError(
+            "expected a data set with labels, got none: try --features inception, or none"
+        )
     identity = f"{data.manifest}, {arguments.classifier_steps} steps, seed {arguments.seed}"
     num_classes = int(labels.max()) + 1
     classifier = Classifier(data.manifest.shape[0], num_classes).eval()
@@ -179,9 +191,13 @@ def distances(
     real = [images / 255 for images, _ in data["test"].batches(250)]
 
     def again(level: int):
-        for images in real:
-            codes = pipe.encode((images * 255).round().to(torch.uint8))
-            yield pipe.decode(codes[:level], "pt", generator)
+        """Levels that know classes are told those of the images, as for what is drawn from nothing
+        they are told the one asked for."""
+        is_told = any(finer.config.num_classes for finer in pipe.levels[level - 1 :])
+        for images, labels in data["test"].batches(250):
+            codes = pipe.encode(images.to(torch.uint8))
+            told = {"class_labels": labels.tolist()} if is_told else {}
+            yield pipe.decode(codes[:level], "pt", generator, **told)
 
     sources = {
         f"{count} training images": [
@@ -202,41 +218,44 @@ def distances(
     return rows
 
 
-def lossy_files(images: torch.Tensor) -> dict[str, list[tuple[float, float]]]:
-    """(bits/dim, mean squared error) of image files at low qualities, one file an image."""
-    curves: dict[str, list[tuple[float, float]]] = {}
+def image_files(images: torch.Tensor) -> tuple[dict[str, float], dict[str, list]]:
+    """Of image files, one file an image: bits/dim of lossless ones, and (bits/dim, mean squared
+    error) of lossy ones at low qualities."""
     arrays = [image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
               for image in images]  # fmt: skip
+    curves: dict[str, list[tuple[float, float]]] = {}
+    lossless = {}
+    for name, options in LOSSLESS.items():
+        with suppress(ImportError):  # imagecodecs is not there
+            bits, squares = file_figures(name, arrays, options)
+            assert squares == 0
+            lossless[f"{name} files of {len(images)} images"] = bits
     for name, qualities in LOSSY.items():
         for quality in qualities:
-            try:
-                bits = squares = 0.0
-                for array in arrays:
-                    file, seen = encode_lossy(name, array, quality)
-                    bits += 8 * len(file)
-                    squares += float(((seen.astype(float) - array.astype(float)) ** 2).sum())
-            except ImportError:  # imagecodecs is not there
-                break
-            curves.setdefault(name, []).append((bits / images.numel(), squares / images.numel()))
-    return curves
+            with suppress(ImportError):
+                options = {"distance": quality} if name == "JPEG-XL" else {"quality": quality}
+                curves.setdefault(name, []).append(file_figures(name, arrays, options))
+    return lossless, {name: points for name, points in curves.items() if points}
 
 
-def encode_lossy(name: str, array, quality: int):
-    """The file, and the pixels that are read from it."""
-    import numpy as np
+def file_figures(name: str, arrays: list[np.ndarray], options: dict) -> tuple[float, float]:
+    """Bits/dim, and the mean squared error of the pixels that are read again."""
+    bits = squares = 0.0
+    for array in arrays:
+        if name == "JPEG-XL":
+            import imagecodecs
 
-    if name == "JPEG-XL":  # `quality` is the distance
-        import imagecodecs
-
-        file = imagecodecs.jpegxl_encode(array, distance=float(quality), effort=7)
-        seen = imagecodecs.jpegxl_decode(file)
-    else:
-        buffer = io.BytesIO()
-        PIL.Image.fromarray(array).save(buffer, name, quality=quality)
-        file = buffer.getvalue()
-        image = PIL.Image.open(io.BytesIO(file))
-        seen = np.asarray(image.convert("L" if array.ndim == 2 else "RGB"))
-    return file, seen.reshape(array.shape)
+            file = imagecodecs.jpegxl_encode(array, **{"effort": 7, **options})
+            seen = imagecodecs.jpegxl_decode(file)
+        else:
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(array).save(buffer, name, **options)
+            file = buffer.getvalue()
+            seen = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))
+        bits += 8 * len(file)
+        squares += float(((seen.reshape(array.shape) - array.astype(float)) ** 2).sum())
+    count = sum(array.size for array in arrays)
+    return bits / count, squares / count
 
 
 def plot(curves: dict[str, list[tuple[float, float]]], path: Path):
@@ -260,12 +279,11 @@ def report(metrics: dict) -> str:
     """The figures as Markdown."""
     lines = ["| factor | bits/dim |", "|---|---|"]
     lines += [f"| {name} | {bits:.4f} |" for name, bits in metrics["bits_per_dim"].items()]
-    lines += [
-        "",
-        f"| images from | Fréchet distance ({metrics['features']}) | precision | recall |",
-    ]
-    lines += ["|---|---|---|---|"]
-    for name, row in metrics["distances"].items():
+    lines += [f"| {name} | {bits:.4f} |" for name, bits in metrics["lossless_files"].items()]
+    if "distances" in metrics:
+        title = f"Fréchet distance ({metrics['features']})"
+        lines += ["", f"| images from | {title} | precision | recall |", "|---|---|---|---|"]
+    for name, row in metrics.get("distances", {}).items():
         figures = (row["frechet_distance"], row["precision"], row["recall"])
         lines.append(f"| {name} | {figures[0]:.4f} | {figures[1]:.3f} | {figures[2]:.3f} |")
     if "accuracy" in metrics:
@@ -297,31 +315,36 @@ def main(words: list[str]):
     pipe.set_progress_bar_config(disable=True)
     data = cache(arguments, pipe)
     test, num_drawn = data["test"], min(arguments.num_drawn, len(data["train"]))
-    drawn, features = drawn_images(arguments, pipe, num_drawn), features_of(arguments, data)
+    features = features_of(arguments, data)
     metrics = {
         "model": Path(arguments.model).name,
         "num_images": len(test),
         "features": arguments.features,
         "seed": arguments.seed,
         **evaluate(pipe, test),
-        "distances": distances(arguments, pipe, features, data, drawn),
     }
+    if features is not None:
+        drawn = drawn_images(arguments, pipe, num_drawn)
+        metrics["distances"] = distances(arguments, pipe, features, data, drawn)
     if pipe.labels and arguments.features == "classifier":
         real = classifier_of(arguments, data["train"], "classifier")
         metrics["accuracy"] = {"learned from the training split": accuracy(real, test)}
         for name, share in label_accuracy(pipe, real, test, arguments.seed).items():
             if name != "images":
                 metrics["accuracy"][f"the same, on images drawn again from {name}"] = share
+        told = "the same, on drawn images, of the class asked for"
+        metrics["accuracy"][told] = accuracy(real, drawn)
         if count := arguments.num_drawn_to_learn_from:
             learned = classifier_of(arguments, drawn_images(arguments, pipe, count), "learned")
             metrics["accuracy"][f"learned from {count} drawn images"] = accuracy(learned, test)
     images = test.batch(slice(0, arguments.num_images_of_curve))[0].to(torch.uint8)
     metrics["rate_distortion"] = rate_distortion(pipe, images, seed=arguments.seed)
     rows = metrics["rate_distortion"].values()
+    metrics["lossless_files"], of_files = image_files(images)
     curves = {
         "z_1 … z_k, a draw": [(row["bits_per_dim"], row["mse"]) for row in rows],
         "z_1 … z_k, mean of 8 draws": [(row["bits_per_dim"], row["mse_of_mean"]) for row in rows],
-        **lossy_files(images),
+        **of_files,
     }
     metrics["curves"] = curves
     plot(curves, output_dir / "rate_distortion.png")

@@ -45,7 +45,13 @@ from progressive_vae.card import PICTURES, figures_table
 from progressive_vae.chain import MAX_LEVELS, check_image_size, grid_sizes
 from progressive_vae.checkpoints import Checkpoints
 from progressive_vae.codes import GridDataset, Manifest, write_cache
-from progressive_vae.configuration import CORRUPTIONS, DECODER_FIELDS, DECODER_ORDERS, QUANTIZERS
+from progressive_vae.configuration import (
+    CORRUPTIONS,
+    DECODER_FIELDS,
+    DECODER_ORDERS,
+    PIXEL_DISTRIBUTIONS,
+    QUANTIZERS,
+)
 from progressive_vae.data import (
     GREY_MODES,
     decode,
@@ -131,6 +137,9 @@ class ModelArguments:
     downsample: list[int] = _list(2, "2 or 4: linear factor between a level and the finer grid")
     hidden_size: list[int] = _list(96, "width of the decoder")
     num_layers: list[int] = _list(2, "residual blocks of the decoder before each group")
+    pixel_distribution: list[str] = _list(
+        "categorical", f"of the finest level, one of {', '.join(PIXEL_DISTRIBUTIONS)}"
+    )
     pixel_logit_rank: list[int] = _list(64, "of the ordinal table of pixel values; 0: free logits")
     encoder_hidden_size: list[int] = _list(64, "width of the encoder")
     encoder_num_layers: list[int] = _list(1, "residual blocks of the encoder on each grid")
@@ -355,8 +364,9 @@ def level_configs(
     if not 1 <= model.num_levels <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
-             "pixel_logit_rank", "encoder_hidden_size", "encoder_num_layers", "block_kernel_size",
-             "decoder_order", "num_groups", "quantizer", "gumbel_decay")  # fmt: skip
+             "pixel_distribution", "pixel_logit_rank", "encoder_hidden_size", "encoder_num_layers",
+             "block_kernel_size", "decoder_order", "num_groups", "quantizer",
+             "gumbel_decay")  # fmt: skip
     columns = [per_level(name, getattr(model, name), model.num_levels) for name in names]
     knobs = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
     for i, level in enumerate(knobs, 1):

@@ -9,6 +9,7 @@
 | `chain.py` | what fits together: the grids of a chain of levels |
 | `sampling.py` | draws from categorical distributions, and their controls |
 | `labels.py` | class labels: numbers or names, as ids |
+| `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
 | `networks.py` | convolution nets; no probability in here |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |

@@ -12,14 +12,15 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from .saved import stamp, take_stamp
 
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
+PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
 QUANTIZERS = ("vq", "fsq", "gumbel")
 CORRUPTIONS = ("random", "near")
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # What a refit may change; the rest decides what the codes are.
-DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_logit_rank", "decoder_order",
-                  "num_groups", "num_classes", "id2label", "class_dropout", "corruption",
-                  "corruption_kind")  # fmt: skip
+DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logit_rank",
+                  "decoder_order", "num_groups", "num_classes", "id2label", "class_dropout",
+                  "corruption", "corruption_kind")  # fmt: skip
 
 # Groups of an order for a downsample, where the config leaves them open.
 _GROUPS = {
@@ -139,9 +140,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 is dearer by
             a fifth, and no better in equal time.
         value_embed_dim: length of the vector by which the networks see one finer value.
-        pixel_logit_rank: rank of the ordinal table through which the logits of pixels are made, so
-            that near values learn together; 0 for a free logit of every value, which is better
-            for few images of few grey values.
+        pixel_distribution: `"categorical"`, a probability of each value, or `"logistics"`, a
+            mixture around the neighbours of a pixel that are known already, for smooth pictures.
+        pixel_logit_rank: of `"categorical"`, the rank of the ordinal table through which the
+            logits of pixels are made, so that near values learn together; 0 for a free logit of
+            every value, which is better for few images of few grey values.
         decoder_order: how the finer grid is split into groups that are predicted in sequence.
             `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
@@ -180,6 +183,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     encoder_num_layers: int = 1
     block_kernel_size: int = 1
     value_embed_dim: int = 16
+    pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
     decoder_order: str = "lattice"
     num_groups: int | None = None
@@ -250,6 +254,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         for name, choices in (
             ("downsample", (2, 4)),
             ("block_kernel_size", (1, 3)),
+            ("pixel_distribution", PIXEL_DISTRIBUTIONS),
             ("decoder_order", DECODER_ORDERS),
             ("quantizer", QUANTIZERS),
             ("corruption_kind", CORRUPTIONS),
@@ -286,6 +291,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def is_finest(self) -> bool:
         return self.num_channels is not None
+
+    @property
+    def is_guessing(self) -> bool:
+        """Whether pixels have logistic distributions around guesses."""
+        return self.is_finest and self.pixel_distribution == "logistics"
 
     @property
     def is_stochastic(self) -> bool:

@@ -19,13 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from .distributions import Categorical, Distribution
 from .networks import (
+    FreeLogits,
     PixelEmbedding,
+    PixelLogistics,
     PixelLogits,
     Upsample,
     ZeroEmbedding,
-    ZeroLinear,
+    pixel_guesses,
     residual_blocks,
+    soft_differences,
 )
 
 
@@ -44,6 +48,25 @@ class Lattice:
         """The entries at this group's positions, (..., n)."""
         return self._view(grid).flatten(-2)
 
+    def near(self, grid: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """The four entries around each position that are known before this group, (4, ..., n),
+        mirrored at the borders of the true `size` (H, W); `None` where nothing is known."""
+        step = self.stride // 2
+        if self.offset == (0, 0):
+            return None
+        is_corner = min(self.offset) > 0
+        rows, columns = (
+            torch.arange(start, end, self.stride, device=grid.device)
+            for start, end in zip(self.offset, grid.shape[-2:], strict=True)
+        )
+        entries = [
+            grid[..., _mirrored(rows, y, size[0])[:, None], _mirrored(columns, x, size[1])]
+            for y in (-step, 0, step)
+            for x in (-step, 0, step)
+            if (x and y if is_corner else bool(x) != bool(y))
+        ]
+        return torch.stack(entries).flatten(-2)
+
     def put(self, grid: Tensor, values: Tensor):
         """The reverse: write (..., n)."""
         view = self._view(grid)
@@ -61,6 +84,13 @@ class Lattice:
         return grid[..., self.offset[0] :: self.stride, self.offset[1] :: self.stride]
 
 
+def _mirrored(indices: Tensor, step: int, length: int) -> Tensor:
+    """Indices moved by `step`, or as far back where that leaves [0, length)."""
+    moved = indices + step
+    moved = torch.where((moved < 0) | (moved >= length), indices - step, moved)
+    return moved.clamp(0, length - 1)  # of positions that are outside themselves
+
+
 @dataclass(frozen=True, eq=False)
 class Scattered:
     """Any positions, as indices (n,) into the flattened finer grid; the state has one place for
@@ -71,6 +101,9 @@ class Scattered:
 
     def take(self, grid: Tensor) -> Tensor:
         return grid.flatten(-2)[..., self.positions]
+
+    def near(self, grid: Tensor, size: tuple[int, int]) -> None:
+        """Nothing: what is known lies anywhere."""
 
     def put(self, grid: Tensor, values: Tensor):
         grid.view(*grid.shape[:-2], -1)[..., self.positions] = values
@@ -86,8 +119,8 @@ class Scattered:
 
 Group = Lattice | Scattered
 
-# What to do at one step of a walk: (group, colour, logits (B, n, V)) -> int64 (B, n).
-Choose = Callable[[Group, int, Tensor], Tensor]
+# What to do at one step of a walk: (group, colour, distribution) -> int64 (B, n).
+Choose = Callable[[Group, int, Distribution], Tensor]
 
 
 def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
@@ -139,8 +172,8 @@ class Decoder(nn.Module):
     or symbols with C = 1 and V = K_{i+1}. What the orders share is how z comes in. Each has
 
     - `walk(condition, size, choose)`: visits every group in order, on a finer grid of `size`
-      (H, W), and returns the chosen grid. `choose` is called with (group, colour, logits
-      (B, n, V)) and returns the values of that colour at the group's n positions, int64 (B, n).
+      (H, W), and returns the chosen grid. `choose` is called with (group, colour, distribution)
+      and returns the values of that colour at the group's n positions, int64 (B, n).
     - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,).
     """
 
@@ -170,23 +203,40 @@ class Decoder(nn.Module):
 class Stage(nn.Module):
     """The part of a group decoder that belongs to one group: refine, predict, take in."""
 
-    def __init__(self, config: ProgressiveVAELevelConfig, num_upsamples: int, is_final: bool):
+    def __init__(
+        self, config: ProgressiveVAELevelConfig, num_upsamples: int, is_first: bool, is_final: bool
+    ):
         super().__init__()
         width, channels = config.hidden_size, config.value_channels
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
+        if config.is_guessing and not is_first:
+            self.look = nn.Linear(4 * 3 * channels, width)
         self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
-        rank = config.pixel_logit_rank if config.is_finest else 0
-        self.logits = nn.ModuleList(
-            PixelLogits(width, rank) if rank else ZeroLinear(width, config.num_values)
-            for _ in range(channels)
-        )
+        self.logits = nn.ModuleList(make_head(config) for _ in range(channels))
+        known_dim = config.value_embed_dim + 3 * config.is_guessing
         # Later colours see the earlier ones of the same pixel.
-        self.colours = nn.ModuleList(
-            nn.Linear(config.value_embed_dim, width) for _ in range(channels - 1)
-        )
+        self.colours = nn.ModuleList(nn.Linear(known_dim, width) for _ in range(channels - 1))
         if not is_final:
-            self.take_in = nn.Conv2d(channels * config.value_embed_dim, width, 3, padding=1)
+            self.take_in = nn.Conv2d(channels * known_dim, width, 3, padding=1)
+
+    def refine(self, state: Tensor, group: Group, guesses: Tensor | None) -> Tensor:
+        """The state with z, or what is known of the grid, spread over it."""
+        state = self.upsample(state)
+        if hasattr(self, "look"):
+            near, mean = guesses[:4], guesses[-1]  # (4, B, C, n)
+            steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2)
+            state = state + group.spread(self.look(steps), state.shape[-2:])
+        return self.blocks(state)
+
+
+def make_head(config: ProgressiveVAELevelConfig) -> nn.Module:
+    """From features (B, n, width) to the distribution of one colour, or of symbols."""
+    if config.is_guessing:
+        return PixelLogistics(config.hidden_size)
+    if config.is_finest and config.pixel_logit_rank:
+        return PixelLogits(config.hidden_size, config.pixel_logit_rank)
+    return FreeLogits(config.hidden_size, config.num_values)
 
 
 class GroupDecoder(Decoder):
@@ -201,7 +251,12 @@ class GroupDecoder(Decoder):
             self.embedding = embedding(config.num_values, config.value_embed_dim)
         strides = [config.downsample, *(group.stride for group in groups)]
         self.stages = nn.ModuleList(
-            Stage(config, int(math.log2(before // group.stride)), group is groups[-1])
+            Stage(
+                config,
+                int(math.log2(before // group.stride)),
+                is_first=group is groups[0],
+                is_final=group is groups[-1],
+            )
             for before, group in zip(strides, groups, strict=False)
         )
 
@@ -212,22 +267,40 @@ class GroupDecoder(Decoder):
         grid = inside.new_zeros(len(state), channels, *inside.shape, dtype=torch.long)
         groups = self.order(self.config, tuple(inside.shape))
         for group, stage in zip(groups, self.stages, strict=True):
-            state = stage.blocks(stage.upsample(state))
+            guesses = self.guesses(group, grid, size)
+            state = stage.refine(state, group, guesses)
             features = stage.head(group.gather(state))  # (B, n, width)
-            embedded: list[Tensor] = []
+            known: list[Tensor] = []
+            guess = misses = None
             is_final = group is groups[-1]
             for colour in range(channels):
-                logits = stage.logits[colour](F.silu(features))
-                values = choose(group, colour, logits) * group.take(inside)
+                if guesses is not None:
+                    guess = guesses[:, :, colour]
+                distribution = stage.logits[colour](F.silu(features), guess, misses)
+                values = choose(group, colour, distribution) * group.take(inside)
                 group.put(grid[:, colour], values)
-                if colour + 1 < channels or not is_final:
-                    embedded.append(self.embedding(values))  # (B, n, E)
+                if colour + 1 == channels and is_final:
+                    break
+                known.append(self.embedding(values))  # (B, n, E)
+                if guess is not None:
+                    misses = values - guess
+                    known[-1] = torch.cat([known[-1], soft_differences(misses[-1])], -1)
                 if colour + 1 < channels:
-                    features = features + stage.colours[colour](embedded[-1])
+                    features = features + stage.colours[colour](known[-1])
             if not is_final:
-                known = group.spread(torch.cat(embedded, -1), state.shape[-2:])
-                state = state + stage.take_in(known)
+                taken = group.spread(torch.cat(known, -1), state.shape[-2:])
+                state = state + stage.take_in(taken)
         return grid[..., : size[0], : size[1]]
+
+    def guesses(self, group: Group, grid: Tensor, size: tuple[int, int]) -> Tensor | None:
+        """Where the logistics of the group's pixels begin, (8, B, C, n); `None` for other heads."""
+        if not self.config.is_guessing:
+            return None
+        near = group.near(grid, size)
+        if near is not None:
+            return pixel_guesses(near.float())
+        whole_range = torch.arange(16.0, 256, 32, device=grid.device)
+        return whole_range.view(8, 1, 1, 1).expand(8, *group.take(grid).shape)
 
     def inside(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
         """bool (h·downsample, w·downsample): true on the true positions of the padded grid."""
@@ -241,9 +314,9 @@ class GroupDecoder(Decoder):
         padded = F.pad(finer, (0, inside.shape[1] - size[1], 0, inside.shape[0] - size[0]))
         terms = []
 
-        def teacher(group: Group, colour: int, logits: Tensor) -> Tensor:
+        def teacher(group: Group, colour: int, distribution: Distribution) -> Tensor:
             values = group.take(padded[:, colour])
-            terms.append((log_probs(logits, values) * group.take(inside)).sum(1))
+            terms.append((distribution.log_prob(values) * group.take(inside)).sum(1))
             return values
 
         self.walk(condition, size, teacher)
@@ -288,7 +361,7 @@ class RasterDecoder(Decoder):
                 step = step + self._embed(values)
             output = self.backbone(inputs_embeds=step, past_key_values=cache, use_cache=True)
             group = Scattered(torch.tensor([position], device=inputs.device))
-            values, cache = choose(group, 0, output.logits), output.past_key_values
+            values, cache = choose(group, 0, Categorical(output.logits)), output.past_key_values
             group.put(grid[:, 0], values)
         return grid
 
@@ -298,7 +371,7 @@ class RasterDecoder(Decoder):
         inputs = self._conditions(condition, (finer.shape[-2], finer.shape[-1]))
         inputs = inputs + F.pad(self._embed(tokens[:, :-1]), (0, 0, 1, 0))
         output = self.backbone(inputs_embeds=inputs, use_cache=False)
-        return log_probs(output.logits, tokens).sum(1)
+        return Categorical(output.logits).log_prob(tokens).sum(1)
 
     def _conditions(self, condition: Condition, size: tuple[int, int]) -> Tensor:
         """What z says at each position, (B, H·W, width)."""
@@ -316,9 +389,3 @@ class RasterDecoder(Decoder):
 
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder:
     return (RasterDecoder if config.decoder_order == "raster" else GroupDecoder)(config)
-
-
-def log_probs(logits: Tensor, values: Tensor) -> Tensor:
-    """log P of values (B, n) under logits (B, n, V), in fp32: (B, n)."""
-    nats = F.cross_entropy(logits.flatten(0, 1).float(), values.flatten(), reduction="none")
-    return -nats.view(values.shape)

@@ -76,7 +76,7 @@ class Encoder(nn.Module):
 
 def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
     """Whether a decoder with config `new` can start as the function that one with `old` is."""
-    names = ("hidden_size", "pixel_logit_rank", "decoder_order", "num_groups")
+    names = ("hidden_size", "pixel_distribution", "pixel_logit_rank", "decoder_order", "num_groups")
     grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
     is_same = all(getattr(new, name) == getattr(old, name) for name in names)
     return is_same and (grows or new.num_layers == old.num_layers)
@@ -238,7 +238,7 @@ class ProgressiveVAELevel(PreTrainedModel):
         values = self.decoder.walk(
             Condition(quantized, labels, strength),
             size,
-            lambda group, colour, logits: draw(logits),
+            lambda group, colour, distribution: draw(distribution.logits),
         )[:batch_size]
         return values / 127.5 - 1 if self.config.is_finest else values[:, 0]
 

@@ -1,4 +1,4 @@
-"""Convolution nets on (B, C, H, W) in channels_last; no probability in here."""
+"""Convolution nets on (B, C, H, W) in channels_last, and the heads in which decoders end."""
 
 import math
 
@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+from .distributions import Categorical, PixelMixture
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -38,6 +40,13 @@ class PixelEmbedding(nn.Embedding):
         return 2**0.5 * torch.cos(math.pi / 2 * k * x[:, None])
 
 
+class FreeLogits(ZeroLinear):
+    """A logit of its own for every value: (B, n, width) -> (B, n, V)."""
+
+    def forward(self, x: Tensor, *_) -> Categorical:
+        return Categorical(super().forward(x))
+
+
 class PixelLogits(nn.Module):
     """Logits of the 256 pixel values, uniform at initialisation; near values learn together.
 
@@ -51,9 +60,51 @@ class PixelLogits(nn.Module):
         self.values = PixelEmbedding(256, rank)
         self.bias = nn.Parameter(torch.zeros(256))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., width) -> (..., 256)."""
-        return F.linear(self.project(x), self.values.weight, self.bias)
+    def forward(self, x: Tensor, *_) -> Categorical:
+        return Categorical(F.linear(self.project(x), self.values.weight, self.bias))
+
+
+class PixelLogistics(nn.Module):
+    """Logistic distributions around guesses of a pixel, uniform ones at first where there are none.
+
+    Four components begin at the nearest pixels that are known, as pictures repeat, and four, from
+    narrow to wide, at their mean, as pictures are smooth. Colours change together: a guess moves
+    by what it missed of the colour before.
+    """
+
+    NUM_GUESSES = 8
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.project = ZeroLinear(width, 4 * self.NUM_GUESSES + 1)
+
+    def forward(self, x: Tensor, guesses: Tensor, misses: Tensor | None) -> PixelMixture:
+        """
+        Args:
+            x: (B, n, width).
+            guesses: in pixel values, (8, B, n).
+            misses: the colour before less its guesses, (8, B, n).
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            numbers = self.project(x.float()).movedim(-1, 0).contiguous()
+            weights, offsets, log_scales, slopes = numbers.tensor_split((9, 17, 25))
+            means = guesses + offsets.clamp(-6, 6).sinh()  # fine near the guess, coarse far away
+            if misses is not None:
+                means = means + (1 + slopes) * misses
+            start = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0], device=x.device)
+            log_scales = (log_scales + start[:, None, None]).clamp(-3, 5)
+            return PixelMixture(weights.softmax(0), means, (-log_scales).exp())
+
+
+def pixel_guesses(near: Tensor) -> Tensor:
+    """What `PixelLogistics` begin at, (8, ...), of the nearest known values (4, ...)."""
+    return torch.cat([near, near.mean(0, keepdim=True).expand_as(near)])
+
+
+def soft_differences(differences: Tensor) -> Tensor:
+    """Differences of pixel values, to which small ones matter most: (...) -> (..., 3)."""
+    scales = torch.tensor([1.0, 6.0, 36.0], device=differences.device)
+    return (differences[..., None] / scales).tanh()
 
 
 class ResidualBlock(nn.Module):

@@ -59,10 +59,13 @@ def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, si
     assert total_variation(log_prob, grids, drawn) < 0.03
 
 
-@pytest.mark.parametrize("rank", [0, 64])
+@pytest.mark.parametrize(
+    "pixels",
+    [dict(pixel_logit_rank=0), dict(pixel_logit_rank=64), dict(pixel_distribution="logistics")],
+)
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
-def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, rank):
-    level = level_of(order, downsample, num_groups, num_channels=1, pixel_logit_rank=rank)
+def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, pixels):
+    level = level_of(order, downsample, num_groups, num_channels=1, **pixels)
     pixels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     with torch.no_grad():
         log_prob = level.log_prob(pixels, torch.zeros(256, 1, 1, dtype=torch.long))
@@ -74,9 +77,10 @@ def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, rank
     assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.04
 
 
-def test_colours_are_conditioned_on_each_other():
+@pytest.mark.parametrize("distribution", ["categorical", "logistics"])
+def test_colours_are_conditioned_on_each_other(distribution):
     """Σ_{g,b} P(r, g, b) = P(r), which the walk shows first, and colours are not independent."""
-    level = tiny_level(num_channels=3, downsample=2)
+    level = tiny_level(num_channels=3, downsample=2, pixel_distribution=distribution)
     code, red = torch.zeros(1, 1, 1, dtype=torch.long), 100
     green, blue = torch.cartesian_prod(torch.arange(256), torch.arange(256)).T
     values = torch.stack([torch.full_like(green, red), green, blue], 1).view(-1, 3, 1, 1)
@@ -86,9 +90,9 @@ def test_colours_are_conditioned_on_each_other():
         ).view(256, 256)
         first = []
 
-        def choose(group, colour, logits):
-            first.append(logits)
-            return logits.argmax(-1)
+        def choose(group, colour, distribution):
+            first.append(distribution.logits)
+            return first[-1].argmax(-1)
 
         level.decoder.walk(Condition(level.quantizer.lookup(code)), (1, 1), choose)
     expected = first[0].log_softmax(-1)[0, 0, red]
@@ -97,7 +101,14 @@ def test_colours_are_conditioned_on_each_other():
     assert (given_green[0] - given_green[200]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("kind", [dict(num_channels=3), dict(num_symbols=5)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict(num_channels=3),
+        dict(num_channels=3, pixel_distribution="logistics"),
+        dict(num_symbols=5),
+    ],
+)
 @pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
 def test_sampling_and_likelihood_see_the_same_logits(order, downsample, num_groups, kind):
     """Stepwise and teacher-forced log-probabilities agree, on a size that does not divide."""
@@ -112,9 +123,9 @@ def test_sampling_and_likelihood_see_the_same_logits(order, downsample, num_grou
         inside = inside[:5, :7]
     total = torch.zeros(2)
 
-    def choose(group, colour, logits):
-        values = torch.distributions.Categorical(logits=logits).sample()
-        nats = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
+    def choose(group, colour, distribution):
+        values = torch.distributions.Categorical(logits=distribution.logits).sample()
+        nats = distribution.logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
         total.add_((nats * group.take(inside)).sum(1))
         return values
 

@@ -51,11 +51,15 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
         assert row["mse_of_mean"] <= row["mse"]
     assert {"JPEG", "WebP"} <= set(first["curves"])
     assert "learned from 200 drawn images" in first["accuracy"]
+    assert first["lossless_files"]["WebP files of 10 images"] > bits["total"]  # headers are long
     assert PIL.Image.open(tmp_path / "rate_distortion.png").width > 500
     assert f"{bits['total']:.4f}" in (tmp_path / "evaluation.md").read_text()
     script.main(flags)  # from what is kept, the same
     assert json.loads((tmp_path / "evaluation.json").read_text()) == first
-    with pytest.raises(ValueError, match="features to be 'classifier' or 'inception', got 'x'"):
+    script.main([*flags, "--features", "none"])
+    without = json.loads((tmp_path / "evaluation.json").read_text())
+    assert without["bits_per_dim"] == bits and not {"distances", "accuracy"} & set(without)
+    with pytest.raises(ValueError, match="features to be 'classifier', 'inception' or"):
         script.main([*flags, "--features", "x"])
 
 
