@@ -209,8 +209,8 @@ class Stage(nn.Module):
         super().__init__()
         width, channels = config.hidden_size, config.value_channels
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
-        if config.is_guessing and not is_first:
-            self.look = nn.Linear(4 * 3 * channels, width)
+        looks = config.is_guessing and not is_first
+        self.look = nn.Linear(4 * 3 * channels, width) if looks else None
         self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.logits = nn.ModuleList(make_head(config) for _ in range(channels))
@@ -223,7 +223,7 @@ class Stage(nn.Module):
     def refine(self, state: Tensor, group: Group, guesses: Tensor | None) -> Tensor:
         """The state with z, or what is known of the grid, spread over it."""
         state = self.upsample(state)
-        if hasattr(self, "look"):
+        if self.look is not None and guesses is not None:
             near, mean = guesses[:4], guesses[-1]  # (4, B, C, n)
             steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2)
             state = state + group.spread(self.look(steps), state.shape[-2:])

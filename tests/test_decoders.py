@@ -5,7 +5,7 @@ import torch
 from conftest import all_grids, tiny_level, total_variation
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.decoders import ORDERS, Condition
+from progressive_vae.decoders import ORDERS, Condition, lattice_order
 
 # (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
 PIXEL_ORDERS = [
@@ -42,6 +42,41 @@ def test_what_a_group_gathers_it_spreads_to_the_same_places(order, downsample, n
         spread = group.spread(group.gather(state), size)
         assert torch.equal(group.gather(spread), group.gather(state))
         assert (spread != 0).sum() == group.gather(state).numel()
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 7), (3, 8)])
+def test_the_neighbours_of_a_position_are_known_before_it(size):
+    config = level_of("lattice", 4, 7, num_channels=1).config
+    unknown, inside = torch.full((8, 8), -1), torch.zeros(8, 8)
+    inside[: size[0], : size[1]] = 1
+    values = torch.arange(64).view(8, 8)
+    for group in lattice_order(config, (8, 8)):
+        near, is_inside = group.near(unknown, size), group.take(inside).bool()
+        if group.offset != (0, 0):
+            apart = near - group.take(values)  # rows are 8 apart
+            assert (near[:, is_inside] >= 0).all()
+            step = group.stride // 2
+            distances = {abs(y * 8 + x) for y in (-step, 0, step) for x in (-step, 0, step)}
+            assert set(apart[:, is_inside].abs().flatten().tolist()) <= distances - {0}
+        group.put(unknown, torch.where(is_inside, group.take(values), -1))
+
+
+def test_smooth_colours_cost_little_before_anything_is_learned():
+    """Logistics begin at the neighbours of a pixel, and at the colour before."""
+    config = ProgressiveVAELevelConfig(
+        num_channels=3, downsample=4, hidden_size=8, pixel_distribution="logistics"
+    )
+    level, codes = ProgressiveVAELevel(config).eval(), torch.zeros(1, 8, 8, dtype=torch.long)
+    noise = torch.randint(256, (1, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    slope = (50 + 2 * torch.arange(32) + torch.tensor([0, 40, 80]).view(1, 3, 1, 1)).expand(
+        1, 3, 32, 32
+    )
+    with torch.no_grad():
+        costs = [
+            -level.log_prob(x / 127.5 - 1, codes).item() / (math.log(2) * 3 * 32 * 32)
+            for x in (slope, noise)
+        ]
+    assert costs[0] < 5 < 8 < costs[1]
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])

@@ -1,0 +1,35 @@
+import pytest
+import torch
+
+from progressive_vae.distributions import Categorical, PixelMixture
+
+
+def mixture(mean: float, precision: float, floor: float = 0.01) -> PixelMixture:
+    """One component, as good as all the mass."""
+    weights = torch.tensor([1 - floor, floor]).view(2, 1, 1)
+    return PixelMixture(weights, torch.full((1, 1, 1), mean), torch.full((1, 1, 1), precision))
+
+
+@pytest.mark.parametrize("mean", [-300.0, 0.0, 100.3, 255.0, 600.0])
+@pytest.mark.parametrize("precision", [0.005, 1.0, 20.0])
+def test_the_mass_of_all_pixel_values_is_one(mean, precision):
+    distribution = mixture(mean, precision)
+    values = torch.arange(256)
+    one_by_one = torch.cat([distribution.log_prob(value.view(1, 1)) for value in values])[:, 0]
+    assert torch.allclose(distribution.logits[0, 0].exp(), one_by_one.exp(), atol=1e-6)
+    assert one_by_one.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    if precision >= 1:  # wide ones have much beyond the ends, which take it
+        assert one_by_one.argmax() == min(max(round(mean), 0), 255)
+
+
+def test_a_sharp_component_is_all_but_certain_and_no_value_impossible():
+    log_prob = mixture(100.0, 20.0, floor=1e-4).log_prob(torch.tensor([[100, 101, 0]]))
+    assert log_prob[0, 0] > -1e-3
+    assert torch.isfinite(log_prob).all()
+
+
+def test_free_probabilities_are_those_of_the_softmax():
+    logits = torch.randn(2, 3, 5)
+    values = torch.randint(5, (2, 3))
+    expected = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
+    assert torch.allclose(Categorical(logits).log_prob(values), expected)
