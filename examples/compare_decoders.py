@@ -129,7 +129,7 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
 
     def choose(group, colour, distribution):
         passes.append(group)
-        return draw(distribution.logits)
+        return draw.choose(distribution)
 
     level.decoder.walk(Condition(level.quantizer.lookup(first)), grids.shape[-2:], choose)
     seconds = time.process_time() - start

@@ -7,9 +7,9 @@
 | `saved.py` | what saved files say of themselves: version and format |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `chain.py` | what fits together: the grids of a chain of levels |
+| `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
 | `sampling.py` | draws from categorical distributions, and their controls |
 | `labels.py` | class labels: numbers or names, as ids |
-| `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
 | `networks.py` | convolution nets; no probability in here |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |

@@ -238,7 +238,7 @@ class ProgressiveVAELevel(PreTrainedModel):
         values = self.decoder.walk(
             Condition(quantized, labels, strength),
             size,
-            lambda group, colour, distribution: draw(distribution.logits),
+            lambda group, colour, distribution: draw.choose(distribution),
         )[:batch_size]
         return values / 127.5 - 1 if self.config.is_finest else values[:, 0]
 

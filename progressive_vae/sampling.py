@@ -1,4 +1,4 @@
-"""Draws from categorical distributions, with one generator for a batch or one per example."""
+"""Draws from distributions over values, with one generator for a batch or one per example."""
 
 from typing import TypeAlias
 
@@ -10,6 +10,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from .distributions import Distribution, PixelMixture
 
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
@@ -81,6 +83,14 @@ class Sampler:
             values = self._draw(null + self.guidance_scale * (given - null))
             return torch.cat([values, values])
         return self._draw(logits)
+
+    def choose(self, distribution: Distribution) -> Tensor:
+        """The same from what a decoder says; all its values are looked at only where needed."""
+        changed = self.greedy or self.is_guided or self.warpers
+        if isinstance(distribution, PixelMixture) and not changed:
+            places = distribution.means[0]
+            return distribution.quantiles(uniform(places.shape, self.generator, places.device))
+        return self(distribution.logits)
 
     def _draw(self, logits: Tensor) -> Tensor:
         if self.greedy:

@@ -28,6 +28,20 @@ def test_a_sharp_component_is_all_but_certain_and_no_value_impossible():
     assert torch.isfinite(log_prob).all()
 
 
+def test_quantiles_are_where_the_mass_exceeds_the_share():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.rand(8, 5, 40, generator=generator) * 300 - 20
+    precisions = torch.rand(8, 5, 40, generator=generator) * 3
+    weights = torch.randn(9, 5, 40, generator=generator).softmax(0)
+    distribution = PixelMixture(weights, means, precisions)
+    shares = torch.rand(5, 40, generator=generator)
+    cumulative = distribution.logits.exp().cumsum(-1)
+    expected = torch.searchsorted(cumulative, shares[..., None], right=True)[..., 0]
+    assert torch.equal(distribution.quantiles(shares), expected)
+    ends = distribution.quantiles(torch.tensor([0.0, 1 - 2**-24]).expand(5, 2).repeat(1, 20))
+    assert ends.min() >= 0 and ends.max() <= 255
+
+
 def test_free_probabilities_are_those_of_the_softmax():
     logits = torch.randn(2, 3, 5)
     values = torch.randint(5, (2, 3))
