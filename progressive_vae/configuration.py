@@ -141,7 +141,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             a fifth, and no better in equal time.
         value_embed_dim: length of the vector by which the networks see one finer value.
         pixel_distribution: `"categorical"`, a probability of each value, or `"logistics"`, a
-            mixture around the neighbours of a pixel that are known already, for smooth pictures.
+            mixture around the neighbours of a pixel that are known already, for smooth pictures
+            (with `decoder_order="lattice"`).
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table through which the
             logits of pixels are made, so that near values learn together; 0 for a free logit of
             every value, which is better for few images of few grey values.
@@ -261,6 +262,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
+        if self.is_guessing and self.decoder_order != "lattice":
+            raise ValueError(
+                "expected decoder_order='lattice' for pixel_distribution='logistics', got "
+                f"{self.decoder_order!r}"
+            )
         if self.decoder_order == "masked":
             fits = self.num_groups is not None and 1 <= self.num_groups <= 256
             expected = "1 … 256"

@@ -102,9 +102,6 @@ class Scattered:
     def take(self, grid: Tensor) -> Tensor:
         return grid.flatten(-2)[..., self.positions]
 
-    def near(self, grid: Tensor, size: tuple[int, int]) -> None:
-        """Nothing: what is known lies anywhere."""
-
     def put(self, grid: Tensor, values: Tensor):
         grid.view(*grid.shape[:-2], -1)[..., self.positions] = values
 
@@ -296,6 +293,7 @@ class GroupDecoder(Decoder):
         """Where the logistics of the group's pixels begin, (8, B, C, n); `None` for other heads."""
         if not self.config.is_guessing:
             return None
+        assert isinstance(group, Lattice)  # the config sees to it
         near = group.near(grid, size)
         if near is not None:
             return pixel_guesses(near.float())
