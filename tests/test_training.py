@@ -213,6 +213,7 @@ def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
     command = next(c for c in readme_commands() if "--train_data_dir" in c)
     flags = shlex.split(command)
     assert flags[:3] == ["accelerate", "launch", "examples/train.py"]
+    flags[flags.index("--config") + 1] = str(ROOT / flags[flags.index("--config") + 1])
     monkeypatch.chdir(tmp_path)
     folder = Path(flags[flags.index("--train_data_dir") + 1])
     folder.mkdir(parents=True)
@@ -222,8 +223,9 @@ def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
         picture = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         PIL.Image.fromarray(picture).resize((int(width), int(height))).save(folder / f"{i}.png")
     script.main([*flags[3:], *SMALL, "--max_train_steps", "2", "--prior_max_train_steps", "2"])
-    output_dir = Path(flags[flags.index("--output_dir") + 1])
+    output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
+    assert pipe.level_3.config.pixel_distribution == "logistics"
     assert pipe.num_levels == 3 and pipe.image_shape == (3, 64, 64)
     assert "label_accuracy" not in json.loads((output_dir / "metrics.json").read_text())
 
