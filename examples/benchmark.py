@@ -82,10 +82,12 @@ def cache_images(arguments: Arguments) -> tuple[dict[str, GridDataset], list[str
             "", f"{arguments.dataset_name} ({table._fingerprint})", split, shape, 256
         )
         folder = Path(arguments.output_dir) / "cache" / "pixels" / split
-        if not folder.exists():
+        try:
+            caches[split] = GridDataset(folder, manifest)
+        except ValueError:  # none there, or that of other images
             images = read_images(table, column, label_column, shape)
             write_cache(folder, manifest, pixel_batches(images))
-        caches[split] = GridDataset(folder, manifest)
+            caches[split] = GridDataset(folder, manifest)
     return caches, names
 
 
