@@ -2,12 +2,12 @@
 
     python examples/benchmark.py --dataset_name zalando-datasets/fashion_mnist --train_minutes 30
 
-trains two models for so many minutes each and measures both: a progressive VAE of the recipe's
-sizes, and one grid of codes under a decoder with squared error and a causal transformer as its
-prior. It prints Fréchet distances of drawn images, images/s drawn (at batch 1 and 250, whole and by
-factor), encoded and trained on, and the floating-point operations of an image as a share of what
-products of large matrices reach on this machine. Results are written to `--output_dir`; what is
-there is not trained again. `--model` adds the figures of a saved pipeline.
+trains two models for so many minutes each and measures both: a progressive VAE of a recipe, and one
+grid of codes under a decoder with squared error and a causal transformer as its prior. It prints
+Fréchet distances of drawn images, images/s drawn (at batch 1 and 250, whole and by factor), encoded
+and trained on, and the floating-point operations of an image as a share of what products of large
+matrices reach on this machine. Results are written to `--output_dir`; what is there is not trained
+again. `--model` adds the figures of a saved pipeline.
 """
 
 import json
@@ -66,7 +66,7 @@ class Arguments:
     num_drawn: int = field(default=10_000, metadata={"help": "images for each distance"})
     model: str | None = field(default=None, metadata={"help": "one more pipeline to measure"})
     output_dir: str = "runs/benchmark"
-    config: str = field(default=str(RECIPE), metadata={"help": "recipe whose sizes are used"})
+    config: str = field(default=str(RECIPE), metadata={"help": "the recipe, but for its steps"})
     seed: int = 0
 
 
@@ -227,13 +227,14 @@ class Afternoon:
 
 
 def train_ours(arguments: Arguments, pixels: dict[str, GridDataset], names: list[str]) -> Path:
-    """A pipeline of the recipe's sizes in so many minutes: 70 % of them for the pixels, 20 % for
+    """A pipeline of the recipe in so many minutes: 70 % of them for the pixels, 20 % for
     the codes and 10 % for the prior."""
     recipe = yaml.safe_load(Path(arguments.config).read_text())
     folder = Path(arguments.output_dir) / "progressive_vae"
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16")
     num_levels, seconds = recipe["num_levels"], 60 * arguments.train_minutes
     run = Run(folder, accelerator, num_levels, pixels, names)
+    classes = {"num_classes": len(names), "id2label": dict(enumerate(names)) or None}
     shares = {num_levels: 0.7, **{i: 0.2 / max(1, num_levels - 1) for i in range(1, num_levels)}}
     fields = ("codebook_size", "downsample", "hidden_size", "num_layers", "encoder_hidden_size",
               "pixel_logit_rank")  # fmt: skip
@@ -247,10 +248,12 @@ def train_ours(arguments: Arguments, pixels: dict[str, GridDataset], names: list
         is_finest = index == num_levels
         below = pixels["train"].manifest.shape[0] if is_finest else run.level(index + 1).config
         source = {"num_channels": below} if is_finest else {"num_symbols": below.codebook_size}
-        config = ProgressiveVAELevelConfig(**source, **sizes)
+        told = classes if index in recipe.get("class_conditional_levels", []) else {}
+        config = ProgressiveVAELevelConfig(**source, **sizes, **told)
         settings = FitSettings(
             train_batch_size=of_level("train_batch_size", index),
             learning_rate=of_level("learning_rate", index),
+            adam_weight_decay=recipe.get("adam_weight_decay", 0.01),
             seed=arguments.seed,
         )
         train = run.grids("train", index + 1)
@@ -262,8 +265,7 @@ def train_ours(arguments: Arguments, pixels: dict[str, GridDataset], names: list
     config = ProgressiveVAEPriorConfig(
         codebook_size=run.level(1).config.codebook_size,
         grid_size=list(train.manifest.shape),
-        num_classes=len(names),
-        id2label=dict(enumerate(names)) or None,
+        **classes,
         backbone_config=dict(recipe["prior_config"]),
     )
     settings = FitSettings(

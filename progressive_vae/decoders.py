@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .distributions import Categorical, Distribution
 from .networks import (
+    Downsample,
     FreeLogits,
     PixelEmbedding,
     PixelLogistics,
@@ -50,7 +51,10 @@ class Lattice:
 
     def near(self, grid: Tensor, size: tuple[int, int]) -> Tensor | None:
         """The four entries around each position that are known before this group, (4, ..., n),
-        mirrored at the borders of the true `size` (H, W); `None` where nothing is known."""
+        mirrored at the borders of the true `size` (H, W); `None` where nothing is known.
+
+        Along a side of up to half the stride neither is there, and an entry may be a 0 for want of
+        a better one."""
         step = self.stride // 2
         if self.offset == (0, 0):
             return None
@@ -125,10 +129,12 @@ def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -
 
 
 def lattice_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
-    """The coarse lattice, then each halving of its stride: diagonal, horizontal, vertical."""
-    groups: list[Group] = [Lattice(config.downsample)]
-    for stride in (2**k for k in range(int(math.log2(config.downsample)), 0, -1)):
-        half = stride // 2
+    """The coarsest lattice, then each halving of its stride: diagonal, horizontal, vertical."""
+    assert config.num_groups is not None  # the config sees to it
+    halvings = config.num_groups // 3
+    groups: list[Group] = [Lattice(2**halvings)]
+    for half in (2**k for k in reversed(range(halvings))):
+        stride = 2 * half
         groups += [Lattice(stride, (half * y, half * x)) for y, x in ((1, 1), (0, 1), (1, 0))]
     return groups
 
@@ -219,7 +225,6 @@ class Stage(nn.Module):
 
     def refine(self, state: Tensor, group: Group, guesses: Tensor | None) -> Tensor:
         """The state with z, or what is known of the grid, spread over it."""
-        state = self.upsample(state)
         if self.look is not None and guesses is not None:
             near, mean = guesses[:4], guesses[-1]  # (4, B, C, n)
             steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2)
@@ -237,7 +242,11 @@ def make_head(config: ProgressiveVAELevelConfig) -> nn.Module:
 
 
 class GroupDecoder(Decoder):
-    """A convolution net that carries one state through all groups: all of them cost one pass."""
+    """A convolution net that carries one state through all groups: all of them cost one pass.
+
+    Where lattices begin coarser than z, so does the state, and z comes in again at each halving of
+    the stride down to its own: a U-net, whose way up is the walk.
+    """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
@@ -246,7 +255,12 @@ class GroupDecoder(Decoder):
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
             self.embedding = embedding(config.num_values, config.value_embed_dim)
-        strides = [config.downsample, *(group.stride for group in groups)]
+        self.cell = max(config.downsample, groups[0].stride)
+        self.descents = nn.ModuleList(
+            Downsample(config.hidden_size, config.hidden_size)
+            for _ in range(int(math.log2(self.cell // config.downsample)))
+        )
+        strides = [self.cell, *(group.stride for group in groups)]
         self.stages = nn.ModuleList(
             Stage(
                 config,
@@ -259,12 +273,16 @@ class GroupDecoder(Decoder):
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
         """The walk covers the grid padded to whole cells; values beyond (H, W) become 0."""
-        inside, channels = self.inside(condition.quantized, size), self.config.value_channels
-        state = self.start(condition)
+        inside, channels = self.inside(size, condition.quantized.device), self.config.value_channels
+        pyramid = self.pyramid(condition, inside)
+        state = pyramid.pop()
         grid = inside.new_zeros(len(state), channels, *inside.shape, dtype=torch.long)
         groups = self.order(self.config, tuple(inside.shape))
         for group, stage in zip(groups, self.stages, strict=True):
             guesses = self.guesses(group, grid, size)
+            state = stage.upsample(state)
+            if len(stage.upsample) and pyramid:
+                state = state + pyramid.pop()
             state = stage.refine(state, group, guesses)
             features = stage.head(group.gather(state))  # (B, n, width)
             known: list[Tensor] = []
@@ -300,15 +318,25 @@ class GroupDecoder(Decoder):
         whole_range = torch.arange(16.0, 256, 32, device=grid.device)
         return whole_range.view(8, 1, 1, 1).expand(8, *group.take(grid).shape)
 
-    def inside(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """bool (h·downsample, w·downsample): true on the true positions of the padded grid."""
-        height, width = (n * self.config.downsample for n in quantized.shape[-2:])
-        rows = torch.arange(height, device=quantized.device) < size[0]
-        return rows[:, None] & (torch.arange(width, device=quantized.device) < size[1])
+    def pyramid(self, condition: Condition, inside: Tensor) -> list[Tensor]:
+        """What z says of the padded grid, at its own stride and at each coarser one of lattices."""
+        state = self.start(condition)
+        height, width = (n // self.config.downsample for n in inside.shape)
+        states = [F.pad(state, (0, width - state.shape[-1], 0, height - state.shape[-2]))]
+        for descend in self.descents:
+            states.append(descend(states[-1]))
+        return states
+
+    def inside(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """bool, of whole cells: true on the true positions (H, W) of the padded grid."""
+        rows, columns = (
+            torch.arange(math.ceil(n / self.cell) * self.cell, device=device) < n for n in size
+        )
+        return rows[:, None] & columns
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         size = (finer.shape[-2], finer.shape[-1])
-        inside = self.inside(condition.quantized, size)
+        inside = self.inside(size, condition.quantized.device)
         padded = F.pad(finer, (0, inside.shape[1] - size[1], 0, inside.shape[0] - size[0]))
         terms = []
 
