@@ -35,7 +35,7 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.codes import GridDataset, Manifest, write_cache
+from progressive_vae.codes import GridDataset, Manifest, cached
 from progressive_vae.data import (
     find_image_column,
     find_labels,
@@ -44,11 +44,10 @@ from progressive_vae.data import (
     read_images,
 )
 from progressive_vae.evaluation import (
-    Classifier,
     ClassifierFeatures,
+    cached_classifier,
     draw_labelled,
     frechet_distance,
-    train_classifier,
 )
 from progressive_vae.fitting import FitSettings, fit
 from progressive_vae.quantizer import VectorQuantizer
@@ -82,12 +81,8 @@ def cache_images(arguments: Arguments) -> tuple[dict[str, GridDataset], list[str
             "", f"{arguments.dataset_name} ({table._fingerprint})", split, shape, 256
         )
         folder = Path(arguments.output_dir) / "cache" / "pixels" / split
-        try:
-            caches[split] = GridDataset(folder, manifest)
-        except ValueError:  # none there, or that of other images
-            images = read_images(table, column, label_column, shape)
-            write_cache(folder, manifest, pixel_batches(images))
-            caches[split] = GridDataset(folder, manifest)
+        images = read_images(table, column, label_column, shape)
+        caches[split] = cached(folder, manifest, pixel_batches(images))
     return caches, names
 
 
@@ -376,17 +371,6 @@ def distance(features: nn.Module, test: GridDataset, drawn: Iterator[Tensor]) ->
     return frechet_distance(features, real, drawn)
 
 
-def classifier_of(arguments: Arguments, train: GridDataset, num_classes: int) -> Classifier:
-    path = Path(arguments.output_dir) / "cache" / "classifier.safetensors"
-    if path.is_file():
-        classifier = Classifier(train.manifest.shape[0], num_classes)
-        classifier.load_state_dict(load_file(path))
-        return classifier.eval()
-    classifier = train_classifier(train, num_classes, 4000, arguments.seed)
-    save_file(classifier.state_dict(), path)
-    return classifier
-
-
 def afternoon(
     arguments: Arguments, pixels: dict[str, GridDataset], names: list[str]
 ) -> tuple[Afternoon, dict[str, float]]:
@@ -465,7 +449,8 @@ def main(words: list[str]):
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     pixels, names = cache_images(arguments)
-    classifier = classifier_of(arguments, pixels["train"], len(names))
+    path = output_dir / "cache" / "classifier.safetensors"
+    classifier = cached_classifier(path, pixels["train"], 4000, arguments.seed)
     features, test = ClassifierFeatures(classifier), pixels["test"]
     folder = output_dir / "progressive_vae"
     if not (folder / "costs.json").is_file():

@@ -36,7 +36,7 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.codes import GridDataset, Manifest, PairedDataset, write_cache
+from progressive_vae.codes import GridDataset, Manifest, PairedDataset, cached
 from progressive_vae.data import load_images, pixel_batches, read_images
 from progressive_vae.decoders import Condition
 from progressive_vae.evaluation import (
@@ -80,11 +80,8 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
         image = table[0][arguments.image_column]
         shape = (len(image.getbands()), image.height, image.width)
         manifest = Manifest("", arguments.dataset_name, f"{split} of train", shape, 256)
-        if not folder.exists():
-            columns = arguments.image_column, arguments.label_column
-            batches = pixel_batches(read_images(table, *columns, shape))
-            write_cache(folder, manifest, batches)
-        caches[split] = GridDataset(folder, manifest)
+        images = read_images(table, arguments.image_column, arguments.label_column, shape)
+        caches[split] = cached(folder, manifest, pixel_batches(images))
     return caches
 
 

@@ -23,12 +23,10 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import disable_progress_bars
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codes import GridDataset, Manifest, write_cache
+from progressive_vae.codes import GridDataset, Manifest, cached
 from progressive_vae.data import (
     find_image_column,
     find_labels,
@@ -40,13 +38,13 @@ from progressive_vae.evaluation import (
     Classifier,
     ClassifierFeatures,
     accuracy,
+    cached_classifier,
     draw_labelled,
     evaluate,
     frechet_distance,
     label_accuracy,
     precision_recall,
     rate_distortion,
-    train_classifier,
 )
 from progressive_vae.fingerprint import fingerprint
 from progressive_vae.run import write_json
@@ -75,7 +73,9 @@ class Arguments:
     resolution: int | None = None
     center_crop: bool = False
     max_eval_samples: int | None = None
-    features: str = field(default="classifier", metadata={"help": "classifier, inception or none"})
+    features: str = field(
+        default="classifier", metadata={"help": "classifier (of labels), inception or none"}
+    )
     num_drawn: int = field(default=10_000, metadata={"help": "images drawn for the distances"})
     num_drawn_to_learn_from: int = field(
         default=60_000, metadata={"help": "drawn images that a classifier learns from; 0: none"}
@@ -105,12 +105,8 @@ def cache(arguments: Arguments, pipe: ProgressiveVAEPipeline) -> dict[str, GridD
         content = f"{arguments.dataset_name or arguments.train_data_dir} ({table._fingerprint}"
         manifest = Manifest("", f"{content}; {sizes})", split, pipe.image_shape, 256)
         folder = Path(arguments.output_dir) / "cache" / split
-        try:
-            found[split] = GridDataset(folder, manifest)
-        except ValueError:  # none there, or that of other images
-            images = read_images(table, column, label_column, pipe.image_shape, *sizes)
-            write_cache(folder, manifest, pixel_batches(images))
-            found[split] = GridDataset(folder, manifest)
+        images = read_images(table, column, label_column, pipe.image_shape, *sizes)
+        found[split] = cached(folder, manifest, pixel_batches(images))
     return found
 
 
@@ -119,11 +115,7 @@ def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int)
     weights = f"{fingerprint(pipe.levels)} {sum(p.double().sum() for p in pipe.prior.parameters())}"
     manifest = Manifest(weights, f"drawn {arguments.seed}", str(count), pipe.image_shape, 256)
     folder = Path(arguments.output_dir) / "cache" / f"drawn_{count}"
-    try:
-        return GridDataset(folder, manifest)
-    except ValueError:
-        write_cache(folder, manifest, draw_labelled(pipe, count, arguments.seed))
-        return GridDataset(folder, manifest)
+    return cached(folder, manifest, draw_labelled(pipe, count, arguments.seed))
 
 
 def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module | None:
@@ -143,6 +135,11 @@ def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.
     return ClassifierFeatures(classifier_of(arguments, data["train"], "classifier"))
 
 
+def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classifier:
+    path = Path(arguments.output_dir) / "cache" / f"{name}.safetensors"
+    return cached_classifier(path, data, arguments.classifier_steps, arguments.seed)
+
+
 class Inception(torch.nn.Module):
     """torchmetrics' Inception network on grey or coloured images in [0, 1]."""
 
@@ -154,27 +151,6 @@ class Inception(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network((images.expand(-1, 3, -1, -1) * 255).to(torch.uint8))
-
-
-def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classifier:
-    """Trained on `data`, and kept."""
-    path = Path(arguments.output_dir) / "cache" / f"{name}.safetensors"
-    labels = data.batch(slice(None, 5000))[1]
-    if int(labels.min()) < 0:
-        raise ValueError(
-            "expected a data set with labels, got none: try --features inception, or none"
-        )
-    identity = f"{data.manifest}, {arguments.classifier_steps} steps, seed {arguments.seed}"
-    num_classes = int(labels.max()) + 1
-    classifier = Classifier(data.manifest.shape[0], num_classes).eval()
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("identity") == identity:
-                classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
-                return classifier
-    classifier = train_classifier(data, num_classes, arguments.classifier_steps, arguments.seed)
-    save_file(classifier.state_dict(), path, {"identity": identity})
-    return classifier
 
 
 @torch.no_grad()

@@ -189,6 +189,18 @@ class GridDataset(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
 
+def cached(
+    folder: str | Path, manifest: Manifest, batches: Iterable[tuple[Tensor, Tensor]]
+) -> GridDataset:
+    """The cache `folder`; where that is not what `manifest` says, `batches` are written there
+    first."""
+    try:
+        return GridDataset(folder, manifest)
+    except ValueError:
+        write_cache(folder, manifest, batches)
+        return GridDataset(folder, manifest)
+
+
 class PairedDataset(torch.utils.data.Dataset):
     """Grids and the codes of each: `dataset[i]` is {"grid", "label", "index", "codes"}."""
 

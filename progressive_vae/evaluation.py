@@ -1,16 +1,20 @@
 """Held-out figures: bits/dim per factor, code use, what each level says of the class, distances."""
 
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from pathlib import Path
 
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers.utils import make_image_grid
 from PIL.Image import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -106,6 +110,33 @@ def train_classifier(
             optimizer.step()
             schedule.step()
     return model.eval()
+
+
+def cached_classifier(
+    path: str | Path, dataset: GridDataset, max_train_steps: int, seed: int = 0
+) -> Classifier:
+    """What `train_classifier` made of this data set, read from the safetensors file `path`; it is
+    written there first where there is none, or that of another data set, length or seed.
+
+    Raises:
+        ValueError: a data set without labels.
+    """
+    labels = dataset.batch(slice(None, 5000))[1]
+    if int(labels.min()) < 0:
+        raise ValueError(f"expected labels in {dataset.folder} for a classifier, got none")
+    identity = f"{dataset.manifest}, {max_train_steps} steps, seed {seed}"
+    num_classes = int(labels.max()) + 1
+    if Path(path).is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("identity") == identity:
+                classifier = Classifier(dataset.manifest.shape[0], num_classes)
+                classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
+                return classifier.eval()
+    classifier = train_classifier(dataset, num_classes, max_train_steps, seed)
+    temporary = Path(path).with_suffix(".incomplete")
+    save_file(classifier.state_dict(), temporary, {"identity": identity})
+    os.replace(temporary, path)
+    return classifier
 
 
 @torch.no_grad()

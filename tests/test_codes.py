@@ -4,7 +4,7 @@ import errno
 import pytest
 import torch
 
-from progressive_vae.codes import GridDataset, Manifest, write_cache
+from progressive_vae.codes import GridDataset, Manifest, cached, write_cache
 
 MANIFEST = Manifest(weights="abc", dataset="d", split="train", shape=(2, 3), num_values=300)
 
@@ -59,6 +59,17 @@ def test_an_interrupted_write_leaves_nothing_to_load(tmp_path):
 def test_an_empty_split_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="at least one example in split 'train'"):
         write_cache(tmp_path / "cache", MANIFEST, [])
+
+
+def test_a_cache_is_written_where_there_is_none_or_another(tmp_path):
+    def never():
+        raise AssertionError("read again")
+        yield
+
+    assert len(cached(tmp_path / "cache", MANIFEST, batches())) == 20
+    assert len(cached(tmp_path / "cache", MANIFEST, never())) == 20
+    other = dataclasses.replace(MANIFEST, dataset="other")
+    assert cached(tmp_path / "cache", other, batches()).manifest == other
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
