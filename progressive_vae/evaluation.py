@@ -121,11 +121,11 @@ def cached_classifier(
     Raises:
         ValueError: a data set without labels.
     """
-    labels = dataset.batch(slice(None, 5000))[1]
-    if int(labels.min()) < 0:
+    labels = dataset.table.unique("label")
+    if min(labels) < 0:
         raise ValueError(f"expected labels in {dataset.folder} for a classifier, got none")
     identity = f"{dataset.manifest}, {max_train_steps} steps, seed {seed}"
-    num_classes = int(labels.max()) + 1
+    num_classes = max(labels) + 1
     if Path(path).is_file():
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("identity") == identity:
