@@ -1,22 +1,24 @@
 """Quality and speed for the same training time, beside what one writes in an afternoon.
 
-    python examples/benchmark.py --dataset_name zalando-datasets/fashion_mnist --train_minutes 30
+    python examples/benchmark.py --train_minutes 30
 
-trains two models for so many minutes each and measures both: a progressive VAE of a recipe, and one
-grid of codes under a decoder with squared error and a causal transformer as its prior. It prints
-Fréchet distances of drawn images, images/s drawn (at batch 1 and 250, whole and by factor), encoded
-and trained on, and the floating-point operations of an image as a share of what products of large
-matrices reach on this machine. Results are written to `--output_dir`; what is there is not trained
-again. `--model` adds the figures of a saved pipeline.
+trains two models for so many minutes each, on the CPU, and measures both: a progressive VAE of a
+recipe of examples/train.py, and one grid of codes under a decoder with squared error and a causal
+transformer as its prior. It prints Fréchet distances of drawn images (of a data set with labels, in
+the features of a classifier of them), images/s drawn (at batch 1 and 250, whole and by factor),
+encoded and trained on, and the floating-point operations of an image as a share of what products
+of large matrices reach on this machine. Results are written to `--output_dir`; what is there is not
+trained again. `--model` adds the figures of a saved pipeline.
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,6 +28,16 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from train import (
+    ModelArguments,
+    TrainingArguments,
+    assemble,
+    cache_pixels,
+    fit_settings,
+    level_configs,
+    parse,
+    prior_config,
+)
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
 from progressive_vae import (
@@ -33,20 +45,13 @@ from progressive_vae import (
     ProgressiveVAELevelConfig,
     ProgressiveVAEPipeline,
     ProgressiveVAEPrior,
-    ProgressiveVAEPriorConfig,
 )
-from progressive_vae.codes import GridDataset, Manifest, cached
-from progressive_vae.data import (
-    find_image_column,
-    find_labels,
-    load_images,
-    pixel_batches,
-    read_images,
-)
+from progressive_vae.codes import GridDataset
 from progressive_vae.evaluation import (
     ClassifierFeatures,
     cached_classifier,
     draw_labelled,
+    features_of,
     frechet_distance,
 )
 from progressive_vae.fitting import FitSettings, fit
@@ -60,30 +65,14 @@ RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 
 @dataclass
 class Arguments:
-    dataset_name: str = "zalando-datasets/fashion_mnist"
+    config: str = field(default=str(RECIPE), metadata={"help": "the recipe, but for its steps"})
+    dataset_name: str | None = field(default=None, metadata={"help": "in place of the recipe's"})
+    train_data_dir: str | None = field(default=None, metadata={"help": "likewise"})
     train_minutes: float = field(default=30, metadata={"help": "of each of the two models"})
     num_drawn: int = field(default=10_000, metadata={"help": "images for each distance"})
     model: str | None = field(default=None, metadata={"help": "one more pipeline to measure"})
     output_dir: str = "runs/benchmark"
-    config: str = field(default=str(RECIPE), metadata={"help": "the recipe, but for its steps"})
     seed: int = 0
-
-
-def cache_images(arguments: Arguments) -> tuple[dict[str, GridDataset], list[str]]:
-    splits = load_images(arguments.dataset_name)
-    column = find_image_column(splits["train"])
-    label_column, names = find_labels(splits)
-    image = splits["train"][0][column]
-    shape = (len(image.getbands()), image.height, image.width)
-    caches = {}
-    for split, table in splits.items():
-        manifest = Manifest(
-            "", f"{arguments.dataset_name} ({table._fingerprint})", split, shape, 256
-        )
-        folder = Path(arguments.output_dir) / "cache" / "pixels" / split
-        images = read_images(table, column, label_column, shape)
-        caches[split] = cached(folder, manifest, pixel_batches(images))
-    return caches, names
 
 
 # ---- what one writes in an afternoon -------------------------------------------------------------
@@ -221,62 +210,28 @@ class Afternoon:
 # ---- ours ----------------------------------------------------------------------------------------
 
 
-def train_ours(arguments: Arguments, pixels: dict[str, GridDataset], names: list[str]) -> Path:
-    """A pipeline of the recipe in so many minutes: 70 % of them for the pixels, 20 % for
-    the codes and 10 % for the prior."""
-    recipe = yaml.safe_load(Path(arguments.config).read_text())
-    folder = Path(arguments.output_dir) / "progressive_vae"
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16")
-    num_levels, seconds = recipe["num_levels"], 60 * arguments.train_minutes
-    run = Run(folder, accelerator, num_levels, pixels, names)
-    classes = {"num_classes": len(names), "id2label": dict(enumerate(names)) or None}
-    shares = {num_levels: 0.7, **{i: 0.2 / max(1, num_levels - 1) for i in range(1, num_levels)}}
-    fields = ("codebook_size", "downsample", "hidden_size", "num_layers", "encoder_hidden_size",
-              "pixel_logit_rank")  # fmt: skip
+def train_ours(
+    minutes: float, model: ModelArguments, training: TrainingArguments, run: Run
+) -> ProgressiveVAEPipeline:
+    """The recipe in so many minutes: 70 % of them for the pixels, 20 % for the codes and 10 % for
+    the prior."""
+    levels, seconds = run.num_levels, 60 * minutes
+    shares = {levels: 0.7, **{i: 0.2 / max(1, levels - 1) for i in range(1, levels)}}
+    configs = level_configs(model, run.image_shape[0], run.class_names, given={})
+    config_of_prior = prior_config(model, configs, run)
+    names = ["prior", *(f"level_{i}" for i in range(1, levels + 1))]
+    settings = {name: fit_settings(training, levels, name) for name in names}
 
-    def of_level(name: str, index: int):
-        values = recipe[name]
-        return values[index - 1] if len(values) > 1 else values[0]
+    def timed(name: str, part: nn.Module, train: GridDataset, share: float) -> FitSettings:
+        steps = num_steps(part, train, settings[name], run.accelerator, seconds * share)
+        return replace(settings[name], max_train_steps=steps, validation_steps=steps)
 
-    for index in range(num_levels, 0, -1):
-        sizes = {name: of_level(name, index) for name in fields if name in recipe}
-        is_finest = index == num_levels
-        below = pixels["train"].manifest.shape[0] if is_finest else run.level(index + 1).config
-        source = {"num_channels": below} if is_finest else {"num_symbols": below.codebook_size}
-        told = classes if index in recipe.get("class_conditional_levels", []) else {}
-        config = ProgressiveVAELevelConfig(**source, **sizes, **told)
-        settings = FitSettings(
-            train_batch_size=of_level("train_batch_size", index),
-            learning_rate=of_level("learning_rate", index),
-            adam_weight_decay=recipe.get("adam_weight_decay", 0.01),
-            seed=arguments.seed,
-        )
-        train = run.grids("train", index + 1)
-        steps = num_steps(
-            ProgressiveVAELevel(config), train, settings, accelerator, seconds * shares[index]
-        )
-        train_level(run, index, config, _with_steps(settings, steps))
-    train = run.grids("train", 1)
-    config = ProgressiveVAEPriorConfig(
-        codebook_size=run.level(1).config.codebook_size,
-        grid_size=list(train.manifest.shape),
-        **classes,
-        backbone_config=dict(recipe["prior_config"]),
-    )
-    settings = FitSettings(
-        train_batch_size=recipe["prior_train_batch_size"],
-        learning_rate=recipe["prior_learning_rate"],
-        adam_weight_decay=0.1,
-        optimizer="adamw",
-        seed=arguments.seed,
-    )
-    steps = num_steps(ProgressiveVAEPrior(config), train, settings, accelerator, 0.1 * seconds)
-    prior = train_prior(run, config, _with_steps(settings, steps))
-    levels = [run.level(i) for i in range(1, num_levels + 1)]
-    pipe = ProgressiveVAEPipeline.from_levels(prior.eval(), levels, run.image_shape[1:])
-    pipe.save_pretrained(folder / "pipeline")
-    write_json(folder / "costs.json", run.phases())
-    return folder
+    for i in range(levels, 0, -1):
+        level, train = ProgressiveVAELevel(configs[i - 1]), run.grids("train", i + 1)
+        train_level(run, i, configs[i - 1], timed(f"level_{i}", level, train, shares[i]))
+    prior, train = ProgressiveVAEPrior(config_of_prior), run.grids("train", 1)
+    train_prior(run, config_of_prior, timed("prior", prior, train, 0.1))
+    return assemble(run)
 
 
 def num_steps(
@@ -293,7 +248,7 @@ def num_steps(
             return {"codes": batch["grid"]}
         return {"finer": as_finer(batch["grid"], model)}
 
-    if isinstance(model, ProgressiveVAELevel):
+    if isinstance(model, ProgressiveVAELevel) and model.config.quantizer == "vq":
         initialize_codebook(model, train, settings.seed)
     trial = replace(settings, max_train_steps=40, validation_steps=10)
     identity = {"phase": "time"}
@@ -301,10 +256,6 @@ def num_steps(
         time.perf_counter() for _ in fit(model, train, to_inputs, accelerator, trial, identity)
     ]
     return max(1, round(30 * seconds / (times[-1] - times[0])))
-
-
-def _with_steps(settings: FitSettings, steps: int) -> FitSettings:
-    return replace(settings, max_train_steps=steps, validation_steps=steps)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -366,23 +317,17 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
     return figures
 
 
-def distance(features: nn.Module, test: GridDataset, drawn: Iterator[Tensor]) -> float:
-    real = (images / 255 for images, _ in test.batches(250))
-    return frechet_distance(features, real, drawn)
-
-
 def afternoon(
-    arguments: Arguments, pixels: dict[str, GridDataset], names: list[str]
+    folder: Path, run: Run, minutes: float, seed: int
 ) -> tuple[Afternoon, dict[str, float]]:
-    """Trained, or as it was saved."""
-    folder = Path(arguments.output_dir) / "afternoon"
-    channels, height, width = pixels["train"].manifest.shape
-    model = Afternoon(channels, len(names), (height // 4, width // 4), arguments.seed)
+    """Trained, or as it was saved in `folder`; and images a second of its training."""
+    channels, height, width = run.image_shape
+    model = Afternoon(channels, len(run.class_names), (height // 4, width // 4), seed)
     if (folder / "costs.json").is_file():
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return model, json.loads((folder / "costs.json").read_text())
-    costs = model.fit(pixels["train"], 60 * arguments.train_minutes)
+    costs = model.fit(run.pixels["train"], 60 * minutes)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in model.parts().items():
         state = {key: value.contiguous().clone() for key, value in part.state_dict().items()}
@@ -391,46 +336,59 @@ def afternoon(
     return model, costs
 
 
-@torch.no_grad()
-def measure_afternoon(
-    arguments: Arguments, model: Afternoon, costs: dict, features: nn.Module, test: GridDataset
-) -> dict[str, float]:
-    torch.manual_seed(arguments.seed)
-    labels = torch.arange(arguments.num_drawn) % model.num_classes
-    drawn = (model.draw(part, use_cache=True) for part in labels.split(250))
-    images = test.batch(slice(0, 250))[0] / 127.5 - 1
-    return {
-        "Fréchet distance": distance(features, test, drawn),
-        "drawn, batch 1": rate(lambda: model.draw(labels[:1], False), 1),
-        "drawn, batch 250": rate(lambda: model.draw(labels[:250], False), 250),
-        "drawn with a key-value cache, batch 250": rate(
-            lambda: model.draw(labels[:250], True), 250
-        ),
-        "encoded": rate(lambda: model.vae(images), 250),
-        "GFLOP to draw an image": operations(lambda: model.draw(labels[:8], False)) / 8e9,
-        **{f"trained on, {name}": value for name, value in costs.items()},
-    }
+@dataclass
+class Yardstick:
+    """Distances to the held-out images, in the features of a classifier."""
 
+    extractor: nn.Module
+    test: GridDataset
+    num_drawn: int
+    seed: int
 
-def measure_ours(
-    arguments: Arguments,
-    pipe: ProgressiveVAEPipeline,
-    costs: dict,
-    features: nn.Module,
-    test: GridDataset,
-) -> dict[str, float]:
-    images = test.batch(slice(0, 250))[0].to(torch.uint8)
-    drawn = (x / 255 for x, _ in draw_labelled(pipe, arguments.num_drawn, arguments.seed))
-    figures = {"Fréchet distance": distance(features, test, drawn), **speeds_of(pipe, images)}
-    gflop = training_operations(pipe, images[:8])
-    for phase, cost in costs.items():
-        if phase in gflop:
-            figures[f"trained on, {phase}"] = cost["images_per_second"]
-            share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate(torch.bfloat16)
-            figures[f"share of the rate of bf16 products, training {phase}"] = share
-    share = figures["GFLOP to draw an image"] * 1e9 * figures["drawn, batch 250"]
-    figures["share of the rate of fp32 products, drawing"] = share / matrix_rate(torch.float32)
-    return figures
+    def __post_init__(self):
+        self.num_drawn = min(self.num_drawn, len(self.test))
+        self.real = self.features(images / 255 for images, _ in self.test.batches(250))
+
+    def features(self, batches: Iterable[Tensor]) -> Tensor:
+        """Of the first images, rounded to 8 bits, as files would hold them."""
+        batches = islice(batches, math.ceil(self.num_drawn / 250))
+        rounded = ((images * 255).round() / 255 for images in batches)
+        return features_of(self.extractor, rounded)[: self.num_drawn]
+
+    def distance(self, batches: Iterable[Tensor]) -> float:
+        return frechet_distance(self.real, self.features(batches))
+
+    @torch.no_grad()
+    def of_afternoon(self, model: Afternoon, costs: dict[str, float]) -> dict[str, float]:
+        torch.manual_seed(self.seed)
+        labels = torch.arange(self.num_drawn) % model.num_classes
+        drawn = (model.draw(part, use_cache=True) for part in labels.split(250))
+        images, some = self.test.batch(slice(0, 250))[0] / 127.5 - 1, torch.arange(250)
+        some = some % model.num_classes
+        return {
+            "Fréchet distance": self.distance(drawn),
+            "drawn, batch 1": rate(lambda: model.draw(some[:1], False), 1),
+            "drawn, batch 250": rate(lambda: model.draw(some, False), 250),
+            "drawn with a key-value cache, batch 250": rate(lambda: model.draw(some, True), 250),
+            "encoded": rate(lambda: model.vae(images), len(images)),
+            "GFLOP to draw an image": operations(lambda: model.draw(some[:8], False)) / 8e9,
+            **{f"trained on, {name}": value for name, value in costs.items()},
+        }
+
+    def of_ours(self, pipe: ProgressiveVAEPipeline, costs: dict) -> dict[str, float]:
+        pipe.set_progress_bar_config(disable=True)
+        images = self.test.batch(slice(0, 250))[0].to(torch.uint8)
+        drawn = (x / 255 for x, _ in draw_labelled(pipe, self.num_drawn, self.seed))
+        figures = {"Fréchet distance": self.distance(drawn), **speeds_of(pipe, images)}
+        gflop = training_operations(pipe, images[:8])
+        for phase, cost in costs.items():
+            if phase in gflop:
+                figures[f"trained on, {phase}"] = cost["images_per_second"]
+                share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate(torch.bfloat16)
+                figures[f"share of the rate of bf16 products, training {phase}"] = share
+        share = figures["GFLOP to draw an image"] * 1e9 * figures["drawn, batch 250"]
+        figures["share of the rate of fp32 products, drawing"] = share / matrix_rate(torch.float32)
+        return figures
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -446,49 +404,57 @@ def main(words: list[str]):
     arguments = HfArgumentParser(
         Arguments, description="Quality and speed for the same training time."
     ).parse_args_into_dataclasses(words, look_for_args_file=False)[0]
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    pixels, names = cache_images(arguments)
-    path = output_dir / "cache" / "classifier.safetensors"
-    classifier = cached_classifier(path, pixels["train"], 4000, arguments.seed)
-    features, test = ClassifierFeatures(classifier), pixels["test"]
-    folder = output_dir / "progressive_vae"
-    if not (folder / "costs.json").is_file():
-        train_ours(arguments, pixels, names)
-    costs = json.loads((folder / "costs.json").read_text())
-    minutes = f"{arguments.train_minutes:g} minutes"
-    flat, flat_costs = afternoon(arguments, pixels, names)
-    some = pixels["train"].batch(slice(0, arguments.num_drawn))[0] / 255
+    output_dir, seed = Path(arguments.output_dir), arguments.seed
+    folder, minutes = output_dir / "progressive_vae", arguments.train_minutes
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = {"config": arguments.config, "output_dir": folder, "seed": seed}
+    flags |= {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
+    data, model, training = parse(
+        [word for name, value in flags.items() if value for word in (f"--{name}", str(value))]
+    )
+    accelerator = Accelerator(cpu=True, mixed_precision=training.mixed_precision)
+    pixels, names = cache_pixels(data, training, accelerator)
+    made = {
+        "train_minutes": minutes,
+        "seed": seed,
+        "recipe": yaml.safe_load(Path(arguments.config).read_text()),
+        "dataset": pixels["train"].manifest.dataset,
+    }
+    path = output_dir / "settings.json"
+    if path.is_file() and (found := json.loads(path.read_text())) != made:
+        raise ValueError(f"expected models of {made} in {output_dir}, got those of {found}")
+    write_json(path, made)
+    run = Run(folder, accelerator, model.num_levels, pixels, names)
+    if not (folder / "model_index.json").is_file():
+        train_ours(minutes, model, training, run)
+    flat, flat_costs = afternoon(output_dir / "afternoon", run, minutes, seed)
+    classifier = cached_classifier(
+        output_dir / "classifier.safetensors", pixels["train"], 4000, seed
+    )
+    yardstick = Yardstick(ClassifierFeatures(classifier), pixels["test"], arguments.num_drawn, seed)
+    some = pixels["train"].sample(yardstick.num_drawn, seed) / 255
     columns = {
-        f"progressive VAE, {minutes}": measure_ours(
-            arguments, _pipeline(folder / "pipeline"), costs, features, test
+        f"progressive VAE, {minutes:g} minutes": yardstick.of_ours(
+            ProgressiveVAEPipeline.from_pretrained(folder), run.phases()
         ),
-        f"afternoon VQ-VAE, {minutes}": measure_afternoon(
-            arguments, flat, flat_costs, features, test
-        ),
+        f"afternoon VQ-VAE, {minutes:g} minutes": yardstick.of_afternoon(flat, flat_costs),
         f"{len(some)} training images": {
-            "Fréchet distance": distance(features, test, iter(some.split(250)))
+            "Fréchet distance": yardstick.distance(iter(some.split(250)))
         },
     }
     if arguments.model is not None:
-        pipe = _pipeline(arguments.model)
-        columns[Path(arguments.model).name] = measure_ours(arguments, pipe, {}, features, test)
+        pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+        columns[Path(arguments.model).name] = yardstick.of_ours(pipe, {})
     text = (
         f"{table(columns)}\n\n{torch.get_num_threads()} threads, torch {torch.__version__}, seed "
-        f"{arguments.seed}; distances of {arguments.num_drawn} images to the test split, in the "
+        f"{seed}; distances of {yardstick.num_drawn} images to the test split, in the "
         "features of a small classifier; images/s where no unit is named; "
         f"products of large matrices: {matrix_rate(torch.bfloat16) / 1e9:.0f} GFLOP/s in bf16, "
         f"{matrix_rate(torch.float32) / 1e9:.0f} in fp32\n"
     )
-    (output_dir / "benchmark.md").write_text(text)
     write_json(output_dir / "benchmark.json", columns)
+    (output_dir / "benchmark.md").write_text(text)
     print(text)
-
-
-def _pipeline(folder: str | Path) -> ProgressiveVAEPipeline:
-    pipe = ProgressiveVAEPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 if __name__ == "__main__":

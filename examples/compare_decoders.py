@@ -42,6 +42,7 @@ from progressive_vae.decoders import Condition
 from progressive_vae.evaluation import (
     ClassifierFeatures,
     code_use,
+    features_of,
     frechet_distance,
     train_classifier,
 )
@@ -205,10 +206,11 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
     """
     trained, size = Path(arguments.output_dir) / "trained", pixels["test"].manifest.shape
     classes = 1 + int(pixels["train"].batch(slice(None))[1].max())
-    features = ClassifierFeatures(train_classifier(pixels["train"], classes, seed=arguments.seed))
+    extractor = ClassifierFeatures(train_classifier(pixels["train"], classes, seed=arguments.seed))
     prior = ProgressiveVAEPrior.from_pretrained(trained / "prior" / "prior")
     coarsest = ProgressiveVAELevel.from_pretrained(trained / "prior" / "level_1")
     images = pixels["test"].batch(slice(None))[0].to(torch.uint8)
+    real = features_of(extractor, (images / 255).split(500))
     lines = [
         "| row | told to expect | from z_2 | from z_1 | from nothing | loss |",
         "|---|---|---|---|---|---|",
@@ -227,8 +229,7 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
                 pipe(num_images_per_prompt=len(images), **controls).images,
             ]
             found = [
-                frechet_distance(features, (images / 255).split(500), batch.split(500))
-                for batch in drawn
+                frechet_distance(real, features_of(extractor, batch.split(500))) for batch in drawn
             ]
             cells = [name, strength, *(f"{x:.4f}" for x in [*found, found[-1] - found[0]])]
             lines.append("| " + " | ".join(map(str, cells)) + " |")

@@ -9,8 +9,13 @@ Writes `evaluation.json`, `evaluation.md` and `rate_distortion.png` into `--outp
 caches of the images, the drawn images and the classifier stay too. Distances are in the features of
 a small classifier of the data set's own labels, or with `--features inception` in those of
 torchmetrics' Inception network, whose weights are then fetched; `--features none` leaves them out.
+What classes are kept is told by the classifier alone.
+
+The images must be held out: give the `--eval_fraction` of the training where its data set has no
+split for evaluation, and after `--streaming` name images that it has not seen.
 """
 
+import hashlib
 import io
 import math
 import sys
@@ -41,12 +46,13 @@ from progressive_vae.evaluation import (
     cached_classifier,
     draw_labelled,
     evaluate,
+    features_of,
     frechet_distance,
     label_accuracy,
     precision_recall,
+    psnr_of,
     rate_distortion,
 )
-from progressive_vae.fingerprint import fingerprint
 from progressive_vae.run import write_json
 
 LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
@@ -68,6 +74,10 @@ class Arguments:
     train_data_dir: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
+    eval_fraction: float = field(
+        default=0.1,
+        metadata={"help": "held out of the training split where there is no eval_split"},
+    )
     image_column: str | None = None
     label_column: str | None = None
     resolution: int | None = None
@@ -87,17 +97,19 @@ class Arguments:
 
 
 def cache(arguments: Arguments, pipe: ProgressiveVAEPipeline) -> dict[str, GridDataset]:
-    """The images of both splits, and the names of their classes."""
+    """The images of both splits."""
     splits = load_images(
         arguments.dataset_name,
         arguments.dataset_config_name,
         arguments.train_data_dir,
         arguments.train_split,
         arguments.eval_split,
+        arguments.eval_fraction,
     )
+    splits = {name: table.shuffle(seed=0) for name, table in splits.items()}  # folders are sorted
     limit = arguments.max_eval_samples
     if limit is not None and limit < len(splits["test"]):
-        splits["test"] = splits["test"].shuffle(seed=0).select(range(limit))
+        splits["test"] = splits["test"].select(range(limit))
     column = find_image_column(splits["train"], arguments.image_column)
     label_column, _ = find_labels(splits, arguments.label_column)
     sizes, found = (arguments.resolution, arguments.center_crop), {}
@@ -112,13 +124,17 @@ def cache(arguments: Arguments, pipe: ProgressiveVAEPipeline) -> dict[str, GridD
 
 def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int) -> GridDataset:
     """Images drawn at temperature 1, their classes in turn; kept, as they take minutes."""
-    weights = f"{fingerprint(pipe.levels)} {sum(p.double().sum() for p in pipe.prior.parameters())}"
+    digest = hashlib.sha256()
+    for name in pipe.factor_names:
+        for value in getattr(pipe, name).state_dict().values():
+            digest.update(value.float().numpy().tobytes())
+    weights = digest.hexdigest()
     manifest = Manifest(weights, f"drawn {arguments.seed}", str(count), pipe.image_shape, 256)
     folder = Path(arguments.output_dir) / "cache" / f"drawn_{count}"
     return cached(folder, manifest, draw_labelled(pipe, count, arguments.seed))
 
 
-def features_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module | None:
+def extractor_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module | None:
     """(B, C, H, W) in [0, 1] -> (B, num_features)."""
     if arguments.features == "none":
         return None
@@ -143,28 +159,26 @@ def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classif
 class Inception(torch.nn.Module):
     """torchmetrics' Inception network on grey or coloured images in [0, 1]."""
 
-    num_features = 2048
-
     def __init__(self, network: torch.nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network((images.expand(-1, 3, -1, -1) * 255).to(torch.uint8))
+        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))
 
 
-@torch.no_grad()
 def distances(
     arguments: Arguments,
     pipe: ProgressiveVAEPipeline,
-    features: torch.nn.Module,
+    extractor: torch.nn.Module,
     data: dict[str, GridDataset],
     drawn: GridDataset,
 ) -> dict[str, dict[str, float]]:
-    """To the held-out images: of as many training images, of those drawn again from the true z_k of
-    held-out images, for each k, and of those drawn from nothing; with precision and recall."""
-    count, generator = len(drawn), torch.Generator().manual_seed(arguments.seed)
-    real = [images / 255 for images, _ in data["test"].batches(250)]
+    """To held-out images: of as many training images, of those that are drawn again from the true
+    z_k of the very same held-out images, for each k, and of those drawn from nothing; with
+    precision and recall."""
+    count = min(len(drawn), len(data["test"]))
+    generator = torch.Generator().manual_seed(arguments.seed)
 
     def again(level: int):
         """Levels that know classes are told those of the images, as for what is drawn from nothing
@@ -172,24 +186,27 @@ def distances(
         is_told = any(finer.config.num_classes for finer in pipe.levels[level - 1 :])
         for images, labels in data["test"].batches(250):
             codes = pipe.encode(images.to(torch.uint8))
-            told = {"class_labels": labels.tolist()} if is_told else {}
+            told = {"class_labels": labels.tolist()} if is_told and labels.min() >= 0 else {}
             yield pipe.decode(codes[:level], "pt", generator, **told)
 
+    def features(batches) -> torch.Tensor:
+        return features_of(extractor, islice(batches, math.ceil(count / 250)))[:count]
+
+    def stored(images: GridDataset):
+        return (grids / 255 for grids, _ in images.batches(250))
+
+    real = features(stored(data["test"]))
     sources = {
-        f"{count} training images": [
-            images / 255 for images, _ in islice(data["train"].batches(250), math.ceil(count / 250))
-        ],
+        f"{count} training images": stored(data["train"]),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
-        "nothing": [images / 255 for images, _ in drawn.batches(250)],
+        "nothing": stored(drawn),
     }
-    of_real = torch.cat([features(images) for images in real])
     rows = {}
     for name, batches in sources.items():
-        images = list(batches)
-        of_these = torch.cat([features(batch) for batch in images])
+        of_these = features(batches)
         rows[name] = {
-            "frechet_distance": frechet_distance(features, real, images),
-            **precision_recall(of_real, of_these),
+            "frechet_distance": frechet_distance(real, of_these),
+            **precision_recall(real, of_these),
         }
     return rows
 
@@ -243,7 +260,7 @@ def plot(curves: dict[str, list[tuple[float, float]]], path: Path):
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name, points in curves.items():
         rates, errors = zip(*sorted(points), strict=True)
-        axes.plot(rates, [10 * math.log10(255**2 / e) for e in errors], "o-", ms=4, label=name)
+        axes.plot(rates, [psnr_of(error) for error in errors], "o-", ms=4, label=name)
     axes.set(xscale="log", xlabel="bits per dimension", ylabel="PSNR in dB")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -291,7 +308,7 @@ def main(words: list[str]):
     pipe.set_progress_bar_config(disable=True)
     data = cache(arguments, pipe)
     test, num_drawn = data["test"], min(arguments.num_drawn, len(data["train"]))
-    features = features_of(arguments, data)
+    extractor = extractor_of(arguments, data)
     metrics = {
         "model": Path(arguments.model).name,
         "num_images": len(test),
@@ -299,9 +316,9 @@ def main(words: list[str]):
         "seed": arguments.seed,
         **evaluate(pipe, test),
     }
-    if features is not None:
+    if extractor is not None:
         drawn = drawn_images(arguments, pipe, num_drawn)
-        metrics["distances"] = distances(arguments, pipe, features, data, drawn)
+        metrics["distances"] = distances(arguments, pipe, extractor, data, drawn)
     if pipe.labels and arguments.features == "classifier":
         real = classifier_of(arguments, data["train"], "classifier")
         metrics["accuracy"] = {"learned from the training split": accuracy(real, test)}
@@ -323,8 +340,8 @@ def main(words: list[str]):
         **of_files,
     }
     metrics["curves"] = curves
-    plot(curves, output_dir / "rate_distortion.png")
     write_json(output_dir / "evaluation.json", metrics)
+    plot(curves, output_dir / "rate_distortion.png")
     (output_dir / "evaluation.md").write_text(report(metrics) + "\n")
     print(f"{report(metrics)}\n\nwrote {output_dir}")
 

@@ -151,7 +151,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
             symbol grids up to 256 positions.
         num_groups: groups of the decoder: 1 of `"factorized"`; 1 + 3k of `"lattice"`, whose
-            coarsest has stride 2ᵏ, at least downsample; 1 … 256 of `"masked"`; `None` of
+            coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
             `"raster"`, as there are as many as positions. `None` stands for the one number, for
             the stride downsample of `"lattice"`, and for 8 of `"masked"`.
         quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
@@ -272,7 +272,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             fits = self.num_groups is not None and 1 <= self.num_groups <= 256
             expected = "1 … 256"
         elif self.decoder_order == "lattice":
-            choices = [1 + 3 * k for k in range(int(math.log2(self.downsample)), 9)]
+            choices = [1 + 3 * k for k in range(int(math.log2(self.downsample)), 7)]
             fits, expected = self.num_groups in choices, f"one of {choices}"
         else:
             expected = _GROUPS.get(self.decoder_order, lambda _: None)(self.downsample)

@@ -227,7 +227,7 @@ class Stage(nn.Module):
         """The state with z, or what is known of the grid, spread over it."""
         if self.look is not None and guesses is not None:
             near, mean = guesses[:4], guesses[-1]  # (4, B, C, n)
-            steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2)
+            steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2).to(state)
             state = state + group.spread(self.look(steps), state.shape[-2:])
         return self.blocks(state)
 
@@ -245,7 +245,7 @@ class GroupDecoder(Decoder):
     """A convolution net that carries one state through all groups: all of them cost one pass.
 
     Where lattices begin coarser than z, so does the state, and z comes in again at each halving of
-    the stride down to its own: a U-net, whose way up is the walk.
+    the stride down to its own: a U-net whose way down is linear and whose way up is the walk.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -299,7 +299,7 @@ class GroupDecoder(Decoder):
                 known.append(self.embedding(values))  # (B, n, E)
                 if guess is not None:
                     misses = values - guess
-                    known[-1] = torch.cat([known[-1], soft_differences(misses[-1])], -1)
+                    known[-1] = torch.cat([known[-1], soft_differences(misses[-1]).to(state)], -1)
                 if colour + 1 < channels:
                     features = features + stage.colours[colour](known[-1])
             if not is_final:

@@ -42,20 +42,18 @@ class PixelMixture:
     def log_prob(self, values: Tensor) -> Tensor:
         lower = (values - 0.5).masked_fill(values == 0, -1e6)
         upper = (values + 0.5).masked_fill(values == 255, 1e6)
-        masses = self._cumulative(upper) - self._cumulative(lower)
+        edges = torch.stack([lower, upper])[:, None]
+        masses = _between((edges - self.means) * self.precisions)[0]
         return ((self.weights[:-1] * masses).sum(0) + self.weights[-1] / 256).log()
 
     @property
     def logits(self) -> Tensor:
-        edges = torch.arange(255, device=self.means.device) + 0.5
-        below = torch.zeros_like(self.means[0])[..., None].expand(-1, -1, 255)
+        edges = torch.arange(257, device=self.means.device)[:, None, None] - 0.5
+        edges[0], edges[-1] = -1e6, 1e6
+        probs = (self.weights[-1] / 256).repeat(256, 1, 1)
         for weight, mean, precision in zip(self.weights, self.means, self.precisions, strict=False):
-            mean, precision, weight = (x[..., None] for x in (mean, precision, weight))
-            below = below + weight * ((edges - mean) * precision).sigmoid()
-        total = 1 - self.weights[-1][..., None]
-        probs = torch.cat([below, total], -1).diff(dim=-1, prepend=torch.zeros_like(total))
-        # Rounding may leave a difference of large numbers below zero.
-        return (probs.clamp(min=0) + self.weights[-1][..., None] / 256).log()
+            probs = probs + weight * _between((edges - mean) * precision)
+        return probs.log().movedim(0, -1)
 
     def quantiles(self, shares: Tensor) -> Tensor:
         """The smallest values up to which the mass exceeds shares in [0, 1): int64 (B, n).
@@ -73,6 +71,17 @@ class PixelMixture:
     def _cumulative(self, edges: Tensor) -> Tensor:
         """Of each component at edges (B, n)."""
         return ((edges - self.means) * self.precisions).sigmoid()
+
+
+def _between(edges: Tensor) -> Tensor:
+    """The mass of the standard logistic between edges that grow, (E, ...) -> (E − 1, ...).
+
+    What lies above its middle is measured from above: differences of numbers near 1 would be lost.
+    """
+    tails = (-edges.abs()).sigmoid()
+    lower, upper = tails[:-1], tails[1:]
+    holds_middle = (edges[:-1] < 0) & (edges[1:] > 0)
+    return torch.where(holds_middle, 1 - lower - upper, (lower - upper).abs())
 
 
 Distribution = Categorical | PixelMixture

@@ -162,35 +162,42 @@ def label_accuracy(
 
 
 class ClassifierFeatures(nn.Module):
-    """What a classifier sees before it decides: (B, C, H, W) in [0, 1] -> (B, num_features)."""
+    """The last features of a classifier, averaged over the picture: images (B, C, H, W) in [0, 1]
+    -> (B, F)."""
 
     def __init__(self, classifier: Classifier):
         super().__init__()
         modules = [*classifier]
         pool = [*map(type, modules)].index(nn.AdaptiveAvgPool2d)
         self.layers = nn.Sequential(*modules[:pool])
-        self.num_features = modules[-1].in_features // 16  # of a grid of 4×4
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images * 2 - 1).mean((2, 3))
 
 
 @torch.no_grad()
-def frechet_distance(features: nn.Module, real: Iterable[Tensor], drawn: Iterable[Tensor]) -> float:
-    """Fréchet distance of two sets of images in a space of features (Heusel et al. 2017).
+def features_of(extractor: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Features (n, F) of batches of images in [0, 1]."""
+    return torch.cat([extractor(images) for images in batches])
 
-    Args:
-        features: (B, C, H, W) in [0, 1] -> (B, num_features); has that attribute.
-        real, drawn: batches of images.
-    """
+
+class _Given(nn.Identity):
+    """Features in place of images, for torchmetrics."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(real: Tensor, drawn: Tensor) -> float:
+    """Fréchet distance of two sets of features (n, F) (Heusel et al. 2017). It falls with n, so
+    only distances of equally many images are to be compared."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     # One process measures, and would wait for the others for ever.
-    metric = FrechetInceptionDistance(feature=features, sync_on_compute=False)
-    for images in real:
-        metric.update(images, real=True)
-    for images in drawn:
-        metric.update(images, real=False)
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False)
+    metric.update(real, real=True)
+    metric.update(drawn, real=False)
     return metric.compute().item()
 
 
@@ -245,8 +252,14 @@ def rate_distortion(
     for name, totals in sums.items():
         figures[name] = {key: value / images.numel() for key, value in totals.items()}
         for key, psnr in (("mse", "psnr"), ("mse_of_mean", "psnr_of_mean")):
-            figures[name][psnr] = 10 * math.log10(255**2 / figures[name][key])
+            figures[name][psnr] = psnr_of(figures[name][key])
     return figures
+
+
+def psnr_of(squared_error: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error of 256 grey values; 138 at most,
+    where nothing differs."""
+    return 10 * math.log10(255**2 / max(squared_error, 1e-9))
 
 
 def draw_labelled(
@@ -254,8 +267,7 @@ def draw_labelled(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Drawn uint8 images and their labels, spread evenly over the classes; −1 where there are
     none. For `codes.write_cache`."""
-    assert pipe.prior is not None
-    num_classes, generator = pipe.prior.config.num_classes, torch.Generator().manual_seed(seed)
+    num_classes, generator = len(pipe.labels), torch.Generator().manual_seed(seed)
     for start in range(0, num_images, batch_size):
         numbers = torch.arange(start, min(start + batch_size, num_images))
         labels = numbers % num_classes if num_classes else torch.full_like(numbers, -1)
@@ -290,9 +302,15 @@ def distance_of_samples(
 ) -> float:
     """Fréchet distance of so many drawn images, their labels spread evenly over the classes, to
     the held-out ones, in the features of a classifier."""
-    drawn = (images / 255 for images, _ in draw_labelled(pipe, num_images, seed, batch_size))
-    real = (images / 255 for images, _ in dataset.batches(batch_size))
-    return frechet_distance(ClassifierFeatures(classifier), real, drawn)
+    extractor = ClassifierFeatures(classifier)
+    real, drawn = (
+        features_of(extractor, (images / 255 for images, _ in batches))
+        for batches in (
+            dataset.batches(batch_size),
+            draw_labelled(pipe, num_images, seed, batch_size),
+        )
+    )
+    return frechet_distance(real, drawn)
 
 
 def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float:

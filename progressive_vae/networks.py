@@ -86,7 +86,8 @@ class PixelLogistics(nn.Module):
             misses: the colour before less its guesses, (8, B, n).
         """
         with torch.autocast(x.device.type, enabled=False):
-            numbers = self.project(x.float()).movedim(-1, 0).contiguous()
+            weight, bias = self.project.weight.float(), self.project.bias.float()
+            numbers = F.linear(x.float(), weight, bias).movedim(-1, 0).contiguous()
             weights, offsets, log_scales, slopes = numbers.tensor_split((9, 17, 25))
             means = guesses + offsets.clamp(-6, 6).sinh()  # fine near the guess, coarse far away
             if misses is not None:

@@ -28,6 +28,17 @@ def test_a_sharp_component_is_all_but_certain_and_no_value_impossible():
     assert torch.isfinite(log_prob).all()
 
 
+def test_both_tails_of_a_component_are_alike():
+    distribution = mixture(128.0, 1.0, floor=1e-12)
+    values = torch.tensor([[128 - 20, 128 - 15, 128 + 15, 128 + 20]])
+    for log_prob in (
+        distribution.log_prob(values.T)[:, 0],
+        distribution.logits[0, 0, values[0]],
+    ):
+        assert torch.allclose(log_prob, log_prob.flip(0), atol=1e-4)
+        assert log_prob[0] == pytest.approx(-20 + 0.0414, abs=1e-2)  # log 2 sinh(1/2)
+
+
 def test_quantiles_are_where_the_mass_exceeds_the_share():
     generator = torch.Generator().manual_seed(0)
     means = torch.rand(8, 5, 40, generator=generator) * 300 - 20

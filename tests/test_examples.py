@@ -106,26 +106,28 @@ def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
 def test_benchmark_measures_both(tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "{num_levels: 2, codebook_size: [8], downsample: [2], hidden_size: [8], num_layers: [1], "
-        "encoder_hidden_size: [8], train_batch_size: [16], learning_rate: [1.0e-3], "
-        "prior_train_batch_size: 16, prior_learning_rate: 1.0e-3, prior_config: "
+        "{dataset_name: digits, num_levels: 2, codebook_size: [8], hidden_size: [8], "
+        "num_layers: [1], num_groups: [4, 7], class_conditional_levels: [1], prior_config: "
         "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, "
         "num_attention_heads: 2}}"
     )
-    script = load_script("benchmark")
+    script, output_dir = load_script("benchmark"), tmp_path / "out"
     script.TIMED_SECONDS = 0.02
-    flags = ["--dataset_name", "digits", "--train_minutes", "0.02", "--num_drawn", "60"]
-    flags += ["--config", str(recipe), "--output_dir", str(tmp_path / "out")]
+    flags = ["--train_minutes", "0.02", "--num_drawn", "60"]
+    flags += ["--config", str(recipe), "--output_dir", str(output_dir)]
     script.main(flags)
-    ours, theirs, real = json.loads((tmp_path / "out" / "benchmark.json").read_text()).values()
+    ours, theirs, real = json.loads((output_dir / "benchmark.json").read_text()).values()
     assert 0 < real["Fréchet distance"] < min(x["Fréchet distance"] for x in (ours, theirs))
     assert {"level_1, batch 250", "prior, batch 1", "encoded"} <= set(ours)
     assert 0 < ours["share of the rate of bf16 products, training level_2"] < 1
-    weights = (tmp_path / "out" / "afternoon" / "vae.safetensors").read_bytes()
-    pipeline = str(tmp_path / "out" / "progressive_vae" / "pipeline")
-    script.main([*flags, "--model", pipeline])  # nothing is trained again
-    assert (tmp_path / "out" / "afternoon" / "vae.safetensors").read_bytes() == weights
-    assert "| pipeline |" in capsys.readouterr().out
+    pipe = ProgressiveVAEPipeline.from_pretrained(output_dir / "progressive_vae")
+    assert pipe.level_2.config.num_groups == 7 and pipe.level_1.config.num_classes == 10
+    weights = (output_dir / "afternoon" / "vae.safetensors").read_bytes()
+    script.main([*flags, "--model", str(output_dir / "progressive_vae")])  # nothing is trained
+    assert (output_dir / "afternoon" / "vae.safetensors").read_bytes() == weights
+    assert "| progressive_vae |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected models of .*'seed': 1"):
+        script.main([*flags, "--seed", "1"])
 
 
 def test_the_model_that_comes_with_the_project(tmp_path, monkeypatch, capsys):
