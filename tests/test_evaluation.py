@@ -1,9 +1,19 @@
+import math
+
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_level, tiny_pipeline, tiny_prior
 
+from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codes import GridDataset, Manifest, write_cache
-from progressive_vae.evaluation import code_use, evaluate, label_accuracy, train_classifier
+from progressive_vae.evaluation import (
+    code_use,
+    draw_labelled,
+    evaluate,
+    frechet_distance,
+    label_accuracy,
+    train_classifier,
+)
 
 
 @pytest.fixture
@@ -38,3 +48,22 @@ def test_labels_are_kept_by_images_and_lost_by_a_model_of_noise(dataset):
     accuracy = label_accuracy(tiny_pipeline(), classifier, dataset)
     assert list(accuracy) == ["images", "level_1", "level_2", "level_3"]
     assert accuracy["images"] > 0.95 > 0.8 > accuracy["level_1"]
+
+
+def test_drawn_images_have_the_classes_that_any_factor_knows():
+    told = tiny_level(num_channels=1, num_classes=3)
+    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[2, 2]), [told], (4, 4))
+    pipe.set_progress_bar_config(disable=True)
+    parts = list(draw_labelled(pipe, 7, batch_size=4))
+    assert torch.cat([labels for _, labels in parts]).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert torch.cat([images for images, _ in parts]).shape == (7, 1, 4, 4)
+
+
+def test_the_frechet_distance_of_gaussians():
+    """|μ − ν|² + tr(Σ + Τ − 2 √ΣΤ), here with diagonal covariances."""
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 100_000, 2, generator=generator).double()
+    scale, shift = torch.tensor([2.0, 0.5]), torch.tensor([1.0, 0.0])
+    expected = 1 + sum((1 - s) ** 2 for s in scale.tolist())
+    assert frechet_distance(one, two * scale + shift) == pytest.approx(expected, rel=0.02)
+    assert math.isclose(frechet_distance(one, one), 0, abs_tol=1e-4)
