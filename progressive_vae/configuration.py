@@ -45,8 +45,14 @@ def strict_config(cls):
     strict_init, strict_setattr, to_dict = cls.__init__, cls.__setattr__, cls.to_dict
 
     def __init__(self, **kwargs):
-        if take_stamp(kwargs, cls.__name__) == 1:
+        found = take_stamp(kwargs, cls.__name__)
+        if found == 1:
             kwargs = {**getattr(cls, "of_format_1", {}), **kwargs}
+        if found < 3 and kwargs.get("decoder_order") == "raster":
+            raise ValueError(
+                f"expected a level of decoder_order='raster' in format_version >= 3, got {found}: "
+                "its network has changed, train it again"
+            )
         try:
             strict_init(self, **kwargs)
         except StrictDataclassError as error:

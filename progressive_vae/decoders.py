@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, OPTConfig
 
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
-from .distributions import Categorical, Distribution
+from .distributions import Distribution
 from .networks import (
     Downsample,
     FreeLogits,
@@ -27,6 +27,7 @@ from .networks import (
     PixelLogistics,
     PixelLogits,
     Upsample,
+    ZeroConv2d,
     ZeroEmbedding,
     pixel_guesses,
     residual_blocks,
@@ -350,10 +351,11 @@ class GroupDecoder(Decoder):
 
 
 class RasterDecoder(Decoder):
-    """A causal language model of transformers over symbols in raster order.
+    """A causal transformer of transformers over symbols in raster order.
 
     What it sees at a position is z there, upsampled, and the symbol before; it predicts the
-    symbol at that position.
+    symbol at that position. Positions are learned: the places of a small grid differ more than a
+    distance in raster order says.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -363,19 +365,24 @@ class RasterDecoder(Decoder):
         self.upsample = nn.Sequential(
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
-        backbone = LlamaConfig(
+        # z comes in at zero, or it would drown the backbone's embeddings, which start small.
+        self.condition = ZeroConv2d(width, width, 1)
+        backbone = OPTConfig(
             vocab_size=config.num_values,
             hidden_size=width,
-            intermediate_size=math.ceil(8 * width / 3),
+            word_embed_proj_dim=width,
+            ffn_dim=2 * width,
             num_hidden_layers=config.num_layers,
-            # About one head for 32 channels; transformers wants a number that divides the width.
+            # About one head for 32 channels, of a number that divides the width.
             num_attention_heads=max(n for n in range(1, width // 32 + 2) if width % n == 0),
-            head_dim=32,
             max_position_embeddings=MAX_RASTER_POSITIONS,
+            dropout=0.0,
             bos_token_id=None,
             eos_token_id=None,
+            pad_token_id=None,
         )
-        self.backbone = AutoModelForCausalLM.from_config(backbone)
+        self.backbone = AutoModel.from_config(backbone)
+        self.logits = FreeLogits(width, config.num_values)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
         inputs, cache = self._conditions(condition, size), None
@@ -387,7 +394,8 @@ class RasterDecoder(Decoder):
                 step = step + self._embed(values)
             output = self.backbone(inputs_embeds=step, past_key_values=cache, use_cache=True)
             group = Scattered(torch.tensor([position], device=inputs.device))
-            values, cache = choose(group, 0, Categorical(output.logits)), output.past_key_values
+            values = choose(group, 0, self.logits(output.last_hidden_state))
+            cache = output.past_key_values
             group.put(grid[:, 0], values)
         return grid
 
@@ -397,7 +405,7 @@ class RasterDecoder(Decoder):
         inputs = self._conditions(condition, (finer.shape[-2], finer.shape[-1]))
         inputs = inputs + F.pad(self._embed(tokens[:, :-1]), (0, 0, 1, 0))
         output = self.backbone(inputs_embeds=inputs, use_cache=False)
-        return Categorical(output.logits).log_prob(tokens).sum(1)
+        return self.logits(output.last_hidden_state).log_prob(tokens).sum(1)
 
     def _conditions(self, condition: Condition, size: tuple[int, int]) -> Tensor:
         """What z says at each position, (B, H·W, width)."""
@@ -406,7 +414,7 @@ class RasterDecoder(Decoder):
                 f"expected a finer grid of at most {MAX_RASTER_POSITIONS} positions for "
                 f"decoder_order='raster', got {size[0]}×{size[1]}"
             )
-        state = self.upsample(self.blocks(self.start(condition)))
+        state = self.condition(self.upsample(self.blocks(self.start(condition))))
         return state[..., : size[0], : size[1]].movedim(1, -1).flatten(1, 2)
 
     def _embed(self, values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Raised when files are written that older versions would misread; a golden test holds the format.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def stamp(prefix: str = "") -> dict[str, Any]:

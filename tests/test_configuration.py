@@ -17,6 +17,10 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
         (dict(num_channels=1, num_groups=3), r"num_groups=one of \[4, 7, .*got 3"),
         (dict(num_channels=1, downsample=4, num_groups=4), r"num_groups=one of \[7, 10, .*got 4"),
         (dict(num_symbols=3, decoder_order="raster", num_groups=4), "num_groups=None .*got 4"),
+        (
+            dict(num_symbols=3, decoder_order="raster", format_version=2),
+            "format_version >= 3.*got 2",
+        ),
         (dict(num_channels=1, decoder_order="raster"), "decoder_order of pixels .*got 'raster'"),
         (dict(num_channels=1, quantizer="fsq", codebook_size=11), "product of numbers up to 8"),
         (dict(num_channels=1, quantizer="fsq", codebook_dim=8), "codebook_dim=2, .*got 8"),
