@@ -71,7 +71,9 @@ def assert_same(pipe, other):
 def test_a_pipeline_by_its_own_name_and_by_the_generic_one(repository, cls, images):
     loaded = cls.from_pretrained(repository)
     assert_same(tiny_pipeline(), loaded)
-    assert loaded.bits_per_dim(images) == tiny_pipeline().bits_per_dim(images)
+    # Where weights lie in memory may change the order of a sum on some processors.
+    bits = tiny_pipeline().bits_per_dim(images)
+    assert loaded.bits_per_dim(images) == pytest.approx(bits, rel=1e-5)
 
 
 def test_parts_alone(repository):
