@@ -70,7 +70,8 @@ def test_saved_and_loaded_alike(pipe, images, tmp_path):
     loaded = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     assert loaded.config.image_size == [5, 7] and loaded.num_levels == 3
     for name, nats in pipe.log_prob(images).items():
-        assert torch.equal(nats, loaded.log_prob(images)[name])
+        # The order of a sum depends on where weights lie in memory, on some processors.
+        torch.testing.assert_close(nats, loaded.log_prob(images)[name], rtol=1e-5, atol=1e-6)
     ours = pipe(generator=generators(1), output_type="pt").images
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(ours, loaded(generator=generators(1), output_type="pt").images)
