@@ -12,6 +12,7 @@
 | `labels.py` | class labels: numbers or names, as ids |
 | `networks.py` | convolution nets; no probability in here |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
+| `groups.py` | orders of a grid's positions: lattices, scattered ones |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |

@@ -37,6 +37,13 @@ from progressive_vae import (
 
 torch.set_num_threads(1)
 
+# (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
+PIXEL_ORDERS = [
+    ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
+    ("lattice", 2, 7), ("lattice", 4, 10), ("masked", 2, 3), ("masked", 4, None),
+]  # fmt: skip
+ORDER_NAMES = "order, downsample, num_groups"
+
 
 def randomize(model, seed: int = 0, scale: float = 0.5):
     """Random weights everywhere: fresh levels are uniform and their blocks the identity."""
@@ -54,6 +61,10 @@ def randomize(model, seed: int = 0, scale: float = 0.5):
 def tiny_level(seed: int = 0, **config) -> ProgressiveVAELevel:
     config = {"codebook_size": 3, "codebook_dim": 4, "hidden_size": 8, "num_layers": 1, **config}
     return randomize(ProgressiveVAELevel(ProgressiveVAELevelConfig(**config)), seed)
+
+
+def level_of(order, downsample, num_groups, **config):
+    return tiny_level(decoder_order=order, downsample=downsample, num_groups=num_groups, **config)
 
 
 def tiny_prior(seed: int = 0, **config) -> ProgressiveVAEPrior:

@@ -2,65 +2,19 @@ import math
 
 import pytest
 import torch
-from conftest import all_grids, tiny_level, total_variation
+from conftest import (
+    ORDER_NAMES,
+    PIXEL_ORDERS,
+    all_grids,
+    level_of,
+    tiny_level,
+    total_variation,
+)
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.decoders import ORDERS, Condition, lattice_order
+from progressive_vae.decoders import Condition
 
-# (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
-PIXEL_ORDERS = [
-    ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
-    ("lattice", 2, 7), ("lattice", 4, 10), ("masked", 2, 3), ("masked", 4, None),
-]  # fmt: skip
-ORDER_NAMES = "order, downsample, num_groups"
 SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
-
-
-def level_of(order, downsample, num_groups, **config):
-    return tiny_level(decoder_order=order, downsample=downsample, num_groups=num_groups, **config)
-
-
-@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
-def test_an_order_visits_every_position_once(order, downsample, num_groups):
-    config = level_of(order, downsample, num_groups, num_channels=1).config
-    visits, strides = torch.zeros(8, 16, dtype=torch.long), []
-    groups = ORDERS[order](config, (8, 16))
-    for group in groups:
-        group.put(visits, group.take(visits) + 1)
-        strides.append(group.stride)
-    assert (visits == 1).all()
-    assert strides == sorted(strides, reverse=True)
-    assert len(groups) == (num_groups or {"factorized": 1, "masked": 8, "lattice": 4}[order])
-
-
-@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
-def test_what_a_group_gathers_it_spreads_to_the_same_places(order, downsample, num_groups):
-    config = level_of(order, downsample, num_groups, num_channels=1).config
-    for group in ORDERS[order](config, (8, 16)):
-        size = (8 // group.stride, 16 // group.stride)
-        state = torch.randn(2, 3, *size)
-        spread = group.spread(group.gather(state), size)
-        assert torch.equal(group.gather(spread), group.gather(state))
-        assert (spread != 0).sum() == group.gather(state).numel()
-
-
-@pytest.mark.parametrize(
-    "size, num_groups", [((8, 8), 7), ((5, 7), 7), ((3, 8), 7), ((8, 8), 10), ((5, 7), 10)]
-)
-def test_the_neighbours_of_a_position_are_known_before_it(size, num_groups):
-    config = level_of("lattice", 4, num_groups, num_channels=1).config
-    unknown, inside = torch.full((8, 8), -1), torch.zeros(8, 8)
-    inside[: size[0], : size[1]] = 1
-    values = torch.arange(64).view(8, 8)
-    for group in lattice_order(config, (8, 8)):
-        near, is_inside = group.near(unknown, size), group.take(inside).bool()
-        if group.offset != (0, 0):
-            apart = near - group.take(values)  # rows are 8 apart
-            assert (near[:, is_inside] >= 0).all()
-            step = group.stride // 2
-            distances = {abs(y * 8 + x) for y in (-step, 0, step) for x in (-step, 0, step)}
-            assert set(apart[:, is_inside].abs().flatten().tolist()) <= distances - {0}
-        group.put(unknown, torch.where(is_inside, group.take(values), -1))
 
 
 def bits_before_training(values, **config):
@@ -177,12 +131,6 @@ def test_sampling_and_likelihood_see_the_same_logits(order, downsample, num_grou
         log_prob = level.log_prob(finer, codes)
     assert values.shape == (2, level.config.value_channels, 5, 7)
     assert torch.allclose(total, log_prob, rtol=1e-4)
-
-
-def test_the_random_order_is_the_same_for_ever():
-    config = ProgressiveVAELevelConfig(num_symbols=3, decoder_order="masked", num_groups=3)
-    groups = ORDERS["masked"](config, (2, 4))
-    assert [group.positions.tolist() for group in groups] == [[6], [2, 1, 7], [3, 0, 5, 4]]
 
 
 def test_a_raster_decoder_refuses_large_grids():

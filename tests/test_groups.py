@@ -1,0 +1,55 @@
+import pytest
+import torch
+from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of
+
+from progressive_vae import ProgressiveVAELevelConfig
+from progressive_vae.groups import ORDERS, lattice_order
+
+
+@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
+def test_an_order_visits_every_position_once(order, downsample, num_groups):
+    config = level_of(order, downsample, num_groups, num_channels=1).config
+    visits, strides = torch.zeros(8, 16, dtype=torch.long), []
+    groups = ORDERS[order](config, (8, 16))
+    for group in groups:
+        group.put(visits, group.take(visits) + 1)
+        strides.append(group.stride)
+    assert (visits == 1).all()
+    assert strides == sorted(strides, reverse=True)
+    assert len(groups) == (num_groups or {"factorized": 1, "masked": 8, "lattice": 4}[order])
+
+
+@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
+def test_what_a_group_gathers_it_spreads_to_the_same_places(order, downsample, num_groups):
+    config = level_of(order, downsample, num_groups, num_channels=1).config
+    for group in ORDERS[order](config, (8, 16)):
+        size = (8 // group.stride, 16 // group.stride)
+        state = torch.randn(2, 3, *size)
+        spread = group.spread(group.gather(state), size)
+        assert torch.equal(group.gather(spread), group.gather(state))
+        assert (spread != 0).sum() == group.gather(state).numel()
+
+
+@pytest.mark.parametrize(
+    "size, num_groups", [((8, 8), 7), ((5, 7), 7), ((3, 8), 7), ((8, 8), 10), ((5, 7), 10)]
+)
+def test_the_neighbours_of_a_position_are_known_before_it(size, num_groups):
+    config = level_of("lattice", 4, num_groups, num_channels=1).config
+    unknown, inside = torch.full((8, 8), -1), torch.zeros(8, 8)
+    inside[: size[0], : size[1]] = 1
+    values = torch.arange(64).view(8, 8)
+    for group in lattice_order(config, (8, 8)):
+        near, is_inside = group.near(unknown, size), group.take(inside).bool()
+        if group.offset != (0, 0):
+            apart = near - group.take(values)  # rows are 8 apart
+            assert (near[:, is_inside] >= 0).all()
+            step = group.stride // 2
+            distances = {abs(y * 8 + x) for y in (-step, 0, step) for x in (-step, 0, step)}
+            assert set(apart[:, is_inside].abs().flatten().tolist()) <= distances - {0}
+        group.put(unknown, torch.where(is_inside, group.take(values), -1))
+
+
+def test_the_random_order_is_the_same_for_ever():
+    config = ProgressiveVAELevelConfig(num_symbols=3, decoder_order="masked", num_groups=3)
+    groups = ORDERS["masked"](config, (2, 4))
+    assert [group.positions.tolist() for group in groups] == [[6], [2, 1, 7], [3, 0, 5, 4]]
