@@ -103,7 +103,8 @@ def train_classifier(
         model = Classifier(dataset.manifest.shape[0], num_classes)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
-        for images, labels in islice(dataset.random_batches(128), num_steps):
+        batches = islice(dataset.random_batches(128), num_steps)
+        for images, labels in tqdm(batches, total=num_steps, desc="classifier"):
             loss = F.cross_entropy(model(images / 127.5 - 1), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -268,7 +269,7 @@ def draw_labelled(
     """Drawn uint8 images and their labels, spread evenly over the classes; −1 where there are
     none. For `codes.write_cache`."""
     num_classes, generator = len(pipe.labels), torch.Generator().manual_seed(seed)
-    for start in range(0, num_images, batch_size):
+    for start in tqdm(range(0, num_images, batch_size), desc="draw"):
         numbers = torch.arange(start, min(start + batch_size, num_images))
         labels = numbers % num_classes if num_classes else torch.full_like(numbers, -1)
         prompt = {"class_labels": labels.tolist()} if num_classes else {}
