@@ -395,7 +395,8 @@ def table(columns: dict[str, dict[str, float]]) -> str:
     rows = list(dict.fromkeys(name for column in columns.values() for name in column))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        cells = [f"{column[row]:.4g}" if row in column else "" for column in columns.values()]
+        figures = [column.get(row) for column in columns.values()]
+        cells = ["" if x is None else f"{x:.0f}" if x >= 1000 else f"{x:.4g}" for x in figures]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

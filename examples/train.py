@@ -4,7 +4,7 @@
         scikit-learn's digits (examples/configs/digits.yaml), N = 2: two minutes on two CPU cores.
 
     accelerate launch examples/train.py --config examples/configs/fashion_mnist.yaml
-        Fashion-MNIST, N = 2: 2.88 bits/dim in 105 minutes on a CPU core with AMX.
+        Fashion-MNIST, N = 2: 2.88 bits/dim in 105 minutes on one CPU core.
 
     accelerate launch examples/train.py --train_data_dir pictures --num_levels 3 --resolution 64 \
             --center_crop --mixed_precision bf16 --output_dir runs/pictures
