@@ -4,11 +4,11 @@
 
 trains two models for so many minutes each, on the CPU, and measures both: a progressive VAE of a
 recipe of examples/train.py, and one grid of codes under a decoder with squared error and a causal
-transformer as its prior. It prints Fréchet distances of drawn images (of a data set with labels, in
-the features of a classifier of them), images/s drawn (at batch 1 and 250, whole and by factor),
-encoded and trained on, and the floating-point operations of an image as a share of what products
-of large matrices reach on this machine. Results are written to `--output_dir`; what is there is not
-trained again. `--model` adds the figures of a saved pipeline.
+transformer as its prior. It prints Fréchet distances of drawn images (in the features of a
+classifier of the data set's labels, which must be there), images/s drawn (at batch 1 and 250, whole
+and by factor), encoded and trained on, and the floating-point operations of an image as a share of
+what products of large matrices reach on this machine. Results are written to `--output_dir`; what
+is there is not trained again. `--model` adds the figures of a saved pipeline.
 """
 
 import json
@@ -60,6 +60,7 @@ from progressive_vae.run import Run, as_finer, write_json
 from progressive_vae.training import initialize_codebook, train_level, train_prior
 
 TIMED_SECONDS = 3.0  # of each speed
+MATRIX_RATE = "matrix_rate.json"  # of bf16 products, by the threads of the training
 RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 
 
@@ -143,7 +144,7 @@ class Afternoon:
         torch.manual_seed(seed)
         self.vae, self.size = FlatVAE(num_channels), size
         self.codebook_size = len(self.vae.quantizer.codebook)
-        self.num_classes = max(1, num_classes)
+        self.num_classes = num_classes
         self.prior = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=self.codebook_size + self.num_classes,
@@ -177,7 +178,7 @@ class Afternoon:
                 (self.vae(images / 127.5 - 1)[1], labels) for images, labels in train.batches(500)
             ]
         codes, labels = (torch.cat(parts) for parts in zip(*encoded, strict=True))
-        tokens = torch.cat([self.prompt(labels.clamp(min=0)), codes.flatten(1)], 1)
+        tokens = torch.cat([self.prompt(labels), codes.flatten(1)], 1)
 
         def prior_step() -> Tensor:
             rows = tokens[torch.randint(len(tokens), (128,))]
@@ -231,6 +232,8 @@ def train_ours(
         train_level(run, i, configs[i - 1], timed(f"level_{i}", level, train, shares[i]))
     prior, train = ProgressiveVAEPrior(config_of_prior), run.grids("train", 1)
     train_prior(run, config_of_prior, timed("prior", prior, train, 0.04))
+    # What is measured later may have other threads.
+    write_json(run.output_dir / MATRIX_RATE, matrix_rate(torch.bfloat16))
     return assemble(run)
 
 
@@ -375,7 +378,9 @@ class Yardstick:
             **{f"trained on, {name}": value for name, value in costs.items()},
         }
 
-    def of_ours(self, pipe: ProgressiveVAEPipeline, costs: dict) -> dict[str, float]:
+    def of_ours(
+        self, pipe: ProgressiveVAEPipeline, costs: dict, matrix_rate_in_training: float = math.nan
+    ) -> dict[str, float]:
         pipe.set_progress_bar_config(disable=True)
         images = self.test.batch(slice(0, 250))[0].to(torch.uint8)
         drawn = (x / 255 for x, _ in draw_labelled(pipe, self.num_drawn, self.seed))
@@ -384,7 +389,7 @@ class Yardstick:
         for phase, cost in costs.items():
             if phase in gflop:
                 figures[f"trained on, {phase}"] = cost["images_per_second"]
-                share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate(torch.bfloat16)
+                share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate_in_training
                 figures[f"share of the rate of bf16 products, training {phase}"] = share
         share = figures["GFLOP to draw an image"] * 1e9 * figures["drawn, batch 250"]
         figures["share of the rate of fp32 products, drawing"] = share / matrix_rate(torch.float32)
@@ -415,6 +420,11 @@ def main(words: list[str]):
     )
     accelerator = Accelerator(cpu=True, mixed_precision=training.mixed_precision)
     pixels, names = cache_pixels(data, training, accelerator)
+    if not names:
+        raise ValueError(
+            "expected a data set with labels, as distances are in the features of a classifier of "
+            f"them, got {pixels['train'].manifest.dataset}"
+        )
     made = {
         "train_minutes": minutes,
         "seed": seed,
@@ -436,7 +446,9 @@ def main(words: list[str]):
     some = pixels["train"].sample(yardstick.num_drawn, seed) / 255
     columns = {
         f"progressive VAE, {minutes:g} minutes": yardstick.of_ours(
-            ProgressiveVAEPipeline.from_pretrained(folder), run.phases()
+            ProgressiveVAEPipeline.from_pretrained(folder),
+            run.phases(),
+            json.loads((folder / MATRIX_RATE).read_text()),
         ),
         f"afternoon VQ-VAE, {minutes:g} minutes": yardstick.of_afternoon(flat, flat_costs),
         f"{len(some)} training images": {

@@ -1,8 +1,8 @@
 """Compare decoder orders, group counts and quantizers in equal training time; print one table.
 
     python examples/compare_decoders.py --dataset_name zalando-datasets/fashion_mnist
-        all rows of compare_decoders.yaml, ten CPU-minutes each (five minutes on two
-        cores): an hour and a half on two cores. A row that is done already is not run again.
+        all rows of compare_decoders.yaml, ten CPU-minutes each or as many times that as the row
+        says: two hours and three quarters on two cores. A row that is done is not run again.
 
     python examples/compare_decoders.py --dataset_name … --trials "vq, pixels" "fsq, pixels"
         these rows. Two processes with OMP_NUM_THREADS=1 and a part of the rows each use two cores

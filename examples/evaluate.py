@@ -8,8 +8,8 @@
 Writes `evaluation.json`, `evaluation.md` and `rate_distortion.png` into `--output_dir`, where the
 caches of the images, the drawn images and the classifier stay too. Distances are in the features of
 a small classifier of the data set's own labels, or with `--features inception` in those of
-torchmetrics' Inception network, whose weights are then fetched; `--features none` leaves them out.
-What classes are kept is told by the classifier alone.
+torchmetrics' Inception network (`pip install torch-fidelity`; its weights are fetched);
+`--features none` leaves them out. What classes are kept is told by the classifier alone.
 
 The images must be held out: give the `--eval_fraction` of the training where its data set has no
 split for evaluation, and after `--streaming` name images that it has not seen.
@@ -127,7 +127,7 @@ def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int)
     digest = hashlib.sha256()
     for name in pipe.factor_names:
         for value in getattr(pipe, name).state_dict().values():
-            digest.update(value.float().numpy().tobytes())
+            digest.update(value.float().cpu().numpy().tobytes())
     weights = digest.hexdigest()
     manifest = Manifest(weights, f"drawn {arguments.seed}", str(count), pipe.image_shape, 256)
     folder = Path(arguments.output_dir) / "cache" / f"drawn_{count}"
@@ -305,6 +305,7 @@ def main(words: list[str]):
     output_dir.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
     data = cache(arguments, pipe)
     test, num_drawn = data["test"], min(arguments.num_drawn, len(data["train"]))

@@ -77,6 +77,7 @@ from progressive_vae.fitting import OPTIMIZERS, FitSettings
 from progressive_vae.hub import (
     INDEX,
     METRICS,
+    figures,
     open_repository,
     push_or_warn,
     weights_digest,
@@ -303,7 +304,9 @@ def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: 
     for split, limit in limits.items():
         if data.streaming:
             limit = limit or {"test": STREAMED_EVAL_SAMPLES}.get(split)
-            splits[split] = splits[split].take(limit) if limit else splits[split]
+            if limit:  # of sorted files too: their order is shuffled, then images in a buffer
+                shuffled = splits[split].shuffle(seed=0, buffer_size=data.shuffle_buffer_size)
+                splits[split] = shuffled.take(limit)
             continue
         if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
             splits[split] = splits[split].shuffle(seed=0).select(range(limit))
@@ -404,6 +407,12 @@ def find_given(model: ModelArguments, training: TrainingArguments) -> dict[int, 
                 f"{found} and {training.finest_level}"
             )
         model.num_levels = count + 1
+        for arguments in (model, training):
+            for name, values in vars(arguments).items():
+                # A recipe of the given levels: the new one is like the coarsest of them.
+                if isinstance(values, list) and len(values) == count > 1:
+                    if name != "class_conditional_levels":
+                        setattr(arguments, name, [values[0], *values])
         given = {i + 1: found / f"level_{i}" for i in range(1, count + 1)}
     for folder in map(Path, given.values()):
         if not (folder / "config.json").is_file():
@@ -512,8 +521,7 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
     }
     if run.class_names:
         classifier = train_classifier(run.pixels["train"], len(run.class_names), seed=training.seed)
-        with run.accelerator.autocast():
-            metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
+        metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
         metrics["num_drawn"] = min(len(test), 5000)
         metrics["frechet_distance"] = distance_of_samples(
             pipe, classifier, test, metrics["num_drawn"], training.seed
@@ -539,6 +547,8 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
 
 def after_phase(run: Run, training: TrainingArguments):
     """Figures and pictures of other weights are deleted; what makes a pipeline may be pushed."""
+    if figures(run.output_dir):  # of these very weights: the phase was done before
+        return
     for name in (METRICS, *PICTURES):
         (run.output_dir / name).unlink(missing_ok=True)
     if (run.output_dir / INDEX).is_file():
@@ -578,9 +588,9 @@ def main(arguments: list[str]):
         # A launcher, told nothing, gives each process one thread, as suits processes with a GPU.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
     transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
+    given = find_given(model, training)
     flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
     accelerator.init_trackers("progressive_vae", flags)
-    given = find_given(model, training)
     indices = range(model.num_levels, 0, -1)
     refits = per_level("refit_max_train_steps", training.refit_max_train_steps, model.num_levels)
     phases = [*(f"level_{i}" for i in indices if i not in given), "prior"]
@@ -635,9 +645,10 @@ def main(arguments: list[str]):
         path = output_dir / "settings.json"
         if training.phase in ("all", phases[0]):
             write_json(path, {"command": command, "settings": flags})
-        elif training.phase in changes and path.is_file():  # a refit comes on top of the whole
+        elif training.phase != "evaluate" and path.is_file():  # it comes on top of the others
             made = json.loads(path.read_text())
-            write_json(path, {**made, "command": f"{made['command']} && {command}"})
+            if command not in made["command"].split(" && "):
+                write_json(path, {**made, "command": f"{made['command']} && {command}"})
     if training.phase in ("all", phases[0]):
         take_given(run, given)
     for phase in chosen:

@@ -85,10 +85,10 @@ def figures_table(metrics: dict) -> str:
     if accuracy:
         lines += ["", f"Label kept by the images themselves: {100 * accuracy['images']:.1f} %."]
     if "frechet_distance" in metrics:
-        lines += ["", f"Fréchet distance of {metrics['num_drawn']} drawn images to the held-out "
-                  f"ones: {metrics['frechet_distance']:.4f}, in the features of a small classifier "
-                  "of this data set: not to be compared with distances in other "
-                  "features."]  # fmt: skip
+        lines += ["", f"Fréchet distance of {metrics['num_drawn']} drawn images to as many "
+                  f"held-out ones: {metrics['frechet_distance']:.4f}, in the features of a small "
+                  "classifier of this data set: not to be compared with distances in other "
+                  "features, or of other counts."]  # fmt: skip
     lines += ["", "| phase | seconds | share | waiting for data | images/s |", "|---" * 5 + "|"]
     whole = sum(phase["seconds"] for phase in metrics["phases"].values())
     for name, phase in metrics["phases"].items():

@@ -302,12 +302,12 @@ def distance_of_samples(
     batch_size: int = 250,
 ) -> float:
     """Fréchet distance of so many drawn images, their labels spread evenly over the classes, to
-    the held-out ones, in the features of a classifier."""
+    as many held-out ones, the first, in the features of a classifier."""
     extractor = ClassifierFeatures(classifier)
     real, drawn = (
-        features_of(extractor, (images / 255 for images, _ in batches))
+        features_of(extractor, (images / 255 for images, _ in batches))[:num_images]
         for batches in (
-            dataset.batches(batch_size),
+            islice(dataset.batches(batch_size), math.ceil(num_images / batch_size)),
             draw_labelled(pipe, num_images, seed, batch_size),
         )
     )

@@ -270,8 +270,8 @@ def _reshard(model: torch.nn.Module):
 
 def _generators(indices: Tensor, epoch: int, seed: int) -> list[torch.Generator]:
     """The noise of an example is its own: the same in whichever process and batch it stands."""
-    seeds = (seed * 1_000_003 + epoch) * 1_000_003 + indices.cpu()  # wraps around at 2^64
-    return [torch.Generator().manual_seed(value) for value in seeds.tolist()]
+    start = (seed * 1_000_003 + epoch) * 1_000_003
+    return [torch.Generator().manual_seed((start + i) % 2**64) for i in indices.tolist()]
 
 
 def _diverged(name: str, loss: float, step: int, checkpoints: Checkpoints | None) -> str:

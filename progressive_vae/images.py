@@ -27,8 +27,11 @@ def pixel_value_batches(
         shape: (C, H, W) that every image must have.
 
     Raises:
-        ValueError: no images, or any of another kind, shape, dtype, mode or range.
+        ValueError: no images, or any of another kind, shape, dtype, mode or range; a batch_size
+            below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
     if isinstance(images, PIL.Image.Image):
         images = [images]
     kinds = {type(x) for x in images} if isinstance(images, list) else {type(images)}

@@ -166,7 +166,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
         labels = label_ids(class_labels, self._class_config, count)
         batches = pixel_value_batches(images, self.image_shape, batch_size)
-        for given, pixel_values in zip(labels.split(batch_size), batches, strict=True):
+        for given, pixel_values in zip(labels.split(max(1, batch_size)), batches, strict=True):
             chain = self._climb(pixel_values, generator)  # z_1 … z_N, s
             codes = chain[:-1]
             factors = [prior.log_prob(codes[0], known_labels(given, prior.config))]
@@ -263,6 +263,8 @@ class ProgressiveVAEPipeline(HubPipeline):
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
         if isinstance(generator, list) and len(generator) != count:
             raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         starts = range(0, count, batch_size)
         stop = self.num_levels + (output_type != "latent")  # grids to end with
         self._num_timesteps = len(starts) * (stop - len(given))

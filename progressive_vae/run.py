@@ -51,6 +51,10 @@ class Run:
     logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
 
     def __post_init__(self):
+        if self.num_validation_images < 1:
+            raise ValueError(
+                f"expected num_validation_images >= 1, got {self.num_validation_images}"
+            )
         if self.accelerator.is_main_process:
             for replaced in self.output_dir.glob(f"*{REPLACED}"):
                 # A kill came between the two names of a save: before it, nothing had changed.

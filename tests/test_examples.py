@@ -128,6 +128,13 @@ def test_benchmark_measures_both(tmp_path, capsys):
     assert "| progressive_vae |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected models of .*'seed': 1"):
         script.main([*flags, "--seed", "1"])
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(20):
+        PIL.Image.new("L", (8, 8), i).save(pictures / f"{i}.png")
+    flags += ["--train_data_dir", str(pictures), "--output_dir", str(tmp_path / "unlabelled")]
+    with pytest.raises(ValueError, match="expected a data set with labels"):
+        script.main(flags)
 
 
 def test_the_model_that_comes_with_the_project(tmp_path, monkeypatch, capsys):

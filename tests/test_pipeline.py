@@ -300,6 +300,12 @@ def test_bad_images(pipe, images, message):
             call(images)
 
 
+def test_a_batch_has_an_image(pipe, images):
+    for call in (pipe.encode, pipe.log_prob):
+        with pytest.raises(ValueError, match="batch_size >= 1, got -1"):
+            call(images, batch_size=-1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -313,6 +319,7 @@ def test_bad_images(pipe, images, message):
         (dict(temperature=[1.0]), "temperature to be one or a list for"),
         (dict(num_levels=4), "num_levels in 1 … 3, got 4"),
         (dict(num_images_per_prompt=0), "num_images_per_prompt >= 1"),
+        (dict(batch_size=0), "batch_size >= 1, got 0"),
         (dict(output_type="jpeg"), "output_type in .*got 'jpeg'"),
         (dict(generator=[torch.Generator()] * 2), "a list of 1, got 2"),
         (dict(codes=[]), "codes of 1 … 3 levels, got 0"),
