@@ -55,6 +55,7 @@ from progressive_vae.evaluation import (
     frechet_distance,
 )
 from progressive_vae.fitting import FitSettings, fit
+from progressive_vae.networks import cached_step
 from progressive_vae.quantizer import VectorQuantizer
 from progressive_vae.run import Run, as_finer, write_json
 from progressive_vae.training import initialize_codebook, train_level, train_prior
@@ -197,10 +198,13 @@ class Afternoon:
         tokens = self.prompt(labels)
         cache, inputs = None, tokens
         for _ in range(math.prod(self.size)):
-            output = self.prior(inputs, past_key_values=cache, use_cache=use_cache)
+            if use_cache:
+                output, cache = cached_step(self.prior, cache, input_ids=inputs)
+            else:
+                output = self.prior(inputs, use_cache=False)
             logits = output.logits[:, -1, : self.codebook_size].float()
             drawn = torch.multinomial(logits.softmax(-1), 1)
-            tokens, cache = torch.cat([tokens, drawn], 1), output.past_key_values
+            tokens = torch.cat([tokens, drawn], 1)
             inputs = drawn if use_cache else tokens
         return self.vae.decode(tokens[:, 1:].unflatten(1, self.size))
 

@@ -28,6 +28,7 @@ from .networks import (
     Upsample,
     ZeroConv2d,
     ZeroEmbedding,
+    cached_step,
     pixel_guesses,
     residual_blocks,
     soft_differences,
@@ -274,10 +275,9 @@ class RasterDecoder(Decoder):
             step = inputs[:, position : position + 1]
             if values is not None:
                 step = step + self._embed(values)
-            output = self.backbone(inputs_embeds=step, past_key_values=cache, use_cache=True)
+            output, cache = cached_step(self.backbone, cache, inputs_embeds=step)
             group = Scattered(torch.tensor([position], device=inputs.device))
             values = choose(group, 0, self.logits(output.last_hidden_state))
-            cache = output.past_key_values
             group.put(grid[:, 0], values)
         return grid
 

@@ -1,6 +1,9 @@
 """Convolution nets on (B, C, H, W) in channels_last, and the heads in which decoders end."""
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -171,3 +174,17 @@ def init_weights(module: nn.Module):
         init.zeros_(module.bias)
     elif isinstance(module, PixelLogits):
         init.zeros_(module.bias)
+
+
+@cache
+def _cache_name(forward: Callable) -> str:
+    """What a causal model calls its key-value cache: `cache` since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def cached_step(backbone: nn.Module, known, **inputs: Tensor):
+    """One step of a causal model of transformers, after those that its key-value cache `known`
+    (`None` at first) is of: its output, and the cache of this step too."""
+    name = _cache_name(type(backbone).forward)
+    output = backbone(**inputs, **{name: known}, use_cache=True)
+    return output, output[name]

@@ -12,6 +12,7 @@ from transformers.utils import ModelOutput
 from .chain import check_codes
 from .configuration import ProgressiveVAEPriorConfig
 from .labels import Labels, drop_labels, label_ids
+from .networks import cached_step
 from .sampling import Generators, Sampler
 
 
@@ -136,9 +137,9 @@ class ProgressiveVAEPrior(PreTrainedModel):
         inputs = self._prompt(torch.cat([labels, null]) if draw.is_guided else labels)
         cache, tokens = None, []
         for _ in range(self.config.sequence_length):
-            output = self.backbone(inputs, past_key_values=cache, use_cache=True)
+            output, cache = cached_step(self.backbone, cache, input_ids=inputs)
             tokens.append(draw(self._logits(output)[:, -1]))
-            inputs, cache = tokens[-1][:, None], output.past_key_values
+            inputs = tokens[-1][:, None]
         codes = torch.stack(tokens, 1)[:batch_size]
         return codes.view(batch_size, *self.config.grid_size)
 

@@ -118,9 +118,10 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
     before = fingerprint([ProgressiveVAELevel.from_pretrained(output_dir / "level_2")])
     flags = [*SMALL, "--output_dir", str(output_dir)]
     command = shlex.split(next(c for c in readme_commands() if "--phase refit" in c))
-    script.main([*flags, *command[3:], "--refit_max_train_steps", "3"])
+    wider = ["--refit_hidden_size", "16", "--refit_max_train_steps", "3"]
+    script.main([*flags, *command[3:], *wider])
     level = ProgressiveVAELevel.from_pretrained(output_dir / "level_2")
-    assert level.config.hidden_size == 80 and level.config.corruption == 0.1
+    assert level.config.hidden_size == 16 and level.config.corruption == 0.1
     assert level.config.encoder_hidden_size == 8 and fingerprint([level]) == before
     assert [path.read_bytes() for path in kept] == contents
     script.main([*flags, "--phase", "evaluate"])  # nothing is stale
