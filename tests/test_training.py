@@ -141,7 +141,8 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        "--decoder_order raster masked --num_groups 0 3 --quantizer gumbel fsq",
+        "--decoder_order raster masked --num_groups 0 3 --quantizer gumbel fsq "
+        "--class_conditional_levels 1",
         "--decoder_order factorized lattice --quantizer fsq gumbel "
         "--class_conditional_levels 1 2 --refit_max_train_steps 2 0 --refit_decoder_order raster "
         "--refit_corruption 0.1 --refit_corruption_kind random",
