@@ -669,7 +669,7 @@ def main(arguments: list[str]):
                 train_level(run, index, configs[index - 1], settings[phase])
         if accelerator.is_main_process:
             after_phase(run, training)
-    if accelerator.is_main_process and chosen != phases and training.phase != "evaluate":
+    if accelerator.is_main_process and training.phase not in ("all", "evaluate"):
         rest = phases[phases.index(training.phase) + 1 :]
         rest = [phase for phase in rest if not phase.startswith("refit")]
         print(f"wrote {output_dir}; what stands on it: --phase {', then '.join(rest)}")

@@ -10,7 +10,7 @@
 | `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
 | `sampling.py` | draws from categorical distributions, and their controls |
 | `labels.py` | class labels: numbers or names, as ids |
-| `networks.py` | convolution nets; no probability in here |
+| `networks.py` | convolution nets, a step of a causal one; no probability in here |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
 | `groups.py` | orders of a grid's positions: lattices, scattered ones |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |

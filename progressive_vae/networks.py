@@ -1,4 +1,5 @@
-"""Convolution nets on (B, C, H, W) in channels_last, and the heads in which decoders end."""
+"""Convolution nets on (B, C, H, W) in channels_last, the heads in which decoders end, and the step
+of a causal transformer."""
 
 import inspect
 import math
@@ -183,8 +184,15 @@ def _cache_name(forward: Callable) -> str:
 
 
 def cached_step(backbone: nn.Module, known, **inputs: Tensor):
-    """One step of a causal model of transformers, after those that its key-value cache `known`
-    (`None` at first) is of: its output, and the cache of this step too."""
+    """One step of a causal model of transformers.
+
+    Args:
+        known: the key-value cache of the steps before, `None` at first.
+        inputs: `input_ids`, int64 (B, 1), or `inputs_embeds`, (B, 1, width).
+
+    Returns:
+        The model's output, and the cache that knows this step too.
+    """
     name = _cache_name(type(backbone).forward)
     output = backbone(**inputs, **{name: known}, use_cache=True)
     return output, output[name]

@@ -166,7 +166,8 @@ class ProgressiveVAEPipeline(HubPipeline):
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
         labels = label_ids(class_labels, self._class_config, count)
         batches = pixel_value_batches(images, self.image_shape, batch_size)
-        for given, pixel_values in zip(labels.split(max(1, batch_size)), batches, strict=True):
+        parts = labels.split(max(1, batch_size))  # `batches` refuses what is less
+        for given, pixel_values in zip(parts, batches, strict=True):
             chain = self._climb(pixel_values, generator)  # z_1 … z_N, s
             codes = chain[:-1]
             factors = [prior.log_prob(codes[0], known_labels(given, prior.config))]
