@@ -7,7 +7,6 @@ are of other weights, if only just. (For weights that are also loaded in 16 bits
 `pipe.save_pretrained(folder, variant="fp16")` is the usual way.)
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.run import write_json
+from progressive_vae.saved import read_json, write_json
 
 
 def halve(source: str, target: str):
@@ -33,7 +32,7 @@ def halve(source: str, target: str):
     pipe.save_pretrained(target)
     for name in pipe.factor_names:
         path = Path(target) / name / "config.json"
-        write_json(path, {**json.loads(path.read_text()), "dtype": "float32"})
+        write_json(path, {**read_json(path, "save it again"), "dtype": "float32"})
 
 
 def main(words: list[str]):

@@ -11,7 +11,6 @@ what products of large matrices reach on this machine. Results are written to `-
 is there is not trained again. `--model` adds the figures of a saved pipeline.
 """
 
-import json
 import math
 import sys
 import time
@@ -29,10 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from train import (
+    DataArguments,
     ModelArguments,
     TrainingArguments,
     assemble,
-    cache_pixels,
     fit_settings,
     level_configs,
     parse,
@@ -57,10 +56,13 @@ from progressive_vae.evaluation import (
 from progressive_vae.fitting import FitSettings, fit
 from progressive_vae.networks import cached_step
 from progressive_vae.quantizer import VectorQuantizer
-from progressive_vae.run import Run, as_finer, write_json
+from progressive_vae.run import Run, as_finer, locked
+from progressive_vae.saved import read_json, write_json
+from progressive_vae.sources import open_source
 from progressive_vae.training import initialize_codebook, train_level, train_prior
 
 TIMED_SECONDS = 3.0  # of each speed
+_ANEW = "delete the folder and begin anew"
 MATRIX_RATE = "matrix_rate.json"  # of bf16 products, by the threads of the training
 RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 
@@ -223,7 +225,7 @@ def train_ours(
     levels, seconds = run.num_levels, 60 * minutes
     shares = {levels: 0.6, **{i: 0.36 / max(1, levels - 1) for i in range(1, levels)}}
     configs = level_configs(model, run.image_shape[0], run.class_names, given={})
-    config_of_prior = prior_config(model, configs, run)
+    config_of_prior = prior_config(model, configs, run.image_shape[1:], run.class_names)
     names = ["prior", *(f"level_{i}" for i in range(1, levels + 1))]
     settings = {name: fit_settings(training, levels, name) for name in names}
 
@@ -333,7 +335,7 @@ def afternoon(
     if (folder / "costs.json").is_file():
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        return model, json.loads((folder / "costs.json").read_text())
+        return model, read_json(folder / "costs.json", _ANEW)
     costs = model.fit(run.pixels["train"], 60 * minutes)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in model.parts().items():
@@ -414,21 +416,37 @@ def main(words: list[str]):
     arguments = HfArgumentParser(
         Arguments, description="Quality and speed for the same training time."
     ).parse_args_into_dataclasses(words, look_for_args_file=False)[0]
-    output_dir, seed = Path(arguments.output_dir), arguments.seed
-    folder, minutes = output_dir / "progressive_vae", arguments.train_minutes
+    output_dir = Path(arguments.output_dir)
+    folder = output_dir / "progressive_vae"
     folder.mkdir(parents=True, exist_ok=True)
-    flags = {"config": arguments.config, "output_dir": folder, "seed": seed}
+    flags = {"config": arguments.config, "output_dir": folder, "seed": arguments.seed}
     flags |= {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
     data, model, training = parse(
         [word for name, value in flags.items() if value for word in (f"--{name}", str(value))]
     )
     accelerator = Accelerator(cpu=True, mixed_precision=training.mixed_precision)
-    pixels, names = cache_pixels(data, training, accelerator)
+    with locked(output_dir, accelerator):
+        compare(arguments, data, model, training, accelerator)
+
+
+def compare(
+    arguments: Arguments,
+    data: DataArguments,
+    model: ModelArguments,
+    training: TrainingArguments,
+    accelerator: Accelerator,
+):
+    """Train both, unless that was done before, and measure them."""
+    output_dir, seed = Path(arguments.output_dir), arguments.seed
+    folder, minutes = Path(training.output_dir), arguments.train_minutes
+    source = open_source(**vars(data))
+    names = source.class_names
     if not names:
         raise ValueError(
             "expected a data set with labels, as distances are in the features of a classifier of "
-            f"them, got {pixels['train'].manifest.dataset}"
+            f"them, got {source.manifests['train'].dataset}"
         )
+    pixels = source.pixels(folder / "cache" / "pixels", accelerator)
     made = {
         "train_minutes": minutes,
         "seed": seed,
@@ -436,7 +454,7 @@ def main(words: list[str]):
         "dataset": pixels["train"].manifest.dataset,
     }
     path = output_dir / "settings.json"
-    if path.is_file() and (found := json.loads(path.read_text())) != made:
+    if path.is_file() and (found := read_json(path, _ANEW)) != made:
         raise ValueError(f"expected models of {made} in {output_dir}, got those of {found}")
     write_json(path, made)
     run = Run(folder, accelerator, model.num_levels, pixels, names)
@@ -452,7 +470,7 @@ def main(words: list[str]):
         f"progressive VAE, {minutes:g} minutes": yardstick.of_ours(
             ProgressiveVAEPipeline.from_pretrained(folder),
             run.phases(),
-            json.loads((folder / MATRIX_RATE).read_text()),
+            read_json(folder / MATRIX_RATE, _ANEW, float),
         ),
         f"afternoon VQ-VAE, {minutes:g} minutes": yardstick.of_afternoon(flat, flat_costs),
         f"{len(some)} training images": {

@@ -47,8 +47,9 @@ from progressive_vae.evaluation import (
     train_classifier,
 )
 from progressive_vae.fitting import FitSettings, fit
-from progressive_vae.run import Run, as_finer, write_json
+from progressive_vae.run import Run, as_finer
 from progressive_vae.sampling import Sampler
+from progressive_vae.saved import write_json
 from progressive_vae.training import refit_level, train_level, train_prior
 
 

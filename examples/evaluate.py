@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from accelerate import PartialState
 from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 
@@ -53,7 +54,8 @@ from progressive_vae.evaluation import (
     psnr_of,
     rate_distortion,
 )
-from progressive_vae.run import write_json
+from progressive_vae.run import locked
+from progressive_vae.saved import write_json
 
 LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
 LOSSLESS = {
@@ -304,6 +306,13 @@ def main(words: list[str]):
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
+    with locked(output_dir, PartialState()):
+        measure(arguments)
+
+
+def measure(arguments: Arguments):
+    """All figures, in `evaluation.json` and `evaluation.md`, and the plot."""
+    output_dir = Path(arguments.output_dir)
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)

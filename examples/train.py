@@ -14,6 +14,7 @@ A YAML file (`--config`) sets defaults, flags win. Lists over levels start with 
 one value stands for all levels. `--phase` runs one phase again from the saved artefacts.
 """
 
+import copy
 import json
 import os
 import platform
@@ -21,15 +22,18 @@ import re
 import shlex
 import signal
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
-from datasets.distributed import split_dataset_by_node
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -44,7 +48,6 @@ from progressive_vae import (
 from progressive_vae.card import PICTURES, figures_table
 from progressive_vae.chain import MAX_LEVELS, check_image_size, grid_sizes
 from progressive_vae.checkpoints import Checkpoints
-from progressive_vae.codes import GridDataset, Manifest, write_cache
 from progressive_vae.configuration import (
     CORRUPTIONS,
     DECODER_FIELDS,
@@ -52,17 +55,7 @@ from progressive_vae.configuration import (
     PIXEL_DISTRIBUTIONS,
     QUANTIZERS,
 )
-from progressive_vae.data import (
-    GREY_MODES,
-    decode,
-    encoded,
-    find_image_column,
-    find_labels,
-    load_images,
-    pixel_batches,
-    prepare_image,
-    read_images,
-)
+from progressive_vae.data import MAX_IMAGE_PIXELS
 from progressive_vae.evaluation import (
     distance_of_samples,
     evaluate,
@@ -83,13 +76,16 @@ from progressive_vae.hub import (
     weights_digest,
     write_card,
 )
-from progressive_vae.run import Run, write_json
-from progressive_vae.streaming import PixelStream
-from progressive_vae.training import refit_level, train_level, train_prior
+from progressive_vae.run import LOCK, OWNER, PHASES, Run, locked
+from progressive_vae.saved import read_json, write_json
+from progressive_vae.sources import open_source
+from progressive_vae.training import plan, refit_level, train_level, train_prior
 
-STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
-BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete/",
-                       "*.replaced/", "history.json", "phases.json", "settings.json")  # fmt: skip
+SETTINGS = "settings.json"
+PRECISIONS = ("no", "bf16", "fp16")
+MIN_FOR_DISTANCE = 2  # images whose features have a covariance
+BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete",
+                       "*.replaced/", "history.json", PHASES, SETTINGS, LOCK, OWNER)  # fmt: skip
 
 
 def _list(value, help: str):
@@ -121,6 +117,9 @@ class DataArguments:
     random_flip: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    max_image_pixels: int = field(
+        default=MAX_IMAGE_PIXELS, metadata={"help": "images of more are left out, and named"}
+    )
     streaming: bool = field(
         default=False,
         metadata={"help": "read the training images as they come, never all of them to a disk"},
@@ -132,7 +131,7 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    num_levels: int = field(default=2, metadata={"help": "N, 1 to 8"})
+    num_levels: int = field(default=2, metadata={"help": f"N, 1 to {MAX_LEVELS}"})
     codebook_size: list[int] = _list(64, "codes of each level")
     codebook_dim: list[int] = _list(0, "length of a code vector; 0: what the quantizer needs")
     downsample: list[int] = _list(2, "2 or 4: linear factor between a level and the finer grid")
@@ -210,7 +209,7 @@ class TrainingArguments:
     adam_beta2: float = 0.99
     adam_weight_decay: float = 0.01
     prior_adam_weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = field(default=1.0, metadata={"help": "0: no clipping"})
     use_ema: bool = True
     ema_decay: float = 0.999
     mixed_precision: str | None = field(
@@ -224,6 +223,11 @@ class TrainingArguments:
     report_to: str = field(default="tensorboard", metadata={"help": "a tracker's name, or none"})
     logging_dir: str = "logs"
     overwrite_cache: bool = False
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "replace what is in output_dir; with resume_from_checkpoint only what "
+                  "other settings made"},
+    )  # fmt: skip
     checkpointing_steps: int = field(default=500, metadata={"help": "0: only when told to stop"})
     checkpoints_total_limit: int = field(
         default=2, metadata={"help": "checkpoints of a phase that are kept; 0: all"}
@@ -287,71 +291,6 @@ def per_level(name: str, values: list, num_levels: int) -> list:
     return values * num_levels if len(values) == 1 else values
 
 
-def cache_pixels(data: DataArguments, training: TrainingArguments, accelerator: Accelerator):
-    """The pixels of the two splits, cached or as a stream, and the class names."""
-    name = data.dataset_name or data.train_data_dir
-    splits = load_images(
-        dataset_name=data.dataset_name,
-        dataset_config_name=data.dataset_config_name,
-        train_data_dir=data.train_data_dir,
-        train_split=data.train_split,
-        eval_split=data.eval_split,
-        eval_fraction=data.eval_fraction,
-        image_column=data.image_column,
-        streaming=data.streaming,
-    )
-    limits = {"train": data.max_train_samples, "test": data.max_eval_samples}
-    for split, limit in limits.items():
-        if data.streaming:
-            limit = limit or {"test": STREAMED_EVAL_SAMPLES}.get(split)
-            if limit:  # of sorted files too: their order is shuffled, then images in a buffer
-                shuffled = splits[split].shuffle(seed=0, buffer_size=data.shuffle_buffer_size)
-                splits[split] = shuffled.take(limit)
-            continue
-        if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
-            splits[split] = splits[split].shuffle(seed=0).select(range(limit))
-        if split == "test":
-            splits[split] = splits[split].shuffle(seed=0)  # the pictures show its beginning
-    image_column = find_image_column(splits["train"], data.image_column)
-    label_column, names = find_labels(splits, data.label_column)
-    # The first image settles colours and size; the others are checked against it.
-    values = (row[image_column] for row in encoded(splits["train"], image_column))
-    image = next((image for image in map(decode, values) if image is not None), None)
-    if image is None:
-        raise ValueError(f"expected images in column {image_column!r}, got none that can be read")
-    mode = "L" if image.mode in GREY_MODES else "RGB"
-    shape = prepare_image(image, mode, data.resolution, data.center_crop).shape
-    pixels = {}
-    for split, table in splits.items():
-        is_flipped = data.random_flip and split == "train"
-        content = f"stream of {limits[split]}" if data.streaming else table._fingerprint
-        manifest = Manifest(
-            weights="",
-            dataset=f"{name} ({content}; {data.resolution}, {data.center_crop}, {is_flipped})",
-            split=split,
-            shape=shape,
-            num_values=256,
-        )
-        columns, sizes = (image_column, label_column), (data.resolution, data.center_crop)
-        if data.streaming and split == "train":
-            pixels[split] = PixelStream(
-                table, manifest, *columns, *sizes, is_flipped, data.shuffle_buffer_size
-            )
-            continue
-        folder = Path(training.output_dir) / "cache" / "pixels" / split
-        is_missing = training.overwrite_cache or not folder.exists()
-        accelerator.wait_for_everyone()  # all have seen that there is no cache yet
-        if is_missing:
-            rank, processes = accelerator.process_index, accelerator.num_processes
-            share, before = split_dataset_by_node(table, rank, processes), 0
-            if not data.streaming:
-                before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
-            images = read_images(share, *columns, shape, *sizes, before)
-            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
-        pixels[split] = GridDataset(folder, manifest)
-    return pixels, names
-
-
 def level_configs(
     model: ModelArguments, num_channels: int, class_names: list[str], given: dict[int, Path]
 ) -> list[ProgressiveVAELevelConfig]:
@@ -364,8 +303,6 @@ def level_configs(
             f"expected class_conditional_levels in 1 … {model.num_levels}, and a data set with "
             f"labels, got {conditional} and {len(class_names)} classes"
         )
-    if not 1 <= model.num_levels <= MAX_LEVELS:
-        raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
     names = ("codebook_size", "codebook_dim", "downsample", "hidden_size", "num_layers",
              "pixel_distribution", "pixel_logit_rank", "encoder_hidden_size", "encoder_num_layers",
              "block_kernel_size", "decoder_order", "num_groups", "quantizer",
@@ -453,14 +390,21 @@ def decoder_changes(model: ModelArguments, index: int, class_names: list[str]) -
 
 
 def prior_config(
-    model: ModelArguments, levels: list[ProgressiveVAELevelConfig], run: Run
+    model: ModelArguments,
+    levels: list[ProgressiveVAELevelConfig],
+    size: tuple[int, ...],
+    class_names: list[str],
 ) -> ProgressiveVAEPriorConfig:
-    names = run.class_names if model.class_conditional else []
+    names = class_names if model.class_conditional else []
+    try:
+        backbone = json.loads(model.prior_config)
+    except ValueError as error:
+        raise ValueError(f"expected prior_config as JSON, got {model.prior_config!r}") from error
     return ProgressiveVAEPriorConfig(
         codebook_size=levels[0].codebook_size,
-        grid_size=grid_sizes(levels, run.image_shape[1:])[0],
+        grid_size=grid_sizes(levels, (size[0], size[1]))[0],
         **class_fields(names, model.class_dropout),
-        backbone_config=json.loads(model.prior_config),
+        backbone_config=backbone,
     )
 
 
@@ -481,7 +425,10 @@ def fit_settings(training: TrainingArguments, num_levels: int, phase: str) -> Fi
         flag = f"{phase.partition('_')[0]}_max_train_steps".removeprefix("level_")
         raise ValueError(f"expected {flag} >= 1 for {phase}, got {values['max_train_steps']}")
     values["lr_warmup_steps"] = min(values["lr_warmup_steps"], values["max_train_steps"] // 4)
-    return FitSettings(**values)
+    try:
+        return FitSettings(**values)
+    except ValueError as error:
+        raise ValueError(f"{phase}: {error}") from error
 
 
 def without_paths(text: str) -> str:
@@ -508,7 +455,20 @@ def assemble(run: Run) -> ProgressiveVAEPipeline:
     return pipe
 
 
+def made_by(output_dir: Path) -> dict:
+    """The command and the settings of a run; of several, the commands joined."""
+    advice = "delete it and run the first phase again"
+    found = read_json(output_dir / SETTINGS, advice)
+    if not (isinstance(found.get("command"), str) and isinstance(found.get("settings"), dict)):
+        raise ValueError(
+            f"expected a command and settings in {output_dir / SETTINGS}, got {found}: {advice}"
+        )
+    return found
+
+
 def evaluate_and_save(run: Run, training: TrainingArguments):
+    """All held-out figures and pictures. What cannot be measured is named in their place: nothing
+    that was trained or measured is lost for it."""
     pipe, output_dir, test = assemble(run), run.output_dir, run.pixels["test"]
     pipe.to(run.accelerator.device)
     pipe.set_progress_bar_config(disable=True)
@@ -519,27 +479,48 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
         "num_images": len(test),
         **evaluate(pipe, test),
     }
+    seed, failed = training.seed, {}
+
+    def attempt(name: str, measure: Callable[[], Any]) -> Any:
+        try:
+            return measure()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"
+            warnings.warn(f"{name} is not measured: {error!r}", stacklevel=2)
+
+    def measured_by_a_classifier() -> dict:
+        classifier = train_classifier(run.pixels["train"], len(run.class_names), seed=seed)
+        figures = {"label_accuracy": label_accuracy(pipe, classifier, test, seed)}
+        count = min(len(test), 5000)
+        if count < MIN_FOR_DISTANCE:
+            failed["frechet_distance"] = f"{count} held-out images, less than {MIN_FOR_DISTANCE}"
+            return figures
+        distance = distance_of_samples(pipe, classifier, test, count, seed)
+        return {**figures, "num_drawn": count, "frechet_distance": distance}
+
     if run.class_names:
-        classifier = train_classifier(run.pixels["train"], len(run.class_names), seed=training.seed)
-        metrics["label_accuracy"] = label_accuracy(pipe, classifier, test, training.seed)
-        metrics["num_drawn"] = min(len(test), 5000)
-        metrics["frechet_distance"] = distance_of_samples(
-            pipe, classifier, test, metrics["num_drawn"], training.seed
-        )
+        metrics |= attempt("label_accuracy", measured_by_a_classifier) or {}
+    if speed := attempt("sampled_images_per_second", lambda: sampling_speed(pipe)):
+        metrics["sampled_images_per_second"] = round(speed, 1)
+    images = test.batch(slice(0, 10))[0].to(torch.uint8)
+    pictures = {
+        "samples.png": lambda: sample_grid(pipe, seed),
+        "reconstructions.png": lambda: reconstruction_grid(pipe, images, seed),
+    }
+    for name, draw in pictures.items():
+        if (picture := attempt(name, draw)) is not None:
+            picture.save(output_dir / name)
     metrics |= {
-        "sampled_images_per_second": round(sampling_speed(pipe), 1),
+        **({"not_measured": failed} if failed else {}),
         "phases": run.phases(),
         "parameters": {name: getattr(pipe, name).num_parameters() for name in pipe.factor_names},
-        "seed": training.seed,
+        "seed": seed,
         "machine": f"{run.accelerator.num_processes} × {device_name(run.accelerator.device)}, "
         f"torch {torch.__version__}, progressive_vae {__version__}",
         "license": training.hub_license,
         "weights": weights_digest(output_dir),
-        **json.loads(without_paths((output_dir / "settings.json").read_text())),
+        **json.loads(without_paths(json.dumps(made_by(output_dir)))),
     }
-    sample_grid(pipe, training.seed).save(output_dir / "samples.png")
-    images = test.batch(slice(0, 10))[0].to(torch.uint8)
-    reconstruction_grid(pipe, images, training.seed).save(output_dir / "reconstructions.png")
     write_json(output_dir / METRICS, metrics)
     write_card(output_dir)
     print(f"\n{figures_table(metrics)}\n\nwrote {output_dir}")
@@ -561,12 +542,36 @@ def after_phase(run: Run, training: TrainingArguments):
         push_or_warn(run.output_dir, training.hub_model_id, training.hub_private_repo or None)
 
 
-def main(arguments: list[str]):
-    data, model, training = parse(arguments)
+def check_arguments(data: DataArguments, model: ModelArguments, training: TrainingArguments):
+    """Find out before anything is read or written what is wrong with the flags alone."""
+    if not 1 <= model.num_levels <= MAX_LEVELS:
+        raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
+    for arguments in (model, training):
+        for name, values in vars(arguments).items():
+            if isinstance(values, list) and name != "class_conditional_levels":
+                per_level(name, values, model.num_levels)
+    for name, minimum in (
+        ("gradient_accumulation_steps", 1),
+        ("num_validation_images", 1),
+        ("checkpointing_steps", 0),
+        ("checkpoints_total_limit", 0),
+    ):
+        if (value := getattr(training, name)) < minimum:
+            raise ValueError(f"expected {name} >= {minimum}, got {value}")
+    trackers = [*map(str, get_available_trackers()), "none", "all"]
+    if training.report_to not in trackers:
+        raise ValueError(
+            f"expected report_to among {trackers}, the trackers that are installed, got "
+            f"{training.report_to!r}"
+        )
+    if training.mixed_precision not in (None, *PRECISIONS):
+        raise ValueError(
+            f"expected mixed_precision among {PRECISIONS}, got {training.mixed_precision!r}"
+        )
+
+
+def make_accelerator(training: TrainingArguments) -> Accelerator:
     output_dir = Path(training.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    private = training.hub_private_repo or None
-    training.hub_model_id = training.hub_model_id or output_dir.resolve().name
     accelerator = Accelerator(
         # Without this a launch of two processes on CPUs becomes two runs of one process each.
         cpu=not torch.accelerator.is_available(),
@@ -587,10 +592,32 @@ def main(arguments: list[str]):
     if accelerator.device.type == "cpu" and is_launched and torch.get_num_threads() == 1:
         # A launcher, told nothing, gives each process one thread, as suits processes with a GPU.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
-    transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
+    return accelerator
+
+
+def main(arguments: list[str]):
+    data, model, training = parse(arguments)
     given = find_given(model, training)
-    flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
-    accelerator.init_trackers("progressive_vae", flags)
+    check_arguments(data, model, training)
+    output_dir = Path(training.output_dir)
+    training.hub_model_id = training.hub_model_id or output_dir.resolve().name
+    output_dir.mkdir(parents=True, exist_ok=True)
+    accelerator = make_accelerator(training)
+    transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
+    with locked(output_dir, accelerator):
+        train(arguments, data, model, training, given, accelerator)
+    accelerator.end_training()
+
+
+def train(
+    arguments: list[str],
+    data: DataArguments,
+    model: ModelArguments,
+    training: TrainingArguments,
+    given: dict[int, Path],
+    accelerator: Accelerator,
+):
+    output_dir, private = Path(training.output_dir), training.hub_private_repo or None
     indices = range(model.num_levels, 0, -1)
     refits = per_level("refit_max_train_steps", training.refit_max_train_steps, model.num_levels)
     phases = [*(f"level_{i}" for i in indices if i not in given), "prior"]
@@ -598,27 +625,31 @@ def main(arguments: list[str]):
     phases.append("evaluate")
     if training.phase not in ("all", *phases):
         raise ValueError(f"expected phase among {['all', *phases]}, got {training.phase!r}")
-    pixels, names = cache_pixels(data, training, accelerator)
+    chosen = phases if training.phase == "all" else [training.phase]
+    fitted = [phase for phase in chosen if phase != "evaluate"]
+    settings = {phase: fit_settings(training, model.num_levels, phase) for phase in fitted}
     checkpoints = Checkpoints(
         output_dir,
         training.checkpointing_steps or None,
         training.checkpoints_total_limit or None,
         training.resume_from_checkpoint,
+        training.overwrite_output_dir,
     )
     signal.signal(signal.SIGTERM, checkpoints.stop)
+    source = open_source(**vars(data))
+    names, (num_channels, *size) = source.class_names, source.manifests["train"].shape
     run = Run(
         output_dir,
         accelerator,
         model.num_levels,
-        pixels,
-        names,
-        training.num_validation_images,
+        class_names=names,
+        num_validation_images=training.num_validation_images,
         checkpoints=checkpoints,
     )
-    # All configs and settings are made before any phase runs: a wrong flag costs no training.
-    configs = level_configs(model, run.image_shape[0], names, given)
-    config_of_prior = prior_config(model, configs, run)
-    chosen = phases if training.phase == "all" else [training.phase]
+    # All configs are made, and all that is there is looked at, before any phase runs: a wrong flag
+    # costs neither training nor what was trained before.
+    configs = level_configs(model, num_channels, names, given)
+    config_of_prior = prior_config(model, configs, size, names)
     changes = {
         f"refit_level_{i}": decoder_changes(model, i, names)
         for i in indices
@@ -633,20 +664,40 @@ def main(arguments: list[str]):
         for i, config in enumerate(configs, 1)
     ]
     for chain in (configs, refitted):
-        check_image_size(run.image_shape[1:], chain, None)
-    settings = {p: fit_settings(training, run.num_levels, p) for p in chosen if p != "evaluate"}
+        check_image_size(size, chain, None)
+    if "prior" in chosen:
+        ProgressiveVAEPrior(copy.deepcopy(config_of_prior)).eval().check_causal()
+    config_of: dict[str, Any] = {"prior": config_of_prior}
+    for i in indices:
+        config_of |= {f"level_{i}": configs[i - 1], f"refit_level_{i}": refitted[i - 1]}
+    pixels = source.manifests["train"]
+    planned = {
+        phase: plan(phase, config_of[phase], settings[phase], accelerator, configs, pixels)
+        for phase in fitted
+    }
+    run.check_settings(planned, training.phase == "all")
+    cache = output_dir / "cache" / "pixels"
+    run.pixels = source.pixels(cache, accelerator, training.overwrite_cache)
+    held_out = len(run.pixels["test"])
+    if names and held_out < MIN_FOR_DISTANCE:
+        warnings.warn(
+            f"{held_out} held-out images are too few for a Fréchet distance, which will not be "
+            f"measured: it takes {MIN_FOR_DISTANCE}",
+            stacklevel=2,
+        )
+    flags = {k: str(v) for k, v in {**vars(data), **vars(model), **vars(training)}.items()}
+    accelerator.init_trackers("progressive_vae", flags)
     if accelerator.is_main_process:
         if training.push_to_hub:
             open_repository(training.hub_model_id, private)
-        if not (output_dir / ".gitignore").exists():
-            # What is not of the pipeline, for those who upload the folder by other means.
-            (output_dir / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
+        # What is not of the pipeline, for those who upload the folder by other means.
+        (output_dir / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
         command = shlex.join(["accelerate", "launch", "examples/train.py", *arguments])
-        path = output_dir / "settings.json"
+        path = output_dir / SETTINGS
         if training.phase in ("all", phases[0]):
             write_json(path, {"command": command, "settings": flags})
         elif training.phase != "evaluate" and path.is_file():  # it comes on top of the others
-            made = json.loads(path.read_text())
+            made = made_by(output_dir)
             if command not in made["command"].split(" && "):
                 write_json(path, {**made, "command": f"{made['command']} && {command}"})
     if training.phase in ("all", phases[0]):
@@ -673,8 +724,10 @@ def main(arguments: list[str]):
         rest = phases[phases.index(training.phase) + 1 :]
         rest = [phase for phase in rest if not phase.startswith("refit")]
         print(f"wrote {output_dir}; what stands on it: --phase {', then '.join(rest)}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:  # of flags, data or files: what was expected, and what came
+        sys.exit(f"error: {error}")

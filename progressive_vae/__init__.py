@@ -4,7 +4,8 @@
 
 | file | purpose |
 |---|---|
-| `saved.py` | what saved files say of themselves: version and format |
+| `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
+| `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `chain.py` | what fits together: the grids of a chain of levels |
 | `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
@@ -24,6 +25,7 @@
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
 | `streaming.py` | images read as they come, where a disk does not hold them |
+| `sources.py` | a data set, opened: its splits, columns and classes; their pixels |
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `run.py` | what one training leaves behind, and where it lies |

@@ -96,7 +96,10 @@ def figures_table(metrics: dict) -> str:
         cells = [name, f"{seconds:.1f}", f"{100 * seconds / whole:.1f} %"]
         cells += ["" if waiting is None else f"{100 * waiting:.1f} %"]
         lines.append("| " + " | ".join([*cells, f"{phase['images_per_second']:.0f}"]) + " |")
-    lines.append(f"| sample, batch of 250 | | | | {metrics['sampled_images_per_second']:.0f} |")
+    if "sampled_images_per_second" in metrics:
+        lines.append(f"| sample, batch of 250 | | | | {metrics['sampled_images_per_second']:.0f} |")
+    for name, error in metrics.get("not_measured", {}).items():
+        lines += ["", f"Not measured: {name} ({error})."]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """A phase that was interrupted goes on where it was, and ends with the same weights to the bit.
 
 A checkpoint is what Accelerate saves (weights, optimizer, random states of every process) and
-`fit.pt`, with the averaged weights, the schedule and the place in the data. It is written under a
-temporary name and renamed: complete or invisible.
+`fit.pt`, with the averaged weights, the schedule and the place in the data; `checksums.json` has
+the CRC-32 of each file. It is written under a temporary name and renamed: complete or invisible.
 """
 
 import json
@@ -16,7 +16,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-IDENTITY, STATE = "identity.json", "fit.pt"
+from .saved import checksum, file_parts, read_json
+
+IDENTITY, STATE, CHECKSUMS = "identity.json", "fit.pt", "checksums.json"
+
+# What only the phases before a phase settle: all else of its identity are settings.
+_OF_OTHER_PHASES = ("config.finer_fingerprint", "data.weights", "data.num_examples")
 
 
 class Stateful(Protocol):
@@ -52,12 +57,15 @@ class Checkpoints:
         total_limit: the number of a phase's checkpoints that are kept; `None` for all.
         resume: start phases from their checkpoints; "latest", or the path of one. `None`: start
             anew, and delete what is there.
+        overwrite: what other settings made is deleted, and that phase starts anew, where it would
+            be an error.
     """
 
     folder: Path
     every: int | None = None
     total_limit: int | None = None
     resume: str | None = None
+    overwrite: bool = False
     is_told: bool = field(default=False, init=False)  # this process, to stop
     is_stopping: bool = field(default=False, init=False)  # all processes, at this step
     is_fitting: bool = field(default=False, init=False)
@@ -81,10 +89,14 @@ class Checkpoints:
 
     def of(self, phase: str) -> list[Path]:
         """The complete checkpoints of a phase, oldest first."""
-        found = self.folder.glob(f"checkpoint-{phase}-*")
+        return self.all(f"{phase}-*")
+
+    def all(self, pattern: str = "*") -> list[Path]:
+        found = self.folder.glob(f"checkpoint-{pattern}")
         return sorted(path for path in found if path.suffix != ".incomplete")
 
     def remove(self, phase: str, accelerator: Accelerator):
+        accelerator.wait_for_everyone()  # all have read what they want to
         if accelerator.is_main_process:
             for path in self.folder.glob(f"checkpoint-{phase}-*"):
                 _discard(path)
@@ -124,10 +136,27 @@ class Checkpoints:
             (temporary / IDENTITY).write_text(json.dumps(identity, indent=2))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            _write_checksums(temporary)
             temporary.rename(path)
             for old in self.of(phase)[: -self.total_limit] if self.total_limit else []:
                 _discard(old)
         accelerator.wait_for_everyone()
+
+    def named(self) -> list[Path]:
+        """The checkpoint that `resume` is the path of, if it is one."""
+        return [] if self.resume in (None, "latest") else [Path(str(self.resume)).resolve()]
+
+    def _found(self, phase: str) -> Path | None:
+        """The checkpoint to start a phase from."""
+        found = self.of(phase) if self.resume == "latest" else self.named()
+        found = [path for path in found if path.name.startswith(f"checkpoint-{phase}-")]
+        return found[-1] if found else None
+
+    def check(self, identity: Mapping[str, Any]):
+        """Raise a `ValueError` if the checkpoint to start a phase from is of other settings."""
+        if self.resume is not None and (path := self._found(identity["phase"])) is not None:
+            theirs = read_json(path / IDENTITY, _advice(path))
+            check_identity(identity, theirs, str(path), of_settings=True)
 
     def load(
         self, identity: Mapping[str, Any], states: Mapping[str, Stateful], accelerator: Accelerator
@@ -141,19 +170,18 @@ class Checkpoints:
         if self.resume is None:
             self.remove(phase, accelerator)
             return Progress()
-        found = self.of(phase) if self.resume == "latest" else [Path(self.resume)]
-        found = [path for path in found if path.name.startswith(f"checkpoint-{phase}-")]
-        if not found:
+        path = self._found(phase)
+        if path is None:
             return Progress()
-        path = found[-1]
+        theirs = read_json(path / IDENTITY, _advice(path))
+        if self.overwrite and differences(identity, theirs):
+            self.remove(phase, accelerator)
+            return Progress()
+        check_identity(identity, theirs, str(path))
+        _check_files(path)
         try:
-            theirs = json.loads((path / IDENTITY).read_text())
             file = path / _state_name(accelerator)
             contents = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise ValueError(_damaged(path, error)) from error
-        check_identity(identity, theirs, str(path))
-        try:
             accelerator.load_state(str(path))
             for name, state in states.items():
                 state.load_state_dict(contents[name])
@@ -180,19 +208,70 @@ def _discard(path: Path):
     shutil.rmtree(path)
 
 
-def check_identity(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str):
+def differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], of_settings: bool = False
+) -> list[tuple[str, Any, Any]]:
+    """(name, ours, theirs) of what differs among what `ours` says; names of what lies in another
+    are dotted.
+
+    Args:
+        of_settings: leave out what is settled by other phases.
+    """
+    flat_ours, flat_theirs = _flat(ours), _flat(theirs)
+    return [
+        (name, value, flat_theirs.get(name))
+        for name, value in flat_ours.items()
+        if not (of_settings and name in _OF_OTHER_PHASES) and value != flat_theirs.get(name)
+    ]
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        is_nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
+    return flat
+
+
+def check_identity(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str, of_settings: bool = False
+):
     """Raise a `ValueError` that names what differs."""
-    if different := [name for name in ours if ours[name] != theirs.get(name)]:
+    different = differences(ours, theirs, of_settings)
+    if different:
+        more = f" and {len(different) - 8} more" if len(different) > 8 else ""
+        expected, got = (
+            ", ".join(f"{each[0]}={each[side]!r}" for each in different[:8]) for side in (2, 1)
+        )
         raise ValueError(
-            f"expected to go on from {where} with "
-            f"{ {name: theirs.get(name) for name in different} }, got "
-            f"{ {name: ours[name] for name in different} }: resume with the same flags and number "
-            "of processes, or start anew without --resume_from_checkpoint"
+            f"expected to go on from {where} with {expected}{more}, got {got}{more}: resume with "
+            "the same flags and number of processes, choose another --output_dir, or replace what "
+            "is there with --overwrite_output_dir"
         )
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _write_checksums(folder: Path):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): checksum(file_parts(path)) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
+
+
+def _check_files(folder: Path):
+    """Raise a `ValueError` unless the files are those that were written."""
+    for name, expected in read_json(folder / CHECKSUMS, _advice(folder)).items():
+        try:
+            found = checksum(file_parts(folder / name))
+        except OSError as error:
+            raise ValueError(_damaged(folder, error)) from error
+        if found != expected:
+            raise ValueError(_damaged(folder, f"{name} has another checksum"))
+
+
+def _damaged(path: Path, error: Exception | str) -> str:
     return (
-        f"expected a whole checkpoint, got {path}, which cannot be read ({error}): delete it to go "
-        "on from the one before, or from the start of its phase"
+        f"expected a whole checkpoint, got {path}, which cannot be read ({error}): {_advice(path)}"
     )
+
+
+def _advice(path: Path) -> str:
+    return f"delete {path} to go on from the checkpoint before, or from the start of its phase"

@@ -22,7 +22,10 @@ from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
+from .saved import read_json
+
 FORMAT = 2
+_REMADE = "the cache is damaged, delete its folder and it is made again"
 _FEATURES = datasets.Features(
     {
         "grid": datasets.Value("binary"),
@@ -115,9 +118,12 @@ class GridDataset(torch.utils.data.Dataset):
         self.folder, path = folder, Path(folder) / "manifest.json"
         if not path.is_file():
             raise ValueError(f"expected a code cache in {folder}, got no manifest.json")
-        contents = json.loads(path.read_text())
-        self.num_examples, shards = contents.pop("num_examples"), contents.pop("shards")
-        self.manifest = Manifest(**{**contents, "shape": tuple(contents["shape"])})
+        contents = read_json(path, _REMADE)
+        try:
+            self.num_examples, shards = contents.pop("num_examples"), contents.pop("shards")
+            self.manifest = Manifest(**{**contents, "shape": tuple(contents["shape"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected a manifest in {path}, got {error!r}: {_REMADE}") from error
         if expected is not None and self.manifest != expected:
             ours, theirs = asdict(self.manifest), asdict(expected)
             different = [name for name in theirs if theirs[name] != ours[name]]
@@ -131,12 +137,11 @@ class GridDataset(torch.utils.data.Dataset):
             tables = [datasets.Dataset.from_file(str(Path(folder) / shard)) for shard in shards]
             self.table = datasets.concatenate_datasets(tables)
             found = str(len(self.table))
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, TypeError, ValueError, pyarrow.ArrowInvalid) as error:
             found = str(error)
         if found != str(self.num_examples):
             raise ValueError(
-                f"expected {self.num_examples} examples in {folder}, got {found}: the cache is "
-                "damaged, delete it and it is made again"
+                f"expected {self.num_examples} examples in {folder}, got {found}: {_REMADE}"
             )
 
     def __len__(self) -> int:
@@ -151,8 +156,7 @@ class GridDataset(torch.utils.data.Dataset):
         rows = self.table[indices]
         if [zlib.crc32(grid) for grid in rows["grid"]] != rows["crc"]:
             raise ValueError(
-                f"expected the grids that were written to {self.folder}, got others: the cache is "
-                "damaged, delete it and it is made again"
+                f"expected the grids that were written to {self.folder}, got others: {_REMADE}"
             )
         values = np.frombuffer(b"".join(rows["grid"]), self.manifest.dtype)
         grids = torch.from_numpy(values.reshape(-1, *self.manifest.shape).astype(np.int64))

@@ -7,15 +7,23 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+)
 
-from .saved import stamp, take_stamp
+from .saved import read_json, stamp, take_stamp
 
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
 PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
 QUANTIZERS = ("vq", "fsq", "gumbel")
 CORRUPTIONS = ("random", "near")
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
+
+# More is a damaged or a hostile file, and would fill the memory before anything else is looked at.
+MAX_CODES, MAX_CLASSES, MAX_LAYERS = 2**20, 100_000, 1_000
 
 # What a refit may change; the rest decides what the codes are.
 DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logit_rank",
@@ -43,6 +51,7 @@ def strict_config(cls):
     saves is stamped, and a stamp that it cannot read is refused before anything else."""
     cls = strict(cls)
     strict_init, strict_setattr, to_dict = cls.__init__, cls.__setattr__, cls.to_dict
+    from_file = cls._dict_from_json_file.__func__
 
     def __init__(self, **kwargs):
         found = take_stamp(kwargs, cls.__name__)
@@ -55,18 +64,29 @@ def strict_config(cls):
             )
         try:
             strict_init(self, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from error
+        except (StrictDataclassError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{cls.__name__}: {_said(error)}") from error
 
     def __setattr__(self, name: str, value: Any):
         try:
             strict_setattr(self, name, value)
         except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {error}") from error
+            raise ValueError(f"{cls.__name__}: {_said(error)}") from error
+
+    def _dict_from_json_file(cls, json_file):
+        read_json(json_file, "save the model again, or download it anew")
+        return from_file(cls, json_file)
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__
+    cls._dict_from_json_file = classmethod(_dict_from_json_file)
     cls.to_dict = lambda self: _without_half(to_dict(self)) | stamp()
     return cls
+
+
+def _said(error: Exception) -> str:
+    """In one line, and without the validators' names where the words are ours."""
+    said = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+    return " ".join(str(said).split())
 
 
 def _without_half(fields: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +108,8 @@ def _check_names(config: PreTrainedConfig, names):
 
 def _name_classes(config):
     """Classes without names are called by their numbers."""
+    if not config.num_classes <= MAX_CLASSES:
+        raise ValueError(f"expected num_classes <= {MAX_CLASSES}, got {config.num_classes}")
     if config.num_classes and config.id2label is None:
         config.id2label = {i: str(i) for i in range(config.num_classes)}
 
@@ -108,7 +130,11 @@ def fsq_levels(codebook_size: int) -> list[int]:
 
     Each is the number of values of one dimension of a finite scalar quantizer.
     """
-    for length in range(1, 1 + codebook_size.bit_length()):
+    rest = codebook_size
+    for prime in (2, 3, 5, 7):
+        while rest > 1 and rest % prime == 0:
+            rest //= prime
+    for length in range(1, 1 + codebook_size.bit_length()) if rest == 1 else ():
         choices = itertools.combinations_with_replacement(range(1, 9), length)
         if fitting := [c for c in choices if math.prod(c) == codebook_size]:
             return list(max(fitting))
@@ -121,8 +147,15 @@ def fsq_levels(codebook_size: int) -> list[int]:
 def _check_range(config: PreTrainedConfig, **minima):
     for name, minimum in minima.items():
         value = getattr(config, name)
-        if value is not None and value < minimum:
+        if value is not None and not minimum <= value < math.inf:  # also catches NaN
             raise ValueError(f"expected {name} >= {minimum}, got {value}")
+
+
+def _check_limits(fields: dict[str, Any], **maxima):
+    for name, maximum in maxima.items():
+        value = fields.get(name)
+        if isinstance(value, int) and value > maximum:
+            raise ValueError(f"expected {name} <= {maximum}, got {value}")
 
 
 @strict_config
@@ -211,6 +244,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _check_names(self, kwargs)
+        _check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
+                      num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
             is_fsq = self.quantizer == "fsq"
@@ -252,7 +287,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
                      value_embed_dim=1, pixel_logit_rank=0, commitment_weight=0, codebook_decay=0,
                      restart_threshold=0)  # fmt: skip
-        if self.codebook_decay >= 1:
+        if not self.codebook_decay < 1:
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
         if not 0 <= self.corruption <= 1:
             raise ValueError(f"expected corruption in [0, 1], got {self.corruption}")
@@ -358,6 +393,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _check_names(self, kwargs)
+        _check_limits(vars(self), codebook_size=MAX_CODES)
         self.grid_size = list(self.grid_size)
         _name_classes(self)
         if self.backbone_config is None:
@@ -372,6 +408,9 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
             fields = dict(self.backbone_config)
             if "model_type" not in fields:
                 raise ValueError(f"expected backbone_config with a model_type, got {fields}")
+            # Some configs make a list of their layers; each family has its own name for these.
+            layers = {name: MAX_LAYERS for name in fields if "layer" in name}
+            _check_limits(fields, **layers)
             self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         else:  # the caller keeps a config of his own
             self.backbone_config = copy.deepcopy(self.backbone_config)
@@ -389,6 +428,13 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         _check_classes(self)
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")
+
+    def validate_backbone(self):
+        if type(self.backbone_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                "expected backbone_config of a causal language model of transformers, got "
+                f"{type(self.backbone_config).__name__}"
+            )
 
     @property
     def sequence_length(self) -> int:

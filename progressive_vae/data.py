@@ -3,6 +3,7 @@
 import warnings
 import zlib
 from collections.abc import Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
@@ -10,13 +11,19 @@ from typing import TypeAlias
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
+from datasets.utils.file_utils import xopen
 from torch import Tensor
+
+from .configuration import MAX_CLASSES
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 GREY_MODES = ("L", "1")
 COLOUR_MODES = (*GREY_MODES, "RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA", "RGBX")
+
+MAX_IMAGE_PIXELS = 2**27  # of one file: the largest cameras' pictures, 403 MB of colours
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
@@ -112,8 +119,8 @@ def _load(path: str, **options) -> datasets.DatasetDict | datasets.IterableDatas
 
 def _is_held_out(row: dict, column: str, fraction: float, wanted: bool) -> bool:
     """By a hash of the file: alike wherever the image stands, and whichever process reads it."""
-    value = row[column]
-    content = value["bytes"] or Path(value["path"]).name.encode()
+    value = row[column] or {"bytes": None, "path": None}
+    content = value["bytes"] or Path(value["path"] or "").name.encode()
     return (zlib.crc32(content) < fraction * 2**32) == wanted
 
 
@@ -155,7 +162,10 @@ def find_labels(
     if name is None:
         return None, []
     feature = (train.features or {}).get(name)
-    if isinstance(train, datasets.IterableDataset):
+    are_numbers = isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.Value) and "int" in feature.dtype
+    )
+    if isinstance(train, datasets.IterableDataset) or not are_numbers:
         columns, are_classes = [], isinstance(feature, datasets.ClassLabel)
     else:
         columns = [np.asarray(table.with_format("numpy")[name][:]) for table in splits.values()]
@@ -171,8 +181,13 @@ def find_labels(
         return None, []
     if isinstance(feature, datasets.ClassLabel):
         names = list(feature.names)
+    elif (count := 1 + int(max(c.max() for c in columns))) > MAX_CLASSES:
+        raise ValueError(
+            f"expected labels of at most {MAX_CLASSES} classes, got numbers up to {count - 1} in "
+            f"{name!r}: name another label_column, or give that one class labels"
+        )
     else:
-        names = [str(i) for i in range(1 + int(max(c.max() for c in columns)))]
+        names = [str(i) for i in range(count)]
     found = set(np.unique(columns[0]).tolist()) if columns else {*range(len(names))}
     missing = [each for i, each in enumerate(names) if i not in found]
     if missing:
@@ -188,12 +203,36 @@ def encoded(table: Table, image_column: str) -> Table:
     return table.cast_column(image_column, datasets.Image(decode=False))
 
 
-def decode(value: dict) -> PIL.Image.Image | None:
-    """The image of {"bytes", "path"}; `None` if it cannot be read."""
+def decode(value: dict | None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> PIL.Image.Image | None:
+    """The image of {"bytes", "path"}, turned as its file says; `None` if it cannot be read, or has
+    more pixels than this."""
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and max_image_pixels > limit:
+        PIL.Image.MAX_IMAGE_PIXELS = max_image_pixels  # Pillow's own would come first
     try:
-        return datasets.Image().decode_example(value)
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+        contents = file_of(value)
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a file is read or left out, and those are counted
+        try:
+            image = PIL.Image.open(BytesIO(contents))
+            if image.width * image.height > max_image_pixels:
+                return None
+            image.load()
+            return PIL.ImageOps.exif_transpose(image)
+        except Exception:  # each format has errors of its own for damaged files
+            return None
+
+
+def file_of(value: dict | None) -> bytes:
+    """The bytes of {"bytes", "path"}; b"" where a data set has a null."""
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        return b""
+    if value["bytes"] is not None:
+        return value["bytes"]
+    with xopen(value["path"], "rb") as file:  # those of streams may lie on the Hub
+        return file.read()
 
 
 def prepare_image(
@@ -232,20 +271,23 @@ def read_images(
     resolution: int | None = None,
     center_crop: bool = False,
     first_index: int = 0,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Each image, uint8 (C, H, W), and its label or −1.
 
-    Images that cannot be read are left out, and a warning counts and names them at the end, by
-    their files or by their indices, of which the table's begin with `first_index`.
+    Images that cannot be read, that have more than `max_image_pixels`, or that have no label where
+    the others have, are left out, and a warning counts and names them at the end, by their files
+    or by their indices, of which the table's begin with `first_index`.
 
     Raises:
         ValueError: an image whose size is not `shape`: nothing is resized unless asked.
     """
     mode, broken = "L" if shape[0] == 1 else "RGB", []
     for index, row in enumerate(encoded(table, image_column), first_index):
-        image = decode(row[image_column])
-        if image is None:
-            broken.append(row[image_column]["path"] or f"index {index}")
+        value, label = row[image_column], row[label_column] if label_column else -1
+        image = decode(value, max_image_pixels)
+        if image is None or label is None:
+            broken.append((value or {}).get("path") or f"index {index}")
             continue
         array = prepare_image(image, mode, resolution, center_crop)
         if array.shape != shape:
@@ -253,10 +295,14 @@ def read_images(
                 f"expected all images of (C, H, W) = {shape}, got {array.shape} at index "
                 f"{index}; --resolution and --center_crop make them one size"
             )
-        yield array, row[label_column] if label_column else -1
+        yield array, label
     if broken:
         shown = ", ".join(broken[:20]) + (", …" if len(broken) > 20 else "")
-        warnings.warn(f"left out {len(broken)} images that cannot be read: {shown}", stacklevel=2)
+        warnings.warn(
+            f"left out {len(broken)} images that cannot be read or have more than "
+            f"{max_image_pixels} pixels (--max_image_pixels): {shown}",
+            stacklevel=2,
+        )
 
 
 def pixel_batches(

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import set_seed
-from diffusers.optimization import get_scheduler
+from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -30,6 +30,8 @@ from .prior import ProgressiveVAEPrior
 from .streaming import PixelStream
 
 OPTIMIZERS = ("muon", "adamw")
+# The others need more than the names of this file say.
+SCHEDULERS = tuple(each.value for each in SchedulerType if each.value != "piecewise_constant")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class FitSettings:
 
     Args:
         optimizer: `"muon"`, which has AdamW for what are no matrices, or `"adamw"`.
+        lr_scheduler: a name of diffusers' `SchedulerType`.
+        max_grad_norm: 0 for no clipping.
     """
 
     max_train_steps: int = 1000
@@ -59,10 +63,20 @@ class FitSettings:
 
     def __post_init__(self):
         for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} >= 1, got {getattr(self, name)}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"expected optimizer among {OPTIMIZERS}, got {self.optimizer!r}")
+            self._check(name, getattr(self, name) >= 1, ">= 1")
+        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, ">= 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0: no clipping)")
+        self._check("learning_rate", 0 < self.learning_rate < math.inf, "> 0")
+        self._check("seed", 0 <= self.seed < 2**32, "in 0 … 2³² − 1")
+        self._check("optimizer", self.optimizer in OPTIMIZERS, f"among {OPTIMIZERS}")
+        self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"among {SCHEDULERS}")
+
+    def _check(self, name: str, is_right: bool, expected: str):
+        if not is_right:  # so that NaN is never right
+            raise ValueError(f"expected {name} {expected}, got {getattr(self, name)!r}")
 
 
 class Shuffled(Sampler):
@@ -162,7 +176,8 @@ def fit(
                 output = wrapped(**to_inputs(batch), generator=noise)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    most = settings.max_grad_norm or math.inf
+                    norm = accelerator.clip_grad_norm_(parameters, most)
                 optimizer.step()
                 optimizer.zero_grad()
             if hasattr(model, "after_step"):

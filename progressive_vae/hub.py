@@ -1,7 +1,6 @@
 """A pipeline as a repository: what is saved, what is pushed, and how it is found again."""
 
 import hashlib
-import json
 import re
 import shlex
 import tempfile
@@ -17,10 +16,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
-from .saved import stamp, take_stamp
+from .saved import read_json, stamp, take_stamp
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
+_SAVE = "save the pipeline again, or download it anew"
+_MEASURE = "delete it, and measure the pipeline again (examples/train.py --phase evaluate)"
 
 # model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
 _WEIGHTS = re.compile(
@@ -46,6 +47,25 @@ class HubPipeline(DiffusionPipeline):
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**{**kwargs, **stamp("_")})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' own.
+
+        Raises:
+            ValueError: parts that are damaged, do not belong together, or are none of this package.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (AttributeError, TypeError, KeyError, ImportError, RuntimeError) as error:
+            raise ValueError(
+                f"expected a saved pipeline in {pretrained_model_name_or_path}, got {error!r}: "
+                f"{_SAVE}"
+            ) from error
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        return read_json(json_file, _SAVE)
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
@@ -115,9 +135,15 @@ def write_card(folder: str | Path):
     if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
         return
     found = figures(folder)
-    metrics = json.loads((folder / METRICS).read_text()) if found else None
+    metrics = read_json(folder / METRICS, _MEASURE) if found else None
     pictures = [name for name in found if name != METRICS]
-    model_card(folder.as_posix(), metrics, pictures).save(card)
+    try:
+        made = model_card(folder.as_posix(), metrics, pictures)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"expected figures in {folder / METRICS}, got {error!r}: {_MEASURE}"
+        ) from error
+    made.save(card)
 
 
 def weights_digest(folder: Path) -> str:
@@ -134,7 +160,7 @@ def figures(folder: Path) -> list[str]:
     """Names of the files in a folder that say how good its pipeline is; [] if they are of other
     weights than those that lie there."""
     path = folder / METRICS
-    metrics = json.loads(path.read_text()) if path.is_file() else {}
+    metrics = read_json(path, _MEASURE) if path.is_file() else {}
     if metrics.get("weights") != weights_digest(folder):
         return []
     return [METRICS, *(name for name in PICTURES if (folder / name).is_file())]
@@ -251,7 +277,7 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
     """
     if not (folder / INDEX).is_file():
         raise ValueError(f"expected a saved pipeline, with {INDEX}, in folder, got {folder}")
-    index = json.loads((folder / INDEX).read_text())
+    index = read_json(folder / INDEX, _SAVE)
     names = [INDEX, *([CARD] if (folder / CARD).is_file() else [])]
     names += figures(folder) if variant is None else []
     for part in (name for name, value in index.items() if _is_part(value)):

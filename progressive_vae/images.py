@@ -54,7 +54,9 @@ def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) 
         if len(sizes) > 1:
             raise ValueError(f"expected images of one size, got {sorted(sizes)}")
         images = torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)
-    return VaeImageProcessor.numpy_to_pt(images) if isinstance(images, np.ndarray) else images
+    if isinstance(images, np.ndarray):  # which may run backwards, as torch's may not
+        return VaeImageProcessor.numpy_to_pt(np.ascontiguousarray(images))
+    return images
 
 
 def _from_pil(image: PIL.Image.Image, shape: tuple[int, int, int]) -> np.ndarray:

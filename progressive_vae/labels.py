@@ -45,7 +45,8 @@ def label_ids(
         raise ValueError(f"expected {batch_size} class_labels, got {len(ids)}")
     if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) > null:
         raise ValueError(
-            f"expected class_labels in 0 … {null} ({null} is null), got {ids.tolist()}"
+            f"expected class_labels in 0 … {null - 1}, or {null} for the null class, got "
+            f"{ids.tolist()}"
         )
     return ids.long()
 

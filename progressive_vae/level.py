@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .chain import check_codes, grid_sizes
@@ -17,6 +16,7 @@ from .labels import Labels, drop_labels, label_ids
 from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
 from .quantizer import QUANTIZERS, Quantizer
 from .sampling import Generators, Sampler, uniform
+from .weights import SavedModel
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 
@@ -82,7 +82,7 @@ def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) ->
     return is_same and (grows or new.num_layers == old.num_layers)
 
 
-class ProgressiveVAELevel(PreTrainedModel):
+class ProgressiveVAELevel(SavedModel):
     """One VAE of the chain; the finest one sees pixels, the others see symbols.
 
     `finer` is z_{i+1}: on the finest level `pixel_values`, floats (B, C, H, W) in [−1, 1] on the

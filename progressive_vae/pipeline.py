@@ -1,9 +1,11 @@
 """`ProgressiveVAEPipeline`: the levels and the prior, chained."""
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
@@ -34,6 +36,25 @@ class ProgressiveVAEPipelineOutput(BaseOutput):
 
     images: list[PIL.Image.Image] | np.ndarray | Tensor
     codes: list[Tensor]
+
+
+@dataclass
+class Call:
+    """What a call of a pipeline is told, of which its callback may change the guidance."""
+
+    guidance_scale: float | list[float] = 1.0
+    num_timesteps: int = 0
+
+
+class Calls(threading.local):
+    """The call that each pipeline is in, or was in last, on this thread: one pipeline may draw on
+    many threads at once."""
+
+    def __init__(self):
+        self.of: WeakKeyDictionary[ProgressiveVAEPipeline, Call] = WeakKeyDictionary()
+
+
+_CALLS = Calls()
 
 
 class ProgressiveVAEPipeline(HubPipeline):
@@ -244,8 +265,10 @@ class ProgressiveVAEPipeline(HubPipeline):
         Returns:
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
         """
-        self._guidance_scale = guidance_scale
-        labels, given, count = self._prompts(class_labels, codes, num_images_per_prompt)
+        call = _CALLS.of[self] = Call(guidance_scale)
+        labels, given, count = self._prompts(
+            class_labels, guidance_scale, codes, num_images_per_prompt
+        )
         controls = per_factor(
             self.factor_names,
             temperature=temperature,
@@ -259,6 +282,10 @@ class ProgressiveVAEPipeline(HubPipeline):
         if num_levels is not None:
             if not 1 <= num_levels <= self.num_levels:
                 raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
+            if len(given) > num_levels:
+                raise ValueError(
+                    f"expected codes of at most num_levels={num_levels} levels, got {len(given)}"
+                )
             for control in controls[num_levels:]:
                 control["temperature"] = 0.0
         self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
@@ -268,14 +295,15 @@ class ProgressiveVAEPipeline(HubPipeline):
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         starts = range(0, count, batch_size)
         stop = self.num_levels + (output_type != "latent")  # grids to end with
-        self._num_timesteps = len(starts) * (stop - len(given))
+        call.num_timesteps = len(starts) * (stop - len(given))
         batches = []
-        with self.progress_bar(total=self._num_timesteps) as progress:
+        with self.progress_bar(total=call.num_timesteps) as progress:
             for start in starts:
                 chunk = slice(start, min(start + batch_size, count))
-                self._guidance_scale = guidance_scale  # the callback may have changed it
+                call.guidance_scale = guidance_scale  # the callback may have changed it
                 grids = [z[chunk].to(self._execution_device) for z in given]
                 draws = self._descend(
+                    call,
                     grids,
                     labels[chunk],
                     generator[chunk] if isinstance(generator, list) else generator,
@@ -287,7 +315,7 @@ class ProgressiveVAEPipeline(HubPipeline):
                     if callback_on_step_end is not None and step < self.num_levels:
                         shown = {name: grids for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, step, step, shown)
-                        grids[:] = (changed or {}).get("codes", grids)
+                        grids[:] = self._changed(changed, grids)
                     progress.update()
                 batches.append([grid.cpu() for grid in grids])
         columns = [torch.cat(column) for column in zip(*batches, strict=True)]
@@ -300,17 +328,37 @@ class ProgressiveVAEPipeline(HubPipeline):
             return images, drawn
         return ProgressiveVAEPipelineOutput(images=images, codes=drawn)
 
-    def _descend(self, grids, labels, generator, count, controls, stop) -> Iterator[int]:
+    def _changed(self, changed: Any, grids: list[Tensor]) -> list[Tensor]:
+        """The grids that a callback returned, or those so far where it returned none."""
+        if not changed:
+            return grids
+        if not isinstance(changed, dict) or not set(changed) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"expected callback_on_step_end to return a dict with some of "
+                f"{self._callback_tensor_inputs}, or None, got {changed!r}"
+            )
+        found, count = changed.get("codes", grids), len(grids[0])
+        is_list = isinstance(found, (list, tuple)) and all(isinstance(z, Tensor) for z in found)
+        if not is_list or [len(z) for z in found] != [count] * len(grids):
+            shown = [tuple(z.shape) for z in found] if is_list else found
+            raise ValueError(
+                f"expected callback_on_step_end to return codes [z_1 … z_{len(grids)}] of {count} "
+                f"images, got {shown}"
+            )
+        check_grids(list(found), [level.config for level in self.levels], self.grid_sizes)
+        return [z.to(self._execution_device) for z in found]
+
+    def _descend(self, call, grids, labels, generator, count, controls, stop) -> Iterator[int]:
         """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
         given_levels = len(grids)
         if not grids:
             prior = self._require_prior()
-            given, told = known_labels(labels, prior.config), controls[0] | self._guidance(0)
+            given, told = known_labels(labels, prior.config), controls[0] | self._guidance(call, 0)
             grids.append(prior.sample(count, given, generator=generator, **told))
             yield 0
         for i in range(len(grids), stop):
             level, size = self.levels[i - 1], self.grid_sizes[i]
-            told = controls[i] | self._guidance(i)
+            told = controls[i] | self._guidance(call, i)
             given = known_labels(labels, level.config)
             is_drawn = i != given_levels
             told["corruption"] = min(told["corruption"], level.config.corruption) * is_drawn
@@ -319,8 +367,8 @@ class ProgressiveVAEPipeline(HubPipeline):
             )
             yield i
 
-    def _guidance(self, factor: int) -> dict[str, float]:
-        return per_factor(self.factor_names, guidance_scale=self._guidance_scale)[factor]
+    def _guidance(self, call: Call, factor: int) -> dict[str, float]:
+        return per_factor(self.factor_names, guidance_scale=call.guidance_scale)[factor]
 
     def decode(
         self,
@@ -361,11 +409,21 @@ class ProgressiveVAEPipeline(HubPipeline):
 
     @property
     def guidance_scale(self) -> float | list[float]:
-        return self._guidance_scale
+        """Of the call that this thread is in, or was in last."""
+        return _CALLS.of.get(self, Call()).guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float | list[float]:
+        return self.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float | list[float]):
+        _CALLS.of.setdefault(self, Call()).guidance_scale = scale
 
     @property
     def num_timesteps(self) -> int:
-        return self._num_timesteps
+        """Of the call that this thread is in, or was in last."""
+        return _CALLS.of.get(self, Call()).num_timesteps
 
     @property
     def labels(self) -> dict[str, int]:
@@ -384,7 +442,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         configs = [p.config for p in (self.prior, *self.levels) if p is not None]
         return next((config for config in configs if config.num_classes), configs[0])
 
-    def _prompts(self, class_labels, codes, num_images_per_prompt):
+    def _prompts(self, class_labels, guidance_scale, codes, num_images_per_prompt):
         """Labels (count,), the given grids (count, H_i, W_i), and the count."""
         if num_images_per_prompt < 1:
             raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
@@ -398,9 +456,9 @@ class ProgressiveVAEPipeline(HubPipeline):
             raise ValueError(
                 f"expected class_labels=None, as no drawn factor knows classes, got {class_labels}"
             )
-        if class_labels is None and np.any(np.asarray(self._guidance_scale) != 1):
+        if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
             raise ValueError(
-                f"expected guidance_scale=1 without class_labels, got {self._guidance_scale}"
+                f"expected guidance_scale=1 without class_labels, got {guidance_scale}"
             )
         labels = label_ids(class_labels, self._class_config, len(given[0]) if given else None)
         labels = labels.repeat_interleave(num_images_per_prompt)

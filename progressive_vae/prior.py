@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
 from .chain import check_codes
@@ -14,6 +14,7 @@ from .configuration import ProgressiveVAEPriorConfig
 from .labels import Labels, drop_labels, label_ids
 from .networks import cached_step
 from .sampling import Generators, Sampler
+from .weights import SavedModel
 
 
 @dataclass
@@ -33,7 +34,7 @@ class ProgressiveVAEPriorOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class ProgressiveVAEPrior(PreTrainedModel):
+class ProgressiveVAEPrior(SavedModel):
     """`P_Φ(z_1 | class) = ∏_l P(code_l | class, code_1 … code_{l−1})`.
 
     The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
@@ -129,8 +130,8 @@ class ProgressiveVAEPrior(PreTrainedModel):
             guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
             generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
         """
-        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
         draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
+        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
         null = torch.full_like(labels, self.config.num_classes)
         if torch.equal(labels, null):
             draw.guidance_scale = 1.0  # there is nothing to be guided by
@@ -142,6 +143,34 @@ class ProgressiveVAEPrior(PreTrainedModel):
             inputs = tokens[-1][:, None]
         codes = torch.stack(tokens, 1)[:batch_size]
         return codes.view(batch_size, *self.config.grid_size)
+
+    @torch.no_grad()
+    def check_causal(self):
+        """Raise a `ValueError` unless the backbone says of a code, step by step with its cache,
+        what it says in one pass over all codes: only then can its bits be believed."""
+        length = min(self.config.sequence_length, 8)
+        noise = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.config.codebook_size, (2, length), generator=noise)
+        labels = torch.full((2,), self.config.num_classes)
+        inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1).to(self.device)
+        kind = type(self.config.backbone_config).__name__
+        try:
+            at_once, cache, steps = self._logits(self.backbone(inputs, use_cache=False)), None, []
+            for token in inputs.split(1, 1):
+                output, cache = cached_step(self.backbone, cache, input_ids=token)
+                steps.append(self._logits(output))
+            difference = (torch.cat(steps, 1) - at_once).abs().max()
+            is_causal = bool(difference <= 1e-3 * at_once.abs().max())
+        except (RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"expected backbone_config of a causal language model with a key-value cache, got "
+                f"{kind}, which fails with {error!r}"
+            ) from error
+        if not is_causal:
+            raise ValueError(
+                f"expected backbone_config of a causal language model, got {kind}, whose logits "
+                f"differ by {difference.item():.2g} when the codes that follow are known"
+            )
 
     def _prompt(self, labels: Tensor) -> Tensor:
         return (labels + self.config.codebook_size)[:, None]

@@ -4,27 +4,90 @@ import json
 import math
 import os
 import shutil
+import socket
+import sys
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from filelock import FileLock, Timeout
 from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .chain import grid_sizes
-from .checkpoints import Checkpoints, is_sharded
+from .chain import MAX_LEVELS, grid_sizes
+from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
 from .fingerprint import fingerprint
 from .level import ProgressiveVAELevel
+from .saved import read_json, write_json
 from .streaming import PixelStream
 
-HISTORY, REPLACED = "history.json", ".replaced"
+HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
+LOCK, OWNER = ".lock", ".lock.json"
+WAIT_FOR_ORPHANS = 10.0  # seconds: the workers of a killed run hold its lock until they notice
+
+
+@contextmanager
+def locked(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
+    """While it lasts no other run writes to the folder, on this machine or, where its file system
+    has locks, on others. The lock goes with the process, however that ends.
+
+    Raises:
+        ValueError: another process has it; the error names it.
+    """
+    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    if state.is_main_process:
+        try:
+            lock.acquire(timeout=0 if _is_alive(owner) else WAIT_FOR_ORPHANS)
+        except Timeout as error:
+            raise ValueError(
+                f"expected an output_dir that no other run writes to, got {folder}, which "
+                f"{_shown(owner)} is at: wait for it, stop it, or choose another output_dir"
+            ) from error
+        except (OSError, NotImplementedError) as error:
+            warnings.warn(f"two runs in {folder} would not see each other: {error}", stacklevel=3)
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)}
+        write_json(owner, me)
+    try:
+        yield
+    finally:
+        if state.is_main_process:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path, "delete it")
+    except ValueError:  # not written yet, or not any more
+        return {}
+
+
+def _is_alive(path: Path) -> bool:
+    """Whether the process that the file names still runs, as far as that can be seen from here."""
+    owner = _owner(path)
+    if owner.get("host") != socket.gethostname():
+        return bool(owner)
+    try:
+        os.kill(int(owner["pid"]), 0)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _shown(path: Path) -> str:
+    owner = _owner(path)
+    if not owner:
+        return "another process"
+    return f"process {owner.get('pid')} on {owner.get('host')} ({owner.get('command')})"
 
 
 @dataclass
@@ -43,7 +106,7 @@ class Run:
     output_dir: Path
     accelerator: Accelerator
     num_levels: int
-    pixels: dict[str, GridDataset | PixelStream]
+    pixels: dict[str, GridDataset | PixelStream] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
     num_validation_images: int = 8
     cache_batch_size: int = 500
@@ -75,10 +138,7 @@ class Run:
         folder = self.output_dir / f"level_{index}"
         if not (folder / "config.json").is_file():
             raise ValueError(f"expected a trained level in {folder}, got none: run its phase first")
-        level, info = ProgressiveVAELevel.from_pretrained(folder, output_loading_info=True)
-        if any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")):
-            raise ValueError(f"expected the weights of {folder} to be those of its config: {info}")
-        return level.requires_grad_(False).eval()
+        return ProgressiveVAELevel.from_pretrained(folder).requires_grad_(False).eval()
 
     def fingerprint(self, index: int) -> str | None:
         """Of the saved levels `index` … N; `None` if there are none."""
@@ -155,41 +215,100 @@ class Run:
 
     def _history(self, name: str) -> list[dict[str, Any]]:
         path = self.output_dir / name / HISTORY
-        return json.loads(path.read_text()) if path.is_file() else []
+        advice = "delete it, and the phases that made this folder are run again"
+        return read_json(path, advice, list) if path.is_file() else []
 
     def is_done(self, name: str, identity: dict[str, Any]) -> bool:
-        """Whether a run that is resumed finds the phase's work in the folder `name`."""
-        is_resumed = self.checkpoints is not None and self.checkpoints.resume is not None
-        return is_resumed and identity in self._history(name)
+        """Whether a run that is resumed finds the phase's work in the folder `name`.
+
+        Raises:
+            ValueError: it finds work of other settings there, which it is not told to overwrite.
+        """
+        if self.checkpoints is None or self.checkpoints.resume is None:
+            return False
+        history = self._history(name)
+        if identity in history:
+            return True
+        if not self.checkpoints.overwrite:
+            self._check_history(name, identity, history)
+        return False
+
+    def _check_history(self, name: str, identity: dict[str, Any], history: list[dict]):
+        for found in history:
+            if found.get("phase") == identity["phase"]:
+                check_identity(identity, found, str(self.output_dir / name), of_settings=True)
+
+    def check_settings(self, planned: Mapping[str, dict[str, Any]], is_whole: bool):
+        """Before anything is trained or replaced: whether a run is meant to go on with what is
+        there, and was made by the same settings.
+
+        Args:
+            planned: for each phase that is to be run what is known of its identity beforehand.
+            is_whole: all phases are to be run; one that is asked for by its name may replace what
+                it made before.
+
+        Raises:
+            ValueError: work that the run would replace, and was not told to overwrite.
+        """
+        checkpoints = self.checkpoints
+        if checkpoints is None or checkpoints.overwrite:
+            return
+        if checkpoints.resume is None:
+            names = [f"level_{i}" for i in range(1, MAX_LEVELS + 1)] + ["prior"]
+            found = [name for name in names if (self.output_dir / name).is_dir()]
+            found += [path.name for path in checkpoints.all()]
+            if is_whole and found:
+                raise ValueError(
+                    f"expected an output_dir without the work of another run, got {self.output_dir}"
+                    f" with {', '.join(found)}: go on with --resume_from_checkpoint latest, choose "
+                    "another --output_dir, or replace it with --overwrite_output_dir"
+                )
+            return
+        for phase, identity in planned.items():
+            name = phase.removeprefix("refit_")
+            self._check_history(name, identity, self._history(name))
+            checkpoints.check(identity)
+        phases = {path.name.split("-")[1] for path in checkpoints.named()}
+        if not phases <= set(planned):
+            raise ValueError(
+                f"expected resume_from_checkpoint of a phase among {list(planned)}, got "
+                f"{checkpoints.resume}"
+            )
 
     def record(self, phase: str, num_images: int, seconds: float, **figures: float):
         """Note what a phase cost, and other figures of it, in `phases.json`."""
         if self.accelerator.is_main_process:
-            path = self.output_dir / "phases.json"
-            phases = json.loads(path.read_text()) if path.is_file() else {}
+            phases = self._costs()
             phases[phase] = {
                 "seconds": round(seconds, 2),
                 "images": num_images,
                 "images_per_second": round(num_images / seconds, 2),
                 **figures,
             }
-            write_json(path, phases)
+            write_json(self.output_dir / PHASES, phases)
 
     def drop_record(self, phase: str):
-        path = self.output_dir / "phases.json"
-        if self.accelerator.is_main_process and path.is_file():
-            phases = json.loads(path.read_text())
+        if self.accelerator.is_main_process:
+            phases = self._costs()
             if phases.pop(phase, None) is not None:
-                write_json(path, phases)
+                write_json(self.output_dir / PHASES, phases)
 
     def phases(self) -> dict[str, dict[str, float]]:
         """What each phase of this run cost, in their order; rows of other levels are left out."""
-        costs = json.loads((self.output_dir / "phases.json").read_text())
-        names = []
+        costs, names = self._costs(), []
         for i in range(self.num_levels, 0, -1):
             names += [f"level_{i}", f"encode_train_{i}", f"encode_test_{i}"]
         names += ["prior", *(f"refit_level_{i}" for i in range(self.num_levels, 0, -1))]
         return {name: costs[name] for name in names if name in costs}
+
+    def _costs(self) -> dict[str, dict[str, float]]:
+        path = self.output_dir / PHASES
+        advice = "delete it: only what the phases cost is lost"
+        costs = read_json(path, advice) if path.is_file() else {}
+        wrong = [name for name, cost in costs.items() if not _is_cost(cost)]
+        if wrong:
+            raise ValueError(f"expected the costs of phases in {path}, got {wrong}: {advice}")
+        return costs
 
     def show(self, phase: str, step: int, picture: Image, figures: dict[str, float]):
         """Send a validation to the trackers and keep its picture."""
@@ -206,11 +325,11 @@ class Run:
                     tracker.log_images({phase: array}, step=logged, **layout)
 
 
-def write_json(path: Path, contents: dict):
-    """Write under a temporary name, then rename."""
-    temporary = path.with_suffix(".incomplete")
-    temporary.write_text(json.dumps(contents, indent=2) + "\n")
-    os.replace(temporary, path)
+def _is_cost(cost: Any) -> bool:
+    names = ("seconds", "images", "images_per_second")
+    return isinstance(cost, dict) and all(
+        isinstance(cost.get(name), (int, float)) for name in names
+    )
 
 
 def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:

@@ -15,6 +15,8 @@ from .distributions import Distribution, PixelMixture
 
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
+MIN_TEMPERATURE = 1e-6  # less is 0: logits divided by it would leave the range of fp32
+
 
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> Tensor:
     """Noise in [0, 1) of a shape (B, ...), drawn where the generators live and moved to `device`;
@@ -36,9 +38,12 @@ class Sampler:
     then those given the null class; the draws are from `null + s·(class − null)` (classifier-free
     guidance, Ho & Salimans 2022), and come twice, as (2B, ...), for both halves to go on with.
 
+    Temperatures below `MIN_TEMPERATURE` are 0.
+
     Raises:
-        ValueError: a negative or non-finite temperature, top_k < 1, top_p outside (0, 1], a
-            negative guidance scale, or a list of generators whose length is not the batch size.
+        ValueError: a batch size below 1, a negative or non-finite temperature, top_k < 1, top_p
+            outside (0, 1], a negative guidance scale, or a list of generators whose length is not
+            the batch size.
     """
 
     def __init__(
@@ -50,6 +55,8 @@ class Sampler:
         top_p: float | None = None,
         guidance_scale: float = 1.0,
     ):
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"expected temperature >= 0, got {temperature}")
         if top_k is not None and (int(top_k) != top_k or top_k < 1):
@@ -62,10 +69,10 @@ class Sampler:
             raise ValueError(
                 f"expected generator to be one or a list of {batch_size}, got {len(generator)}"
             )
-        self.generator, self.greedy = generator, temperature == 0
+        self.generator, self.greedy = generator, temperature < MIN_TEMPERATURE
         self.guidance_scale = guidance_scale
         self.warpers = LogitsProcessorList()
-        if temperature not in (0, 1):
+        if not self.greedy and temperature != 1:
             self.warpers.append(TemperatureLogitsWarper(float(temperature)))
         if top_k is not None:
             self.warpers.append(TopKLogitsWarper(int(top_k)))

@@ -1,5 +1,10 @@
-"""What saved files say of themselves: the version that wrote them, and their format."""
+"""What saved files say of themselves: version, format and checksum; and how they are read."""
 
+import json
+import os
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -28,3 +33,49 @@ def take_stamp(fields: dict[str, Any], what: str, prefix: str = "") -> int:
             "run `pip install --upgrade progressive-vae`"
         )
     return found
+
+
+def read_json(path: str | Path, advice: str, kind: type = dict) -> Any:
+    """The contents of a JSON file.
+
+    Args:
+        advice: what to do where it is damaged.
+        kind: `dict`, or `list` for a list of dicts, or a type that is neither.
+
+    Raises:
+        ValueError: a file that is not there, is not JSON, or holds something else.
+    """
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {path}, got {error}: {advice}") from error
+    entries = contents if isinstance(contents, list) else []
+    if not isinstance(contents, kind) or not all(isinstance(entry, dict) for entry in entries):
+        names: dict[type, str] = {dict: "an object", list: "a list of objects"}
+        expected = names.get(kind, f"a {kind.__name__}")
+        shown = json.dumps(contents)[:100]
+        raise ValueError(f"expected {expected} in {path}, got {shown}: {advice}")
+    return contents
+
+
+def write_json(path: Path, contents: dict):
+    """Write under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def checksum(parts: Iterable[bytes]) -> int:
+    """CRC-32 of what the parts make together: it tells damage, not malice."""
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+def file_parts(path: str | Path, start: int = 0) -> Iterable[bytes]:
+    """The bytes of a file from `start` on, a few at a time."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        while part := file.read(1 << 20):
+            yield part

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import datasets
 import numpy as np
@@ -10,7 +11,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from .codes import Manifest
-from .data import pixel_batches, read_images
+from .data import MAX_IMAGE_PIXELS, pixel_batches, read_images
 
 
 class PixelStream(torch.utils.data.IterableDataset):
@@ -25,6 +26,7 @@ class PixelStream(torch.utils.data.IterableDataset):
             all and leaves out what is not its own.
         random_flip: mirror each image with probability ½.
         buffer_size: images in the window; they are held as encoded files.
+        max_image_pixels: images of more are left out.
     """
 
     num_examples = None  # unknown
@@ -39,11 +41,19 @@ class PixelStream(torch.utils.data.IterableDataset):
         center_crop: bool = False,
         random_flip: bool = False,
         buffer_size: int = 1000,
+        max_image_pixels: int = MAX_IMAGE_PIXELS,
     ):
         self.table, self.manifest, self.random_flip = table, manifest, random_flip
         channels, height, width = manifest.shape
         size = (channels, height, width)
-        self.options = (image_column, label_column, size, resolution, center_crop)
+        self.options: dict[str, Any] = dict(
+            image_column=image_column,
+            label_column=label_column,
+            shape=size,
+            resolution=resolution,
+            center_crop=center_crop,
+            max_image_pixels=max_image_pixels,
+        )
         self.buffer_size, self.rank, self.seed = buffer_size, 0, 0
 
     def share(self, rank: int, world_size: int) -> "PixelStream":
@@ -61,14 +71,14 @@ class PixelStream(torch.utils.data.IterableDataset):
         """The first images in the order of a seed, `count` unless the stream has fewer: int64
         (b, C, H, W)."""
         shuffled = self.table.shuffle(seed=seed, buffer_size=max(count, self.buffer_size))
-        return next(pixel_batches(read_images(shuffled, *self.options), batch_size=count))[0]
+        return next(pixel_batches(read_images(shuffled, **self.options), batch_size=count))[0]
 
     def random_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in torch.utils.data.DataLoader(self, batch_size):
             yield batch["grid"], batch["label"]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return pixel_batches(read_images(self.table, *self.options), self.random_flip, batch_size)
+        return pixel_batches(read_images(self.table, **self.options), self.random_flip, batch_size)
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
@@ -79,7 +89,7 @@ class PixelStream(torch.utils.data.IterableDataset):
         while not is_empty:
             is_empty = True
             table = self.table.shuffle(seed=epoch, buffer_size=self.buffer_size)
-            for array, label in read_images(table, *self.options):
+            for array, label in read_images(table, **self.options):
                 is_empty = False
                 grid = torch.from_numpy(array.astype(np.int64))
                 if self.random_flip and torch.rand((), generator=generator) < 0.5:

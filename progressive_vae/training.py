@@ -7,15 +7,17 @@ Each phase starts from saved artefacts (the finer levels, the cached grids) and 
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from .chain import grid_sizes
 from .checkpoints import Progress, is_sharded
-from .codes import GridDataset, PairedDataset
+from .codes import GridDataset, Manifest, PairedDataset
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .evaluation import reconstruction_grid, sample_grid
 from .fitting import FitSettings, fit
@@ -44,7 +46,7 @@ def train_level(
         )
     train, name = run.grids("train", index + 1), f"level_{index}"
     config.finer_fingerprint = run.fingerprint(index + 1)
-    identity = identify(name, config, settings, train, run)
+    identity = identify(name, config, settings, run.accelerator, _of_data(train))
     if run.is_done(name, identity):
         return run.level(index)
     set_seed(settings.seed)
@@ -70,7 +72,8 @@ def refit_level(run: Run, index: int, changes: dict, settings: FitSettings) -> P
     set_seed(settings.seed)
     old = run.level(index)
     level = old.with_decoder(**changes)
-    identity = identify(f"refit_level_{index}", level.config, settings, codes, run)
+    name = f"refit_level_{index}"
+    identity = identify(name, level.config, settings, run.accelerator, _of_data(codes))
     if run.is_done(f"level_{index}", identity):
         return old
     _fit_level(run, index, level, pairs, settings, identity)
@@ -81,8 +84,8 @@ def identify(
     phase: str,
     config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
     settings: FitSettings,
-    train: GridDataset | PixelStream,
-    run: Run,
+    accelerator: Accelerator,
+    data: dict[str, Any],
 ) -> dict[str, Any]:
     """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
     fields = asdict(settings)
@@ -91,13 +94,39 @@ def identify(
     identity = {
         "phase": phase,
         "config": {k: v for k, v in config.to_dict().items() if k not in WRITTEN_BY},
-        "data": {**asdict(train.manifest), "num_examples": train.num_examples},
-        "num_processes": run.accelerator.num_processes,
-        "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
-        "mixed_precision": run.accelerator.mixed_precision,
+        "data": data,
+        "num_processes": accelerator.num_processes,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "mixed_precision": accelerator.mixed_precision,
         **fields,
     }
     return json.loads(json.dumps(identity))
+
+
+def plan(
+    phase: str,
+    config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
+    settings: FitSettings,
+    accelerator: Accelerator,
+    levels: list[ProgressiveVAELevelConfig],
+    pixels: Manifest,
+) -> dict[str, Any]:
+    """The identity of a phase, as far as it is known before those before it are done.
+
+    Args:
+        levels: the configs of [level_1 … level_N].
+        pixels: of the training split.
+    """
+    # z_index is what it learns from: a level from the finer grid, a refit from its own codes.
+    index = 1 if phase == "prior" else int(phase.rpartition("_")[2]) + phase.startswith("level")
+    if index <= len(levels):
+        size = grid_sizes(levels, (pixels.shape[-2], pixels.shape[-1]))[index - 1]
+        pixels = replace(pixels, shape=size, num_values=levels[index - 1].codebook_size)
+    return identify(phase, config, settings, accelerator, asdict(pixels))
+
+
+def _of_data(train: GridDataset | PixelStream) -> dict[str, Any]:
+    return {**asdict(train.manifest), "num_examples": train.num_examples}
 
 
 def _fit_level(
@@ -174,7 +203,7 @@ def train_prior(
     accelerator = run.accelerator
     train, held_out = run.grids("train", 1), run.grids("test", 1)
     config.finer_fingerprint = run.fingerprint(1)
-    identity = identify("prior", config, settings, train, run)
+    identity = identify("prior", config, settings, accelerator, _of_data(train))
     if run.is_done("prior", identity):
         return ProgressiveVAEPrior.from_pretrained(run.output_dir / "prior")
     set_seed(settings.seed)

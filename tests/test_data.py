@@ -122,7 +122,7 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
     whole = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(whole[: len(whole) // 2])
     images = datasets.load_dataset("imagefolder", data_dir=str(tmp_path))["train"]
-    with pytest.warns(UserWarning, match="left out 2 images that cannot be read: .*1.png, .*2.png"):
+    with pytest.warns(UserWarning, match="left out 2 images that cannot be read.*1.png, .*2.png"):
         ((grids, labels),) = pixel_batches(read_images(images, "image", None, (1, 3, 4)))
     assert len(grids) == len(labels) == 2
 

@@ -309,7 +309,7 @@ def test_a_batch_has_an_image(pipe, images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(class_labels=[5]), "class_labels in 0 … 2"),
+        (dict(class_labels=[5]), "class_labels in 0 … 1, or 2 for the null class"),
         (dict(corruption=0.1), "corruption=0, as no level learned it, got 0.1"),
         (
             dict(class_labels=[0], guidance_scale=[1.0, 2.0]),

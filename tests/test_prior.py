@@ -74,7 +74,10 @@ def test_any_causal_language_model(tmp_path):
         (lambda p: p(torch.zeros(1, 3, 3).long()), r"codes of shape \(B, 2, 2\), got \(1, 3, 3\)"),
         (lambda p: p(torch.zeros(1, 2, 2)), "codes of dtype torch.int64, got torch.float32"),
         (lambda p: p(torch.full((1, 2, 2), 3)), "codes in 0 … 2"),
-        (lambda p: p.sample(1, torch.tensor([7])), "class_labels in 0 … 2"),
+        (
+            lambda p: p.sample(1, torch.tensor([7])),
+            "class_labels in 0 … 1, or 2 for the null",
+        ),
         (lambda p: p.sample(2, torch.tensor([0])), "expected 2 class_labels, got 1"),
         (lambda p: p.sample(1, torch.tensor([0.0])), "class_labels to be integers"),
         (lambda p: p.sample(1, ["cow"]), r"class_labels among \['0', '1'\], got \['cow'\]"),

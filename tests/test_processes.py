@@ -70,7 +70,7 @@ def launch(*arguments, processes=2):
 def run(command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    errors = [line for line in done.stderr.splitlines() if "Error:" in line]
+    errors = [line for line in done.stderr.splitlines() if "rror:" in line]
     assert done.returncode == 0, "\n".join(errors)
     return done.stdout
 

@@ -14,6 +14,7 @@ import torch
 from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.codes import GridDataset
 from progressive_vae.fingerprint import fingerprint
 from progressive_vae.fitting import FitSettings, fit
 
@@ -59,7 +60,7 @@ def test_the_main_job_writes_all_it_promises(trained):
 
 def test_the_figures_are_those_of_the_saved_pipeline(trained, script):
     pipe = ProgressiveVAEPipeline.from_pretrained(trained)
-    test = script.GridDataset(trained / "cache" / "pixels" / "test")
+    test = GridDataset(trained / "cache" / "pixels" / "test")
     bits = pipe.bits_per_dim(test.batch(slice(0, 360))[0].to(torch.uint8))
     metrics = json.loads((trained / "metrics.json").read_text())
     assert bits["total"] == pytest.approx(metrics["bits_per_dim"]["total"], rel=1e-4)
@@ -70,9 +71,9 @@ def test_the_figures_are_those_of_the_saved_pipeline(trained, script):
 def test_cached_codes_are_those_of_the_pipeline(trained, script):
     pipe = ProgressiveVAEPipeline.from_pretrained(trained)
     cache = trained / "cache"
-    pixels = script.GridDataset(cache / "pixels" / "train").batch(slice(0, 500))[0]
+    pixels = GridDataset(cache / "pixels" / "train").batch(slice(0, 500))[0]
     for i, codes in enumerate(pipe.encode(pixels.to(torch.uint8)), 1):
-        cached = script.GridDataset(cache / f"level_{i}" / "train").batch(slice(0, 500))[0]
+        cached = GridDataset(cache / f"level_{i}" / "train").batch(slice(0, 500))[0]
         assert torch.equal(codes, cached)
 
 
@@ -307,7 +308,7 @@ def test_only_what_is_coarser_than_a_given_level(trained, script, tmp_path):
 def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     from accelerate import Accelerator
 
-    data = script.GridDataset(trained / "cache" / "pixels" / "train")
+    data = GridDataset(trained / "cache" / "pixels" / "train")
     level = ProgressiveVAELevel.from_pretrained(trained / "level_2")
     pixels = data.batch(slice(0, 200))[0] / 127.5 - 1
     before, losses = level(pixels).loss.item(), []

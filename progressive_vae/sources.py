@@ -1,0 +1,179 @@
+"""A data set of images, opened: what its images are, and their pixels as caches or as a stream."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from datasets.distributed import split_dataset_by_node
+
+from .codes import GridDataset, Manifest, write_cache
+from .data import (
+    GREY_MODES,
+    MAX_IMAGE_PIXELS,
+    Table,
+    decode,
+    encoded,
+    find_image_column,
+    find_labels,
+    load_images,
+    pixel_batches,
+    prepare_image,
+    read_images,
+)
+from .streaming import PixelStream
+
+STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
+
+
+@dataclass
+class Source:
+    """The splits "train" and "test", of which no more than the first image has been read.
+
+    Args:
+        splits: their tables.
+        manifests: what the caches of their pixels hold.
+        class_names: names of the classes, [] where there are none.
+        options: of `read_images`.
+        random_flip: of the training split.
+        shuffle_buffer_size: images in the window of a stream; `None` if it is none.
+    """
+
+    splits: dict[str, Table]
+    manifests: dict[str, Manifest]
+    class_names: list[str]
+    options: dict[str, Any]
+    random_flip: bool = False
+    shuffle_buffer_size: int | None = None
+
+    def pixels(
+        self, folder: Path, accelerator: Accelerator, overwrite_cache: bool = False
+    ) -> dict[str, GridDataset | PixelStream]:
+        """The pixels of both splits, from the caches in `folder`, which are made where they are
+        missing; those of a stream's training split as they come."""
+        return {
+            split: PixelStream(
+                self.splits[split],
+                self.manifests[split],
+                **self.options,
+                random_flip=self.random_flip,
+                buffer_size=self.shuffle_buffer_size,
+            )
+            if split == "train" and self.shuffle_buffer_size is not None
+            else self._cached(split, folder / split, accelerator, overwrite_cache)
+            for split in self.splits
+        }
+
+    def _cached(
+        self, split: str, folder: Path, accelerator: Accelerator, overwrite_cache: bool
+    ) -> GridDataset:
+        table, manifest = self.splits[split], self.manifests[split]
+        is_missing = overwrite_cache or not folder.exists()
+        accelerator.wait_for_everyone()  # all have seen that there is no cache yet
+        if is_missing:
+            rank, processes = accelerator.process_index, accelerator.num_processes
+            share, before = split_dataset_by_node(table, rank, processes), 0
+            if self.shuffle_buffer_size is None:
+                before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
+            channels, height, width = manifest.shape
+            images = read_images(
+                share, shape=(channels, height, width), first_index=before, **self.options
+            )
+            is_flipped = self.random_flip and split == "train"
+            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
+        return GridDataset(folder, manifest)
+
+
+def open_source(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    train_split: str = "train",
+    eval_split: str = "test",
+    eval_fraction: float = 0.1,
+    resolution: int | None = None,
+    center_crop: bool = False,
+    random_flip: bool = False,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    max_image_pixels: int = MAX_IMAGE_PIXELS,
+    streaming: bool = False,
+    shuffle_buffer_size: int = 1000,
+) -> Source:
+    """Open a data set; the first image of its training split settles colours and size.
+
+    Args:
+        dataset_name, dataset_config_name, train_data_dir, train_split, eval_split, eval_fraction,
+            streaming: as `load_images` takes them.
+        image_column, label_column: those of the usual names where not given.
+        resolution, center_crop: as `prepare_image` takes them.
+        random_flip: train on mirror images too.
+        max_train_samples, max_eval_samples: so many images at most, drawn at random.
+        max_image_pixels: images of more are left out.
+        shuffle_buffer_size: images among which a stream is shuffled.
+
+    Raises:
+        ValueError: an argument out of its range, or no image that can be read.
+    """
+    limits = {"train": max_train_samples, "test": max_eval_samples}
+    for name, value in (
+        ("resolution", resolution),
+        ("max_train_samples", max_train_samples),
+        ("max_eval_samples", max_eval_samples),
+        ("max_image_pixels", max_image_pixels),
+        ("shuffle_buffer_size", shuffle_buffer_size),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
+    splits = load_images(
+        dataset_name=dataset_name,
+        dataset_config_name=dataset_config_name,
+        train_data_dir=train_data_dir,
+        train_split=train_split,
+        eval_split=eval_split,
+        eval_fraction=eval_fraction,
+        image_column=image_column,
+        streaming=streaming,
+    )
+    for split, limit in limits.items():
+        if streaming:
+            limit = limit or {"test": STREAMED_EVAL_SAMPLES}.get(split)
+            if limit:  # of sorted files too: their order is shuffled, then images in a buffer
+                shuffled = splits[split].shuffle(seed=0, buffer_size=shuffle_buffer_size)
+                splits[split] = shuffled.take(limit)
+            continue
+        if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
+            splits[split] = splits[split].shuffle(seed=0).select(range(limit))
+        if split == "test":
+            splits[split] = splits[split].shuffle(seed=0)  # the pictures show its beginning
+    column = find_image_column(splits["train"], image_column)
+    label_name, class_names = find_labels(splits, label_column)
+    values = (row[column] for row in encoded(splits["train"], column))
+    images = (decode(value, max_image_pixels) for value in values)
+    image = next((image for image in images if image is not None), None)
+    if image is None:
+        raise ValueError(f"expected images in column {column!r}, got none that can be read")
+    mode = "L" if image.mode in GREY_MODES else "RGB"
+    shape = prepare_image(image, mode, resolution, center_crop).shape
+    dataset, manifests = dataset_name or train_data_dir, {}
+    for split, table in splits.items():
+        content = f"stream of {limits[split]}" if streaming else table._fingerprint
+        is_flipped = random_flip and split == "train"
+        manifests[split] = Manifest(
+            weights="",
+            dataset=f"{dataset} ({content}; {resolution}, {center_crop}, {is_flipped})",
+            split=split,
+            shape=shape,
+            num_values=256,
+        )
+    options = {
+        "image_column": column,
+        "label_column": label_name,
+        "resolution": resolution,
+        "center_crop": center_crop,
+        "max_image_pixels": max_image_pixels,
+    }
+    window = shuffle_buffer_size if streaming else None
+    return Source(splits, manifests, class_names, options, random_flip, window)
