@@ -111,8 +111,9 @@ def check_image_size(
     """[H, W]: as given, or where it is not, of the prior's grid.
 
     Raises:
-        ValueError: no image size, or one that is none, a prior that is not of its z_1, or a grid
-            that is too large for the raster order.
+        ValueError: no image size, or one that is none, a prior that is not of its z_1, a grid
+            that is too large for the raster order, or lattices much coarser than the whole grid,
+            to whose stride it would be padded.
     """
     if image_size is None:
         if prior is None:
@@ -128,6 +129,12 @@ def check_image_size(
             raise ValueError(
                 f"expected level_{i} to have a finer grid of at most {MAX_RASTER_POSITIONS} "
                 f"positions for decoder_order='raster', got {finer[0]}×{finer[1]}"
+            )
+        whole = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
+        if config.decoder_order == "lattice" and 2 ** (config.num_groups // 3) > whole:
+            raise ValueError(
+                f"expected level_{i} to have num_groups <= {1 + 3 * int(math.log2(whole))} for "
+                f"lattices of a finer grid of {finer[0]}×{finer[1]}, got {config.num_groups}"
             )
     if prior is not None:
         expected = (configs[0].codebook_size, sizes[0])

@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import datasets
 import numpy as np
 import PIL.Image
@@ -5,6 +9,7 @@ import pytest
 import torch
 
 from progressive_vae.data import (
+    decode,
     find_image_column,
     find_labels,
     load_digits,
@@ -13,6 +18,7 @@ from progressive_vae.data import (
     prepare_image,
     read_images,
 )
+from progressive_vae.sources import open_source
 
 
 def table(images, **columns):
@@ -125,6 +131,103 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
     with pytest.warns(UserWarning, match="left out 2 images that cannot be read.*1.png, .*2.png"):
         ((grids, labels),) = pixel_batches(read_images(images, "image", None, (1, 3, 4)))
     assert len(grids) == len(labels) == 2
+
+
+def png_of(width, height):
+    """A file of a few bytes that says it has so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    file = b"\x89PNG\r\n\x1a\n"
+    for name, data in chunks:
+        file += struct.pack(">I", len(data)) + name + data
+        file += struct.pack(">I", zlib.crc32(name + data))
+    return file
+
+
+def file_of_kind(kind, size=(40, 30), **options):
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    PIL.Image.fromarray(pixels).save(file, kind, **options)
+    return bytearray(file.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value"),
+    [("AVIF", slice(60, 200), b"\xff" * 140), ("BMP", slice(14, 18), b"\x0b\0\0\0"),
+     ("BMP", slice(28, 30), b"\xff\xff"), ("TIFF", slice(8, 60), b"\xff" * 52),
+     ("GIF", slice(6, 12), b"\xff" * 6), ("WEBP", slice(16, 40), b"\0" * 24)],
+)  # fmt: skip
+def test_a_damaged_file_of_any_format_is_none(kind, place, value):
+    file = file_of_kind(kind)
+    assert decode({"bytes": bytes(file), "path": None}).size == (40, 30)
+    file[place] = value
+    assert decode({"bytes": bytes(file), "path": None}) is None
+
+
+def test_bombs_nulls_and_missing_files_are_left_out_and_named(tmp_path):
+    whole = bytes(file_of_kind("PNG", (4, 3)))
+    files = [whole, png_of(20_000, 20_000), None, b"", whole]
+    rows = [{"bytes": file, "path": None} for file in files]
+    rows[2] = None
+    images = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
+    images.to_parquet(tmp_path / "train.parquet")
+    columns = dict(image_column="image", label_column=None, shape=(3, 3, 4))
+    for streaming in (False, True):
+        found = datasets.load_dataset(
+            "parquet", data_files=str(tmp_path / "train.parquet"), streaming=streaming
+        )["train"]
+        words = "left out 3 images .*index 1, index 2, index 3"
+        with pytest.warns(UserWarning, match=words):
+            assert len(list(read_images(found, **columns))) == 2
+    with pytest.warns(UserWarning, match=r"left out 5 images .* more than 11 pixels .--max_image"):
+        assert not list(read_images(images, **columns, max_image_pixels=11))
+    gone = table([{"bytes": None, "path": str(tmp_path / "gone.png")}])
+    with pytest.warns(UserWarning, match="left out 1 images .*gone.png"):
+        assert not list(read_images(gone, **columns))
+
+
+def test_a_limit_above_that_of_pillow():
+    before = PIL.Image.MAX_IMAGE_PIXELS
+    try:
+        PIL.Image.MAX_IMAGE_PIXELS = 100
+        value = {"bytes": bytes(file_of_kind("PNG")), "path": None}
+        assert decode(value, 10_000).size == (40, 30) and decode(value, 1199) is None
+    finally:
+        PIL.Image.MAX_IMAGE_PIXELS = before
+
+
+def test_an_image_without_a_label_is_left_out_of_a_stream():
+    feature = datasets.ClassLabel(names=["cat", "dog"])
+    images = table(pictures("L", "L", "L"), label=[0, None, 1]).cast_column("label", feature)
+    stream = images.to_iterable_dataset()
+    with pytest.warns(UserWarning, match="left out 1 images .*index 1"):
+        found = [label for _, label in read_images(stream, "image", "label", (1, 3, 4))]
+    assert found == [0, 1]
+
+
+@pytest.mark.parametrize("label", ["image", "boxes"])
+def test_a_label_column_that_holds_no_labels(label):
+    images = table(pictures("L", "L"), boxes=[[1, 2], [3]])
+    with pytest.raises(ValueError, match="label_column of integers 0 … n − 1 or class labels, got"):
+        find_labels({"train": images, "test": images}, label)
+
+
+def test_labels_that_count_examples_rather_than_classes():
+    images = table(pictures("L", "L"), label=[5_000_000, 3])
+    with pytest.raises(ValueError, match="at most 100000 classes, got numbers up to 5000000 in 'l"):
+        find_labels({"train": images, "test": images})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(resolution=0), dict(max_train_samples=0), dict(max_eval_samples=-1),
+     dict(max_image_pixels=0), dict(shuffle_buffer_size=0)],
+)  # fmt: skip
+def test_numbers_of_a_source_are_positive(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"expected {name} >= 1, got {value}"):
+        open_source("digits", **wrong)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA"])

@@ -1,4 +1,6 @@
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import PIL.Image
@@ -220,6 +222,67 @@ def test_callback_sets_the_guidance_of_what_follows():
         assert torch.equal(changed, expected) and pipe.guidance_scale == 5.0
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ({"codes": None}, "return codes .z_1 … z_1. of 1 images, got None"),
+        ({"codes": []}, "of 1 images, got ..$"),
+        ({"codes": [torch.zeros(2, 1, 1).long()]}, r"of 1 images, got \[\(2, 1, 1\)\]"),
+        ({"codes": [torch.zeros(1, 2, 2).long()]}, r"codes of level 1 of shape \(1, 1, 1\)"),
+        ({"codes": [torch.full((1, 1, 1), 9)]}, "codes of level 1 in 0 … 2"),
+        ({"latents": 0}, "to return a dict with some of .'codes'., or None"),
+        ([1], "to return a dict with some of"),
+    ],
+)
+def test_a_callback_that_returns_no_grids(pipe, returned, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(callback_on_step_end=lambda *_: returned)
+
+
+def test_threads_that_share_a_pipeline_do_not_meet():
+    """Each call has a scale of its own, and a callback that changes it, in mid-call."""
+    level = tiny_level(num_symbols=4, num_classes=2, seed=1)
+    finest = tiny_level(num_channels=3, codebook_size=4, num_classes=2, seed=2)
+    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(num_classes=2), [level, finest])
+    pipe.set_progress_bar_config(disable=True)
+    barrier = threading.Barrier(8)
+
+    def draw(scale, together):
+        def callback(pipe, step, _, tensors):
+            if together:
+                barrier.wait(timeout=60)  # all are at this step
+            assert pipe.guidance_scale == (scale if step == 0 else 2 * scale)
+            pipe._guidance_scale = 2 * scale
+
+        drawn = pipe([0, 1] * 4, guidance_scale=scale, generator=generators(8), output_type="pt",
+                     callback_on_step_end=callback)  # fmt: skip
+        assert pipe.guidance_scale == 2 * scale and pipe.num_timesteps == 3
+        return drawn.images
+
+    scales = [1.0 + i for i in range(8)]
+    alone = [draw(scale, together=False) for scale in scales]
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(3):
+            found = threads.map(draw, scales, [True] * 8)
+            assert all(torch.equal(a, b) for a, b in zip(alone, found, strict=True))
+    assert not torch.equal(alone[0], alone[7])
+
+
+def test_arrays_that_run_backwards(pipe, images):
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    mirrored = arrays[:, ::-1, ::-1]
+    for ours, theirs in zip(pipe.encode(mirrored), pipe.encode(mirrored.copy()), strict=True):
+        assert torch.equal(ours, theirs)
+    as_list = pipe.encode([array[::-1] for array in arrays])
+    assert torch.equal(as_list[0], pipe.encode(arrays[:, ::-1].copy())[0])
+
+
+def test_a_temperature_next_to_nothing_is_nothing(pipe):
+    cold = pipe(temperature=0.0, output_type="pt").images
+    for temperature in (1e-38, 1e-300, 1e-9):
+        assert torch.equal(pipe(temperature=temperature, output_type="pt").images, cold)
+
+
 def test_without_a_prior(pipe, images):
     view = ProgressiveVAEPipeline(None, pipe.level_3, image_size=[5, 7])
     view.set_progress_bar_config(disable=True)
@@ -309,6 +372,7 @@ def test_a_batch_has_an_image(pipe, images):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (dict(class_labels=[12]), "class_labels in 0 … 1, or 2 for the null class, got .12."),
         (dict(class_labels=[5]), "class_labels in 0 … 1, or 2 for the null class"),
         (dict(corruption=0.1), "corruption=0, as no level learned it, got 0.1"),
         (
@@ -334,6 +398,10 @@ def test_a_batch_has_an_image(pipe, images):
             "guidance_scale=1 without class_labels, got 2.0",
         ),
         (dict(codes=torch.zeros(1, 1, 1).long()), "codes to be a list"),
+        (
+            dict(codes=[torch.zeros(1, 1, 1).long(), torch.zeros(1, 2, 2).long()], num_levels=1),
+            "codes of at most num_levels=1 levels, got 2",
+        ),
         (dict(callback_on_step_end_tensor_inputs=["latents"]), r"got \['latents'\]"),
     ],
 )

@@ -78,6 +78,8 @@ def test_any_causal_language_model(tmp_path):
             lambda p: p.sample(1, torch.tensor([7])),
             "class_labels in 0 … 1, or 2 for the null",
         ),
+        (lambda p: p.sample(-1), "batch_size >= 1, got -1"),
+        (lambda p: p.sample(0), "batch_size >= 1, got 0"),
         (lambda p: p.sample(2, torch.tensor([0])), "expected 2 class_labels, got 1"),
         (lambda p: p.sample(1, torch.tensor([0.0])), "class_labels to be integers"),
         (lambda p: p.sample(1, ["cow"]), r"class_labels among \['0', '1'\], got \['cow'\]"),

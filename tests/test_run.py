@@ -1,0 +1,261 @@
+"""Work that is there is neither replaced nor misread in silence."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate import PartialState
+from conftest import load_script
+from interruptions import FLAGS, start, weights
+from test_training import SMALL
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.run import LOCK, OWNER, locked
+
+ROOT = Path(__file__).parents[1]
+RESUME = ["--resume_from_checkpoint", "latest"]
+SMALLER = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "20"]
+SMALLER += shlex.split("--refit_max_train_steps 0 3 --refit_corruption 0 0.1")
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("train")
+
+
+@pytest.fixture(scope="module")
+def trained(script, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("trained")
+    script.main([*SMALLER, "--output_dir", str(output_dir)])
+    return output_dir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    output_dir = tmp_path / "run"
+    shutil.copytree(trained, output_dir)
+    return output_dir
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path): path.read_bytes() for path in files if path.name != LOCK}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--seed 1", "level_2 with seed=0, got seed=1"),
+        ("--learning_rate 0.001", "level_2 with learning_rate=0.002, got learning_rate=0.001"),
+        ("--hidden_size 8 16", "level_2 with config.hidden_size=8, got config.hidden_size=16"),
+        ("--hidden_size 16 8", "level_1 with config.hidden_size=8, got config.hidden_size=16"),
+        ("--prior_learning_rate 0.1", "prior with learning_rate=0.001, got learning_rate=0.1"),
+        ("--refit_learning_rate 0.1", "level_2 with learning_rate=0.002, got learning_rate=0.1"),
+        ("--max_train_samples 100", "level_2 with data.dataset="),
+        ("--codebook_size 4 8", "level_1 with config.codebook_size=8"),
+    ],
+)
+def test_a_finished_run_that_is_resumed_with_other_flags(script, copied, flags, words):
+    """Refused before anything is done, for all phases at once."""
+    before = contents(copied)
+    with pytest.raises(ValueError, match=f"{words}.*--overwrite_output_dir") as error:
+        script.main([*SMALLER, "--output_dir", str(copied), *RESUME, *shlex.split(flags)])
+    assert len(str(error.value)) < 1000
+    assert contents(copied) == before
+
+
+def test_a_finished_run_that_is_resumed_stays(script, copied):
+    before = {name: (copied / name).read_bytes() for name in ("metrics.json", "samples.png")}
+    before |= weights(copied)
+    script.main([*SMALLER, "--output_dir", str(copied), *RESUME])
+    assert {**before, **weights(copied)} == before
+
+
+def test_what_other_settings_made_is_overwritten_when_told(script, copied):
+    before = weights(copied)
+    flags = [*SMALLER, "--output_dir", str(copied), "--overwrite_output_dir"]
+    script.main([*flags, *RESUME, "--prior_learning_rate", "0.1"])
+    after = weights(copied)
+    assert after["prior"] != before["prior"]
+    assert {**after, "prior": before["prior"]} == before  # the levels were not trained again
+    script.main(flags)
+    assert weights(copied) == before
+
+
+def test_a_run_is_not_begun_on_top_of_another(script, copied):
+    before = contents(copied)
+    with pytest.raises(ValueError, match="with level_1, level_2, prior: go on with --resume"):
+        script.main([*SMALLER, "--output_dir", str(copied)])
+    assert contents(copied) == before
+
+
+def test_a_checkpoint_of_another_phase(script, copied):
+    checkpoint = copied / "checkpoint-level_2-00000002"
+    checkpoint.mkdir()
+    (checkpoint / "fit.pt").touch()
+    flags = [*SMALLER, "--output_dir", str(copied), "--phase", "prior"]
+    with pytest.raises(ValueError, match=r"of a phase among \['prior'\], got .*level_2"):
+        script.main([*flags, "--resume_from_checkpoint", str(checkpoint)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--max_grad_norm -1", "level_2: expected max_grad_norm >= 0"),
+        ("--max_grad_norm nan", "level_2: expected max_grad_norm >= 0"),
+        ("--gradient_accumulation_steps -1", "expected gradient_accumulation_steps >= 1, got -1"),
+        ("--gradient_accumulation_steps 0", "expected gradient_accumulation_steps >= 1, got 0"),
+        ("--ema_decay 2", r"level_2: expected ema_decay in \[0, 1\), got 2.0"),
+        ("--prior_learning_rate nan", "prior: expected learning_rate > 0, got nan"),
+        ("--learning_rate -1 1e-3", "level_1: expected learning_rate > 0, got -1.0"),
+        ("--prior_adam_weight_decay -1", "prior: expected adam_weight_decay >= 0, got -1.0"),
+        ("--refit_learning_rate 0", "refit_level_2: expected learning_rate > 0, got 0.0"),
+        ("--prior_train_batch_size 0", "prior: expected train_batch_size >= 1, got 0"),
+        ("--hidden_size 8 8 8", "expected hidden_size of 1 or num_levels=2 values, got"),
+        ("--learning_rate 1e-3 1e-3 1e-3", "expected learning_rate of 1 or num_levels=2 values"),
+        ("--refit_num_layers 1 2 3", "expected refit_num_layers of 1 or num_levels=2 values"),
+        ("--num_levels 0", "expected num_levels in 1 … 8, got 0"),
+        ("--num_levels 9", "expected num_levels in 1 … 8, got 9"),
+        ("--resolution 0", "expected resolution >= 1, got 0"),
+        ("--max_train_samples 0", "expected max_train_samples >= 1, got 0"),
+        ("--num_validation_images 0", "expected num_validation_images >= 1, got 0"),
+        ("--checkpointing_steps -1", "expected checkpointing_steps >= 0, got -1"),
+        ("--report_to nobody", "expected report_to among"),
+        ("--mixed_precision int8", "expected mixed_precision among"),
+        ("--lr_scheduler coseine", "expected lr_scheduler among"),
+        ("--seed -1", "expected seed in"),
+        ("--prior_config {", "expected prior_config as JSON, got '{'"),
+        ('--prior_config {"model_type":"t5"}', "backbone_config of a causal language model"),
+        (
+            '--prior_config {"model_type":"bert","hidden_size":16,"num_attention_heads":2,'
+            '"intermediate_size":16,"num_hidden_layers":1}',
+            "backbone_config of a causal language model",
+        ),
+        ("--class_dropout nan", r"expected class_dropout in \[0, 1\], got nan"),
+        ("--label_column image", "label_column of integers 0 … n − 1 or class labels"),
+    ],
+)
+def test_wrong_flags_are_found_before_the_first_step(script, tmp_path, flags, words):
+    with pytest.raises(ValueError, match=words):
+        script.main([*SMALLER, "--output_dir", str(tmp_path), *flags.split()])
+    assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*/*"))
+
+
+def test_a_wrong_flag_is_one_line_of_a_command(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--num_levels", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: expected num_levels in 1 … 8, got 0"
+    assert "Traceback" not in done.stderr
+
+
+def test_what_cannot_be_measured_is_named(script, tmp_path):
+    flags = [*SMALLER, "--output_dir", str(tmp_path), "--max_eval_samples", "1"]
+    with pytest.warns(UserWarning, match="1 held-out images are too few for a Fréchet distance"):
+        script.main([*flags, "--refit_max_train_steps", "0", "3"])
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "frechet_distance" not in metrics and metrics["bits_per_dim"]["total"] > 0
+    assert list(metrics["not_measured"]) == ["frechet_distance"]
+    assert "Not measured: frechet_distance (1 held-out" in (tmp_path / "README.md").read_text()
+
+
+def test_a_measurement_that_fails_costs_no_other(script, copied, monkeypatch):
+    (copied / "metrics.json").unlink()
+    monkeypatch.setattr(script, "sampling_speed", None)
+    with pytest.warns(UserWarning, match="sampled_images_per_second is not measured: TypeError"):
+        script.main([*SMALLER, "--output_dir", str(copied), "--phase", "evaluate"])
+    metrics = json.loads((copied / "metrics.json").read_text())
+    assert "sampled_images_per_second" not in metrics and metrics["label_accuracy"]
+
+
+# ---- files that are not what they were -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "phase", "words"),
+    [
+        ("cache/pixels/train/manifest.json", "all", "delete its folder and it is made again"),
+        ("cache/level_1/train/manifest.json", "prior", "delete its folder and it is made again"),
+        ("level_1/history.json", "all", "delete it, and the phases that made this folder"),
+        ("phases.json", "prior", "delete it: only what the phases cost is lost"),
+        ("settings.json", "prior", "delete it and run the first phase again"),
+        ("metrics.json", "prior", "delete it, and measure the pipeline again"),
+        ("level_1/config.json", "prior", "save the model again, or download it anew"),
+    ],
+)
+@pytest.mark.parametrize("damage", [b"{", b"[1, 2]", b"5", b"\xff\xfe\x00", b""])
+def test_files_that_are_not_json_or_of_another_shape(script, copied, name, phase, words, damage):
+    assert (copied / name).is_file()
+    (copied / name).write_bytes(damage)
+    flags = [*SMALLER, "--output_dir", str(copied), *RESUME, "--phase", phase]
+    if phase == "prior":
+        flags += ["--prior_max_train_steps", "2", "--overwrite_output_dir"]
+    with pytest.raises(ValueError, match=f"expected .*{Path(name).name}.*{words}"):
+        script.main(flags)
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"[1, 2]", b"5", b'{"level_1": 5}', b'{"level_1": ["a"]}']
+)
+def test_a_damaged_index(copied, damage):
+    (copied / "model_index.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="expected .*: save the pipeline again, or download it"):
+        ProgressiveVAEPipeline.from_pretrained(copied)
+
+
+def test_a_flipped_byte_of_a_level_that_is_there(script, copied):
+    path = copied / "level_2" / "model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-100] ^= 1
+    path.write_bytes(damaged)
+    flags = [
+        *SMALLER,
+        "--output_dir",
+        str(copied),
+        "--phase",
+        "prior",
+        "--prior_learning_rate",
+        "1",
+    ]
+    with pytest.raises(ValueError, match="expected the weights that were saved in .*level_2"):
+        script.main(flags)
+
+
+# ---- one run at a time ---------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder(script, tmp_path):
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    other = start(output_dir)
+    while not (output_dir / "cache").exists():
+        assert other.poll() is None
+        time.sleep(0.01)
+    flags = [*FLAGS, "--output_dir", str(output_dir)]
+    with pytest.raises(ValueError, match=f"which process {other.pid} on .*train.py.* is at"):
+        script.main(flags)
+    assert other.poll() is None
+    other.send_signal(signal.SIGKILL)
+    other.wait()
+    with pytest.raises(ValueError, match="expected num_levels"):  # the lock is gone, this is not
+        script.main([*flags, "--num_levels", "0"])
+    with locked(output_dir, PartialState()):
+        assert json.loads((output_dir / OWNER).read_text())["pid"] == os.getpid()
+    assert not (output_dir / OWNER).exists()
+
+
+def test_a_lock_ends_with_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(KeyError), locked(tmp_path, PartialState()):
+            raise KeyError
+    with locked(tmp_path, PartialState()):
+        with pytest.raises(ValueError, match=f"which process {os.getpid()} on"):
+            with locked(tmp_path, PartialState()):
+                raise AssertionError("two at once")
