@@ -131,7 +131,7 @@ def check_image_size(
                 f"positions for decoder_order='raster', got {finer[0]}×{finer[1]}"
             )
         whole = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
-        if config.decoder_order == "lattice" and 2 ** (config.num_groups // 3) > whole:
+        if config.decoder_order == "lattice" and 2 ** ((config.num_groups or 1) // 3) > whole:
             raise ValueError(
                 f"expected level_{i} to have num_groups <= {1 + 3 * int(math.log2(whole))} for "
                 f"lattices of a finer grid of {finer[0]}×{finer[1]}, got {config.num_groups}"

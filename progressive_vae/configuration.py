@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .saved import read_json, stamp, take_stamp
+from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
 
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
 PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
@@ -64,8 +64,10 @@ def strict_config(cls):
             )
         try:
             strict_init(self, **kwargs)
-        except (StrictDataclassError, TypeError, KeyError, AttributeError) as error:
+        except StrictDataclassError as error:
             raise ValueError(f"{cls.__name__}: {_said(error)}") from error
+        except LIBRARY_ERRORS as error:
+            raise ValueError(f"expected right fields of {cls.__name__}, got {error!r}") from error
 
     def __setattr__(self, name: str, value: Any):
         try:

@@ -111,10 +111,12 @@ def load_images(
 def _load(path: str, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:
     try:
         return datasets.load_dataset(path, **options)
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(f"expected at least one image in each split: {error}") from error
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        expected = "a data set of images"
+        if "corresponds to no data" in str(error):
+            expected = "at least one image in each split"
+        where = options.get("data_dir", path)
+        raise ValueError(f"expected {expected} in {where}, got {error!r}") from error
 
 
 def _is_held_out(row: dict, column: str, fraction: float, wanted: bool) -> bool:

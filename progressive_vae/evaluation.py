@@ -96,8 +96,9 @@ def train_classifier(
 ) -> Classifier:
     """Fit the yardstick on a training split in batches of 128, for at most 20 epochs."""
     num_steps = max_train_steps
-    if dataset.num_examples is not None:
-        num_steps = min(num_steps, 20 * max(1, dataset.num_examples // 128))
+    count = dataset.limit if isinstance(dataset, PixelStream) else dataset.num_examples
+    if count is not None:
+        num_steps = min(num_steps, 20 * max(1, count // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes)

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
-from .saved import read_json, stamp, take_stamp
+from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
@@ -55,9 +55,12 @@ class HubPipeline(DiffusionPipeline):
         Raises:
             ValueError: parts that are damaged, do not belong together, or are none of this package.
         """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not (folder / INDEX).is_file():
+            raise ValueError(f"expected {INDEX} in {folder}, got none: {_SAVE}")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (AttributeError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        except LIBRARY_ERRORS as error:
             raise ValueError(
                 f"expected a saved pipeline in {pretrained_model_name_or_path}, got {error!r}: "
                 f"{_SAVE}"
@@ -65,7 +68,10 @@ class HubPipeline(DiffusionPipeline):
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        return read_json(json_file, _SAVE)
+        contents = read_json(json_file, _SAVE)
+        if not isinstance(name := contents.get("_class_name"), str):
+            raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
+        return contents
 
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -14,6 +14,7 @@ from .configuration import ProgressiveVAEPriorConfig
 from .labels import Labels, drop_labels, label_ids
 from .networks import cached_step
 from .sampling import Generators, Sampler
+from .saved import LIBRARY_ERRORS
 from .weights import SavedModel
 
 
@@ -161,7 +162,7 @@ class ProgressiveVAEPrior(SavedModel):
                 steps.append(self._logits(output))
             difference = (torch.cat(steps, 1) - at_once).abs().max()
             is_causal = bool(difference <= 1e-3 * at_once.abs().max())
-        except (RuntimeError, TypeError, KeyError, AttributeError, IndexError) as error:
+        except LIBRARY_ERRORS as error:
             raise ValueError(
                 f"expected backbone_config of a causal language model with a key-value cache, got "
                 f"{kind}, which fails with {error!r}"

@@ -12,6 +12,9 @@ __version__ = "0.1.0"
 # Raised when files are written that older versions would misread; a golden test holds the format.
 FORMAT_VERSION = 3
 
+# What libraries raise for the contents of damaged files, as if it were a fault of the caller's.
+LIBRARY_ERRORS = (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError)
+
 
 def stamp(prefix: str = "") -> dict[str, Any]:
     """What every config says beside its fields."""

@@ -37,6 +37,7 @@ class Source:
         options: of `read_images`.
         random_flip: of the training split.
         shuffle_buffer_size: images in the window of a stream; `None` if it is none.
+        limit: images of the training split at most, where that was asked for.
     """
 
     splits: dict[str, Table]
@@ -45,6 +46,7 @@ class Source:
     options: dict[str, Any]
     random_flip: bool = False
     shuffle_buffer_size: int | None = None
+    limit: int | None = None
 
     def pixels(
         self, folder: Path, accelerator: Accelerator, overwrite_cache: bool = False
@@ -58,6 +60,7 @@ class Source:
                 **self.options,
                 random_flip=self.random_flip,
                 buffer_size=self.shuffle_buffer_size,
+                limit=self.limit,
             )
             if split == "train" and self.shuffle_buffer_size is not None
             else self._cached(split, folder / split, accelerator, overwrite_cache)
@@ -176,4 +179,4 @@ def open_source(
         "max_image_pixels": max_image_pixels,
     }
     window = shuffle_buffer_size if streaming else None
-    return Source(splits, manifests, class_names, options, random_flip, window)
+    return Source(splits, manifests, class_names, options, random_flip, window, limits["train"])

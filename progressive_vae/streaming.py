@@ -27,6 +27,7 @@ class PixelStream(torch.utils.data.IterableDataset):
         random_flip: mirror each image with probability ½.
         buffer_size: images in the window; they are held as encoded files.
         max_image_pixels: images of more are left out.
+        limit: images that the stream has at most, where that is known.
     """
 
     num_examples = None  # unknown
@@ -42,6 +43,7 @@ class PixelStream(torch.utils.data.IterableDataset):
         random_flip: bool = False,
         buffer_size: int = 1000,
         max_image_pixels: int = MAX_IMAGE_PIXELS,
+        limit: int | None = None,
     ):
         self.table, self.manifest, self.random_flip = table, manifest, random_flip
         channels, height, width = manifest.shape
@@ -54,7 +56,7 @@ class PixelStream(torch.utils.data.IterableDataset):
             center_crop=center_crop,
             max_image_pixels=max_image_pixels,
         )
-        self.buffer_size, self.rank, self.seed = buffer_size, 0, 0
+        self.buffer_size, self.limit, self.rank, self.seed = buffer_size, limit, 0, 0
 
     def share(self, rank: int, world_size: int) -> "PixelStream":
         """The part of process `rank`."""

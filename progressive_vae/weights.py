@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .saved import checksum, file_parts, read_json
+from .saved import LIBRARY_ERRORS, checksum, file_parts, read_json
 
 CONFIG = "config.json"
 WEIGHTS_SEAL, CONFIG_SEAL = "weights_crc32", "config_crc32"  # in the header of a weight file
@@ -69,7 +69,7 @@ class SavedModel(PreTrainedModel):
                 model, info = super().from_pretrained(
                     name, *args, output_loading_info=True, **kwargs
                 )
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        except LIBRARY_ERRORS as error:
             raise ValueError(
                 f"expected weights and a config that fit in {name}, got {error!r}: {_ADVICE}"
             ) from error

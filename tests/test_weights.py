@@ -216,9 +216,7 @@ def test_a_config_that_asks_for_more_than_the_files_hold(level, prior, part, fie
 
 def test_lattices_are_no_coarser_than_the_grid():
     level = tiny_level(num_channels=1, num_groups=19)
-    with pytest.raises(
-        ValueError, match="num_groups <= 4 lattices for a finer grid of 1×1, got 19"
-    ):
+    with pytest.raises(ValueError, match="num_groups <= 4 for lattices .*1×1, got 19"):
         ProgressiveVAEPipeline(None, level, image_size=[1, 1])
     assert ProgressiveVAEPipeline(None, level, image_size=[33, 1]).num_levels == 1
 

@@ -1,0 +1,413 @@
+"""Attack what stands: damaged images, random flags, tampered pipelines, and kills; count what
+became of each.
+
+    python tests/attack.py --images 10000 --flags 500 --pipelines 200 --kills 40
+
+Whatever is tried either goes well, is left out and counted, or is refused by one `ValueError` in
+plain words. What escapes (another error, a crash, a minute's wait) or is silently wrong (a run that
+learns nothing, a pipeline that says something else than before) is printed, and the script ends
+with 1.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import math
+import random
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from conftest import load_script, tiny_pipeline
+from interruptions import disturb, finish, start, weights
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.data import decode, prepare_image
+
+WELL, LEFT_OUT, REFUSED, WRONG = "went well", "left out", "refused", "wrong"
+Outcome = tuple[str, str]  # one of these, and what to say of it
+
+
+@contextlib.contextmanager
+def quiet():
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+# ---- damaged images ------------------------------------------------------------------------------
+
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
+
+
+def picture(kind: str, draws: random.Random) -> bytearray:
+    modes = {"JPEG": ["L", "RGB", "CMYK"], "AVIF": ["RGB"], "WEBP": ["RGB", "RGBA"]}
+    mode = draws.choice(modes.get(kind, ["L", "RGB", "P", "1"]))
+    mode = "RGB" if kind == "PPM" and mode == "P" else mode
+    width, height = draws.randint(1, 80), draws.randint(1, 80)
+    rng = np.random.default_rng(draws.getrandbits(32))
+    small = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3), np.uint8)
+    image = PIL.Image.fromarray(small).resize((width, height)).convert(mode)
+    file, options = io.BytesIO(), {}
+    if kind == "TIFF" and mode != "1":
+        options["compression"] = draws.choice(["raw", "tiff_lzw", "tiff_deflate"])
+    if kind in ("JPEG", "PNG") and draws.random() < 0.3:
+        exif = PIL.Image.Exif()
+        exif[PIL.Image.ExifTags.Base.Orientation] = draws.randint(1, 8)
+        options["exif"] = exif
+    image.save(file, kind, **options)
+    return bytearray(file.getvalue())
+
+
+def damage(file: bytearray, draws: random.Random) -> bytes:
+    for _ in range(draws.choice([1, 1, 2, 4])):
+        if not file:
+            break
+        place = min(int(draws.expovariate(1 / 60)), len(file) - 1)  # headers hold the most
+        place = draws.choice([place, draws.randrange(len(file))])
+        match draws.randrange(7):
+            case 0:
+                file[place] ^= 1 << draws.randrange(8)
+            case 1:
+                file[place : place + 4] = draws.choice([b"\xff" * 4, b"\0" * 4])
+            case 2:
+                del file[place:]
+            case 3:
+                file[place:place] = draws.randbytes(draws.randint(1, 40))
+            case 4:
+                end = place + draws.randint(1, 60)
+                file[place:end] = draws.randbytes(len(file[place:end]))
+            case 5:
+                del file[place : place + draws.randint(1, 20)]
+            case 6:
+                other = draws.randrange(len(file))
+                file[place : place + 8] = file[other : other + 8]
+    return bytes(file)
+
+
+def try_images(numbers: range) -> list[tuple[Outcome, float]]:
+    found = []
+    for number in numbers:
+        draws = random.Random(number)
+        kind = FORMATS[number % len(FORMATS)]
+        contents = damage(picture(kind, draws), draws)
+        begun = time.perf_counter()
+        try:
+            image = decode({"bytes": contents, "path": None})
+            if image is None:
+                outcome = LEFT_OUT, kind
+            else:
+                prepare_image(image, "RGB", 16, center_crop=True)
+                outcome = WELL, kind
+        except ValueError as error:
+            is_ours = str(error).startswith("expected ")
+            outcome = (REFUSED, kind) if is_ours else (WRONG, f"{kind} {number}: {error!r}")
+        except BaseException as error:
+            outcome = WRONG, f"{kind} {number}: {error!r}"
+        found.append((outcome, time.perf_counter() - begun))
+    return found
+
+
+def attack_images(count: int) -> list[Outcome]:
+    """In processes of their own: a codec that crashes must not take this one along."""
+    outcomes: list[Outcome] = []
+    chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(try_images, chunk) for chunk in chunks]
+        for chunk, job in zip(chunks, jobs, strict=True):
+            try:
+                found = job.result()
+            except BrokenProcessPool as error:
+                outcomes.append((WRONG, f"images {chunk}: {error!r}"))
+                break
+            outcomes += [outcome for outcome, _ in found]
+            slowest = max(seconds for _, seconds in found)
+            if slowest > 20:
+                outcomes.append((WRONG, f"images {chunk}: one took {slowest:.0f} s"))
+    return outcomes
+
+
+# ---- random flags --------------------------------------------------------------------------------
+
+NUMBERS = ["0", "-1", "1", "3", "nan", "inf", "-0.5", "1e-3", "1e30", "x", "99999999999"]
+FLAGS: dict[str, list[str]] = {
+    **{name: NUMBERS for name in (
+        "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "max_grad_norm",
+        "ema_decay", "prior_learning_rate", "prior_adam_weight_decay", "class_dropout",
+        "refit_learning_rate", "refit_corruption", "gumbel_decay", "eval_fraction",
+    )},
+    **{name: ["0", "-1", "1", "2", "3", "x", "2.5", "7"] for name in (
+        "gradient_accumulation_steps", "lr_warmup_steps", "logging_steps", "validation_steps",
+        "num_validation_images", "checkpointing_steps", "checkpoints_total_limit", "seed",
+        "dataloader_num_workers", "max_train_steps", "train_batch_size", "prior_max_train_steps",
+        "prior_train_batch_size", "num_levels", "codebook_size", "codebook_dim", "hidden_size",
+        "num_layers", "encoder_hidden_size", "encoder_num_layers", "block_kernel_size",
+        "num_groups", "refit_max_train_steps", "refit_hidden_size", "refit_num_layers",
+        "refit_num_groups", "class_conditional_levels", "resolution", "max_train_samples",
+        "max_eval_samples", "max_image_pixels", "shuffle_buffer_size", "pixel_logit_rank",
+    )},
+    "downsample": ["2", "4", "3", "8 2", "2 2 2", "4 2"],
+    "quantizer": ["vq", "fsq", "gumbel", "lfq", "vq fsq", "vq vq vq"],
+    "decoder_order": ["lattice", "factorized", "masked", "raster", "raster lattice", "spiral"],
+    "refit_decoder_order": ["masked", "raster", "spiral", "factorized"],
+    "refit_corruption_kind": ["near", "random", "far"],
+    "pixel_distribution": ["categorical", "logistics", "normal"],
+    "optimizer": ["muon", "adamw", "sgd"],
+    "lr_scheduler": ["linear", "constant", "cosine", "piecewise_constant", "wave"],
+    "mixed_precision": ["no", "bf16", "fp16", "fp4"],
+    "report_to": ["none", "wandb", "tensorboard", "nobody"],
+    "phase": ["all", "level_2", "level_1", "prior", "evaluate", "level_9", "refit_level_1", "x"],
+    "resume_from_checkpoint": ["latest", "/nowhere", "checkpoint-level_2-00000001"],
+    "label_column": ["label", "image", "nothing"],
+    "image_column": ["image", "label", "nothing"],
+    "train_split": ["train", "test", "nothing"],
+    "eval_split": ["test", "train", "nothing"],
+    "dataset_name": ["digits", "/nowhere", "no such name"],
+    "train_data_dir": ["/nowhere", "/dev/null", "."],
+    "finest_level": ["/nowhere", "."],
+    "extend": ["/nowhere", "."],
+    "use_ema": ["true", "false", "x"],
+    "random_flip": ["true", "false"],
+    "center_crop": ["true"],
+    "streaming": ["true"],
+    "overwrite_cache": ["true"],
+    "overwrite_output_dir": ["true"],
+    "prior_config": ["{}", "[]", "5", "{", '{"model_type":"t5"}', '{"model_type":"no"}',
+                     '{"model_type":"gpt2","n_embd":8,"n_head":2,"n_layer":1}',
+                     '{"model_type":"gpt2","n_embd":7,"n_head":2,"n_layer":1}',
+                     '{"model_type":"llama","hidden_size":-4}', '{"model_type":5}'],
+}  # fmt: skip
+SMALL = (
+    "--hidden_size 8 --encoder_hidden_size 8 --num_layers 1 --codebook_size 8 --max_train_steps 3 "
+    "--prior_max_train_steps 3 --validation_steps 3 --num_validation_images 2 --logging_steps 1 "
+    "--max_train_samples 100 --max_eval_samples 20 --report_to none "
+    '--prior_config {"model_type":"llama","hidden_size":16,"intermediate_size":16,'
+    '"num_hidden_layers":1,"num_attention_heads":2}'
+).split()
+
+
+def try_flags(script, number: int, folder: Path) -> Outcome:
+    draws, chosen = random.Random(number), []
+    for name in draws.sample(sorted(FLAGS), draws.choice([1, 1, 2, 3])):
+        chosen += [f"--{name}", *draws.choice(FLAGS[name]).split()]
+    if "--streaming" in chosen:  # one image alone would pass thousands of times
+        chosen += ["--max_train_samples", "100"]
+    words, output_dir = f"flags {number}: {' '.join(chosen)}", folder / str(number)
+    try:
+        script.main([*SMALL, "--output_dir", str(output_dir), *chosen])
+    except ValueError as error:
+        left = [path.name for path in output_dir.glob("level_*")]
+        if str(error).count("\n") > 3 or "expected" not in str(error):
+            return WRONG, f"{words}: {error!r}"
+        if left and "--phase" not in chosen:
+            return WRONG, f"{words}: found after training {left}: {error}"
+        return REFUSED, words
+    except SystemExit as error:  # what no number or no flag is
+        return (REFUSED, words) if error.code == 2 else (WRONG, f"{words}: exit {error.code}")
+    except FloatingPointError:  # by the loss, which is watched
+        return REFUSED, words
+    except BaseException as error:
+        return WRONG, f"{words}: {type(error).__name__}: {error}"
+    finally:
+        torch.set_num_threads(1)
+    if not (output_dir / "metrics.json").is_file():
+        return (WELL, words) if "--phase" in chosen else (WRONG, f"{words}: no metrics")
+    metrics = json.loads((output_dir / "metrics.json").read_text())
+    bits = metrics["bits_per_dim"]
+    finest = max(name for name in bits if name.startswith("level"))
+    is_right = all(math.isfinite(b) for b in bits.values()) and 0 < bits[finest] < 8.5
+    shutil.rmtree(output_dir)
+    return (WELL, words) if is_right else (WRONG, f"{words}: {bits}")
+
+
+def attack_flags(count: int) -> list[Outcome]:
+    script, outcomes = load_script("train"), []
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number in tqdm(range(count), desc="flags"):
+            with quiet():
+                outcomes.append(try_flags(script, number, Path(folder)))
+    return outcomes
+
+
+# ---- tampered pipelines --------------------------------------------------------------------------
+
+VALUES = [0, -1, 1, 2, 3, 7, 10**6, 2**31, 10**18, 1e308, -0.5, float("nan"), "x", "", None, [], {},
+          [1, 2, 3], {"a": 1}, True, [10**9, 10**9], "lattice", "fsq"]  # fmt: skip
+
+
+def tamper(folder: Path, draws: random.Random) -> str:
+    parts = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    part = folder / draws.choice(parts)
+    sealed, config = part / "model.safetensors", part / "config.json"
+    files = [*folder.glob("*/*.json"), *folder.glob("*/*.safetensors"), folder / "model_index.json"]
+    match draws.randrange(11):
+        case 0 | 1:
+            contents = bytearray(sealed.read_bytes())
+            place = draws.randrange(len(contents))
+            contents[place] ^= 1 << draws.randrange(8)
+            sealed.write_bytes(contents)
+            return f"a flipped bit in {sealed.name} of {part.name}"
+        case 2:
+            file = draws.choice(files)
+            contents = file.read_bytes()
+            file.write_bytes(contents[: draws.randrange(len(contents))])
+            return f"{file.parent.name}/{file.name} cut"
+        case 3:
+            file = draws.choice(files)
+            file.unlink()
+            return f"{file.parent.name}/{file.name} gone"
+        case 4:
+            file = draws.choice([f for f in files if f.suffix == ".json"])
+            contents = bytearray(file.read_bytes())
+            for _ in range(draws.choice([1, 3])):
+                contents[draws.randrange(len(contents))] = draws.randrange(256)
+            file.write_bytes(contents)
+            return f"bytes of {file.parent.name}/{file.name} changed"
+        case 5 | 6 | 7:
+            file = draws.choice([config, config, folder / "model_index.json"])
+            fields = json.loads(file.read_text())
+            inner = fields
+            if isinstance(fields.get("backbone_config"), dict) and draws.random() < 0.6:
+                inner = fields["backbone_config"]
+            name, value = draws.choice(sorted(inner)), draws.choice(VALUES)
+            is_dropped = draws.random() < 0.2
+            if is_dropped:
+                del inner[name]
+            else:
+                inner[name] = value
+            file.write_text(json.dumps(fields))
+            return f"{file.parent.name}/{file.name}: {name} {'dropped' if is_dropped else value!r}"
+        case 8:
+            loaded = load_file(sealed)  # what is written again has no seal
+            name = draws.choice(sorted(loaded))
+            what = draws.choice(["drop", "rename", "shape", "nan"])
+            if what == "nan" and loaded[name].is_floating_point() and loaded[name].numel():
+                loaded[name].view(-1)[0] = float("nan")
+            elif what == "shape":
+                loaded[name] = torch.zeros(3, 1)
+            else:
+                value = loaded.pop(name)
+                loaded |= {"other." + name: value} if what == "rename" else {}
+            save_file(loaded, sealed, {"format": "pt"})
+            return f"{part.name}: {what} {name}"
+        case 9:
+            other = folder / draws.choice(parts) / draws.choice([sealed.name, config.name])
+            (part / other.name).write_bytes(other.read_bytes())
+            return f"{other.parent.name}/{other.name} in {part.name}"
+        case _:
+            file = draws.choice([f for f in files if f.suffix == ".json"])
+            file.write_text(json.dumps(draws.choice(VALUES)))
+            return f"{file.parent.name}/{file.name} of another kind"
+
+
+def try_pipeline(number: int, source: Path, folder: Path, images, expected: dict) -> Outcome:
+    shutil.copytree(source, folder)
+    words = f"pipeline {number}: {tamper(folder, random.Random(number))}"
+    try:
+        pipe = ProgressiveVAEPipeline.from_pretrained(folder)
+        said = pipe.bits_per_dim(images)
+    except ValueError as error:
+        is_clear = str(error).count("\n") <= 3
+        return (REFUSED, words) if is_clear else (WRONG, f"{words}: {error!r}")
+    except BaseException as error:
+        return WRONG, f"{words}: {type(error).__name__}: {error}"
+    finally:
+        shutil.rmtree(folder)
+    is_same = said.keys() == expected.keys() and all(
+        math.isclose(said[name], bits, rel_tol=1e-5) for name, bits in expected.items()
+    )
+    return (WELL, words) if is_same else (WRONG, f"{words}: {said}, not {expected}")
+
+
+def attack_pipelines(count: int) -> list[Outcome]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (4, 3, 5, 7), generator=generator, dtype=torch.uint8)
+    outcomes = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        pipe = tiny_pipeline()
+        pipe.save_pretrained(source)
+        expected = pipe.bits_per_dim(images)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for number in tqdm(range(count), desc="pipelines"):
+            with quiet():
+                begun = time.perf_counter()
+                outcome = try_pipeline(number, source, Path(folder) / "run", images, expected)
+            if (seconds := time.perf_counter() - begun) > 10:
+                outcome = WRONG, f"{outcome[1]} took {seconds:.0f} s"
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+            if grown > 500:
+                outcome = WRONG, f"{outcome[1]} took {grown:.0f} MB"
+                memory += 1024 * grown
+            outcomes.append(outcome)
+    return outcomes
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+
+def attack_by_kills(count: int, seed: int = 0) -> list[Outcome]:
+    """Runs that are killed up to five times each: the weights of one that nobody disturbed."""
+    outcomes: list[Outcome] = []
+    with tempfile.TemporaryDirectory() as folder:
+        output_dir = Path(folder) / "undisturbed"
+        finish(start(output_dir), output_dir)
+        expected, run = weights(output_dir), 0
+        while len(outcomes) < count:
+            output_dir = Path(folder) / f"run-{run}"
+            kills = disturb(output_dir, min(5, count - len(outcomes)), seed + run)
+            outcome = WELL if weights(output_dir) == expected else WRONG
+            outcomes += [(outcome, f"run {run}, {kills} kills")] * kills
+            run += 1
+    return outcomes
+
+
+# ---- all of it -----------------------------------------------------------------------------------
+
+ATTACKS = {
+    "images": ("damaged image files of eight formats", attack_images),
+    "flags": ("random sets of flags of `examples/train.py`", attack_flags),
+    "pipelines": ("tampered pipelines", attack_pipelines),
+    "kills": ("kills of a run that is then resumed", attack_by_kills),
+}
+
+
+def row(what: str, outcomes: list[Outcome], seconds: float) -> str:
+    counts = Counter(kind for kind, _ in outcomes)
+    cells = [str(counts[kind]) for kind in (WELL, LEFT_OUT, REFUSED, WRONG)]
+    return f"| {what} | {len(outcomes)} | {' | '.join(cells)} | {seconds:.0f} |"
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, count in {"images": 10_000, "flags": 500, "pipelines": 200, "kills": 40}.items():
+        parser.add_argument(f"--{name}", type=int, default=count)
+    counts, wrong = vars(parser.parse_args(words)), []
+    print("| attack | tried | went well | left out, named | refused, in words | wrong | seconds |")
+    print("|---" * 7 + "|")
+    for name, (what, attack) in ATTACKS.items():
+        if counts[name]:
+            begun = time.perf_counter()
+            outcomes = attack(counts[name])
+            print(row(what, outcomes, time.perf_counter() - begun), flush=True)
+            wrong += [words for kind, words in outcomes if kind == WRONG]
+    print("\n".join(wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

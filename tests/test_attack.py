@@ -1,0 +1,26 @@
+"""The attack, small each time; at size when asked for (`pytest -m slow`)."""
+
+import attack
+import pytest
+
+SIZES = {"images": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "count"), SIZES.items())
+def test_at_size(name, count):
+    assert [words for kind, words in attack.ATTACKS[name][1](count) if kind == attack.WRONG] == []
+
+
+@pytest.mark.parametrize(("name", "count"), {"images": 200, "flags": 8, "pipelines": 60}.items())
+def test_small(name, count):
+    outcomes = attack.ATTACKS[name][1](count)
+    assert [words for kind, words in outcomes if kind == attack.WRONG] == []
+    assert len({kind for kind, _ in outcomes}) > 1 and len(outcomes) == count
+
+
+def test_what_is_silently_wrong_is_seen(monkeypatch):
+    """The attack can fail: without the seals a flipped bit is another model."""
+    monkeypatch.setattr("progressive_vae.weights._weights_checksum", lambda *_: 0)
+    outcomes = attack.attack_pipelines(60)
+    assert any(kind == attack.WRONG and "flipped" in words for kind, words in outcomes)
