@@ -666,7 +666,10 @@ def train(
     for chain in (configs, refitted):
         check_image_size(size, chain, None)
     if "prior" in chosen:
-        ProgressiveVAEPrior(copy.deepcopy(config_of_prior)).eval().check_causal()
+        try:
+            ProgressiveVAEPrior(copy.deepcopy(config_of_prior)).eval().check_causal()
+        except ValueError as error:
+            raise ValueError(f"prior_config: {error}") from error
     config_of: dict[str, Any] = {"prior": config_of_prior}
     for i in indices:
         config_of |= {f"level_{i}": configs[i - 1], f"refit_level_{i}": refitted[i - 1]}

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     LlamaConfig,
@@ -413,7 +414,10 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
             # Some configs make a list of their layers; each family has its own name for these.
             layers = {name: MAX_LAYERS for name in fields if "layer" in name}
             _check_limits(fields, **layers)
-            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            kind = fields.pop("model_type")
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(f"expected a model_type of transformers, as 'llama', got {kind!r}")
+            self.backbone_config = AutoConfig.for_model(kind, **fields)
         else:  # the caller keeps a config of his own
             self.backbone_config = copy.deepcopy(self.backbone_config)
         backbone = self.backbone_config
