@@ -25,6 +25,8 @@ COLOUR_MODES = (*GREY_MODES, "RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA", "R
 
 MAX_IMAGE_PIXELS = 2**27  # of one file: the largest cameras' pictures, 403 MB of colours
 
+FILE_TYPES = ("binary", "large_binary", "string", "large_string")  # contents, or paths
+
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
@@ -145,6 +147,10 @@ def find_image_column(table: Table, name: str | None = None) -> str:
             f"expected image_column among {table.column_names}, got none of the usual names "
             f"{IMAGE_COLUMNS}"
         )
+    feature = (table.features or {}).get(found)
+    is_file = isinstance(feature, datasets.Value) and feature.dtype in FILE_TYPES
+    if not (feature is None or is_file or isinstance(feature, (datasets.Image, dict))):
+        raise ValueError(f"expected image_column of images or their files, got {feature}")
     return found
 
 

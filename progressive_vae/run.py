@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .chain import MAX_LEVELS, grid_sizes
-from .checkpoints import Checkpoints, check_identity, is_sharded
+from .checkpoints import Checkpoints, check_identity, differences, is_sharded
 from .codes import GridDataset, Manifest, write_cache
 from .fingerprint import fingerprint
 from .level import ProgressiveVAELevel
@@ -234,9 +234,10 @@ class Run:
         return False
 
     def _check_history(self, name: str, identity: dict[str, Any], history: list[dict]):
-        for found in history:
-            if found.get("phase") == identity["phase"]:
-                check_identity(identity, found, str(self.output_dir / name), of_settings=True)
+        found = [each for each in history if each.get("phase") == identity["phase"]]
+        if all(differences(identity, each, of_settings=True) for each in found):
+            for each in found[-1:]:  # a refit may have been made more than once
+                check_identity(identity, each, str(self.output_dir / name), of_settings=True)
 
     def check_settings(self, planned: Mapping[str, dict[str, Any]], is_whole: bool):
         """Before anything is trained or replaced: whether a run is meant to go on with what is

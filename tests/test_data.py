@@ -257,6 +257,10 @@ def test_a_missing_column():
     with pytest.raises(ValueError, match="image_column among .*'scan'.*got none of the usual"):
         find_image_column(images)
     assert find_image_column(images, "scan") == "scan"
+    numbers = table(pictures("L", "L"), label=[0, 1])
+    for wrong in (numbers, numbers.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="image_column of images or their files, got Value"):
+            find_image_column(wrong, "label")
     with pytest.raises(ValueError, match="expected image_column among .*'scan'.*got 'photo'"):
         find_image_column(images, "photo")
 
