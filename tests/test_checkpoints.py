@@ -79,6 +79,11 @@ def test_damaged_and_foreign_checkpoints_are_refused(stopped):
             ValueError, match="expected (a whole checkpoint, got|JSON in) .*00000010.*delete"
         ):
             script.main(flags)
+        flipped = bytearray(whole)
+        flipped[-len(whole) // 3] ^= 1  # which may well be read
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match=r"00000010|--overwrite_output_dir"):
+            script.main(flags)
         path.write_bytes(whole)
     with pytest.raises(ValueError, match="resume_from_checkpoint to be 'latest' or a checkpoint"):
         script.main([*flags, "--resume_from_checkpoint", str(stopped / "nothing")])
