@@ -354,16 +354,23 @@ def find_given(model: ModelArguments, training: TrainingArguments) -> dict[int, 
     for folder in map(Path, given.values()):
         if not (folder / "config.json").is_file():
             raise ValueError(f"expected a saved level in {folder}, got none")
-    if clash := [path for path in given.values() if Path(path).parent == Path(training.output_dir)]:
+    if clash := [
+        p for p in given.values() if Path(p).resolve().parent == Path(training.output_dir).resolve()
+    ]:
         raise ValueError(f"expected an output_dir other than that of {clash}, got the same")
     return {i: Path(path) for i, path in given.items()}
+
+
+def given_identity(given: dict[int, Path], index: int) -> dict:
+    level = ProgressiveVAELevel.from_pretrained(given[index])
+    return {"phase": f"level_{index}", "given": fingerprint([level])}
 
 
 def take_given(run: Run, given: dict[int, Path]):
     """Copy the levels that are there already to where those that are trained will lie."""
     for index, path in given.items():
         level = ProgressiveVAELevel.from_pretrained(path)
-        identity = {"phase": f"level_{index}", "given": fingerprint([level])}
+        identity = given_identity(given, index)
         if not run.is_done(f"level_{index}", identity):
             run.save(level, f"level_{index}", identity)
 
@@ -677,7 +684,11 @@ def train(
     planned = {
         phase: plan(phase, config_of[phase], settings[phase], accelerator, configs, pixels)
         for phase in fitted
+        if training.phase == "all" or phase not in changes  # else it is like the saved level
     }
+    is_first = training.phase in ("all", phases[0])
+    for index in given if is_first and not training.overwrite_output_dir else ():
+        run.check_history(f"level_{index}", given_identity(given, index))
     run.check_settings(planned, training.phase == "all")
     cache = output_dir / "cache" / "pixels"
     run.pixels = source.pixels(cache, accelerator, training.overwrite_cache)
@@ -703,7 +714,7 @@ def train(
             made = made_by(output_dir)
             if command not in made["command"].split(" && "):
                 write_json(path, {**made, "command": f"{made['command']} && {command}"})
-    if training.phase in ("all", phases[0]):
+    if is_first:
         take_given(run, given)
     for phase in chosen:
         if phase == "evaluate":

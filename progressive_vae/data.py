@@ -177,7 +177,9 @@ def find_labels(
         columns, are_classes = [], isinstance(feature, datasets.ClassLabel)
     else:
         columns = [np.asarray(table.with_format("numpy")[name][:]) for table in splits.values()]
-        are_classes = all(c.dtype.kind in "iu" and c.min() >= 0 for c in columns)
+        # A null makes numpy's column one of floats; its image is left out when it is read.
+        columns = [c if c.dtype.kind != "f" else c[~np.isnan(c)].astype(np.int64) for c in columns]
+        are_classes = all(c.size and c.dtype.kind in "iu" and c.min() >= 0 for c in columns)
     if not are_classes or (
         isinstance(feature, datasets.ClassLabel) and set(feature.names) <= {"train", "test", "val"}
     ):

@@ -17,16 +17,13 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
 from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
+from .weights import is_weights
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
 _SAVE = "save the pipeline again, or download it anew"
 _MEASURE = "delete it, and measure the pipeline again (examples/train.py --phase evaluate)"
 
-# model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
-_WEIGHTS = re.compile(
-    r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
-)
 _PART = re.compile(r"(prior|level_\d)/(.+)")
 
 
@@ -103,15 +100,7 @@ class HubPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("expected safe_serialization=True, got False: nothing is pickled")
         folder = Path(save_directory)
-        old = {
-            path: path.stat().st_mtime_ns
-            for path in folder.glob("*/model*.safetensors*")
-            if _weights_of(path.relative_to(folder).as_posix(), variant)
-        }
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
-        for path, time in old.items():
-            if path.exists() and path.stat().st_mtime_ns == time:
-                path.unlink()  # a single file that was there before would hide new shards
         write_card(folder)
         if push_to_hub:
             repo_id = repo_id or folder.resolve().name
@@ -305,8 +294,7 @@ def _is_part(value) -> bool:
 def _weights_of(name: str, variant: str | None) -> bool:
     """Whether `part/file` holds weights of a variant."""
     part = _PART.fullmatch(name)
-    found = _WEIGHTS.fullmatch(part[2]) if part else None
-    return found is not None and (found[1] or found[2]) == variant
+    return part is not None and is_weights(part[2], variant)
 
 
 def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:

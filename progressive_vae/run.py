@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .chain import MAX_LEVELS, grid_sizes
-from .checkpoints import Checkpoints, check_identity, differences, is_sharded
+from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
 from .fingerprint import fingerprint
 from .level import ProgressiveVAELevel
@@ -215,7 +215,7 @@ class Run:
 
     def _history(self, name: str) -> list[dict[str, Any]]:
         path = self.output_dir / name / HISTORY
-        advice = "delete it, and the phases that made this folder are run again"
+        advice = "delete the folder, and the phases that made it are run again"
         return read_json(path, advice, list) if path.is_file() else []
 
     def is_done(self, name: str, identity: dict[str, Any]) -> bool:
@@ -227,17 +227,24 @@ class Run:
         if self.checkpoints is None or self.checkpoints.resume is None:
             return False
         history = self._history(name)
-        if identity in history:
+        if identity in [each for each in history if each.get("phase") == identity["phase"]][-1:]:
             return True
         if not self.checkpoints.overwrite:
-            self._check_history(name, identity, history)
+            self.check_history(name, identity)
         return False
 
-    def _check_history(self, name: str, identity: dict[str, Any], history: list[dict]):
-        found = [each for each in history if each.get("phase") == identity["phase"]]
-        if all(differences(identity, each, of_settings=True) for each in found):
-            for each in found[-1:]:  # a refit may have been made more than once
-                check_identity(identity, each, str(self.output_dir / name), of_settings=True)
+    def check_history(self, name: str, identity: dict[str, Any]):
+        """Raise a `ValueError` if the folder `name` holds what other settings made."""
+        history = self._history(name)
+        where = self.output_dir / name
+        if where.is_dir() and not history:
+            raise ValueError(
+                f"expected {HISTORY} in {where}, which says what made it, got none: choose another "
+                "--output_dir, or replace it with --overwrite_output_dir"
+            )
+        # A refit may have been made more than once: what is there is that of the last.
+        for each in [each for each in history if each.get("phase") == identity["phase"]][-1:]:
+            check_identity(identity, each, str(where), of_settings=True)
 
     def check_settings(self, planned: Mapping[str, dict[str, Any]], is_whole: bool):
         """Before anything is trained or replaced: whether a run is meant to go on with what is
@@ -267,10 +274,10 @@ class Run:
             return
         for phase, identity in planned.items():
             name = phase.removeprefix("refit_")
-            self._check_history(name, identity, self._history(name))
+            self.check_history(name, identity)
             checkpoints.check(identity)
-        phases = {path.name.split("-")[1] for path in checkpoints.named()}
-        if not phases <= set(planned):
+        phases = {path.name.removeprefix("checkpoint-")[:-9] for path in checkpoints.named()}
+        if planned and not phases <= set(planned):
             raise ValueError(
                 f"expected resume_from_checkpoint of a phase among {list(planned)}, got "
                 f"{checkpoints.resume}"

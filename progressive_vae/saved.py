@@ -7,13 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 __version__ = "0.1.0"
 
 # Raised when files are written that older versions would misread; a golden test holds the format.
 FORMAT_VERSION = 3
 
 # What libraries raise for the contents of damaged files, as if it were a fault of the caller's.
-LIBRARY_ERRORS = (AttributeError, ImportError, IndexError, KeyError, RuntimeError, TypeError)
+LIBRARY_ERRORS = (ArithmeticError, AttributeError, ImportError, IndexError, KeyError, RuntimeError,
+                  SafetensorError, TypeError)  # fmt: skip
 
 
 def stamp(prefix: str = "") -> dict[str, Any]:

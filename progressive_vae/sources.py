@@ -162,11 +162,15 @@ def open_source(
     shape = prepare_image(image, mode, resolution, center_crop).shape
     dataset, manifests = dataset_name or train_data_dir, {}
     for split, table in splits.items():
-        content = f"stream of {limits[split]}" if streaming else table._fingerprint
+        content = table._fingerprint
+        if streaming:  # which has no name of its content
+            content = f"stream of {limits[split]}, {dataset_config_name}, {train_split}, "
+            content += f"{eval_split}, {eval_fraction}"
         is_flipped = random_flip and split == "train"
         manifests[split] = Manifest(
             weights="",
-            dataset=f"{dataset} ({content}; {resolution}, {center_crop}, {is_flipped})",
+            dataset=f"{dataset} ({content}; {column}, {label_name}, {max_image_pixels}; "
+            f"{resolution}, {center_crop}, {is_flipped})",
             split=split,
             shape=shape,
             num_values=256,

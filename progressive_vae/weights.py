@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,11 @@ _FREE_FIELDS = {"id2label", "label2id", "class_dropout", "commitment_weight", "c
 _WHERE_FROM = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 _ADVICE = "save the model again, or download it anew"
 
+# model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
+_WEIGHTS = re.compile(
+    r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+)
+
 # What may be built beyond what a weight file holds: tied weights, and a little for small models.
 _TIMES, _TENSORS, _NUMBERS = 4, 1_000, 1_000_000
 
@@ -41,8 +47,16 @@ class SavedModel(PreTrainedModel):
 
     @wraps(PreTrainedModel.save_pretrained)  # diffusers reads in the signature what it may ask for
     def save_pretrained(self, save_directory, *args, **kwargs):
+        folder, variant = Path(save_directory), kwargs.get("variant")
+        # One file would hide the shards of a later save: what is not written anew has to go.
+        old = {
+            p: p.stat().st_mtime_ns for p in folder.glob("model*") if is_weights(p.name, variant)
+        }
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
+            for path, time in old.items():
+                if path.exists() and path.stat().st_mtime_ns == time:
+                    path.unlink()
             seal(save_directory)
 
     @classmethod
@@ -76,6 +90,12 @@ class SavedModel(PreTrainedModel):
         _check_keys(info, name)
         _check_finite(model, name)
         return (model, info) if output_loading_info else model
+
+
+def is_weights(name: str, variant: str | None) -> bool:
+    """Whether a file holds weights of a variant: all of them, a shard, or the index of shards."""
+    found = _WEIGHTS.fullmatch(name)
+    return found is not None and (found[1] or found[2]) == variant
 
 
 def seal(folder: str | Path, again: bool = False):
@@ -183,6 +203,9 @@ def _header(path: str | Path) -> tuple[dict[str, Any], int]:
             if 8 + length > size:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(file.read(length))
+        metadata = header.get("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ValueError(f"metadata {metadata!r}")
         ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
         if 8 + length + max(ends, default=0) != size:
             raise ValueError(f"{size} bytes in place of {8 + length + max(ends, default=0)}")

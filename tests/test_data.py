@@ -206,6 +206,13 @@ def test_an_image_without_a_label_is_left_out_of_a_stream():
     assert found == [0, 1]
 
 
+def test_a_null_among_numbers_is_one_label_less():
+    images = table(pictures("L", "L", "L"), label=[0, None, 1])
+    assert find_labels({"train": images, "test": images}) == ("label", ["0", "1"])
+    with pytest.warns(UserWarning, match="left out 1 images"):
+        assert len(list(read_images(images, "image", "label", (1, 3, 4)))) == 2
+
+
 @pytest.mark.parametrize("label", ["image", "boxes"])
 def test_a_label_column_that_holds_no_labels(label):
     images = table(pictures("L", "L"), boxes=[[1, 2], [3]])

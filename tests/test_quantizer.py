@@ -84,7 +84,8 @@ def test_restart_resets_the_running_statistics():
 
 def test_k_means_finds_clusters():
     centers = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
-    vectors = centers.repeat_interleave(50, 0) + 0.1 * torch.randn(200, 2)
+    noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
+    vectors = centers.repeat_interleave(50, 0) + 0.1 * noise
     module = VectorQuantizer(config(8, 2))
     module.initialize(vectors, torch.Generator().manual_seed(0))
     assert (torch.cdist(centers, module.codebook).min(1).values < 0.3).all()

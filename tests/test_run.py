@@ -96,6 +96,26 @@ def test_a_run_is_not_begun_on_top_of_another(script, copied):
     assert contents(copied) == before
 
 
+def test_a_given_level_does_not_replace_another(script, copied, trained, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained / "level_2", other)
+    before = (copied / "level_2" / "model.safetensors").read_bytes()
+    flags = [*SMALLER, "--output_dir", str(copied), "--finest_level", str(other)]
+    for phase in ("level_1", "all"):
+        with pytest.raises(ValueError, match="level_2 with given=None, got given=|the work of an"):
+            script.main([*flags, "--phase", phase])
+    assert (copied / "level_2" / "model.safetensors").read_bytes() == before
+
+
+def test_parts_that_do_not_say_what_made_them(script, copied):
+    before = weights(copied)
+    for path in copied.glob("*/history.json"):
+        path.unlink()
+    with pytest.raises(ValueError, match="expected history.json in .*level_2"):
+        script.main([*SMALLER, "--output_dir", str(copied), *RESUME])
+    assert weights(copied) == before
+
+
 def test_a_checkpoint_of_another_phase(script, copied):
     checkpoint = copied / "checkpoint-level_2-00000002"
     checkpoint.mkdir()
@@ -183,7 +203,7 @@ def test_a_measurement_that_fails_costs_no_other(script, copied, monkeypatch):
     [
         ("cache/pixels/train/manifest.json", "all", "delete its folder and it is made again"),
         ("cache/level_1/train/manifest.json", "prior", "delete its folder and it is made again"),
-        ("level_1/history.json", "all", "delete it, and the phases that made this folder"),
+        ("level_1/history.json", "all", "delete the folder, and the phases that made it"),
         ("phases.json", "prior", "delete it: only what the phases cost is lost"),
         ("settings.json", "prior", "delete it and run the first phase again"),
         ("metrics.json", "prior", "delete it, and measure the pipeline again"),

@@ -163,6 +163,17 @@ def test_shards_are_sealed_and_missed(prior):
         ProgressiveVAEPrior.from_pretrained(prior)
 
 
+def test_shards_are_not_hidden_by_an_older_file(level):
+    change_weights(level, lambda _: None)  # as from before files had seals
+    model = ProgressiveVAELevel.from_pretrained(level)
+    with torch.no_grad():
+        model.encoder.out[1].bias += 1
+    model.save_pretrained(level, max_shard_size="2KB")
+    assert not (level / "model.safetensors").exists()
+    found = ProgressiveVAELevel.from_pretrained(level)
+    assert torch.equal(found.encoder.out[1].bias, model.encoder.out[1].bias)
+
+
 @pytest.mark.parametrize(
     ("name", "contents", "message"),
     [
