@@ -162,8 +162,9 @@ def open_source(
     shape = prepare_image(image, mode, resolution, center_crop).shape
     dataset, manifests = dataset_name or train_data_dir, {}
     for split, table in splits.items():
-        content = table._fingerprint
-        if streaming:  # which has no name of its content
+        if not streaming:
+            content = table._fingerprint
+        else:  # which has no name of its content
             content = f"stream of {limits[split]}, {dataset_config_name}, {train_split}, "
             content += f"{eval_split}, {eval_fraction}"
         is_flipped = random_flip and split == "train"
