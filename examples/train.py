@@ -361,16 +361,14 @@ def find_given(model: ModelArguments, training: TrainingArguments) -> dict[int, 
     return {i: Path(path) for i, path in given.items()}
 
 
-def given_identity(given: dict[int, Path], index: int) -> dict:
-    level = ProgressiveVAELevel.from_pretrained(given[index])
+def given_identity(index: int, level: ProgressiveVAELevel) -> dict[str, str]:
     return {"phase": f"level_{index}", "given": fingerprint([level])}
 
 
-def take_given(run: Run, given: dict[int, Path]):
+def take_given(run: Run, levels: dict[int, ProgressiveVAELevel]):
     """Copy the levels that are there already to where those that are trained will lie."""
-    for index, path in given.items():
-        level = ProgressiveVAELevel.from_pretrained(path)
-        identity = given_identity(given, index)
+    for index, level in levels.items():
+        identity = given_identity(index, level)
         if not run.is_done(f"level_{index}", identity):
             run.save(level, f"level_{index}", identity)
 
@@ -495,20 +493,21 @@ def evaluate_and_save(run: Run, training: TrainingArguments):
             failed[name] = f"{type(error).__name__}: {error}"
             warnings.warn(f"{name} is not measured: {error!r}", stacklevel=2)
 
-    def measured_by_a_classifier() -> dict:
-        classifier = train_classifier(run.pixels["train"], len(run.class_names), seed=seed)
-        figures = {"label_accuracy": label_accuracy(pipe, classifier, test, seed)}
-        count = min(len(test), 5000)
-        if count < MIN_FOR_DISTANCE:
-            failed["frechet_distance"] = f"{count} held-out images, less than {MIN_FOR_DISTANCE}"
-            return figures
-        distance = distance_of_samples(pipe, classifier, test, count, seed)
-        return {**figures, "num_drawn": count, "frechet_distance": distance}
-
-    if run.class_names:
-        metrics |= attempt("label_accuracy", measured_by_a_classifier) or {}
-    if speed := attempt("sampled_images_per_second", lambda: sampling_speed(pipe)):
-        metrics["sampled_images_per_second"] = round(speed, 1)
+    train, classes, count = run.pixels["train"], len(run.class_names), min(len(test), 5000)
+    figures: dict[str, Callable[[], Any]] = {}
+    if classes and (
+        classifier := attempt("classifier", lambda: train_classifier(train, classes, seed=seed))
+    ):
+        figures["label_accuracy"] = lambda: label_accuracy(pipe, classifier, test, seed)
+        figures["frechet_distance"] = lambda: distance_of_samples(
+            pipe, classifier, test, count, seed
+        )
+    figures["sampled_images_per_second"] = lambda: round(sampling_speed(pipe), 1)
+    for name, measure in figures.items():
+        if (figure := attempt(name, measure)) is not None:
+            metrics[name] = figure
+    if "frechet_distance" in metrics:
+        metrics["num_drawn"] = count
     images = test.batch(slice(0, 10))[0].to(torch.uint8)
     pictures = {
         "samples.png": lambda: sample_grid(pipe, seed),
@@ -549,7 +548,7 @@ def after_phase(run: Run, training: TrainingArguments):
         push_or_warn(run.output_dir, training.hub_model_id, training.hub_private_repo or None)
 
 
-def check_arguments(data: DataArguments, model: ModelArguments, training: TrainingArguments):
+def check_arguments(model: ModelArguments, training: TrainingArguments):
     """Find out before anything is read or written what is wrong with the flags alone."""
     if not 1 <= model.num_levels <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {model.num_levels}")
@@ -605,7 +604,7 @@ def make_accelerator(training: TrainingArguments) -> Accelerator:
 def main(arguments: list[str]):
     data, model, training = parse(arguments)
     given = find_given(model, training)
-    check_arguments(data, model, training)
+    check_arguments(model, training)
     output_dir = Path(training.output_dir)
     training.hub_model_id = training.hub_model_id or output_dir.resolve().name
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -687,8 +686,13 @@ def train(
         if training.phase == "all" or phase not in changes  # else it is like the saved level
     }
     is_first = training.phase in ("all", phases[0])
-    for index in given if is_first and not training.overwrite_output_dir else ():
-        run.check_history(f"level_{index}", given_identity(given, index))
+    # All are read before any is written: one may lie where another is to go.
+    given_levels = {
+        i: ProgressiveVAELevel.from_pretrained(path) for i, path in given.items() if is_first
+    }
+    for index, level in given_levels.items():
+        if not training.overwrite_output_dir:
+            run.check_history(f"level_{index}", given_identity(index, level))
     run.check_settings(planned, training.phase == "all")
     cache = output_dir / "cache" / "pixels"
     run.pixels = source.pixels(cache, accelerator, training.overwrite_cache)
@@ -704,18 +708,18 @@ def train(
     if accelerator.is_main_process:
         if training.push_to_hub:
             open_repository(training.hub_model_id, private)
-        # What is not of the pipeline, for those who upload the folder by other means.
-        (output_dir / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
+        if not (output_dir / ".gitignore").exists():
+            # What is not of the pipeline, for those who upload the folder by other means.
+            (output_dir / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
         command = shlex.join(["accelerate", "launch", "examples/train.py", *arguments])
         path = output_dir / SETTINGS
-        if training.phase in ("all", phases[0]):
+        if is_first:
             write_json(path, {"command": command, "settings": flags})
         elif training.phase != "evaluate" and path.is_file():  # it comes on top of the others
             made = made_by(output_dir)
             if command not in made["command"].split(" && "):
                 write_json(path, {**made, "command": f"{made['command']} && {command}"})
-    if is_first:
-        take_given(run, given)
+    take_given(run, given_levels)
     for phase in chosen:
         if phase == "evaluate":
             run.grids("test", 1)  # an error if a level has changed since the coarser were trained

@@ -6,6 +6,7 @@
 |---|---|
 | `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
 | `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
+| `strict.py` | configs whose every complaint is a `ValueError`, and what they may say |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `chain.py` | what fits together: the grids of a chain of levels |
 | `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
@@ -21,6 +22,7 @@
 | `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
 | `card.py` | the model card |
 | `hub.py` | a pipeline as a repository: saved, pushed, found again |
+| `calls.py` | what one call of a pipeline is told, on its thread |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |

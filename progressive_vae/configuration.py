@@ -5,8 +5,6 @@ import itertools
 import math
 from typing import Any
 
-from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -15,7 +13,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
+from .strict import check_limits, check_names, check_range, strict_config
 
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
 PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
@@ -38,76 +36,6 @@ _GROUPS = {
     "masked": lambda downsample: 8,
 }
 
-# Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them, and
-# what others leave there: the `Trainer` of transformers `use_cache`, its quantizers their config.
-_INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
-                    "experts_implementation", "output_attentions", "per_layer_config",
-                    "use_cache", "quantization_config", "_commit_hash",
-                    "_attn_implementation_internal",
-                    "_experts_implementation_internal"}  # fmt: skip
-
-
-def strict_config(cls):
-    """A strict dataclass whose every complaint, also on assignment, is a `ValueError`; what it
-    saves is stamped, and a stamp that it cannot read is refused before anything else."""
-    cls = strict(cls)
-    strict_init, strict_setattr, to_dict = cls.__init__, cls.__setattr__, cls.to_dict
-    from_file = cls._dict_from_json_file.__func__
-
-    def __init__(self, **kwargs):
-        found = take_stamp(kwargs, cls.__name__)
-        if found == 1:
-            kwargs = {**getattr(cls, "of_format_1", {}), **kwargs}
-        if found < 3 and kwargs.get("decoder_order") == "raster":
-            raise ValueError(
-                f"expected a level of decoder_order='raster' in format_version >= 3, got {found}: "
-                "its network has changed, train it again"
-            )
-        try:
-            strict_init(self, **kwargs)
-        except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {_said(error)}") from error
-        except LIBRARY_ERRORS as error:
-            raise ValueError(f"expected right fields of {cls.__name__}, got {error!r}") from error
-
-    def __setattr__(self, name: str, value: Any):
-        try:
-            strict_setattr(self, name, value)
-        except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {_said(error)}") from error
-
-    def _dict_from_json_file(cls, json_file):
-        read_json(json_file, "save the model again, or download it anew")
-        return from_file(cls, json_file)
-
-    cls.__init__, cls.__setattr__ = __init__, __setattr__
-    cls._dict_from_json_file = classmethod(_dict_from_json_file)
-    cls.to_dict = lambda self: _without_half(to_dict(self)) | stamp()
-    return cls
-
-
-def _said(error: Exception) -> str:
-    """In one line, and without the validators' names where the words are ours."""
-    said = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-    return " ".join(str(said).split())
-
-
-def _without_half(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without a dtype of half precision: such weights may lie beside others (`variant`),
-    and all share this config. Where it is silent, the weights say themselves what they are."""
-    if fields.get("backbone_config"):
-        fields = fields | {"backbone_config": _without_half(fields["backbone_config"])}
-    return {k: v for k, v in fields.items() if k != "dtype" or v == "float32"}
-
-
-def _check_names(config: PreTrainedConfig, names):
-    unknown = sorted(n for n in names if n not in _INHERITED_NAMES and not hasattr(config, n))
-    if unknown:
-        raise ValueError(
-            f"{type(config).__name__} got unknown names {unknown}, expected some of "
-            f"{list(type(config).__annotations__)}"
-        )
-
 
 def _name_classes(config):
     """Classes without names are called by their numbers."""
@@ -118,7 +46,7 @@ def _name_classes(config):
 
 
 def _check_classes(config):
-    _check_range(config, num_classes=0)
+    check_range(config, num_classes=0)
     if not 0 <= config.class_dropout <= 1:
         raise ValueError(f"expected class_dropout in [0, 1], got {config.class_dropout}")
     if config.num_classes and len(config.id2label) != config.num_classes:
@@ -145,20 +73,6 @@ def fsq_levels(codebook_size: int) -> list[int]:
         f"expected codebook_size to be a product of numbers up to 8 for quantizer='fsq', "
         f"got {codebook_size}"
     )
-
-
-def _check_range(config: PreTrainedConfig, **minima):
-    for name, minimum in minima.items():
-        value = getattr(config, name)
-        if value is not None and not minimum <= value < math.inf:  # also catches NaN
-            raise ValueError(f"expected {name} >= {minimum}, got {value}")
-
-
-def _check_limits(fields: dict[str, Any], **maxima):
-    for name, maximum in maxima.items():
-        value = fields.get(name)
-        if isinstance(value, int) and value > maximum:
-            raise ValueError(f"expected {name} <= {maximum}, got {value}")
 
 
 @strict_config
@@ -243,11 +157,19 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     corruption_kind: str = "near"
     finer_fingerprint: str | None = None
 
-    of_format_1 = {"block_kernel_size": 3}  # which that format did not name
+    @staticmethod
+    def of_format(found: int, fields: dict[str, Any]) -> dict[str, Any]:
+        """What a level of an older format says in the words of this one."""
+        if found < 3 and fields.get("decoder_order") == "raster":
+            raise ValueError(
+                f"expected a level of decoder_order='raster' in format_version >= 3, got {found}: "
+                "its network has changed, train it again"
+            )
+        return {"block_kernel_size": 3, **fields} if found == 1 else fields  # not named then
 
     def __post_init__(self, **kwargs):
-        _check_names(self, kwargs)
-        _check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
+        check_names(self, kwargs)
+        check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
                       num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
@@ -286,7 +208,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             )
 
     def validate_sizes(self):
-        _check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
+        check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
                      value_embed_dim=1, pixel_logit_rank=0, commitment_weight=0, codebook_decay=0,
                      restart_threshold=0)  # fmt: skip
@@ -395,8 +317,8 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
     finer_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
-        _check_names(self, kwargs)
-        _check_limits(vars(self), codebook_size=MAX_CODES)
+        check_names(self, kwargs)
+        check_limits(vars(self), codebook_size=MAX_CODES)
         self.grid_size = list(self.grid_size)
         _name_classes(self)
         if self.backbone_config is None:
@@ -413,7 +335,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
                 raise ValueError(f"expected backbone_config with a model_type, got {fields}")
             # Some configs make a list of their layers; each family has its own name for these.
             layers = {name: MAX_LAYERS for name in fields if "layer" in name}
-            _check_limits(fields, **layers)
+            check_limits(fields, **layers)
             kind = fields.pop("model_type")
             if kind not in CONFIG_MAPPING:
                 raise ValueError(f"expected a model_type of transformers, as 'llama', got {kind!r}")
@@ -430,7 +352,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
-        _check_range(self, codebook_size=1)
+        check_range(self, codebook_size=1)
         _check_classes(self)
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")

@@ -277,7 +277,7 @@ def read_images(
     table: Table,
     image_column: str,
     label_column: str | None,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     resolution: int | None = None,
     center_crop: bool = False,
     first_index: int = 0,
@@ -309,7 +309,7 @@ def read_images(
     if broken:
         shown = ", ".join(broken[:20]) + (", …" if len(broken) > 20 else "")
         warnings.warn(
-            f"left out {len(broken)} images that cannot be read or have more than "
+            f"left out {len(broken)} images that cannot be read, have no label, or have more than "
             f"{max_image_pixels} pixels (--max_image_pixels): {shown}",
             stacklevel=2,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -57,6 +58,8 @@ class HubPipeline(DiffusionPipeline):
             raise ValueError(f"expected {INDEX} in {folder}, got none: {_SAVE}")
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except torch.OutOfMemoryError:  # no fault of the files
+            raise
         except LIBRARY_ERRORS as error:
             raise ValueError(
                 f"expected a saved pipeline in {pretrained_model_name_or_path}, got {error!r}: "

@@ -1,11 +1,9 @@
 """`ProgressiveVAEPipeline`: the levels and the prior, chained."""
 
 import math
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
@@ -13,10 +11,10 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .calls import Call, CallingPipeline
 from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .fingerprint import check_fingerprints
-from .hub import HubPipeline
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
@@ -38,26 +36,7 @@ class ProgressiveVAEPipelineOutput(BaseOutput):
     codes: list[Tensor]
 
 
-@dataclass
-class Call:
-    """What a call of a pipeline is told, of which its callback may change the guidance."""
-
-    guidance_scale: float | list[float] = 1.0
-    num_timesteps: int = 0
-
-
-class Calls(threading.local):
-    """The call that each pipeline is in, or was in last, on this thread: one pipeline may draw on
-    many threads at once."""
-
-    def __init__(self):
-        self.of: WeakKeyDictionary[ProgressiveVAEPipeline, Call] = WeakKeyDictionary()
-
-
-_CALLS = Calls()
-
-
-class ProgressiveVAEPipeline(HubPipeline):
+class ProgressiveVAEPipeline(CallingPipeline):
     """`P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)`.
 
     Lists over levels start with the coarsest: `codes[i - 1]` is z_i. Wherever images come in they
@@ -265,7 +244,6 @@ class ProgressiveVAEPipeline(HubPipeline):
         Returns:
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
         """
-        call = _CALLS.of[self] = Call(guidance_scale)
         labels, given, count = self._prompts(
             class_labels, guidance_scale, codes, num_images_per_prompt
         )
@@ -295,9 +273,11 @@ class ProgressiveVAEPipeline(HubPipeline):
             raise ValueError(f"expected batch_size >= 1, got {batch_size}")
         starts = range(0, count, batch_size)
         stop = self.num_levels + (output_type != "latent")  # grids to end with
-        call.num_timesteps = len(starts) * (stop - len(given))
-        batches = []
-        with self.progress_bar(total=call.num_timesteps) as progress:
+        total, batches = len(starts) * (stop - len(given)), []
+        with (
+            self._call(guidance_scale, total) as call,
+            self.progress_bar(total=total) as progress,
+        ):
             for start in starts:
                 chunk = slice(start, min(start + batch_size, count))
                 call.guidance_scale = guidance_scale  # the callback may have changed it
@@ -406,24 +386,6 @@ class ProgressiveVAEPipeline(HubPipeline):
         raise ValueError("expected enable_model_cpu_offload in place of the sequential one")
 
     # ---- arguments ------------------------------------------------------------------------------
-
-    @property
-    def guidance_scale(self) -> float | list[float]:
-        """Of the call that this thread is in, or was in last."""
-        return _CALLS.of.get(self, Call()).guidance_scale
-
-    @property
-    def _guidance_scale(self) -> float | list[float]:
-        return self.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, scale: float | list[float]):
-        _CALLS.of.setdefault(self, Call()).guidance_scale = scale
-
-    @property
-    def num_timesteps(self) -> int:
-        """Of the call that this thread is in, or was in last."""
-        return _CALLS.of.get(self, Call()).num_timesteps
 
     @property
     def labels(self) -> dict[str, int]:

@@ -52,7 +52,7 @@ def locked(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
                 f"expected an output_dir that no other run writes to, got {folder}, which "
                 f"{_shown(owner)} is at: wait for it, stop it, or choose another output_dir"
             ) from error
-        except (OSError, NotImplementedError) as error:
+        except (OSError, NotImplementedError) as error:  # by a file system without locks
             warnings.warn(f"two runs in {folder} would not see each other: {error}", stacklevel=3)
         me = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)}
         write_json(owner, me)
@@ -218,6 +218,11 @@ class Run:
         advice = "delete the folder, and the phases that made it are run again"
         return read_json(path, advice, list) if path.is_file() else []
 
+    def _latest(self, name: str, phase: str) -> list[dict[str, Any]]:
+        """The identity with which a phase made the folder, [] if it did not; of a refit that was
+        made more than once the last counts."""
+        return [each for each in self._history(name) if each.get("phase") == phase][-1:]
+
     def is_done(self, name: str, identity: dict[str, Any]) -> bool:
         """Whether a run that is resumed finds the phase's work in the folder `name`.
 
@@ -226,8 +231,7 @@ class Run:
         """
         if self.checkpoints is None or self.checkpoints.resume is None:
             return False
-        history = self._history(name)
-        if identity in [each for each in history if each.get("phase") == identity["phase"]][-1:]:
+        if identity in self._latest(name, identity["phase"]):
             return True
         if not self.checkpoints.overwrite:
             self.check_history(name, identity)
@@ -235,15 +239,13 @@ class Run:
 
     def check_history(self, name: str, identity: dict[str, Any]):
         """Raise a `ValueError` if the folder `name` holds what other settings made."""
-        history = self._history(name)
         where = self.output_dir / name
-        if where.is_dir() and not history:
+        if where.is_dir() and not self._history(name):
             raise ValueError(
                 f"expected {HISTORY} in {where}, which says what made it, got none: choose another "
                 "--output_dir, or replace it with --overwrite_output_dir"
             )
-        # A refit may have been made more than once: what is there is that of the last.
-        for each in [each for each in history if each.get("phase") == identity["phase"]][-1:]:
+        for each in self._latest(name, identity["phase"]):
             check_identity(identity, each, str(where), of_settings=True)
 
     def check_settings(self, planned: Mapping[str, dict[str, Any]], is_whole: bool):

@@ -78,10 +78,7 @@ class Source:
             share, before = split_dataset_by_node(table, rank, processes), 0
             if self.shuffle_buffer_size is None:
                 before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
-            channels, height, width = manifest.shape
-            images = read_images(
-                share, shape=(channels, height, width), first_index=before, **self.options
-            )
+            images = read_images(share, shape=manifest.shape, first_index=before, **self.options)
             is_flipped = self.random_flip and split == "train"
             write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
         return GridDataset(folder, manifest)

@@ -11,7 +11,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from .codes import Manifest
-from .data import MAX_IMAGE_PIXELS, pixel_batches, read_images
+from .data import pixel_batches, read_images
 
 
 class PixelStream(torch.utils.data.IterableDataset):
@@ -26,8 +26,8 @@ class PixelStream(torch.utils.data.IterableDataset):
             all and leaves out what is not its own.
         random_flip: mirror each image with probability ½.
         buffer_size: images in the window; they are held as encoded files.
-        max_image_pixels: images of more are left out.
         limit: images that the stream has at most, where that is known.
+        options: further arguments of `read_images`.
     """
 
     num_examples = None  # unknown
@@ -36,26 +36,13 @@ class PixelStream(torch.utils.data.IterableDataset):
         self,
         table: datasets.IterableDataset,
         manifest: Manifest,
-        image_column: str,
-        label_column: str | None = None,
-        resolution: int | None = None,
-        center_crop: bool = False,
         random_flip: bool = False,
         buffer_size: int = 1000,
-        max_image_pixels: int = MAX_IMAGE_PIXELS,
         limit: int | None = None,
+        **options,
     ):
         self.table, self.manifest, self.random_flip = table, manifest, random_flip
-        channels, height, width = manifest.shape
-        size = (channels, height, width)
-        self.options: dict[str, Any] = dict(
-            image_column=image_column,
-            label_column=label_column,
-            shape=size,
-            resolution=resolution,
-            center_crop=center_crop,
-            max_image_pixels=max_image_pixels,
-        )
+        self.options: dict[str, Any] = {"shape": manifest.shape, **options}
         self.buffer_size, self.limit, self.rank, self.seed = buffer_size, limit, 0, 0
 
     def share(self, rank: int, world_size: int) -> "PixelStream":

@@ -52,12 +52,17 @@ class SavedModel(PreTrainedModel):
         old = {
             p: p.stat().st_mtime_ns for p in folder.glob("model*") if is_weights(p.name, variant)
         }
+        is_pushed = kwargs.pop("push_to_hub", False)  # sealed, so later
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             for path, time in old.items():
                 if path.exists() and path.stat().st_mtime_ns == time:
                     path.unlink()
             seal(save_directory)
+        if is_pushed:
+            asked = ("commit_message", "private", "token", "create_pr", "variant", "max_shard_size")
+            options = {name: kwargs[name] for name in asked if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", folder.resolve().name), **options)
 
     @classmethod
     def from_pretrained(
@@ -83,6 +88,8 @@ class SavedModel(PreTrainedModel):
                 model, info = super().from_pretrained(
                     name, *args, output_loading_info=True, **kwargs
                 )
+        except torch.OutOfMemoryError:  # no fault of the files
+            raise
         except LIBRARY_ERRORS as error:
             raise ValueError(
                 f"expected weights and a config that fit in {name}, got {error!r}: {_ADVICE}"
@@ -100,7 +107,11 @@ def is_weights(name: str, variant: str | None) -> bool:
 
 def seal(folder: str | Path, again: bool = False):
     """Write the checksums of the weights and of their config into the headers of the weight files
-    of a folder that have none; with `again` into all, after a change that was meant."""
+    of a folder that have none; with `again` into all, after a change that was meant.
+
+    Raises:
+        ValueError: a file that is damaged.
+    """
     path = Path(folder) / CONFIG
     if not path.is_file():
         return

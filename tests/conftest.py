@@ -119,6 +119,11 @@ def total_variation(log_prob: torch.Tensor, grids: torch.Tensor, drawn: torch.Te
     return (frequencies[order] / len(drawn) - log_prob.exp()).abs().sum().item() / 2
 
 
+@pytest.fixture(scope="module")
+def script():
+    return load_script("train")
+
+
 @pytest.fixture
 def pipe():
     return tiny_pipeline()

@@ -268,6 +268,24 @@ def test_threads_that_share_a_pipeline_do_not_meet():
     assert not torch.equal(alone[0], alone[7])
 
 
+def test_a_call_within_a_call_gives_way_to_it():
+    level = tiny_level(num_channels=3, num_classes=2)
+    pipe = ProgressiveVAEPipeline(tiny_prior(num_classes=2), level)
+    pipe.set_progress_bar_config(disable=True)
+
+    def callback(pipe, step, _, tensors):
+        pipe.decode(tensors["codes"], "pt", class_labels=[0] * 8, guidance_scale=3.0)
+        assert pipe.guidance_scale == 1.0
+        pipe._guidance_scale = 5.0
+
+    def draw(**given):
+        return pipe([0, 1] * 4, generator=generators(8), output_type="pt", **given).images
+
+    changed = draw(callback_on_step_end=callback)
+    assert torch.equal(changed, draw(guidance_scale=[1.0, 5.0]))
+    assert not torch.equal(changed, draw())
+
+
 def test_arrays_that_run_backwards(pipe, images):
     arrays = images.permute(0, 2, 3, 1).numpy()
     mirrored = arrays[:, ::-1, ::-1]

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
-from conftest import load_script
 from interruptions import FLAGS, start, weights
 from test_training import SMALL
 
@@ -23,11 +22,6 @@ ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]
 SMALLER = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "20"]
 SMALLER += shlex.split("--refit_max_train_steps 0 3 --refit_corruption 0 0.1")
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script("train")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +177,7 @@ def test_what_cannot_be_measured_is_named(script, tmp_path):
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert "frechet_distance" not in metrics and metrics["bits_per_dim"]["total"] > 0
     assert list(metrics["not_measured"]) == ["frechet_distance"]
-    assert "Not measured: frechet_distance (1 held-out" in (tmp_path / "README.md").read_text()
+    assert "Not measured: frechet_distance (" in (tmp_path / "README.md").read_text()
 
 
 def test_a_measurement_that_fails_costs_no_other(script, copied, monkeypatch):

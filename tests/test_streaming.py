@@ -13,6 +13,7 @@ from progressive_vae.codes import GridDataset, Manifest
 from progressive_vae.data import find_labels, load_images, read_images
 from progressive_vae.streaming import PixelStream
 
+COLUMNS = {"image_column": "image", "label_column": None}
 COUNT = 1437  # digits to train on, in 4 files
 STREAM = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "30"]
 
@@ -21,7 +22,7 @@ STREAM = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "3
 def stream():
     table = load_images(dataset_name="digits", streaming=True)["train"]
     manifest = Manifest("", "digits", "train", (1, 8, 8), 256)
-    return PixelStream(table, manifest, "image", "label", buffer_size=100)
+    return PixelStream(table, manifest, buffer_size=100, image_column="image", label_column="label")
 
 
 def files(grids):
@@ -73,15 +74,15 @@ def test_images_are_held_out_by_their_bytes(tmp_path):
 
 
 def test_a_stream_that_ends_before_it_begins(stream):
-    empty = PixelStream(stream.table.take(0), stream.manifest, "image")
+    empty = PixelStream(stream.table.take(0), stream.manifest, **COLUMNS)
     with pytest.raises(ValueError, match="expected images in split 'train', got none"):
         next(iter(empty))
 
 
 def test_mirror_images(stream):
     table = load_images(dataset_name="digits", streaming=True)["train"].take(200)
-    mirrored = PixelStream(table, stream.manifest, "image", random_flip=True, buffer_size=1)
-    plain = PixelStream(table, stream.manifest, "image", buffer_size=1)
+    mirrored = PixelStream(table, stream.manifest, random_flip=True, buffer_size=1, **COLUMNS)
+    plain = PixelStream(table, stream.manifest, buffer_size=1, **COLUMNS)
     seen, unseen = (
         next(iter(torch.utils.data.DataLoader(s, 200)))["grid"] for s in (mirrored, plain)
     )

@@ -11,7 +11,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.codes import GridDataset
@@ -25,11 +24,6 @@ SMALL = shlex.split(
     '--prior_config \'{"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, '
     '"num_hidden_layers": 1, "num_attention_heads": 2}\''
 )
-
-
-@pytest.fixture(scope="module")
-def script():
-    return load_script("train")
 
 
 @pytest.fixture(scope="module")
