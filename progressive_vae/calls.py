@@ -4,8 +4,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
+from .chain import check_grids
+from .configuration import ProgressiveVAELevelConfig
 from .hub import HubPipeline
 
 
@@ -30,6 +35,37 @@ class _Calls(threading.local):
 
 
 _CALLS = _Calls()
+
+
+def changed_codes(
+    changed: Any,
+    grids: list[Tensor],
+    configs: list[ProgressiveVAELevelConfig],
+    sizes: list[tuple[int, int]],
+) -> list[Tensor]:
+    """The grids [z_1 … z_k], int64 (B, H_i, W_i) each, that a callback returned, or `grids`, those
+    so far, where it returned none.
+
+    Raises:
+        ValueError: no dict with as many grids of as many images, or codes out of their range.
+    """
+    if not changed:
+        return grids
+    if not isinstance(changed, dict) or set(changed) != {"codes"}:
+        raise ValueError(
+            "expected callback_on_step_end to return a dict with some of ['codes'], or None, got "
+            f"{changed!r}"
+        )
+    found, count = changed["codes"], len(grids[0])
+    is_list = isinstance(found, (list, tuple)) and all(isinstance(z, Tensor) for z in found)
+    if not is_list or [len(z) for z in found] != [count] * len(grids):
+        shown = [tuple(z.shape) for z in found] if is_list else found
+        raise ValueError(
+            f"expected callback_on_step_end to return codes [z_1 … z_{len(grids)}] of {count} "
+            f"images, got {shown}"
+        )
+    check_grids(list(found), configs, sizes)
+    return list(found)
 
 
 class CallingPipeline(HubPipeline):

@@ -11,7 +11,7 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .calls import Call, CallingPipeline
+from .calls import Call, CallingPipeline, changed_codes
 from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .fingerprint import check_fingerprints
@@ -295,7 +295,9 @@ class ProgressiveVAEPipeline(CallingPipeline):
                     if callback_on_step_end is not None and step < self.num_levels:
                         shown = {name: grids for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, step, step, shown)
-                        grids[:] = self._changed(changed, grids)
+                        configs = [level.config for level in self.levels]
+                        found = changed_codes(changed, grids, configs, self.grid_sizes)
+                        grids[:] = [z.to(self._execution_device) for z in found]
                     progress.update()
                 batches.append([grid.cpu() for grid in grids])
         columns = [torch.cat(column) for column in zip(*batches, strict=True)]
@@ -307,26 +309,6 @@ class ProgressiveVAEPipeline(CallingPipeline):
         if not return_dict:
             return images, drawn
         return ProgressiveVAEPipelineOutput(images=images, codes=drawn)
-
-    def _changed(self, changed: Any, grids: list[Tensor]) -> list[Tensor]:
-        """The grids that a callback returned, or those so far where it returned none."""
-        if not changed:
-            return grids
-        if not isinstance(changed, dict) or not set(changed) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"expected callback_on_step_end to return a dict with some of "
-                f"{self._callback_tensor_inputs}, or None, got {changed!r}"
-            )
-        found, count = changed.get("codes", grids), len(grids[0])
-        is_list = isinstance(found, (list, tuple)) and all(isinstance(z, Tensor) for z in found)
-        if not is_list or [len(z) for z in found] != [count] * len(grids):
-            shown = [tuple(z.shape) for z in found] if is_list else found
-            raise ValueError(
-                f"expected callback_on_step_end to return codes [z_1 … z_{len(grids)}] of {count} "
-                f"images, got {shown}"
-            )
-        check_grids(list(found), [level.config for level in self.levels], self.grid_sizes)
-        return [z.to(self._execution_device) for z in found]
 
     def _descend(self, call, grids, labels, generator, count, controls, stop) -> Iterator[int]:
         """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
