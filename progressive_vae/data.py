@@ -230,7 +230,8 @@ def decode(value: dict | None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> PIL.
             if image.width * image.height > max_image_pixels:
                 return None
             image.load()
-            return PIL.ImageOps.exif_transpose(image)
+            PIL.ImageOps.exif_transpose(image, in_place=True)
+            return image
         except Exception:  # each format has errors of its own for damaged files
             return None
 
