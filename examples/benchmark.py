@@ -45,21 +45,21 @@ from progressive_vae import (
     ProgressiveVAEPipeline,
     ProgressiveVAEPrior,
 )
-from progressive_vae.codes import GridDataset
-from progressive_vae.evaluation import (
+from progressive_vae.networks import cached_step
+from progressive_vae.quantizer import VectorQuantizer
+from progressive_vae.saved import read_json, write_json
+from progressive_vae.training.codes import GridDataset
+from progressive_vae.training.evaluation import (
     ClassifierFeatures,
     cached_classifier,
     draw_labelled,
     features_of,
     frechet_distance,
 )
-from progressive_vae.fitting import FitSettings, fit
-from progressive_vae.networks import cached_step
-from progressive_vae.quantizer import VectorQuantizer
-from progressive_vae.run import Run, as_finer, locked
-from progressive_vae.saved import read_json, write_json
-from progressive_vae.sources import open_source
-from progressive_vae.training import initialize_codebook, train_level, train_prior
+from progressive_vae.training.fitting import FitSettings, fit
+from progressive_vae.training.phases import initialize_codebook, train_level, train_prior
+from progressive_vae.training.run import Run, as_finer, locked
+from progressive_vae.training.sources import open_source
 
 TIMED_SECONDS = 3.0  # of each speed
 _ANEW = "delete the folder and begin anew"

@@ -36,21 +36,21 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.codes import GridDataset, Manifest, PairedDataset, cached
-from progressive_vae.data import load_images, pixel_batches, read_images
 from progressive_vae.decoders import Condition
-from progressive_vae.evaluation import (
+from progressive_vae.sampling import Sampler
+from progressive_vae.saved import write_json
+from progressive_vae.training.codes import GridDataset, Manifest, PairedDataset, cached
+from progressive_vae.training.data import load_images, pixel_batches, read_images
+from progressive_vae.training.evaluation import (
     ClassifierFeatures,
     code_use,
     features_of,
     frechet_distance,
     train_classifier,
 )
-from progressive_vae.fitting import FitSettings, fit
-from progressive_vae.run import Run, as_finer
-from progressive_vae.sampling import Sampler
-from progressive_vae.saved import write_json
-from progressive_vae.training import refit_level, train_level, train_prior
+from progressive_vae.training.fitting import FitSettings, fit
+from progressive_vae.training.phases import refit_level, train_level, train_prior
+from progressive_vae.training.run import Run, as_finer
 
 
 @dataclasses.dataclass

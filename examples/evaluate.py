@@ -32,15 +32,16 @@ from datasets import disable_progress_bars
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codes import GridDataset, Manifest, cached
-from progressive_vae.data import (
+from progressive_vae.saved import write_json
+from progressive_vae.training.codes import GridDataset, Manifest, cached
+from progressive_vae.training.data import (
     find_image_column,
     find_labels,
     load_images,
     pixel_batches,
     read_images,
 )
-from progressive_vae.evaluation import (
+from progressive_vae.training.evaluation import (
     Classifier,
     ClassifierFeatures,
     accuracy,
@@ -54,8 +55,7 @@ from progressive_vae.evaluation import (
     psnr_of,
     rate_distortion,
 )
-from progressive_vae.run import locked
-from progressive_vae.saved import write_json
+from progressive_vae.training.run import locked
 
 LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
 LOSSLESS = {

@@ -47,7 +47,6 @@ from progressive_vae import (
 )
 from progressive_vae.card import PICTURES, figures_table
 from progressive_vae.chain import MAX_LEVELS, check_image_size, grid_sizes
-from progressive_vae.checkpoints import Checkpoints
 from progressive_vae.configuration import (
     CORRUPTIONS,
     DECODER_FIELDS,
@@ -55,18 +54,7 @@ from progressive_vae.configuration import (
     PIXEL_DISTRIBUTIONS,
     QUANTIZERS,
 )
-from progressive_vae.data import MAX_IMAGE_PIXELS
-from progressive_vae.evaluation import (
-    distance_of_samples,
-    evaluate,
-    label_accuracy,
-    reconstruction_grid,
-    sample_grid,
-    sampling_speed,
-    train_classifier,
-)
 from progressive_vae.fingerprint import fingerprint
-from progressive_vae.fitting import OPTIMIZERS, FitSettings
 from progressive_vae.hub import (
     INDEX,
     METRICS,
@@ -76,10 +64,22 @@ from progressive_vae.hub import (
     weights_digest,
     write_card,
 )
-from progressive_vae.run import LOCK, OWNER, PHASES, Run, locked
 from progressive_vae.saved import read_json, write_json
-from progressive_vae.sources import open_source
-from progressive_vae.training import plan, refit_level, train_level, train_prior
+from progressive_vae.training.checkpoints import Checkpoints
+from progressive_vae.training.data import MAX_IMAGE_PIXELS
+from progressive_vae.training.evaluation import (
+    distance_of_samples,
+    evaluate,
+    label_accuracy,
+    reconstruction_grid,
+    sample_grid,
+    sampling_speed,
+    train_classifier,
+)
+from progressive_vae.training.fitting import OPTIMIZERS, FitSettings
+from progressive_vae.training.phases import plan, refit_level, train_level, train_prior
+from progressive_vae.training.run import LOCK, OWNER, PHASES, Run, locked
+from progressive_vae.training.sources import open_source
 
 SETTINGS = "settings.json"
 PRECISIONS = ("no", "bf16", "fp16")

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.data import decode, prepare_image
+from progressive_vae.training.data import decode, prepare_image
 
 WELL, LEFT_OUT, REFUSED, WRONG = "went well", "left out", "refused", "wrong"
 Outcome = tuple[str, str]  # one of these, and what to say of it

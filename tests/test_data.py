@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
-from progressive_vae.data import (
+from progressive_vae.training.data import (
     decode,
     find_image_column,
     find_labels,
@@ -18,7 +18,7 @@ from progressive_vae.data import (
     prepare_image,
     read_images,
 )
-from progressive_vae.sources import open_source
+from progressive_vae.training.sources import open_source
 
 
 def table(images, **columns):

@@ -5,8 +5,8 @@ import torch
 from conftest import tiny_level, tiny_pipeline, tiny_prior
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codes import GridDataset, Manifest, write_cache
-from progressive_vae.evaluation import (
+from progressive_vae.training.codes import GridDataset, Manifest, write_cache
+from progressive_vae.training.evaluation import (
     code_use,
     draw_labelled,
     evaluate,

@@ -10,8 +10,8 @@ from conftest import load_script
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.evaluation import precision_recall, rate_distortion
 from progressive_vae.hub import weights_digest
+from progressive_vae.training.evaluation import precision_recall, rate_distortion
 
 
 @pytest.fixture(scope="module")

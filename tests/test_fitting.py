@@ -5,8 +5,8 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_level
 
-from progressive_vae.codes import GridDataset, Manifest, write_cache
-from progressive_vae.fitting import FitSettings, fit
+from progressive_vae.training.codes import GridDataset, Manifest, write_cache
+from progressive_vae.training.fitting import FitSettings, fit
 
 NAN, INF = float("nan"), float("inf")
 

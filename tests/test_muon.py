@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_level
 from torch import nn
 
-from progressive_vae.muon import Muon, matrices_and_others, orthogonal
+from progressive_vae.training.muon import Muon, matrices_and_others, orthogonal
 
 
 def matrix(*shape):

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codes import GridDataset
+from progressive_vae.training.codes import GridDataset
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
@@ -42,7 +42,7 @@ STOPS = """
 import runpy
 import sys
 
-from progressive_vae.checkpoints import Checkpoints
+from progressive_vae.training.checkpoints import Checkpoints
 
 save = Checkpoints.save
 
@@ -86,7 +86,7 @@ HEARS = """
 import runpy
 import sys
 
-from progressive_vae.checkpoints import Checkpoints
+from progressive_vae.training.checkpoints import Checkpoints
 
 is_due = Checkpoints.is_due
 

@@ -16,7 +16,7 @@ from interruptions import FLAGS, start, weights
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.run import LOCK, OWNER, locked
+from progressive_vae.training.run import LOCK, OWNER, locked
 
 ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]

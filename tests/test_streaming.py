@@ -9,9 +9,9 @@ import torch
 from conftest import load_script
 from test_training import SMALL
 
-from progressive_vae.codes import GridDataset, Manifest
-from progressive_vae.data import find_labels, load_images, read_images
-from progressive_vae.streaming import PixelStream
+from progressive_vae.training.codes import GridDataset, Manifest
+from progressive_vae.training.data import find_labels, load_images, read_images
+from progressive_vae.training.streaming import PixelStream
 
 COLUMNS = {"image_column": "image", "label_column": None}
 COUNT = 1437  # digits to train on, in 4 files

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
-from progressive_vae.codes import GridDataset
 from progressive_vae.fingerprint import fingerprint
-from progressive_vae.fitting import FitSettings, fit
+from progressive_vae.training.codes import GridDataset
+from progressive_vae.training.fitting import FitSettings, fit
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from .saved import checksum, file_parts, read_json
+from ..saved import checksum, file_parts, read_json
 
 IDENTITY, STATE, CHECKSUMS = "identity.json", "fit.pt", "checksums.json"
 

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..prior import ProgressiveVAEPrior
 from .checkpoints import Checkpoints, Progress, is_sharded
 from .codes import GridDataset, PairedDataset
 from .muon import Muon, matrices_and_others
-from .prior import ProgressiveVAEPrior
 from .streaming import PixelStream
 
 OPTIMIZERS = ("muon", "adamw")

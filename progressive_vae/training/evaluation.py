@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..images import from_pixel_values
+from ..pipeline import ProgressiveVAEPipeline
 from .codes import GridDataset
-from .images import from_pixel_values
-from .pipeline import ProgressiveVAEPipeline
 from .streaming import PixelStream
 
 

@@ -16,7 +16,7 @@ import torch
 from datasets.utils.file_utils import xopen
 from torch import Tensor
 
-from .configuration import MAX_CLASSES
+from ..configuration import MAX_CLASSES
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .networks import ZeroLinear
+from ..networks import ZeroLinear
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero (Jordan et al. 2024)
 

@@ -15,15 +15,15 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from .chain import grid_sizes
+from ..chain import grid_sizes
+from ..configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from ..level import ProgressiveVAELevel
+from ..pipeline import ProgressiveVAEPipeline
+from ..prior import ProgressiveVAEPrior
 from .checkpoints import Progress, is_sharded
 from .codes import GridDataset, Manifest, PairedDataset
-from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .evaluation import reconstruction_grid, sample_grid
 from .fitting import FitSettings, fit
-from .level import ProgressiveVAELevel
-from .pipeline import ProgressiveVAEPipeline
-from .prior import ProgressiveVAEPrior
 from .run import Run, as_finer
 from .streaming import PixelStream
 

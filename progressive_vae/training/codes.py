@@ -22,7 +22,7 @@ from accelerate import PartialState
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
-from .saved import read_json
+from ..saved import read_json
 
 FORMAT = 2
 _REMADE = "the cache is damaged, delete its folder and it is made again"

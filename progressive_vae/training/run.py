@@ -22,12 +22,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .chain import MAX_LEVELS, grid_sizes
+from ..chain import MAX_LEVELS, grid_sizes
+from ..fingerprint import fingerprint
+from ..level import ProgressiveVAELevel
+from ..saved import read_json, write_json
 from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
-from .fingerprint import fingerprint
-from .level import ProgressiveVAELevel
-from .saved import read_json, write_json
 from .streaming import PixelStream
 
 HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
