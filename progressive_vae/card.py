@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PICTURES = {
@@ -104,13 +105,16 @@ def figures_table(metrics: dict) -> str:
 
 
 def _measured(metrics: dict) -> str:
-    settings = "\n".join(f"{name}: {value}" for name, value in metrics["settings"].items())
+    # Before recipes there were a command and flat settings.
+    recipe = metrics.get("recipe") or metrics["settings"]
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
+    command = metrics.get("command", "accelerate launch examples/train.py --config recipe.yaml")
     return (
         f"Measured on {metrics['num_images']} held-out images (`{metrics['dataset']}`, split "
         f"`{metrics['split']}`), seed {metrics['seed']}, {metrics['machine']}:\n\n"
         f"{figures_table(metrics)}\n\n"
-        f"Trained and measured by `{metrics['command']}`.\n\n"
-        f"<details><summary>All settings</summary>\n\n```yaml\n{settings}\n```\n\n</details>"
+        f"Trained and measured by `{command}`.\n\n"
+        f"<details><summary>The recipe</summary>\n\n```yaml\n{text}\n```\n\n</details>"
     )
 
 

@@ -1,15 +1,29 @@
 """How a progressive VAE is made and measured: greedily, from the data up.
 
+    from progressive_vae.training import train
+
+    pipe = train("examples/configs/digits.yaml", output_dir="runs/digits")
+
 | file | purpose |
 |---|---|
+| `settings.py` | the knobs of training, once: of the data, of one fit, of a run |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
 | `streaming.py` | images read as they come, where a disk does not hold them |
 | `sources.py` | a data set, opened: its splits, columns and classes; their pixels |
 | `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
+| `lock.py` | one run at a time writes to a folder |
 | `run.py` | what one training leaves behind, and where it lies |
 | `muon.py` | the optimizer |
 | `fitting.py` | one loss minimised, on one process or many |
-| `phases.py` | the greedy order: `train_level()`, `train_prior()`, `refit_level()` |
+| `phases.py` | what is fitted, from what: a level, its decoder again, the prior |
+| `command.py` | flags of scripts, from the names of classes and functions |
+| `recipe.py` | all knobs of a training, in the words of the configs and settings |
+| `report.py` | what a run tells of its pipeline: figures, pictures, the card |
+| `greedy.py` | the greedy order, from the data up: `train()` |
 """
+
+from .greedy import train
+
+__all__ = ["train"]

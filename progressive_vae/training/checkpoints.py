@@ -7,7 +7,10 @@ the CRC-32 of each file. It is written under a temporary name and renamed: compl
 
 import json
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +42,7 @@ class Progress:
         epoch, batch: passes over the data set done, and batches of the next one.
         seconds: spent so far, validations left out.
         waited: seconds of these in which the model waited for data.
+        elapsed: seconds since the phase began, of one that has a time to keep.
     """
 
     step: int = 0
@@ -46,6 +50,7 @@ class Progress:
     batch: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    elapsed: float = 0.0
 
 
 @dataclass
@@ -86,6 +91,18 @@ class Checkpoints:
         self.is_told = True
         if not self.is_fitting:
             raise SystemExit(0)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While it lasts the program hears SIGTERM; signals are for main threads alone."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGTERM, self.stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def of(self, phase: str) -> list[Path]:
         """The complete checkpoints of a phase, oldest first."""
@@ -151,6 +168,14 @@ class Checkpoints:
         found = self.of(phase) if self.resume == "latest" else self.named()
         found = [path for path in found if path.name.startswith(f"checkpoint-{phase}-")]
         return found[-1] if found else None
+
+    def check_named(self, phases: list[str]):
+        """Raise a `ValueError` if `resume` is the path of a checkpoint of none of these phases."""
+        for path in self.named():
+            if not any(path.name.startswith(f"checkpoint-{phase}-") for phase in phases):
+                raise ValueError(
+                    f"expected resume_from_checkpoint of a phase among {phases}, got {self.resume}"
+                )
 
     def check(self, identity: Mapping[str, Any]):
         """Raise a `ValueError` if the checkpoint to start a phase from is of other settings."""

@@ -2,7 +2,7 @@
 
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -17,17 +17,19 @@ from datasets.utils.file_utils import xopen
 from torch import Tensor
 
 from ..configuration import MAX_CLASSES
+from .settings import MAX_IMAGE_PIXELS, DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 GREY_MODES = ("L", "1")
 COLOUR_MODES = (*GREY_MODES, "RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA", "RGBX")
 
-MAX_IMAGE_PIXELS = 2**27  # of one file: the largest cameras' pictures, 403 MB of colours
-
 FILE_TYPES = ("binary", "large_binary", "string", "large_string")  # contents, or paths
 
 Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Images: TypeAlias = (
+    Table | datasets.DatasetDict | datasets.IterableDatasetDict | list[PIL.Image.Image]
+)
 
 
 def load_digits() -> datasets.DatasetDict:
@@ -49,65 +51,79 @@ def load_digits() -> datasets.DatasetDict:
 
 
 def load_images(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    train_split: str = "train",
-    eval_split: str = "test",
-    eval_fraction: float = 0.1,
-    seed: int = 0,
-    image_column: str | None = None,
-    streaming: bool = False,
+    settings: DataSettings, images: Images | None = None, seed: int = 0
 ) -> dict[str, Table]:
     """The splits {"train", "test"} of a data set of images.
 
+    Where there is no `eval_split`, `eval_fraction` of the training split is held out: drawn with
+    `seed`, or of a stream by the bytes of the files.
+
     Args:
-        dataset_name: id on the Hub or a local path; `"digits"` is embedded.
-        train_data_dir: a folder of images (with a folder for each class, or none) or of parquet
-            files, in place of `dataset_name`.
-        eval_split: the held-out split; where there is none, `eval_fraction` of the training split
-            is held out, drawn with `seed`.
-        image_column: of a stream without that split, whose images are held out by their bytes.
-        streaming: read the images as they are asked for, in place of fetching them all first.
+        images: what is at hand, in place of a name in the settings.
+
+    Raises:
+        ValueError: no data set of images, or none of two images at least.
     """
-    if (dataset_name is None) == (train_data_dir is None):
-        raise ValueError(
-            f"expected one of dataset_name and train_data_dir, got {dataset_name!r} and "
-            f"{train_data_dir!r}"
-        )
-    if dataset_name == "digits":
-        splits = load_digits()
-        if streaming:
-            splits = {k: split.to_iterable_dataset(num_shards=4) for k, split in splits.items()}
-    elif train_data_dir is not None:
-        if not Path(train_data_dir).is_dir():
-            raise ValueError(f"expected train_data_dir to be a folder, got {train_data_dir!r}")
-        is_parquet = any(Path(train_data_dir).rglob("*.parquet"))
-        loader = "parquet" if is_parquet else "imagefolder"
-        splits = _load(loader, data_dir=train_data_dir, streaming=streaming)
-    else:
-        splits = _load(str(dataset_name), name=dataset_config_name, streaming=streaming)
+    splits = _open(settings, images)
+    is_stream = any(isinstance(split, datasets.IterableDataset) for split in splits.values())
+    if settings.streaming and not is_stream:
+        splits = {k: split.to_iterable_dataset(num_shards=4) for k, split in splits.items()}
+    train_split, eval_split, fraction = (
+        settings.train_split, settings.eval_split, settings.eval_fraction
+    )  # fmt: skip
+    if is_stream and not settings.streaming:
+        raise ValueError("expected streaming=True for a data set that is a stream, got False")
     if train_split not in splits:
         raise ValueError(f"expected train_split among {list(splits)}, got {train_split!r}")
     if eval_split in splits and eval_split != train_split:
         return {"train": splits[train_split], "test": splits[eval_split]}
     whole = splits[train_split]
-    if not 0 < eval_fraction < 1:
+    if not 0 < fraction < 1:
         raise ValueError(
             f"the data set has no split {eval_split!r}: expected eval_fraction in (0, 1) to hold "
-            f"some images out, got {eval_fraction}"
+            f"some images out, got {fraction}"
         )
-    if not streaming:
+    if not settings.streaming:
         if len(whole) < 2:
             raise ValueError(f"expected at least 2 images to hold some out, got {len(whole)}")
-        return whole.train_test_split(test_size=eval_fraction, seed=seed)
-    column = find_image_column(whole, image_column)
+        return whole.train_test_split(test_size=fraction, seed=seed)
+    column = find_image_column(whole, settings.image_column)
     whole = encoded(whole, column)
     return {
         split: whole.filter(_is_held_out, fn_kwargs=dict(wanted=wanted, column=column,
-                                                         fraction=eval_fraction))
+                                                         fraction=fraction))
         for split, wanted in (("train", False), ("test", True))
     }  # fmt: skip
+
+
+def _open(settings: DataSettings, images: Images | None) -> Mapping[str, Table]:
+    """All splits, by their names."""
+    name, folder, is_stream = settings.dataset_name, settings.train_data_dir, settings.streaming
+    if [name, folder, images].count(None) != 2:
+        raise ValueError(
+            f"expected one of dataset_name and train_data_dir, got {name!r} and {folder!r}"
+            + ("" if images is None else f" beside {type(images).__name__}")
+        )
+    if isinstance(images, Mapping):
+        return images
+    if isinstance(images, (datasets.Dataset, datasets.IterableDataset)):
+        return {settings.train_split: images}
+    if images is not None:
+        if not images or not all(isinstance(image, PIL.Image.Image) for image in images):
+            raise ValueError(
+                "expected a data set of images, the name of one, a folder or a list of PIL images, "
+                f"got {type(images).__name__} of {[type(image).__name__ for image in images[:3]]}"
+            )
+        features = datasets.Features({"image": datasets.Image()})
+        return {settings.train_split: datasets.Dataset.from_dict({"image": images}, features)}
+    if name == "digits":
+        return load_digits()
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"expected train_data_dir to be a folder, got {folder!r}")
+        loader = "parquet" if any(Path(folder).rglob("*.parquet")) else "imagefolder"
+        return _load(loader, data_dir=folder, streaming=is_stream)
+    return _load(str(name), name=settings.dataset_config_name, streaming=is_stream)
 
 
 def _load(path: str, **options) -> datasets.DatasetDict | datasets.IterableDatasetDict:

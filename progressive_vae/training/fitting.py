@@ -7,14 +7,13 @@ with half the batch see what one sees. A model may be sharded over the processes
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from accelerate.utils import set_seed
-from diffusers.optimization import SchedulerType, get_scheduler
+from accelerate.utils import broadcast, set_seed
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -27,56 +26,8 @@ from ..prior import ProgressiveVAEPrior
 from .checkpoints import Checkpoints, Progress, is_sharded
 from .codes import GridDataset, PairedDataset
 from .muon import Muon, matrices_and_others
+from .settings import FitSettings, RunSettings
 from .streaming import PixelStream
-
-OPTIMIZERS = ("muon", "adamw")
-# The others need more than the names of this file say.
-SCHEDULERS = tuple(each.value for each in SchedulerType if each.value != "piecewise_constant")
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How to minimise one loss; the names are those of diffusers' training scripts.
-
-    Args:
-        optimizer: `"muon"`, which has AdamW for what are no matrices, or `"adamw"`.
-        lr_scheduler: a name of diffusers' `SchedulerType`.
-        max_grad_norm: 0 for no clipping.
-    """
-
-    max_train_steps: int = 1000
-    train_batch_size: int = 64
-    optimizer: str = "muon"
-    learning_rate: float = 2e-3
-    lr_scheduler: str = "cosine"
-    lr_warmup_steps: int = 100
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.99
-    adam_weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    use_ema: bool = True
-    ema_decay: float = 0.999
-    dataloader_num_workers: int = 0
-    logging_steps: int = 50
-    validation_steps: int = 1000
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("max_train_steps", "train_batch_size", "logging_steps", "validation_steps"):
-            self._check(name, getattr(self, name) >= 1, ">= 1")
-        for name in ("lr_warmup_steps", "adam_weight_decay", "dataloader_num_workers"):
-            self._check(name, 0 <= getattr(self, name) < math.inf, ">= 0")
-        for name in ("adam_beta1", "adam_beta2", "ema_decay"):
-            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0 (0: no clipping)")
-        self._check("learning_rate", 0 < self.learning_rate < math.inf, "> 0")
-        self._check("seed", 0 <= self.seed < 2**32, "in 0 … 2³² − 1")
-        self._check("optimizer", self.optimizer in OPTIMIZERS, f"among {OPTIMIZERS}")
-        self._check("lr_scheduler", self.lr_scheduler in SCHEDULERS, f"among {SCHEDULERS}")
-
-    def _check(self, name: str, is_right: bool, expected: str):
-        if not is_right:  # so that NaN is never right
-            raise ValueError(f"expected {name} {expected}, got {getattr(self, name)!r}")
 
 
 class Shuffled(Sampler):
@@ -107,8 +58,11 @@ def fit(
     accelerator: Accelerator,
     settings: FitSettings,
     identity: dict[str, Any],
+    run: RunSettings | None = None,
     checkpoints: Checkpoints | None = None,
     logged_steps: int = 0,
+    seconds: float | None = None,
+    began: float | None = None,
 ) -> Iterator[Progress]:
     """Minimise `model(**inputs).loss`; a generator that pauses for each validation.
 
@@ -119,16 +73,21 @@ def fit(
     Args:
         to_inputs: a batch of the data set -> keywords of the model.
         identity: of the fit, `"phase"` its name: a checkpoint of another one is refused.
+        run: how it is watched; `None` stands for the defaults.
         checkpoints: where to save and go on from; `None` for neither.
         logged_steps: added to the steps that the trackers see.
+        seconds: how long it lasts, in place of `max_train_steps`; the last validation is among
+            them, and after a resume all that came before the checkpoint.
+        began: since when they pass, as `time.perf_counter()` tells; `None`: from now.
 
     Raises:
         FloatingPointError: the loss is no number any more.
         SystemExit: with code 0, after a checkpoint, where `checkpoints.stop` has been called.
     """
-    name = identity["phase"]
-    set_seed(settings.seed, device_specific=True)  # a backbone may have dropout
-    loader, order = _loader(dataset, accelerator, settings)
+    name, run = identity["phase"], run or RunSettings()
+    began = time.perf_counter() if began is None else began
+    set_seed(run.seed, device_specific=True)  # a backbone may have dropout
+    loader, order = _loader(dataset, accelerator, settings.train_batch_size, run)
     if is_sharded(accelerator) and not isinstance(model, ProgressiveVAEPrior):
         raise ValueError(f"expected FSDP for the phase prior alone, got it for {name}")
     model = model.to(accelerator.device, memory_format=torch.channels_last)
@@ -145,7 +104,7 @@ def fit(
     scheduler = get_scheduler(
         settings.lr_scheduler,
         optimizer,
-        num_warmup_steps=settings.lr_warmup_steps,
+        num_warmup_steps=settings.num_warmup_steps,
         num_training_steps=settings.max_train_steps,
     )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
@@ -159,38 +118,46 @@ def fit(
     if checkpoints is not None:
         progress = checkpoints.load(identity, states, accelerator)
         checkpoints.is_fitting = True
+    began -= progress.elapsed
+    max_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
     bar = tqdm(
-        total=settings.max_train_steps,
+        total=settings.max_train_steps if seconds is None else None,
         initial=progress.step,
         desc=name,
         disable=not accelerator.is_local_main_process,
     )
-    clock = time.perf_counter()
-    while progress.step < settings.max_train_steps:
+    clock, validating, is_final = time.perf_counter(), 0.0, False
+    while not is_final:
         batches_of_all = progress.batch * accelerator.num_processes
         order.begin_at(progress.epoch, batches_of_all * settings.train_batch_size)
         for batch in _timed(loader, progress):
             progress.batch += 1
-            noise = _generators(batch["index"], progress.epoch, settings.seed)
+            noise = _generators(batch["index"], progress.epoch, run.seed)
             with accelerator.accumulate(wrapped):
                 output = wrapped(**to_inputs(batch), generator=noise)
                 accelerator.backward(output.loss)
                 if accelerator.sync_gradients:
-                    most = settings.max_grad_norm or math.inf
-                    norm = accelerator.clip_grad_norm_(parameters, most)
+                    norm = accelerator.clip_grad_norm_(parameters, max_norm)
                 optimizer.step()
                 optimizer.zero_grad()
             if hasattr(model, "after_step"):
                 model.after_step(output, accelerator.gather)
             if not accelerator.sync_gradients:
                 continue
-            scheduler.step()
             if settings.use_ema:
                 average.step(_local(parameters))
             progress.step += 1
-            step, is_final = progress.step, progress.step == settings.max_train_steps
+            step = progress.step
+            if seconds is None:
+                is_final = step >= settings.max_train_steps
+            else:  # the schedule goes by the clock, on which all processes have to agree
+                progress.elapsed = _agreed(time.perf_counter() - began, accelerator)
+                is_final = progress.elapsed + validating >= seconds
+                share = min(progress.elapsed / seconds, 1.0)
+                scheduler.last_epoch = int(share * settings.max_train_steps) - 1
+            scheduler.step()
             bar.update()
-            if step % settings.logging_steps == 0 or is_final:
+            if step % run.logging_steps == 0 or is_final:
                 loss = accelerator.reduce(output.loss.detach(), "mean").item()
                 if not math.isfinite(loss):
                     raise FloatingPointError(_diverged(name, loss, step, checkpoints))
@@ -198,24 +165,27 @@ def fit(
                 bar.set_postfix(loss=f"{loss:.4f}")
                 logged = {f"{name}/{k}": v for k, v in figures.items()}
                 accelerator.log(logged, step=logged_steps + step)
-            if step % settings.validation_steps == 0 or is_final:
+            if step % run.validation_steps == 0 or is_final:
                 if settings.use_ema:
                     average.store(_local(parameters))
                     average.copy_to(_local(parameters))
                     _reshard(wrapped)
                 wrapped.eval()
                 progress.seconds += time.perf_counter() - clock
+                begun = time.perf_counter()
                 yield progress
                 clock = time.perf_counter()
+                validating = clock - begun
                 if settings.use_ema and not is_final:
                     average.restore(_local(parameters))
                     _reshard(wrapped)
                 wrapped.train(not is_final)
             if is_final:
                 break
-            if checkpoints and checkpoints.is_due(step, accelerator, settings.logging_steps):
+            if checkpoints and checkpoints.is_due(step, accelerator, run.logging_steps):
                 progress.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
+                progress.elapsed = clock - began
                 checkpoints.save(identity, progress, states, accelerator)
                 if checkpoints.is_stopping:
                     accelerator.print(f"stopped in {name} at step {step}, which is saved")
@@ -245,15 +215,16 @@ def _timed(loader: DataLoader, progress: Progress) -> Iterator[dict]:
 def _loader(
     dataset: GridDataset | PairedDataset | PixelStream,
     accelerator: Accelerator,
-    settings: FitSettings,
+    batch_size: int,
+    run: RunSettings,
 ) -> tuple[DataLoader, Shuffled | PixelStream]:
     """The batches of this process, and what is told where they begin."""
     shared: dict[str, Any] = dict(
-        batch_size=settings.train_batch_size,
-        num_workers=settings.dataloader_num_workers,
-        persistent_workers=settings.dataloader_num_workers > 0,
+        batch_size=batch_size,
+        num_workers=run.dataloader_num_workers,
+        persistent_workers=run.dataloader_num_workers > 0,
         pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator().manual_seed(settings.seed),  # of the workers
+        generator=torch.Generator().manual_seed(run.seed),  # of the workers
     )
     if isinstance(dataset, PixelStream):
         share = dataset.share(accelerator.process_index, accelerator.num_processes)
@@ -262,10 +233,18 @@ def _loader(
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
         ), share
-    order = Shuffled(len(dataset), settings.seed)
-    drop_last = len(dataset) >= settings.train_batch_size * accelerator.num_processes
+    order = Shuffled(len(dataset), run.seed)
+    drop_last = len(dataset) >= batch_size * accelerator.num_processes
     loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **shared)
     return accelerator.prepare(loader), order
+
+
+def _agreed(seconds: float, accelerator: Accelerator) -> float:
+    """What the main process says of them."""
+    if accelerator.num_processes == 1:
+        return seconds
+    told = torch.tensor(seconds, device=accelerator.device)
+    return broadcast(told).item()
 
 
 def _local(parameters: list[torch.nn.Parameter]) -> list[Tensor]:

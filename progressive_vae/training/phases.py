@@ -1,17 +1,19 @@
-"""The greedy order, from the data up: `train_level()` for N … 1, then `train_prior()`; and
-`refit_level()`, which gives a trained level a stronger decoder on the same codes.
+"""The phases of training, as values: each is one fit, from saved artefacts to a saved part.
 
-Each phase starts from saved artefacts (the finer levels, the cached grids) and ends in
-`save_pretrained`, so any of them can be run again alone. All of them go through one `fit()`.
+`LevelPhase` learns an encoder and a decoder under the uniform prior on their codes, `PriorPhase`
+learns `P_Φ(z_1)`, and `RefitPhase` gives a trained level another decoder of the same codes. They
+share nothing but what is saved, so any of them can be run again alone.
 """
 
+import copy
 import json
 import math
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -23,167 +25,248 @@ from ..prior import ProgressiveVAEPrior
 from .checkpoints import Progress, is_sharded
 from .codes import GridDataset, Manifest, PairedDataset
 from .evaluation import reconstruction_grid, sample_grid
-from .fitting import FitSettings, fit
+from .fitting import fit
 from .run import Run, as_finer
+from .settings import FitSettings
 from .streaming import PixelStream
 
 WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
 MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size
 
+Validate = Callable[[Progress], dict[str, float]]
 
-def train_level(
-    run: Run, index: int, config: ProgressiveVAELevelConfig, settings: FitSettings
-) -> ProgressiveVAELevel:
-    """Train level `index` under the uniform prior on its codes, and save it.
 
-    It starts from the saved finer levels and the cached codes z_{index + 1} (the pixels, for the
-    finest level).
+@dataclass(kw_only=True)
+class Phase:
+    """What the kinds share. Each has
+
+    - `name`, in flags, files and figures, and `part`, the folder that it ends in;
+    - `source`: it is fitted to z_source, the pixels being z_{N + 1};
+    - `changes_part`: it changes a part that is there, whose history it then adds to;
+    - `model_config(levels)`: of the model that it makes, given the configs of all levels;
+    - `__call__(run)`: fits the model and saves it; what a resumed run finds done stays as it is.
+
+    Args:
+        settings: of the fit.
+        seconds: how long it may take, in place of the steps that the settings say.
     """
-    if config.corruption:
-        raise ValueError(
-            f"expected corruption=0 for a level to train, got {config.corruption}: corrupted codes "
-            "are for refit_level"
-        )
-    train, name = run.grids("train", index + 1), f"level_{index}"
-    config.finer_fingerprint = run.fingerprint(index + 1)
-    identity = identify(name, config, settings, run.accelerator, _of_data(train))
-    if run.is_done(name, identity):
-        return run.level(index)
-    set_seed(settings.seed)
-    level = ProgressiveVAELevel(config)
-    if config.quantizer == "vq":
-        initialize_codebook(level, train, settings.seed)
-    run.drop_record(f"refit_level_{index}")  # of the level that was there before
-    _fit_level(run, index, level, train, settings, identity)
-    return level
+
+    settings: FitSettings
+    seconds: float | None = None
+
+    name: str = field(init=False)
+    part: str = field(init=False)
+    source: int = field(init=False)
+    changes_part: bool = field(init=False, default=False)
+
+    def identity(
+        self,
+        run: Run,
+        config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
+        data: dict[str, Any],
+    ) -> dict[str, Any]:
+        """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
+        accelerator, settings = run.accelerator, asdict(self.settings)
+        del settings["time_share"]
+        identity = {
+            "phase": self.name,
+            "config": {k: v for k, v in config.to_dict().items() if k not in WRITTEN_BY},
+            "data": data,
+            "num_processes": accelerator.num_processes,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "mixed_precision": accelerator.mixed_precision,
+            "seed": run.settings.seed,
+            "seconds": self.seconds,
+            **settings,
+        }
+        return json.loads(json.dumps(identity))
+
+    def planned(
+        self, run: Run, levels: list[ProgressiveVAELevelConfig], pixels: Manifest
+    ) -> dict[str, Any]:
+        """The identity as far as it is known before the phases before it are done.
+
+        Args:
+            levels: the configs of [level_1 … level_N].
+            pixels: of the training split.
+        """
+        if self.source <= len(levels):
+            size = grid_sizes(levels, (pixels.shape[-2], pixels.shape[-1]))[self.source - 1]
+            num_values = levels[self.source - 1].codebook_size
+            pixels = replace(pixels, shape=size, num_values=num_values)
+        return self.identity(run, self.model_config(levels), asdict(pixels))
+
+    def model_config(
+        self, levels: list[ProgressiveVAELevelConfig]
+    ) -> ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig:
+        raise NotImplementedError
+
+    def __call__(self, run: Run) -> ProgressiveVAELevel | ProgressiveVAEPrior:
+        raise NotImplementedError
+
+    def _fit(
+        self,
+        run: Run,
+        model: ProgressiveVAELevel | ProgressiveVAEPrior,
+        train: GridDataset | PairedDataset | PixelStream,
+        to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
+        validate: Validate,
+        identity: dict[str, Any],
+        began: float,
+    ):
+        """Fit, show the validations, note the cost, and save."""
+        accelerator, progress, figures = run.accelerator, Progress(), {}
+        for progress in fit(
+            model,
+            train,
+            to_inputs,
+            accelerator,
+            self.settings,
+            identity,
+            run.settings,
+            run.checkpoints,
+            run.logged_steps,
+            self.seconds,
+            began,
+        ):
+            if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
+                figures = validate(progress)
+        batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
+        num_images = progress.step * self.settings.train_batch_size * batches
+        waiting = round(progress.waited / progress.seconds, 4)
+        run.record(self.name, num_images, progress.seconds, waiting_share=waiting, **figures)
+        run.logged_steps += progress.step
+        run.save(model, self.part, identity, self.changes_part)
 
 
-def refit_level(run: Run, index: int, changes: dict, settings: FitSettings) -> ProgressiveVAELevel:
-    """Fit the decoder of level `index` again, on the cached codes, and save the level.
+@dataclass(kw_only=True)
+class LevelPhase(Phase):
+    """Level `index`, from the saved finer levels and the cached z_{index + 1}: its encoder, its
+    codebook and its decoder, under the uniform prior on its codes."""
 
-    The encoder and the codebook stay as they are, to the bit: nothing coarser has to be trained
-    again.
+    index: int
+    config: ProgressiveVAELevelConfig
+
+    def __post_init__(self):
+        self.name = self.part = f"level_{self.index}"
+        self.source = self.index + 1
+
+    def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
+        return self.config
+
+    def __call__(self, run: Run) -> ProgressiveVAELevel:
+        if self.config.corruption:
+            raise ValueError(
+                f"expected corruption=0 for a level to train, got {self.config.corruption}: "
+                "corrupted codes are for the refit of its decoder"
+            )
+        began, train = time.perf_counter(), run.grids("train", self.source)
+        config = copy.deepcopy(self.config)
+        config.finer_fingerprint = run.fingerprint(self.index + 1)
+        identity = self.identity(run, config, _of_data(train))
+        if run.is_done(self.part, identity):
+            return run.level(self.index)
+        set_seed(run.settings.seed)
+        level = ProgressiveVAELevel(config)
+        initialize_codebook(level, train, run.settings.seed)
+        run.drop_record(f"refit_{self.name}")  # of the level that was there before
+
+        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"finer": as_finer(batch["grid"], level), **_class_labels(batch, level)}
+
+        validate = _level_validation(run, self, level)
+        self._fit(run, level, train, to_inputs, validate, identity, began)
+        run.forget(self.index)  # the codes of the level that was there before
+        return level
+
+
+@dataclass(kw_only=True)
+class RefitPhase(Phase):
+    """The decoder of level `index` again, on the cached codes. The encoder and the codebook stay as
+    they are, to the bit: nothing coarser has to be trained again.
 
     Args:
         changes: fields of the decoder's config, as in `ProgressiveVAELevel.with_decoder`.
     """
-    finer, codes = run.grids("train", index + 1), run.grids("train", index)
-    pairs = finer if isinstance(finer, PixelStream) else PairedDataset(finer, codes)
-    set_seed(settings.seed)
-    old = run.level(index)
-    level = old.with_decoder(**changes)
-    name = f"refit_level_{index}"
-    identity = identify(name, level.config, settings, run.accelerator, _of_data(codes))
-    if run.is_done(f"level_{index}", identity):
-        return old
-    _fit_level(run, index, level, pairs, settings, identity)
-    return level
+
+    index: int
+    changes: dict[str, Any]
+
+    def __post_init__(self):
+        self.name, self.part = f"refit_level_{self.index}", f"level_{self.index}"
+        self.source, self.changes_part = self.index, True
+
+    def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
+        return levels[self.index - 1].with_decoder(**self.changes)
+
+    def __call__(self, run: Run) -> ProgressiveVAELevel:
+        began = time.perf_counter()
+        finer, codes = run.grids("train", self.index + 1), run.grids("train", self.index)
+        pairs = finer if isinstance(finer, PixelStream) else PairedDataset(finer, codes)
+        set_seed(run.settings.seed)
+        old = run.level(self.index)
+        level = old.with_decoder(**self.changes)
+        identity = self.identity(run, level.config, _of_data(codes))
+        if run.is_done(self.part, identity):
+            return old
+
+        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            finer, known = as_finer(batch["grid"], level), batch.get("codes")
+            shown = level.encode(finer) if known is None else known  # a stream has none beside it
+            return {"finer": finer, "codes": shown, **_class_labels(batch, level)}
+
+        validate = _level_validation(run, self, level)
+        self._fit(run, level, pairs, to_inputs, validate, identity, began)
+        return level
 
 
-def identify(
-    phase: str,
-    config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
-    settings: FitSettings,
-    accelerator: Accelerator,
-    data: dict[str, Any],
-) -> dict[str, Any]:
-    """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
-    fields = asdict(settings)
-    for name in ("logging_steps", "validation_steps", "dataloader_num_workers"):
-        del fields[name]
-    identity = {
-        "phase": phase,
-        "config": {k: v for k, v in config.to_dict().items() if k not in WRITTEN_BY},
-        "data": data,
-        "num_processes": accelerator.num_processes,
-        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-        "mixed_precision": accelerator.mixed_precision,
-        **fields,
-    }
-    return json.loads(json.dumps(identity))
+@dataclass(kw_only=True)
+class PriorPhase(Phase):
+    """`P_Φ(z_1)`, by maximum likelihood on the cached z_1."""
 
+    config: ProgressiveVAEPriorConfig
 
-def plan(
-    phase: str,
-    config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
-    settings: FitSettings,
-    accelerator: Accelerator,
-    levels: list[ProgressiveVAELevelConfig],
-    pixels: Manifest,
-) -> dict[str, Any]:
-    """The identity of a phase, as far as it is known before those before it are done.
+    def __post_init__(self):
+        self.name = self.part = "prior"
+        self.source = 1
 
-    Args:
-        levels: the configs of [level_1 … level_N].
-        pixels: of the training split.
-    """
-    # z_index is what it learns from: a level from the finer grid, a refit from its own codes.
-    index = 1 if phase == "prior" else int(phase.rpartition("_")[2]) + phase.startswith("level")
-    if index <= len(levels):
-        size = grid_sizes(levels, (pixels.shape[-2], pixels.shape[-1]))[index - 1]
-        pixels = replace(pixels, shape=size, num_values=levels[index - 1].codebook_size)
-    return identify(phase, config, settings, accelerator, asdict(pixels))
+    def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAEPriorConfig:
+        return self.config
 
+    def __call__(self, run: Run) -> ProgressiveVAEPrior:
+        began = time.perf_counter()
+        train, held_out = run.grids("train", 1), run.grids("test", 1)
+        config = copy.deepcopy(self.config)
+        config.finer_fingerprint = run.fingerprint(1)
+        identity = self.identity(run, config, _of_data(train))
+        if run.is_done(self.part, identity):
+            return ProgressiveVAEPrior.from_pretrained(run.output_dir / self.part)
+        set_seed(run.settings.seed)
+        prior = ProgressiveVAEPrior(config)
+        view = _view(run, prior, [run.level(i) for i in range(1, run.num_levels + 1)])
 
-def _of_data(train: GridDataset | PixelStream) -> dict[str, Any]:
-    return {**asdict(train.manifest), "num_examples": train.num_examples}
+        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {"codes": batch["grid"], **_class_labels(batch, prior)}
 
-
-def _fit_level(
-    run: Run,
-    index: int,
-    level: ProgressiveVAELevel,
-    train: GridDataset | PairedDataset | PixelStream,
-    settings: FitSettings,
-    identity: dict[str, Any],
-):
-    """Fit, show the validations, note the cost, and save as `level_{index}`."""
-    accelerator, held_out = run.accelerator, run.grids("test", index + 1)
-    name = identity["phase"]
-    finer_levels = [run.level(i) for i in range(index + 1, run.num_levels + 1)]
-    # What this level says of an image, through the finer levels, which are trained already.
-    view = ProgressiveVAEPipeline.from_levels(None, [level, *finer_levels], run.image_shape[1:])
-    view.to(accelerator.device).set_progress_bar_config(disable=True)
-    images = run.pixels["test"].batch(slice(0, run.num_validation_images))[0].to(torch.uint8)
-    progress, figures = Progress(), {}
-
-    def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {"finer": as_finer(batch["grid"], level)}
-        if name.startswith("refit"):  # a stream has no codes beside it
-            known = batch.get("codes")
-            inputs["codes"] = level.encode(inputs["finer"]) if known is None else known
-        return inputs | _class_labels(batch, level)
-
-    for progress in fit(
-        level, train, to_inputs, accelerator, settings, identity, run.checkpoints, run.logged_steps
-    ):
-        if accelerator.is_main_process:
-            grids, nats = held_out.batch(slice(0, 1000))[0], 0.0
-            with torch.no_grad(), accelerator.autocast():
-                for chunk in grids.split(250):
-                    finer = as_finer(chunk, level).to(level.device)
-                    nats -= level.log_prob(finer, level.encode(finer)).sum().item()
-            bits = nats / (len(grids) * math.log(2))
+        def validate(progress: Progress) -> dict[str, float]:
+            grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
+            with torch.no_grad():
+                bits = -prior.log_prob(grids).mean().item() / math.log(2)
             figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
-            run.show(name, progress.step, reconstruction_grid(view, images), figures)
-    _record(run, name, settings, progress, **figures)
-    run.logged_steps += settings.max_train_steps
-    if not name.startswith("refit"):
-        run.forget(index)  # the codes of the level that was there before
-    run.save(level, f"level_{index}", identity)
+            picture = sample_grid(view, columns=run.settings.num_validation_images)
+            run.show(self.name, progress.step, picture, figures)
+            return figures
 
-
-def _class_labels(
-    batch: dict[str, Tensor], model: ProgressiveVAELevel | ProgressiveVAEPrior
-) -> dict[str, Tensor]:
-    return {"class_labels": batch["label"]} if model.config.num_classes else {}
+        self._fit(run, prior, train, to_inputs, validate, identity, began)
+        return prior
 
 
 def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelStream, seed: int):
-    """k-means on latents of up to 2,000 images, drawn with the seed: alike on all processes.
+    """The quantizer begins with latents of up to 2,000 images, drawn with the seed: alike on all
+    processes.
 
-    The statistics it leaves weigh as much as all those images, so that the codebook moves slowly
-    during the first hundreds of steps, while the encoder changes most.
+    The statistics that k-means leaves weigh as much as all those images, so that the codebook moves
+    slowly during the first hundreds of steps, while the encoder changes most.
     """
     generator = torch.Generator().manual_seed(seed)
     grids = train.sample(2000, seed)
@@ -196,44 +279,44 @@ def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelSt
     level.quantizer.initialize(vectors, generator)
 
 
-def train_prior(
-    run: Run, config: ProgressiveVAEPriorConfig, settings: FitSettings
-) -> ProgressiveVAEPrior:
-    """Fit the prior to the cached z_1 by maximum likelihood, and save it."""
-    accelerator = run.accelerator
-    train, held_out = run.grids("train", 1), run.grids("test", 1)
-    config.finer_fingerprint = run.fingerprint(1)
-    identity = identify("prior", config, settings, accelerator, _of_data(train))
-    if run.is_done("prior", identity):
-        return ProgressiveVAEPrior.from_pretrained(run.output_dir / "prior")
-    set_seed(settings.seed)
-    prior, progress = ProgressiveVAEPrior(config), Progress()
-    levels = [run.level(i) for i in range(1, run.num_levels + 1)]
+def _level_validation(
+    run: Run, phase: LevelPhase | RefitPhase, level: ProgressiveVAELevel
+) -> Validate:
+    """Bits of held-out images under the level, and what it says of some, through the finer levels,
+    which are trained already."""
+    held_out = run.grids("test", phase.index + 1)
+    finer_levels = [run.level(i) for i in range(phase.index + 1, run.num_levels + 1)]
+    view = _view(run, None, [level, *finer_levels])
+    images = run.pixels["test"].batch(slice(0, run.settings.num_validation_images))[0]
+
+    def validate(progress: Progress) -> dict[str, float]:
+        grids, nats = held_out.batch(slice(0, 1000))[0], 0.0
+        with torch.no_grad(), run.accelerator.autocast():
+            for chunk in grids.split(250):
+                finer = as_finer(chunk, level).to(level.device)
+                nats -= level.log_prob(finer, level.encode(finer)).sum().item()
+        bits = nats / (len(grids) * math.log(2))
+        figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
+        picture = reconstruction_grid(view, images.to(torch.uint8))
+        run.show(phase.name, progress.step, picture, figures)
+        return figures
+
+    return validate
+
+
+def _view(
+    run: Run, prior: ProgressiveVAEPrior | None, levels: list[ProgressiveVAELevel]
+) -> ProgressiveVAEPipeline:
     view = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
-    view.to(accelerator.device).set_progress_bar_config(disable=True)
-
-    def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"codes": batch["grid"]} | _class_labels(batch, prior)
-
-    for progress in fit(
-        prior, train, to_inputs, accelerator, settings, identity, run.checkpoints, run.logged_steps
-    ):
-        if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
-            grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
-            with torch.no_grad():
-                bits = -prior.log_prob(grids).mean().item() / math.log(2)
-            figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
-            picture = sample_grid(view, columns=run.num_validation_images)
-            run.show("prior", progress.step, picture, figures)
-    _record(run, "prior", settings, progress)
-    run.logged_steps += settings.max_train_steps
-    run.save(prior, "prior", identity)
-    return prior
+    view.to(run.accelerator.device).set_progress_bar_config(disable=True)
+    return view
 
 
-def _record(run: Run, phase: str, settings: FitSettings, progress: Progress, **figures: float):
-    """Note what a fit cost, and the share of its time in which it waited for data."""
-    processes = run.accelerator.num_processes * run.accelerator.gradient_accumulation_steps
-    num_images = settings.max_train_steps * settings.train_batch_size * processes
-    waiting = round(progress.waited / progress.seconds, 4)
-    run.record(phase, num_images, progress.seconds, waiting_share=waiting, **figures)
+def _of_data(train: GridDataset | PixelStream) -> dict[str, Any]:
+    return {**asdict(train.manifest), "num_examples": train.num_examples}
+
+
+def _class_labels(
+    batch: dict[str, Tensor], model: ProgressiveVAELevel | ProgressiveVAEPrior
+) -> dict[str, Tensor]:
+    return {"class_labels": batch["label"]} if model.config.num_classes else {}

@@ -4,19 +4,17 @@ import json
 import math
 import os
 import shutil
-import socket
-import sys
 import time
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator, PartialState
-from filelock import FileLock, Timeout
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -28,66 +26,10 @@ from ..level import ProgressiveVAELevel
 from ..saved import read_json, write_json
 from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
+from .settings import RunSettings
 from .streaming import PixelStream
 
 HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
-LOCK, OWNER = ".lock", ".lock.json"
-WAIT_FOR_ORPHANS = 10.0  # seconds: the workers of a killed run hold its lock until they notice
-
-
-@contextmanager
-def locked(folder: Path, state: Accelerator | PartialState) -> Iterator[None]:
-    """While it lasts no other run writes to the folder, on this machine or, where its file system
-    has locks, on others. The lock goes with the process, however that ends.
-
-    Raises:
-        ValueError: another process has it; the error names it.
-    """
-    lock, owner = FileLock(folder / LOCK), folder / OWNER
-    if state.is_main_process:
-        try:
-            lock.acquire(timeout=0 if _is_alive(owner) else WAIT_FOR_ORPHANS)
-        except Timeout as error:
-            raise ValueError(
-                f"expected an output_dir that no other run writes to, got {folder}, which "
-                f"{_shown(owner)} is at: wait for it, stop it, or choose another output_dir"
-            ) from error
-        except (OSError, NotImplementedError) as error:  # by a file system without locks
-            warnings.warn(f"two runs in {folder} would not see each other: {error}", stacklevel=3)
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "command": " ".join(sys.argv)}
-        write_json(owner, me)
-    try:
-        yield
-    finally:
-        if state.is_main_process:
-            owner.unlink(missing_ok=True)
-            lock.release()
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path, "delete it")
-    except ValueError:  # not written yet, or not any more
-        return {}
-
-
-def _is_alive(path: Path) -> bool:
-    """Whether the process that the file names still runs, as far as that can be seen from here."""
-    owner = _owner(path)
-    if owner.get("host") != socket.gethostname():
-        return bool(owner)
-    try:
-        os.kill(int(owner["pid"]), 0)
-    except (OSError, KeyError, TypeError, ValueError, OverflowError):
-        return False
-    return True
-
-
-def _shown(path: Path) -> str:
-    owner = _owner(path)
-    if not owner:
-        return "another process"
-    return f"process {owner.get('pid')} on {owner.get('host')} ({owner.get('command')})"
 
 
 @dataclass
@@ -95,29 +37,24 @@ class Run:
     """Where the artefacts of one training lie, and on what images it trains.
 
     Args:
-        output_dir: the pipeline's folder: `level_i/`, `prior/`, and beside them `cache/`,
-            `validation/` and `phases.json`.
+        settings: of the run; `output_dir` is the pipeline's folder: `level_i/`, `prior/`, and
+            beside them `cache/`, `validation/` and `phases.json`.
         pixels: for the splits "train" and "test" the cache of their images, or the stream of those
             to train on.
         class_names: names of the classes, [] where there are none.
         checkpoints: of phases that may be interrupted; `None` for phases that start anew.
     """
 
-    output_dir: Path
+    settings: RunSettings
     accelerator: Accelerator
     num_levels: int
     pixels: dict[str, GridDataset | PixelStream] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
-    num_validation_images: int = 8
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
     logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
 
     def __post_init__(self):
-        if self.num_validation_images < 1:
-            raise ValueError(
-                f"expected num_validation_images >= 1, got {self.num_validation_images}"
-            )
         if self.accelerator.is_main_process:
             for replaced in self.output_dir.glob(f"*{REPLACED}"):
                 # A kill came between the two names of a save: before it, nothing had changed.
@@ -126,6 +63,10 @@ class Run:
                 else:
                     os.replace(replaced, replaced.with_suffix(""))
         self.accelerator.wait_for_everyone()
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -190,10 +131,17 @@ class Run:
             shutil.rmtree(self.output_dir / "cache" / f"level_{index}", ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def save(self, model: PreTrainedModel, name: str, identity: dict[str, Any]):
+    def save(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        identity: dict[str, Any],
+        changes_part: bool = False,
+    ):
         """`save_pretrained` under a temporary name, then rename: complete or absent.
 
-        A file `history.json` beside the weights holds the identities of the phases that made them.
+        A file `history.json` beside the weights holds the identities of the phases that made them;
+        a phase that changes the part that is there adds its own.
         """
         state = self.accelerator.get_state_dict(model) if is_sharded(self.accelerator) else None
         if self.accelerator.is_main_process:
@@ -201,8 +149,7 @@ class Run:
             temporary = folder.with_name(f"{name}.incomplete")
             shutil.rmtree(temporary, ignore_errors=True)
             model.save_pretrained(temporary, state_dict=state)
-            is_refit = identity["phase"].startswith("refit")
-            history = [*(self._history(name) if is_refit else []), identity]
+            history = [*(self._history(name) if changes_part else []), identity]
             (temporary / HISTORY).write_text(json.dumps(history, indent=2))
             replaced = folder.with_name(f"{name}{REPLACED}")
             if folder.exists():
@@ -248,12 +195,13 @@ class Run:
         for each in self._latest(name, identity["phase"]):
             check_identity(identity, each, str(where), of_settings=True)
 
-    def check_settings(self, planned: Mapping[str, dict[str, Any]], is_whole: bool):
+    def check_settings(self, planned: list[tuple[str, dict[str, Any]]], is_whole: bool):
         """Before anything is trained or replaced: whether a run is meant to go on with what is
         there, and was made by the same settings.
 
         Args:
-            planned: for each phase that is to be run what is known of its identity beforehand.
+            planned: for each phase that is to be run its part, and what is known of its identity
+                beforehand.
             is_whole: all phases are to be run; one that is asked for by its name may replace what
                 it made before.
 
@@ -274,16 +222,11 @@ class Run:
                     "another --output_dir, or replace it with --overwrite_output_dir"
                 )
             return
-        for phase, identity in planned.items():
-            name = phase.removeprefix("refit_")
-            self.check_history(name, identity)
+        for part, identity in planned:
+            self.check_history(part, identity)
             checkpoints.check(identity)
-        phases = {path.name.removeprefix("checkpoint-")[:-9] for path in checkpoints.named()}
-        if planned and not phases <= set(planned):
-            raise ValueError(
-                f"expected resume_from_checkpoint of a phase among {list(planned)}, got "
-                f"{checkpoints.resume}"
-            )
+        if planned:
+            checkpoints.check_named([identity["phase"] for _, identity in planned])
 
     def record(self, phase: str, num_images: int, seconds: float, **figures: float):
         """Note what a phase cost, and other figures of it, in `phases.json`."""
@@ -333,6 +276,32 @@ class Run:
                 if hasattr(tracker, "log_images"):
                     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({phase: array}, step=logged, **layout)
+
+
+def make_accelerator(settings: RunSettings) -> Accelerator:
+    """What a run needs of Accelerate, on the processes that were launched."""
+    output_dir = Path(settings.output_dir)
+    accelerator = Accelerator(
+        # Without this a launch of two processes on CPUs becomes two runs of one process each.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        # Others wait while the main process encodes, evaluates and pushes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(output_dir), logging_dir=str(output_dir / settings.logging_dir)
+        ),
+    )
+    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise ValueError(
+            f"expected {os.environ['WORLD_SIZE']} processes, got {accelerator.num_processes}"
+        )
+    is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
+    if accelerator.device.type == "cpu" and is_launched and torch.get_num_threads() == 1:
+        # A launcher, told nothing, gives each process one thread, as suits processes with a GPU.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+    return accelerator
 
 
 def _is_cost(cost: Any) -> bool:

@@ -10,7 +10,7 @@ from datasets.distributed import split_dataset_by_node
 from .codes import GridDataset, Manifest, write_cache
 from .data import (
     GREY_MODES,
-    MAX_IMAGE_PIXELS,
+    Images,
     Table,
     decode,
     encoded,
@@ -21,6 +21,7 @@ from .data import (
     prepare_image,
     read_images,
 )
+from .settings import DataSettings
 from .streaming import PixelStream
 
 STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
@@ -84,91 +85,51 @@ class Source:
         return GridDataset(folder, manifest)
 
 
-def open_source(
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_data_dir: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    train_split: str = "train",
-    eval_split: str = "test",
-    eval_fraction: float = 0.1,
-    resolution: int | None = None,
-    center_crop: bool = False,
-    random_flip: bool = False,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    max_image_pixels: int = MAX_IMAGE_PIXELS,
-    streaming: bool = False,
-    shuffle_buffer_size: int = 1000,
-) -> Source:
+def open_source(settings: DataSettings, images: Images | None = None) -> Source:
     """Open a data set; the first image of its training split settles colours and size.
 
     Args:
-        dataset_name, dataset_config_name, train_data_dir, train_split, eval_split, eval_fraction,
-            streaming: as `load_images` takes them.
-        image_column, label_column: those of the usual names where not given.
-        resolution, center_crop: as `prepare_image` takes them.
-        random_flip: train on mirror images too.
-        max_train_samples, max_eval_samples: so many images at most, drawn at random.
-        max_image_pixels: images of more are left out.
-        shuffle_buffer_size: images among which a stream is shuffled.
+        images: what is at hand, in place of a name in the settings.
 
     Raises:
-        ValueError: an argument out of its range, or no image that can be read.
+        ValueError: no such data set, or no image in it that can be read.
     """
-    limits = {"train": max_train_samples, "test": max_eval_samples}
-    for name, value in (
-        ("resolution", resolution),
-        ("max_train_samples", max_train_samples),
-        ("max_eval_samples", max_eval_samples),
-        ("max_image_pixels", max_image_pixels),
-        ("shuffle_buffer_size", shuffle_buffer_size),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
-    splits = load_images(
-        dataset_name=dataset_name,
-        dataset_config_name=dataset_config_name,
-        train_data_dir=train_data_dir,
-        train_split=train_split,
-        eval_split=eval_split,
-        eval_fraction=eval_fraction,
-        image_column=image_column,
-        streaming=streaming,
-    )
+    limits = {"train": settings.max_train_samples, "test": settings.max_eval_samples}
+    splits, streaming = load_images(settings, images), settings.streaming
+    window = settings.shuffle_buffer_size
+    sizes = settings.resolution, settings.center_crop
     for split, limit in limits.items():
         if streaming:
             limit = limit or {"test": STREAMED_EVAL_SAMPLES}.get(split)
             if limit:  # of sorted files too: their order is shuffled, then images in a buffer
-                shuffled = splits[split].shuffle(seed=0, buffer_size=shuffle_buffer_size)
+                shuffled = splits[split].shuffle(seed=0, buffer_size=window)
                 splits[split] = shuffled.take(limit)
             continue
         if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
             splits[split] = splits[split].shuffle(seed=0).select(range(limit))
         if split == "test":
             splits[split] = splits[split].shuffle(seed=0)  # the pictures show its beginning
-    column = find_image_column(splits["train"], image_column)
-    label_name, class_names = find_labels(splits, label_column)
+    column = find_image_column(splits["train"], settings.image_column)
+    label_name, class_names = find_labels(splits, settings.label_column)
     values = (row[column] for row in encoded(splits["train"], column))
-    images = (decode(value, max_image_pixels) for value in values)
-    image = next((image for image in images if image is not None), None)
+    decoded = (decode(value, settings.max_image_pixels) for value in values)
+    image = next((image for image in decoded if image is not None), None)
     if image is None:
         raise ValueError(f"expected images in column {column!r}, got none that can be read")
     mode = "L" if image.mode in GREY_MODES else "RGB"
-    shape = prepare_image(image, mode, resolution, center_crop).shape
-    dataset, manifests = dataset_name or train_data_dir, {}
+    shape = prepare_image(image, mode, *sizes).shape
+    dataset, manifests = settings.dataset_name or settings.train_data_dir or "images", {}
     for split, table in splits.items():
         if not streaming:
             content = table._fingerprint
         else:  # which has no name of its content
-            content = f"stream of {limits[split]}, {dataset_config_name}, {train_split}, "
-            content += f"{eval_split}, {eval_fraction}"
-        is_flipped = random_flip and split == "train"
+            content = f"stream of {limits[split]}, {settings.dataset_config_name}, "
+            content += f"{settings.train_split}, {settings.eval_split}, {settings.eval_fraction}"
+        is_flipped = settings.random_flip and split == "train"
         manifests[split] = Manifest(
             weights="",
-            dataset=f"{dataset} ({content}; {column}, {label_name}, {max_image_pixels}; "
-            f"{resolution}, {center_crop}, {is_flipped})",
+            dataset=f"{dataset} ({content}; {column}, {label_name}, "
+            f"{settings.max_image_pixels}; {sizes[0]}, {sizes[1]}, {is_flipped})",
             split=split,
             shape=shape,
             num_values=256,
@@ -176,9 +137,16 @@ def open_source(
     options = {
         "image_column": column,
         "label_column": label_name,
-        "resolution": resolution,
-        "center_crop": center_crop,
-        "max_image_pixels": max_image_pixels,
+        "resolution": settings.resolution,
+        "center_crop": settings.center_crop,
+        "max_image_pixels": settings.max_image_pixels,
     }
-    window = shuffle_buffer_size if streaming else None
-    return Source(splits, manifests, class_names, options, random_flip, window, limits["train"])
+    return Source(
+        splits,
+        manifests,
+        class_names,
+        options,
+        settings.random_flip,
+        window if streaming else None,
+        limits["train"],
+    )

@@ -1,0 +1,43 @@
+"""Flags of scripts: names, types and defaults are those of classes and functions."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser
+
+Result = TypeVar("Result")
+
+
+def in_words(call: Callable[[], Result]) -> Result:
+    """What a call of a parser returns; its errors as a `ValueError` of one line."""
+    try:
+        return call()
+    except argparse.ArgumentError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_flags(
+    parser: ArgumentParser, words: Sequence[str], prefixes: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """What the words of a command say, nested as dotted names are.
+
+    A name without a value says that something is true.
+
+    Args:
+        parser: with `exit_on_error=False`.
+        prefixes: of names that may come without them: {"seed": "run"} reads --seed as --run.seed.
+
+    Raises:
+        ValueError: a flag that is none, or a value that is not of its type.
+    """
+    prefixes, whole = prefixes or {}, []
+    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+        name, equals, _ = word[2:].partition("=")
+        if word.startswith("--"):
+            word = f"--{prefixes[name]}.{word[2:]}" if name in prefixes else word
+            if not equals and following.startswith("--") and name not in ("help", "print_config"):
+                word += "=true"
+        whole.append(word)
+    return in_words(lambda: parser.parse_args(whole, defaults=False)).as_dict()

@@ -1,0 +1,323 @@
+"""A recipe: all knobs of a training, in the words of the configs and settings that own them.
+
+    level_1: {codebook_size: 64, decoder_order: raster, fit: {max_train_steps: 7000}}
+    level_2: {codebook_size: 64, downsample: 4, refit: {corruption: 0.1, fit: {time_share: 0.5}}}
+    prior: {backbone_config: {model_type: llama, hidden_size: 96}, fit: {max_train_steps: 4000}}
+    data: {dataset_name: zalando-datasets/fashion_mnist}
+    run: {output_dir: runs/fashion_mnist, mixed_precision: bf16}
+
+A section `level_i` has the fields of `ProgressiveVAELevelConfig`, `fit` those of `FitSettings`, and
+`refit`, where it is there, those of the decoder and a `fit` of its own. `levels` speaks for all
+levels, `num_levels` says how many there are: as many as are named, or two, where it is silent.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from ..chain import MAX_LEVELS, grid_sizes
+from ..configuration import (
+    DECODER_FIELDS,
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPriorConfig,
+)
+from .command import in_words
+from .settings import DataSettings, FitSettings, PriorFitSettings, RunSettings
+
+Kind = TypeVar("Kind")
+
+_SOURCES = ("dataset_name", "train_data_dir")
+
+
+@dataclass
+class RefitRecipe:
+    """A second fit of a decoder: the fields of its config that change, and how it is fitted."""
+
+    changes: dict[str, Any]
+    fit: FitSettings
+
+
+@dataclass
+class LevelRecipe:
+    """The fields of a level's config, and how it is fitted."""
+
+    config: dict[str, Any]
+    class_conditional: bool
+    fit: FitSettings
+    refit: RefitRecipe | None
+
+
+@dataclass
+class PriorRecipe:
+    """The fields of the prior's config, and how it is fitted."""
+
+    config: dict[str, Any]
+    class_conditional: bool
+    fit: PriorFitSettings
+
+
+@dataclass
+class Recipe:
+    """A recipe whose every field has its value.
+
+    Args:
+        levels: of [level_1 … level_N].
+        sections: the same as JSON and YAML hold it, from which it can be read again.
+    """
+
+    levels: list[LevelRecipe]
+    prior: PriorRecipe
+    data: DataSettings
+    run: RunSettings
+    sections: dict[str, Any]
+
+    def level_configs(
+        self,
+        num_channels: int,
+        class_names: list[str],
+        given: Mapping[int, ProgressiveVAELevelConfig],
+    ) -> list[ProgressiveVAELevelConfig]:
+        """The configs of [level_1 … level_N]: as the recipe says, but for those that are given."""
+        configs: list[ProgressiveVAELevelConfig] = []
+        for i in range(len(self.levels), 0, -1):
+            level = self.levels[i - 1]
+            finer = (
+                {"num_symbols": configs[0].codebook_size}
+                if configs
+                else {"num_channels": num_channels}
+            )
+            if i in given:
+                config = given[i]
+                if not configs and config.num_channels != num_channels:
+                    raise ValueError(
+                        f"expected a level of images with {num_channels} colours to start from, "
+                        f"got one with num_channels={config.num_channels}"
+                    )
+            else:
+                classes = self._classes(i, class_names)
+                config = _built(
+                    ProgressiveVAELevelConfig, {**level.config, **classes, **finer}, f"level_{i}"
+                )
+            configs.insert(0, config)
+        return configs
+
+    def decoder_changes(self, index: int, class_names: list[str]) -> dict[str, Any]:
+        """The fields of its config that the refit of level `index` changes."""
+        refit = self.levels[index - 1].refit
+        return {**(refit.changes if refit else {}), **self._classes(index, class_names)}
+
+    def _classes(self, index: int, class_names: list[str]) -> dict[str, Any]:
+        if not self.levels[index - 1].class_conditional:
+            return {}
+        if not class_names:
+            raise ValueError(
+                f"expected class_conditional=False of level_{index}, as the data set has no "
+                "labels, got True"
+            )
+        return named_classes(class_names)
+
+    def prior_config(
+        self,
+        levels: list[ProgressiveVAELevelConfig],
+        image_size: tuple[int, int],
+        class_names: list[str],
+    ) -> ProgressiveVAEPriorConfig:
+        names = class_names if self.prior.class_conditional else []
+        codes = {
+            "codebook_size": levels[0].codebook_size,
+            "grid_size": grid_sizes(levels, image_size)[0],
+        }
+        values = {**self.prior.config, **codes, **named_classes(names)}
+        return _built(ProgressiveVAEPriorConfig, values, "prior")
+
+
+def named_classes(names: list[str]) -> dict[str, Any]:
+    """The fields by which a config knows the classes."""
+    return {"num_classes": len(names), "id2label": dict(enumerate(names)) or None}
+
+
+def read_recipe(
+    recipe: Mapping[str, Any] | str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of a dict or a YAML file, with its sections' types and names checked.
+
+    Args:
+        overrides: sections whose values win; of two data sets that of the overrides.
+
+    Raises:
+        ValueError: a name that is none, or a value out of its type or range.
+    """
+    where = "recipe" if isinstance(recipe, Mapping) or recipe is None else str(recipe)
+    if isinstance(recipe, (str, Path)):
+        if not Path(recipe).is_file():
+            raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
+        try:
+            recipe = yaml.safe_load(Path(recipe).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"expected YAML in {where}, got {error}") from error
+    layers = [_checked(recipe or {}, where), _checked(overrides or {}, "overrides")]
+    extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
+    count = _count(layers) if extended is None else 1 + len(levels_in(extended))
+    sections: dict[str, Any] = {}
+    for layer in layers:
+        if set(_SOURCES) & set(layer.get("data", {})):  # a data set is one or the other
+            data = {k: v for k, v in sections.get("data", {}).items() if k not in _SOURCES}
+            sections = {**sections, "data": data}
+        sections = _merged(sections, _spread(layer, count))
+    return _recipe(_typed(sections, count))
+
+
+def levels_in(folder: str | Path) -> list[Path]:
+    """The folders [level_1 … level_N] of a saved pipeline."""
+    return sorted(Path(folder).glob("level_[1-8]"))
+
+
+def _count(layers: list[Mapping[str, Any]]) -> int:
+    """N: as it is said, or as many levels as are named, or two."""
+    said = [layer["num_levels"] for layer in layers if layer.get("num_levels") is not None]
+    named = [i for i in range(1, MAX_LEVELS + 1) for layer in layers if f"level_{i}" in layer]
+    count = said[-1] if said else max(named, default=2)
+    if not isinstance(count, int) or not 1 <= count <= MAX_LEVELS:
+        raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {count!r}")
+    if named and max(named) > count:
+        raise ValueError(f"expected sections of level_1 … level_{count}, got level_{max(named)}")
+    return count
+
+
+def _checked(sections: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(sections, Mapping):
+        raise ValueError(f"expected sections in {where}, got {sections!r}")
+    known = ["levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run"]
+    for name, section in sections.items():
+        if name != "num_levels" and name not in known:
+            raise ValueError(
+                f"expected sections level_1 … level_{MAX_LEVELS}, levels, prior, data, run and "
+                f"num_levels in {where}, got {name!r}"
+            )
+        if name in known and not isinstance(section, Mapping):
+            raise ValueError(f"expected names and values in section {name}, got {section!r}")
+    return sections
+
+
+def _spread(layer: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The sections of a layer, with what it says of all levels in each."""
+    shared = layer.get("levels", {})
+    spread = {
+        f"level_{i}": _merged(shared, layer.get(f"level_{i}", {})) for i in range(1, count + 1)
+    }
+    return spread | {name: layer.get(name, {}) for name in ("prior", "data", "run")}
+
+
+def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Theirs win. A backbone that names its kind is another one, and nothing of ours is kept."""
+    merged = dict(ours)
+    for name, value in theirs.items():
+        is_nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = (
+            _merged(merged[name], value) if is_nested and "model_type" not in value else value
+        )
+    return merged
+
+
+# ---- types ---------------------------------------------------------------------------------------
+
+
+def _section(name: str, config: type, names: list[str], is_whole: bool, **more: tuple) -> type:
+    """A section's names, types and values: those of so many fields of a config, of which nothing
+    has to be given where the section is not whole, and more of (type, value)."""
+    of_config: dict[str, tuple[Any, Any]] = {
+        f.name: (Any if f.name == "backbone_config" else f.type, f.default)
+        for f in fields(config)
+        if f.name in names
+    }
+    if not is_whole:
+        of_config = {name: (kind | None, None) for name, (kind, _) in of_config.items()}
+    columns = []
+    for each, (kind, value) in {**of_config, **more}.items():
+        is_class = isinstance(value, type)
+        columns.append(
+            (each, kind, field(default_factory=value) if is_class else field(default=value))
+        )
+    made = make_dataclass(name, columns, namespace={"__module__": __name__})
+    made.__doc__ = config.__doc__
+    return made
+
+
+def _own(config: type, *settled: str) -> list[str]:
+    """The fields of a config that are not transformers', nor settled by something else."""
+    return [name for name in config.__annotations__ if name not in settled]
+
+
+RefitSection = _section(
+    "RefitSection",
+    ProgressiveVAELevelConfig,
+    [name for name in DECODER_FIELDS if name not in ("num_classes", "id2label")],
+    is_whole=False,
+    fit=(FitSettings, FitSettings),
+)
+# Wrong codes are for decoders that are refitted.
+LevelSection = _section(
+    "LevelSection",
+    ProgressiveVAELevelConfig,
+    _own(ProgressiveVAELevelConfig, "num_channels", "num_symbols", "num_classes",
+         "finer_fingerprint", "corruption", "corruption_kind"),
+    is_whole=True,
+    class_conditional=(bool, False),
+    fit=(FitSettings, FitSettings),
+    refit=(RefitSection | None, None),
+)  # fmt: skip
+PriorSection = _section(
+    "PriorSection",
+    ProgressiveVAEPriorConfig,
+    _own(ProgressiveVAEPriorConfig, "codebook_size", "grid_size", "num_classes",
+         "finer_fingerprint"),
+    is_whole=True,
+    class_conditional=(bool, True),
+    fit=(PriorFitSettings, PriorFitSettings),
+)  # fmt: skip
+
+
+def add_sections(parser: ArgumentParser, levels: list[str]):
+    """Arguments `--level_1.hidden_size` and so on for all fields of a recipe."""
+    for name in levels:
+        parser.add_class_arguments(LevelSection, name)
+    parser.add_class_arguments(PriorSection, "prior")
+    parser.add_class_arguments(DataSettings, "data")
+    parser.add_class_arguments(RunSettings, "run")
+
+
+def _typed(sections: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """All fields of all sections, in their types."""
+    parser = ArgumentParser(exit_on_error=False)
+    add_sections(parser, [f"level_{i}" for i in range(1, count + 1)])
+    return in_words(lambda: parser.parse_object(dict(sections))).as_dict()
+
+
+def _recipe(sections: dict[str, Any]) -> Recipe:
+    levels = []
+    for i in range(1, 1 + sum(name.startswith("level_") for name in sections)):
+        name, section = f"level_{i}", dict(sections[f"level_{i}"])
+        fit = _built(FitSettings, section.pop("fit"), f"{name}.fit")
+        conditional, refit = section.pop("class_conditional"), section.pop("refit", None)
+        if refit is not None:
+            changes = {k: v for k, v in refit.items() if k != "fit" and v is not None}
+            refit = RefitRecipe(changes, _built(FitSettings, refit["fit"], f"{name}.refit.fit"))
+        levels.append(LevelRecipe(section, conditional, fit, refit))
+    section = dict(sections["prior"])
+    fit = _built(PriorFitSettings, section.pop("fit"), "prior.fit")
+    prior = PriorRecipe(config=section, class_conditional=section.pop("class_conditional"), fit=fit)
+    data = _built(DataSettings, sections["data"], "data")
+    run = _built(RunSettings, sections["run"], "run")
+    return Recipe(levels, prior, data, run, sections)
+
+
+def _built(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
