@@ -15,53 +15,44 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from train import (
-    DataArguments,
-    ModelArguments,
-    TrainingArguments,
-    assemble,
-    fit_settings,
-    level_configs,
-    parse,
-    prior_config,
-)
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from progressive_vae import (
-    ProgressiveVAELevel,
-    ProgressiveVAELevelConfig,
-    ProgressiveVAEPipeline,
-    ProgressiveVAEPrior,
-)
+from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
 from progressive_vae.networks import cached_step
 from progressive_vae.quantizer import VectorQuantizer
 from progressive_vae.saved import read_json, write_json
+from progressive_vae.training import train
 from progressive_vae.training.codes import GridDataset
-from progressive_vae.training.evaluation import (
+from progressive_vae.training.command import read_flags
+from progressive_vae.training.lock import locked
+from progressive_vae.training.recipe import read_recipe
+from progressive_vae.training.run import Run
+from progressive_vae.training.sources import open_source
+from progressive_vae.training.speed import (
+    matrix_rate,
+    operations,
+    rate,
+    speeds_of,
+    training_operations,
+)
+from progressive_vae.training.yardsticks import (
     ClassifierFeatures,
     cached_classifier,
     draw_labelled,
     features_of,
     frechet_distance,
 )
-from progressive_vae.training.fitting import FitSettings, fit
-from progressive_vae.training.phases import initialize_codebook, train_level, train_prior
-from progressive_vae.training.run import Run, as_finer, locked
-from progressive_vae.training.sources import open_source
 
-TIMED_SECONDS = 3.0  # of each speed
 _ANEW = "delete the folder and begin anew"
 MATRIX_RATE = "matrix_rate.json"  # of bf16 products, by the threads of the training
 RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
@@ -69,12 +60,24 @@ RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 
 @dataclass
 class Arguments:
-    config: str = field(default=str(RECIPE), metadata={"help": "the recipe, but for its steps"})
-    dataset_name: str | None = field(default=None, metadata={"help": "in place of the recipe's"})
-    train_data_dir: str | None = field(default=None, metadata={"help": "likewise"})
-    train_minutes: float = field(default=30, metadata={"help": "of each of the two models"})
-    num_drawn: int = field(default=10_000, metadata={"help": "images for each distance"})
-    model: str | None = field(default=None, metadata={"help": "one more pipeline to measure"})
+    """
+    Args:
+        config: the recipe, whose shares of the time count, not its steps.
+        dataset_name: in place of the recipe's.
+        train_data_dir: likewise.
+        train_minutes: of each of the two models.
+        num_drawn: images for each distance.
+        model: one more pipeline to measure.
+        output_dir: for models and results.
+        seed: of both.
+    """
+
+    config: str = str(RECIPE)
+    dataset_name: str | None = None
+    train_data_dir: str | None = None
+    train_minutes: float = 30
+    num_drawn: int = 10_000
+    model: str | None = None
     output_dir: str = "runs/benchmark"
     seed: int = 0
 
@@ -214,116 +217,7 @@ class Afternoon:
         return {"vae": self.vae, "prior": self.prior}
 
 
-# ---- ours ----------------------------------------------------------------------------------------
-
-
-def train_ours(
-    minutes: float, model: ModelArguments, training: TrainingArguments, run: Run
-) -> ProgressiveVAEPipeline:
-    """The recipe in so many minutes: 60 % of them for the pixels, 36 % for the codes and 4 % for
-    the prior."""
-    levels, seconds = run.num_levels, 60 * minutes
-    shares = {levels: 0.6, **{i: 0.36 / max(1, levels - 1) for i in range(1, levels)}}
-    configs = level_configs(model, run.image_shape[0], run.class_names, given={})
-    config_of_prior = prior_config(model, configs, run.image_shape[1:], run.class_names)
-    names = ["prior", *(f"level_{i}" for i in range(1, levels + 1))]
-    settings = {name: fit_settings(training, levels, name) for name in names}
-
-    def timed(name: str, part: nn.Module, train: GridDataset, share: float) -> FitSettings:
-        steps = num_steps(part, train, settings[name], run.accelerator, seconds * share)
-        return replace(settings[name], max_train_steps=steps, validation_steps=steps)
-
-    for i in range(levels, 0, -1):
-        level, train = ProgressiveVAELevel(configs[i - 1]), run.grids("train", i + 1)
-        train_level(run, i, configs[i - 1], timed(f"level_{i}", level, train, shares[i]))
-    prior, train = ProgressiveVAEPrior(config_of_prior), run.grids("train", 1)
-    train_prior(run, config_of_prior, timed("prior", prior, train, 0.04))
-    # What is measured later may have other threads.
-    write_json(run.output_dir / MATRIX_RATE, matrix_rate(torch.bfloat16))
-    return assemble(run)
-
-
-def num_steps(
-    model: ProgressiveVAELevel | ProgressiveVAEPrior,
-    train: GridDataset,
-    settings: FitSettings,
-    accelerator: Accelerator,
-    seconds: float,
-) -> int:
-    """Steps that fit in so many seconds, from 30 of them."""
-
-    def to_inputs(batch: dict) -> dict:
-        if isinstance(model, ProgressiveVAEPrior):
-            return {"codes": batch["grid"]}
-        return {"finer": as_finer(batch["grid"], model)}
-
-    if isinstance(model, ProgressiveVAELevel) and model.config.quantizer == "vq":
-        initialize_codebook(model, train, settings.seed)
-    trial = replace(settings, max_train_steps=40, validation_steps=10)
-    identity = {"phase": "time"}
-    times = [
-        time.perf_counter() for _ in fit(model, train, to_inputs, accelerator, trial, identity)
-    ]
-    return max(1, round(30 * seconds / (times[-1] - times[0])))
-
-
 # ---- figures -------------------------------------------------------------------------------------
-
-
-def rate(call: Callable[[], object], count: int) -> float:
-    """`count` things a second, from calls that make so many; the first is for warming up."""
-    call()
-    start, calls = time.perf_counter(), 0
-    while (passed := time.perf_counter() - start) < TIMED_SECONDS or not calls:
-        call()
-        calls += 1
-    return count * calls / passed
-
-
-def matrix_rate(dtype: torch.dtype, size: int = 2048) -> float:
-    """Floating-point operations a second of large matrix products."""
-    matrix = torch.randn(size, size, dtype=dtype)
-    return rate(lambda: matrix @ matrix, 2 * size**3)
-
-
-def operations(call: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
-
-
-@torch.no_grad()
-def speeds_of(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
-    """Images a second, by batch size and factor, and GFLOP an image."""
-    assert pipe.prior is not None
-    figures: dict[str, float] = {}
-    codes = pipe.encode(images)
-    for size in (1, len(images)):
-        draw = {"num_images_per_prompt": size, "batch_size": size, "output_type": "pt"}
-        figures[f"drawn, batch {size}"] = rate(partial(pipe, **draw), size)
-        figures[f"prior, batch {size}"] = rate(partial(pipe.prior.sample, size), size)
-        for i, (level, z) in enumerate(zip(pipe.levels, codes, strict=True), 1):
-            figures[f"level_{i}, batch {size}"] = rate(partial(level.sample, z[:size]), size)
-    figures["encoded"] = rate(lambda: pipe.encode(images), len(images))
-    figures["GFLOP to draw an image"] = (
-        operations(lambda: pipe(num_images_per_prompt=8, batch_size=8, output_type="pt")) / 8e9
-    )
-    figures["GFLOP to encode an image"] = operations(lambda: pipe.encode(images[:8])) / 8e9
-    return figures
-
-
-def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
-    """GFLOP of one image, forward and backward, for each level and the prior."""
-    grids: list[Tensor] = [*pipe.encode(images), images / 127.5 - 1]
-    figures = {}
-    for name, model, grid in zip(
-        pipe.factor_names, [pipe.prior, *pipe.levels], [grids[0], *grids[1:]], strict=True
-    ):
-        model.train().requires_grad_(True)
-        count = operations(lambda model=model, grid=grid: model(grid).loss.backward())
-        model.eval().requires_grad_(False)
-        figures[name] = count / (1e9 * len(images))
-    return figures
 
 
 def afternoon(
@@ -413,53 +307,44 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def main(words: list[str]):
-    arguments = HfArgumentParser(
-        Arguments, description="Quality and speed for the same training time."
-    ).parse_args_into_dataclasses(words, look_for_args_file=False)[0]
-    output_dir = Path(arguments.output_dir)
-    folder = output_dir / "progressive_vae"
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = {"config": arguments.config, "output_dir": folder, "seed": arguments.seed}
-    flags |= {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
-    data, model, training = parse(
-        [word for name, value in flags.items() if value for word in (f"--{name}", str(value))]
+    parser = ArgumentParser(
+        exit_on_error=False, description="Quality and speed for the same training time."
     )
-    accelerator = Accelerator(cpu=True, mixed_precision=training.mixed_precision)
-    with locked(output_dir, accelerator):
-        compare(arguments, data, model, training, accelerator)
+    parser.add_class_arguments(Arguments)
+    arguments = Arguments(**read_flags(parser, words))
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with locked(output_dir, PartialState(cpu=True)):
+        compare(arguments)
 
 
-def compare(
-    arguments: Arguments,
-    data: DataArguments,
-    model: ModelArguments,
-    training: TrainingArguments,
-    accelerator: Accelerator,
-):
+def compare(arguments: Arguments):
     """Train both, unless that was done before, and measure them."""
-    output_dir, seed = Path(arguments.output_dir), arguments.seed
-    folder, minutes = Path(training.output_dir), arguments.train_minutes
-    source = open_source(**vars(data))
+    output_dir, seed, minutes = Path(arguments.output_dir), arguments.seed, arguments.train_minutes
+    folder = output_dir / "progressive_vae"
+    data = {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
+    run_settings = {"output_dir": str(folder), "seed": seed, "max_train_minutes": minutes,
+                    "report_to": "none"}  # fmt: skip
+    overrides = {"data": {name: value for name, value in data.items() if value is not None}}
+    recipe = read_recipe(arguments.config, {**overrides, "run": run_settings})
+    source = open_source(recipe.data)
     names = source.class_names
     if not names:
         raise ValueError(
             "expected a data set with labels, as distances are in the features of a classifier of "
             f"them, got {source.manifests['train'].dataset}"
         )
-    pixels = source.pixels(folder / "cache" / "pixels", accelerator)
-    made = {
-        "train_minutes": minutes,
-        "seed": seed,
-        "recipe": yaml.safe_load(Path(arguments.config).read_text()),
-        "dataset": pixels["train"].manifest.dataset,
-    }
+    made = {"recipe": recipe.sections, "dataset": source.manifests["train"].dataset}
     path = output_dir / "settings.json"
     if path.is_file() and (found := read_json(path, _ANEW)) != made:
         raise ValueError(f"expected models of {made} in {output_dir}, got those of {found}")
     write_json(path, made)
-    run = Run(folder, accelerator, model.num_levels, pixels, names)
-    if not (folder / "model_index.json").is_file():
-        train_ours(minutes, model, training, run)
+    accelerator = Accelerator(cpu=True, mixed_precision=recipe.run.mixed_precision)
+    train(recipe, accelerator=accelerator)
+    if not (folder / MATRIX_RATE).is_file():  # what is measured later may have other threads
+        write_json(folder / MATRIX_RATE, matrix_rate(torch.bfloat16))
+    pixels = source.pixels(folder / "cache" / "pixels", accelerator)
+    run = Run(recipe.run, accelerator, len(recipe.levels), pixels, names)
     flat, flat_costs = afternoon(output_dir / "afternoon", run, minutes, seed)
     classifier = cached_classifier(
         output_dir / "classifier.safetensors", pixels["train"], 4000, seed
@@ -493,4 +378,7 @@ def compare(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

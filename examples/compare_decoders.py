@@ -4,14 +4,14 @@
         all rows of compare_decoders.yaml, ten CPU-minutes each or as many times that as the row
         says: two hours and three quarters on two cores. A row that is done is not run again.
 
-    python examples/compare_decoders.py --dataset_name … --trials "vq, pixels" "fsq, pixels"
+    python examples/compare_decoders.py --dataset_name … --trials '["vq, pixels", "fsq, pixels"]'
         these rows. Two processes with OMP_NUM_THREADS=1 and a part of the rows each use two cores
         better than one process with two threads (start the second once the first has cached the
         images); rows with `refit`, `level_1` and `prior` need the vq rows done.
 
 Nothing here sees test images: the rows are trained on eleven twelfths of the training split and
-measured on the rest. The number of steps is what 30 steps of the same row tell of the CPU time of
-one; images/s are per second of CPU time.
+measured on the rest. A row lasts as long as it is told to, by the clock; images/s are per second of
+CPU time.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import HfArgumentParser
+from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
 from progressive_vae import (
@@ -39,75 +39,58 @@ from progressive_vae import (
 from progressive_vae.decoders import Condition
 from progressive_vae.sampling import Sampler
 from progressive_vae.saved import write_json
-from progressive_vae.training.codes import GridDataset, Manifest, PairedDataset, cached
-from progressive_vae.training.data import load_images, pixel_batches, read_images
-from progressive_vae.training.evaluation import (
+from progressive_vae.training.codes import GridDataset, cached
+from progressive_vae.training.command import read_flags
+from progressive_vae.training.data import pixel_batches, read_images
+from progressive_vae.training.evaluation import code_use
+from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
+from progressive_vae.training.run import Run, as_finer
+from progressive_vae.training.settings import DataSettings, FitSettings, RunSettings
+from progressive_vae.training.sources import open_source
+from progressive_vae.training.yardsticks import (
     ClassifierFeatures,
-    code_use,
     features_of,
     frechet_distance,
     train_classifier,
 )
-from progressive_vae.training.fitting import FitSettings, fit
-from progressive_vae.training.phases import refit_level, train_level, train_prior
-from progressive_vae.training.run import Run, as_finer
 
 
 @dataclasses.dataclass
 class Arguments:
+    """
+    Args:
+        dataset_name: id on the Hub or a local path.
+        output_dir: for the models and the results.
+        config: the rows.
+        trials: rows to run; all if not given.
+        distances: measure what drawn codes cost in place of true ones.
+        cpu_minutes: of each row, or as many times that as it says.
+        mixed_precision: of the training.
+        seed: of everything.
+    """
+
     dataset_name: str
     output_dir: str = "runs/comparison"
     config: str = str(Path(__file__).with_suffix(".yaml"))
-    trials: list[str] = dataclasses.field(
-        default_factory=list, metadata={"help": "rows to run; all if not given"}
-    )
-    distances: bool = dataclasses.field(
-        default=False, metadata={"help": "measure what drawn codes cost in place of true ones"}
-    )
+    trials: list[str] | None = None
+    distances: bool = False
     cpu_minutes: float = 10.0
-    image_column: str = "image"
-    label_column: str = "label"
     mixed_precision: str = "bf16"
     seed: int = 0
 
 
 def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
     """Eleven twelfths of the training split, and the rest under the name "test"."""
-    splits = load_images(
+    settings = DataSettings(
         dataset_name=arguments.dataset_name, eval_split="train", eval_fraction=1 / 12
     )
-    caches = {}
-    for split, table in splits.items():
+    source, caches = open_source(settings), {}
+    for split, table in source.splits.items():
+        manifest = source.manifests[split]
+        images = read_images(table, shape=manifest.shape, **source.options)
         folder = Path(arguments.output_dir) / "pixels" / split
-        image = table[0][arguments.image_column]
-        shape = (len(image.getbands()), image.height, image.width)
-        manifest = Manifest("", arguments.dataset_name, f"{split} of train", shape, 256)
-        images = read_images(table, arguments.image_column, arguments.label_column, shape)
         caches[split] = cached(folder, manifest, pixel_batches(images))
     return caches
-
-
-def num_steps(
-    model: ProgressiveVAELevel | ProgressiveVAEPrior,
-    dataset,
-    settings: FitSettings,
-    accelerator,
-    seconds: float,
-) -> int:
-    """Optimisation steps that fit in so many seconds of CPU time, from 30 of them."""
-    trial = dataclasses.replace(settings, max_train_steps=40, validation_steps=10)
-
-    def to_inputs(batch):
-        if isinstance(model, ProgressiveVAEPrior):
-            return {"codes": batch["grid"]}
-        codes = {"codes": batch["codes"]} if "codes" in batch else {}
-        return {"finer": as_finer(batch["grid"], model), **codes}
-
-    times = [
-        time.process_time()
-        for _ in fit(model, dataset, to_inputs, accelerator, trial, {"phase": "time"})
-    ]
-    return max(1, round(30 * seconds / (times[-1] - times[0])))
 
 
 @torch.no_grad()
@@ -158,9 +141,10 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
     output_dir, changes = Path(arguments.output_dir), dict(trial)
     part, is_refit = changes.pop("part"), changes.pop("refit", False)
     index = int(part[-1]) if part != "prior" else 0
-    settings = recipe["settings"][part] | changes.pop("settings", {})
-    settings = FitSettings(seed=arguments.seed, **settings)
-    seconds = 60 * arguments.cpu_minutes * changes.pop("times", 1)
+    fit = {
+        "settings": FitSettings(**recipe["settings"][part] | changes.pop("settings", {})),
+        "seconds": 60 * arguments.cpu_minutes * changes.pop("times", 1),
+    }
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
         if is_refit or index < 2:  # the finer levels, and with `refit` this level, are there
             has_pixels_only = index == 2 or (index == 1 and not is_refit)
@@ -168,29 +152,22 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
             if not (output_dir / "trained" / base).is_dir():
                 raise ValueError(f"expected the row {base!r} to be done before {name!r}")
             shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)
-        run = Run(Path(folder), accelerator, 2, pixels)
-        train = run.grids("train", index + 1)
+        run = Run(RunSettings(output_dir=folder, seed=arguments.seed), accelerator, 2, pixels)
+        phase: Phase
         if part == "prior":
-            config = ProgressiveVAEPriorConfig(
-                grid_size=list(train.manifest.shape), **recipe["parts"][part]
-            )
-            started, dataset = ProgressiveVAEPrior(config), train
+            size = list(run.grids("train", 1).manifest.shape)
+            config = ProgressiveVAEPriorConfig(grid_size=size, **recipe["parts"][part])
+            phase = PriorPhase(config=config, **fit)
         elif is_refit:
-            started = run.level(index).with_decoder(**changes)
-            dataset = PairedDataset(train, run.grids("train", index))
+            from_scratch = changes.pop("from_scratch", False)
+            phase = RefitPhase(index=index, changes=changes, from_scratch=from_scratch, **fit)
         else:
             config = ProgressiveVAELevelConfig(**{**recipe["parts"][part], **changes})
-            started, dataset = ProgressiveVAELevel(config), train
-        steps = num_steps(started, dataset, settings, accelerator, seconds)
-        settings = dataclasses.replace(settings, max_train_steps=steps, validation_steps=steps)
+            phase = LevelPhase(index=index, config=config, **fit)
         start = time.process_time()
-        if part == "prior":
-            train_prior(run, config, settings)
-        elif is_refit:
-            refit_level(run, index, changes, settings)
-        else:
-            train_level(run, index, config, settings)
-        figures = {"cpu_seconds": time.process_time() - start, "steps": steps}
+        phase(run)
+        figures = {"cpu_seconds": time.process_time() - start}
+        figures["steps"] = run.phases()[phase.name]["steps"]
         figures |= measure(run, index) if index else measure_prior(run)
         shutil.copytree(folder, output_dir / "trained" / name, dirs_exist_ok=True)
     results = output_dir / "results"
@@ -257,11 +234,13 @@ def table(arguments: Arguments, names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def main(flags: list[str]):
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(flags)
+def main(words: list[str]):
+    parser = ArgumentParser(exit_on_error=False, description="Rows trained in equal time.")
+    parser.add_class_arguments(Arguments)
+    arguments = Arguments(**read_flags(parser, words))
     recipe = yaml.safe_load(Path(arguments.config).read_text())
     names = list(recipe["trials"])
-    if unknown := sorted(set(arguments.trials) - set(names)):
+    if unknown := sorted(set(arguments.trials or ()) - set(names)):
         raise ValueError(f"expected trials among {names}, got {unknown}")
     transformers_logging.disable_progress_bar()
     accelerator = Accelerator(
@@ -277,4 +256,7 @@ def main(flags: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -16,111 +16,74 @@ split for evaluation, and after `--streaming` name images that it has not seen.
 """
 
 import hashlib
-import io
 import math
 import sys
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import torch
 from accelerate import PartialState
 from datasets import disable_progress_bars
-from transformers import HfArgumentParser
+from jsonargparse import ArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.saved import write_json
 from progressive_vae.training.codes import GridDataset, Manifest, cached
-from progressive_vae.training.data import (
-    find_image_column,
-    find_labels,
-    load_images,
-    pixel_batches,
-    read_images,
-)
-from progressive_vae.training.evaluation import (
+from progressive_vae.training.command import read_flags
+from progressive_vae.training.data import pixel_batches, read_images
+from progressive_vae.training.evaluation import evaluate, label_accuracy, psnr_of, rate_distortion
+from progressive_vae.training.files import image_files
+from progressive_vae.training.lock import locked
+from progressive_vae.training.settings import DataSettings
+from progressive_vae.training.sources import open_source
+from progressive_vae.training.yardsticks import (
     Classifier,
     ClassifierFeatures,
+    Inception,
     accuracy,
     cached_classifier,
     draw_labelled,
-    evaluate,
     features_of,
     frechet_distance,
-    label_accuracy,
     precision_recall,
-    psnr_of,
-    rate_distortion,
 )
-from progressive_vae.training.run import locked
-
-LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
-LOSSLESS = {
-    "PNG": {"optimize": True},
-    "WebP": {"lossless": True, "quality": 100, "method": 6},
-    "JPEG-XL": {"lossless": True, "effort": 9},
-}
 
 
 @dataclass
 class Arguments:
-    model: str = field(
-        default=str(Path(__file__).parent / "fashion_mnist"),
-        metadata={"help": "a pipeline's folder, or its repository on the Hub"},
-    )
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_data_dir: str | None = None
-    train_split: str = "train"
-    eval_split: str = "test"
-    eval_fraction: float = field(
-        default=0.1,
-        metadata={"help": "held out of the training split where there is no eval_split"},
-    )
-    image_column: str | None = None
-    label_column: str | None = None
-    resolution: int | None = None
-    center_crop: bool = False
-    max_eval_samples: int | None = None
-    features: str = field(
-        default="classifier", metadata={"help": "classifier (of labels), inception or none"}
-    )
-    num_drawn: int = field(default=10_000, metadata={"help": "images drawn for the distances"})
-    num_drawn_to_learn_from: int = field(
-        default=60_000, metadata={"help": "drawn images that a classifier learns from; 0: none"}
-    )
+    """
+    Args:
+        model: a pipeline's folder, or its repository on the Hub.
+        features: classifier (of labels), inception or none.
+        num_drawn: images drawn for the distances.
+        num_drawn_to_learn_from: drawn images that a classifier learns from; 0: none.
+        classifier_steps: of each classifier.
+        num_images_of_curve: of rate and distortion.
+        output_dir: for figures, pictures and caches.
+        seed: of everything.
+    """
+
+    model: str = str(Path(__file__).parent / "fashion_mnist")
+    features: str = "classifier"
+    num_drawn: int = 10_000
+    num_drawn_to_learn_from: int = 60_000
     classifier_steps: int = 4000
-    num_images_of_curve: int = field(default=1000, metadata={"help": "of rate and distortion"})
+    num_images_of_curve: int = 1000
     output_dir: str = "runs/evaluation"
     seed: int = 0
 
 
-def cache(arguments: Arguments, pipe: ProgressiveVAEPipeline) -> dict[str, GridDataset]:
-    """The images of both splits."""
-    splits = load_images(
-        arguments.dataset_name,
-        arguments.dataset_config_name,
-        arguments.train_data_dir,
-        arguments.train_split,
-        arguments.eval_split,
-        arguments.eval_fraction,
-    )
-    splits = {name: table.shuffle(seed=0) for name, table in splits.items()}  # folders are sorted
-    limit = arguments.max_eval_samples
-    if limit is not None and limit < len(splits["test"]):
-        splits["test"] = splits["test"].select(range(limit))
-    column = find_image_column(splits["train"], arguments.image_column)
-    label_column, _ = find_labels(splits, arguments.label_column)
-    sizes, found = (arguments.resolution, arguments.center_crop), {}
-    for split, table in splits.items():
-        content = f"{arguments.dataset_name or arguments.train_data_dir} ({table._fingerprint}"
-        manifest = Manifest("", f"{content}; {sizes})", split, pipe.image_shape, 256)
+def cache(
+    arguments: Arguments, images: DataSettings, pipe: ProgressiveVAEPipeline
+) -> dict[str, GridDataset]:
+    """The images of both splits, which have to be as the model's."""
+    source, found = open_source(images), {}
+    for split, table in source.splits.items():
+        manifest = replace(source.manifests[split], shape=pipe.image_shape)
+        rows = read_images(table, shape=pipe.image_shape, **source.options)
         folder = Path(arguments.output_dir) / "cache" / split
-        images = read_images(table, column, label_column, pipe.image_shape, *sizes)
-        found[split] = cached(folder, manifest, pixel_batches(images))
+        found[split] = cached(folder, manifest, pixel_batches(rows))
     return found
 
 
@@ -158,17 +121,6 @@ def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classif
     return cached_classifier(path, data, arguments.classifier_steps, arguments.seed)
 
 
-class Inception(torch.nn.Module):
-    """torchmetrics' Inception network on grey or coloured images in [0, 1]."""
-
-    def __init__(self, network: torch.nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))
-
-
 def distances(
     arguments: Arguments,
     pipe: ProgressiveVAEPipeline,
@@ -199,7 +151,9 @@ def distances(
 
     real = features(stored(data["test"]))
     sources = {
-        f"{count} training images": stored(data["train"]),
+        f"{count} training images": (
+            grids / 255 for grids in data["train"].sample(count, arguments.seed).split(250)
+        ),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
         "nothing": stored(drawn),
     }
@@ -211,46 +165,6 @@ def distances(
             **precision_recall(real, of_these),
         }
     return rows
-
-
-def image_files(images: torch.Tensor) -> tuple[dict[str, float], dict[str, list]]:
-    """Of image files, one file an image: bits/dim of lossless ones, and (bits/dim, mean squared
-    error) of lossy ones at low qualities."""
-    arrays = [image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-              for image in images]  # fmt: skip
-    curves: dict[str, list[tuple[float, float]]] = {}
-    lossless = {}
-    for name, options in LOSSLESS.items():
-        with suppress(ImportError):  # imagecodecs is not there
-            bits, squares = file_figures(name, arrays, options)
-            assert squares == 0
-            lossless[f"{name} files of {len(images)} images"] = bits
-    for name, qualities in LOSSY.items():
-        for quality in qualities:
-            with suppress(ImportError):
-                options = {"distance": quality} if name == "JPEG-XL" else {"quality": quality}
-                curves.setdefault(name, []).append(file_figures(name, arrays, options))
-    return lossless, {name: points for name, points in curves.items() if points}
-
-
-def file_figures(name: str, arrays: list[np.ndarray], options: dict) -> tuple[float, float]:
-    """Bits/dim, and the mean squared error of the pixels that are read again."""
-    bits = squares = 0.0
-    for array in arrays:
-        if name == "JPEG-XL":
-            import imagecodecs
-
-            file = imagecodecs.jpegxl_encode(array, **{"effort": 7, **options})
-            seen = imagecodecs.jpegxl_decode(file)
-        else:
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(array).save(buffer, name, **options)
-            file = buffer.getvalue()
-            seen = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))
-        bits += 8 * len(file)
-        squares += float(((seen.reshape(array.shape) - array.astype(float)) ** 2).sum())
-    count = sum(array.size for array in arrays)
-    return bits / count, squares / count
 
 
 def plot(curves: dict[str, list[tuple[float, float]]], path: Path):
@@ -298,25 +212,28 @@ def report(metrics: dict) -> str:
 
 
 def main(words: list[str]):
-    arguments = HfArgumentParser(
-        Arguments, description="All held-out figures of a pipeline."
-    ).parse_args_into_dataclasses(words, look_for_args_file=False)[0]
-    if arguments.dataset_name is None and arguments.train_data_dir is None:
-        arguments.dataset_name = "zalando-datasets/fashion_mnist"
+    parser = ArgumentParser(exit_on_error=False, description="All held-out figures of a pipeline.")
+    parser.add_class_arguments(Arguments)
+    parser.add_class_arguments(DataSettings, skip={"random_flip", "max_train_samples", "streaming"})
+    given = read_flags(parser, words)
+    of_data = {f.name: given.pop(f.name) for f in fields(DataSettings) if f.name in given}
+    arguments = Arguments(**given)
+    if not {"dataset_name", "train_data_dir"} & set(of_data):
+        of_data["dataset_name"] = "zalando-datasets/fashion_mnist"
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     disable_progress_bars()
     with locked(output_dir, PartialState()):
-        measure(arguments)
+        measure(arguments, DataSettings(**of_data))
 
 
-def measure(arguments: Arguments):
+def measure(arguments: Arguments, images_of: DataSettings):
     """All figures, in `evaluation.json` and `evaluation.md`, and the plot."""
     output_dir = Path(arguments.output_dir)
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     pipe.set_progress_bar_config(disable=True)
-    data = cache(arguments, pipe)
+    data = cache(arguments, images_of, pipe)
     test, num_drawn = data["test"], min(arguments.num_drawn, len(data["train"]))
     extractor = extractor_of(arguments, data)
     metrics = {
@@ -357,4 +274,7 @@ def measure(arguments: Arguments):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

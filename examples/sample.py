@@ -15,7 +15,7 @@ import torch
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.training.evaluation import picture_grid
+from progressive_vae.pictures import picture_grid
 
 
 @dataclass

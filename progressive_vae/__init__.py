@@ -24,6 +24,7 @@
 | `hub.py` | a pipeline as a repository: saved, pushed, found again |
 | `calls.py` | what one call of a pipeline is told, on its thread |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
+| `pictures.py` | images side by side: drawn ones, and what each level says |
 
 What trains and measures is in `training/`, which nothing here imports.
 """

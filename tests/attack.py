@@ -145,32 +145,43 @@ def attack_images(count: int) -> list[Outcome]:
 NUMBERS = ["0", "-1", "1", "3", "nan", "inf", "-0.5", "1e-3", "1e30", "x", "99999999999"]
 FLAGS: dict[str, list[str]] = {
     **{name: NUMBERS for name in (
-        "learning_rate", "adam_beta1", "adam_beta2", "adam_weight_decay", "max_grad_norm",
-        "ema_decay", "prior_learning_rate", "prior_adam_weight_decay", "class_dropout",
-        "refit_learning_rate", "refit_corruption", "gumbel_decay", "eval_fraction",
+        "levels.fit.learning_rate", "levels.fit.adam_beta1", "level_1.fit.adam_beta2",
+        "level_2.fit.adam_weight_decay", "levels.fit.max_grad_norm", "levels.fit.ema_decay",
+        "levels.fit.lr_warmup_share", "levels.fit.time_share", "prior.fit.learning_rate",
+        "prior.fit.adam_weight_decay", "levels.class_dropout", "prior.class_dropout",
+        "level_2.refit.fit.learning_rate", "level_2.refit.corruption", "levels.gumbel_decay",
+        "levels.codebook_decay", "levels.commitment_weight", "eval_fraction",
     )},
-    **{name: ["0", "-1", "1", "2", "3", "x", "2.5", "7"] for name in (
-        "gradient_accumulation_steps", "lr_warmup_steps", "logging_steps", "validation_steps",
-        "num_validation_images", "checkpointing_steps", "checkpoints_total_limit", "seed",
-        "dataloader_num_workers", "max_train_steps", "train_batch_size", "prior_max_train_steps",
-        "prior_train_batch_size", "num_levels", "codebook_size", "codebook_dim", "hidden_size",
-        "num_layers", "encoder_hidden_size", "encoder_num_layers", "block_kernel_size",
-        "num_groups", "refit_max_train_steps", "refit_hidden_size", "refit_num_layers",
-        "refit_num_groups", "class_conditional_levels", "resolution", "max_train_samples",
-        "max_eval_samples", "max_image_pixels", "shuffle_buffer_size", "pixel_logit_rank",
+    **{name: ["0", "-1", "1", "2", "3", "x", "2.5", "7", "null", "[2]"] for name in (
+        "gradient_accumulation_steps", "levels.fit.lr_warmup_steps", "logging_steps",
+        "validation_steps", "num_validation_images", "checkpointing_steps",
+        "checkpoints_total_limit", "seed", "dataloader_num_workers", "levels.fit.max_train_steps",
+        "level_1.fit.train_batch_size", "prior.fit.max_train_steps", "prior.fit.train_batch_size",
+        "num_levels", "levels.codebook_size", "level_1.codebook_dim", "level_2.hidden_size",
+        "levels.num_layers", "levels.encoder_hidden_size", "levels.encoder_num_layers",
+        "level_1.block_kernel_size", "level_2.num_groups", "level_2.refit.fit.max_train_steps",
+        "level_2.refit.hidden_size", "level_1.refit.num_layers", "level_2.refit.num_groups",
+        "resolution", "max_train_samples", "max_eval_samples", "max_image_pixels",
+        "shuffle_buffer_size", "levels.pixel_logit_rank", "level_3.hidden_size", "levels", "level_1",
+        "prior", "data", "run", "level_1.refit", "level_1.fit",
     )},
-    "downsample": ["2", "4", "3", "8 2", "2 2 2", "4 2"],
-    "quantizer": ["vq", "fsq", "gumbel", "lfq", "vq fsq", "vq vq vq"],
-    "decoder_order": ["lattice", "factorized", "masked", "raster", "raster lattice", "spiral"],
-    "refit_decoder_order": ["masked", "raster", "spiral", "factorized"],
-    "refit_corruption_kind": ["near", "random", "far"],
-    "pixel_distribution": ["categorical", "logistics", "normal"],
-    "optimizer": ["muon", "adamw", "sgd"],
-    "lr_scheduler": ["linear", "constant", "cosine", "piecewise_constant", "wave"],
+    "level_1.downsample": ["2", "4", "3", "8"],
+    "levels.quantizer": ["vq", "fsq", "gumbel", "lfq"],
+    "levels.gumbel_temperature": ["[1,0.5]", "[0.5,1]", "1", "[1,0.5,0.2]", "x"],
+    "levels.class_conditional": ["true", "false", "x", ""],
+    "levels.decoder_order": ["lattice", "factorized", "masked", "raster", "spiral"],
+    "level_1.decoder_order": ["raster", "masked"],
+    "level_1.refit.decoder_order": ["masked", "raster", "spiral", "factorized"],
+    "level_2.refit.corruption_kind": ["near", "random", "far"],
+    "levels.pixel_distribution": ["categorical", "logistics", "normal"],
+    "levels.fit.optimizer": ["muon", "adamw", "sgd"],
+    "levels.fit.lr_scheduler": ["linear", "constant", "cosine", "piecewise_constant", "wave"],
     "mixed_precision": ["no", "bf16", "fp16", "fp4"],
     "report_to": ["none", "wandb", "tensorboard", "nobody"],
+    "max_train_minutes": ["0.01", "0", "-1", "nan", "x"],
     "phase": ["all", "level_2", "level_1", "prior", "evaluate", "level_9", "refit_level_1", "x"],
     "resume_from_checkpoint": ["latest", "/nowhere", "checkpoint-level_2-00000001"],
+    "config": ["/nowhere.yaml", "/dev/null", "."],
     "label_column": ["label", "image", "nothing"],
     "image_column": ["image", "label", "nothing"],
     "train_split": ["train", "test", "nothing"],
@@ -179,22 +190,21 @@ FLAGS: dict[str, list[str]] = {
     "train_data_dir": ["/nowhere", "/dev/null", "."],
     "finest_level": ["/nowhere", "."],
     "extend": ["/nowhere", "."],
-    "use_ema": ["true", "false", "x"],
-    "random_flip": ["true", "false"],
-    "center_crop": ["true"],
-    "streaming": ["true"],
-    "overwrite_cache": ["true"],
-    "overwrite_output_dir": ["true"],
-    "prior_config": ["{}", "[]", "5", "{", '{"model_type":"t5"}', '{"model_type":"no"}',
+    **{name: ["true", "false", "x", ""] for name in (
+        "levels.fit.use_ema", "random_flip", "center_crop", "streaming", "overwrite_cache",
+        "overwrite_output_dir",
+    )},
+    "prior.backbone_config": ["{}", "[]", "5", "{", '{"model_type":"t5"}', '{"model_type":"no"}',
                      '{"model_type":"gpt2","n_embd":8,"n_head":2,"n_layer":1}',
                      '{"model_type":"gpt2","n_embd":7,"n_head":2,"n_layer":1}',
                      '{"model_type":"llama","hidden_size":-4}', '{"model_type":5}'],
 }  # fmt: skip
 SMALL = (
-    "--hidden_size 8 --encoder_hidden_size 8 --num_layers 1 --codebook_size 8 --max_train_steps 3 "
-    "--prior_max_train_steps 3 --validation_steps 3 --num_validation_images 2 --logging_steps 1 "
+    "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
+    "--levels.codebook_size 8 --levels.fit.max_train_steps 3 --prior.fit.max_train_steps 3 "
+    "--validation_steps 3 --num_validation_images 2 --logging_steps 1 "
     "--max_train_samples 100 --max_eval_samples 20 --report_to none "
-    '--prior_config {"model_type":"llama","hidden_size":16,"intermediate_size":16,'
+    '--prior.backbone_config {"model_type":"llama","hidden_size":16,"intermediate_size":16,'
     '"num_hidden_layers":1,"num_attention_heads":2}'
 ).split()
 

@@ -19,22 +19,30 @@ METRICS = {
     "sampled_images_per_second": 100.0,
     "seed": 0,
     "machine": "a machine",
-    "command": "accelerate launch examples/train.py",
     "license": "cc-by-4.0",
-    "settings": {"learning_rate": "[0.004]"},
+    "recipe": {"level_1": {"fit": {"learning_rate": 0.004}}, "run": {"seed": 0}},
 }
 
 
 def test_the_card_has_the_figures_of_its_run():
     card = model_card("org/name", METRICS, ["samples.png"])
     assert "| level_1 | 2.0000 | 7 of 8 | 5.5 | 80.0 % |" in card.content
-    assert "| total | 2.1000 |" in card.content and "learning_rate: [0.004]" in card.content
+    assert "| total | 2.1000 |" in card.content and "--config recipe.yaml`" in card.content
     assert "](samples.png)" in card.content and "reconstructions.png" not in card.content
     parsed = ModelCard(card.content).data
     assert parsed.library_name == "diffusers" and parsed.license == "cc-by-4.0"
     assert parsed.datasets == ["some/images"]
     found = {result.metric_type: result.metric_value for result in parsed.eval_results}
     assert found == {"bits_per_dim": pytest.approx(2.1), "frechet_distance": 1.25}
+    text = card.content.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(text) == METRICS["recipe"]  # it can be copied and run again
+
+
+def test_figures_of_before_there_were_recipes():
+    older = {k: v for k, v in METRICS.items() if k != "recipe"}
+    older |= {"command": "accelerate launch x.py", "settings": {"learning_rate": "[0.004]"}}
+    content = model_card("org/name", older).content
+    assert "by `accelerate launch x.py`" in content and "learning_rate: '[0.004]'" in content
 
 
 @pytest.mark.parametrize("metrics", [None, METRICS, METRICS | {"dataset": "pictures"}])

@@ -11,6 +11,7 @@ from conftest import load_script
 from interruptions import FLAGS, disturb, finish, start, weights
 
 from progressive_vae import ProgressiveVAELevel
+from progressive_vae.training.checkpoints import Checkpoints
 
 RESUME = ("--resume_from_checkpoint", "latest")
 
@@ -32,7 +33,7 @@ def test_killed_and_started_again_the_weights_are_the_same(undisturbed, tmp_path
 
 def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path):
     output_dir = tmp_path / "run"
-    process = start(output_dir, "--checkpointing_steps", "0")
+    process = start(output_dir, "--checkpointing_steps", "null")
     while not (output_dir / "validation" / "level_2").is_dir():
         assert process.poll() is None
         time.sleep(0.01)
@@ -40,7 +41,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path):
     assert process.wait() == 0
     (saved,) = output_dir.glob("checkpoint-*")
     assert saved.name.startswith("checkpoint-level_2-")
-    finish(start(output_dir, *RESUME, "--checkpointing_steps", "0"), output_dir)
+    finish(start(output_dir, *RESUME, "--checkpointing_steps", "null"), output_dir)
     assert weights(output_dir) == weights(undisturbed)
 
 
@@ -48,28 +49,28 @@ def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path):
 def stopped(tmp_path, monkeypatch):
     """A run that has just written two checkpoints of level_2, and where it lies."""
     script = load_script("train")
-    stop_at(script, monkeypatch, "checkpoint-level_2-00000010")
+    stop_at(monkeypatch, "checkpoint-level_2-00000010")
     with pytest.raises(SystemExit):
         script.main([*FLAGS, "--output_dir", str(tmp_path)])
     monkeypatch.undo()
     return tmp_path
 
 
-def stop_at(script, monkeypatch, name):
-    save = script.Checkpoints.save
+def stop_at(monkeypatch, name):
+    save = Checkpoints.save
 
     def save_and_stop(self, identity, progress, states, accelerator):
         save(self, identity, progress, states, accelerator)
         if (self.folder / name).exists():
             raise SystemExit("stopped")
 
-    monkeypatch.setattr(script.Checkpoints, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(stopped):
     script, flags = load_script("train"), [*FLAGS, "--output_dir", str(stopped), *RESUME]
     with pytest.raises(ValueError, match="with learning_rate=0.002, got learning_rate=0.001: "):
-        script.main([*flags, "--learning_rate", "0.001"])
+        script.main([*flags, "--levels.fit.learning_rate", "0.001"])
     newest = stopped / "checkpoint-level_2-00000010"
     for name in ("fit.pt", "identity.json", "model.safetensors", "optimizer.bin"):
         path = newest / name
@@ -99,7 +100,7 @@ def test_a_checkpoint_by_its_path(stopped, undisturbed):
 
 def test_only_so_many_checkpoints_are_kept(tmp_path, monkeypatch):
     script = load_script("train")
-    stop_at(script, monkeypatch, "checkpoint-level_2-00000020")
+    stop_at(monkeypatch, "checkpoint-level_2-00000020")
     with pytest.raises(SystemExit):
         script.main([*FLAGS, "--output_dir", str(tmp_path), "--checkpoints_total_limit", "3"])
     steps = sorted(int(path.name[-8:]) for path in tmp_path.glob("checkpoint-level_2-*"))

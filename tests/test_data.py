@@ -18,6 +18,7 @@ from progressive_vae.training.data import (
     prepare_image,
     read_images,
 )
+from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.sources import open_source
 
 
@@ -42,7 +43,7 @@ def test_digits_are_split_by_class():
 def test_a_folder_without_a_held_out_split_is_divided(tmp_path):
     for i in range(20):
         PIL.Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    splits = load_images(train_data_dir=str(tmp_path), eval_fraction=0.25)
+    splits = load_images(DataSettings(train_data_dir=str(tmp_path), eval_fraction=0.25))
     assert len(splits["train"]) == 15 and len(splits["test"]) == 5
     reds = {row["image"].getpixel((0, 0))[0] for split in splits.values() for row in split}
     assert reds == set(range(20))
@@ -53,7 +54,7 @@ def test_a_folder_of_splits_has_no_classes(tmp_path):
         (tmp_path / split).mkdir()
         for i in range(3):
             PIL.Image.new("RGB", (4, 4)).save(tmp_path / split / f"{i}.png")
-    splits = load_images(train_data_dir=str(tmp_path))
+    splits = load_images(DataSettings(train_data_dir=str(tmp_path)))
     assert len(splits["test"]) == 3 and find_labels(splits) == (None, [])
 
 
@@ -62,7 +63,10 @@ def test_a_folder_for_each_class(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(10):
             PIL.Image.new("L", (4, 4)).save(tmp_path / name / f"{i}.png")
-    assert find_labels(load_images(train_data_dir=str(tmp_path))) == ("label", ["cat", "dog"])
+    assert find_labels(load_images(DataSettings(train_data_dir=str(tmp_path)))) == (
+        "label",
+        ["cat", "dog"],
+    )
 
 
 def test_labels_that_are_no_classes():
@@ -116,7 +120,7 @@ def test_images_that_do_not_fit(modes, shape, message):
 )
 def test_bad_sources(arguments, message):
     with pytest.raises(ValueError, match=message):
-        load_images(**arguments)
+        load_images(DataSettings(**arguments))
 
 
 def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
@@ -234,7 +238,7 @@ def test_labels_that_count_examples_rather_than_classes():
 def test_numbers_of_a_source_are_positive(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"expected {name} >= 1, got {value}"):
-        open_source("digits", **wrong)
+        open_source(DataSettings(dataset_name="digits", **wrong))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA"])
@@ -277,7 +281,7 @@ def test_an_empty_split(tmp_path):
         images = table(pictures(*["L"] * count))
         images.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
     with pytest.raises(ValueError, match='one image in each split in .*"test" corresponds to no'):
-        load_images(train_data_dir=str(tmp_path))
+        load_images(DataSettings(train_data_dir=str(tmp_path)))
 
 
 def test_a_class_without_an_example():

@@ -6,14 +6,8 @@ from conftest import tiny_level, tiny_pipeline, tiny_prior
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training.codes import GridDataset, Manifest, write_cache
-from progressive_vae.training.evaluation import (
-    code_use,
-    draw_labelled,
-    evaluate,
-    frechet_distance,
-    label_accuracy,
-    train_classifier,
-)
+from progressive_vae.training.evaluation import code_use, evaluate, label_accuracy
+from progressive_vae.training.yardsticks import draw_labelled, frechet_distance, train_classifier
 
 
 @pytest.fixture

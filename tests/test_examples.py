@@ -11,7 +11,8 @@ from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.hub import weights_digest
-from progressive_vae.training.evaluation import precision_recall, rate_distortion
+from progressive_vae.training.evaluation import rate_distortion
+from progressive_vae.training.yardsticks import precision_recall
 
 
 @pytest.fixture(scope="module")

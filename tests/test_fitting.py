@@ -5,8 +5,11 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_level
 
+from progressive_vae.training import fitting
+from progressive_vae.training.checkpoints import Checkpoints
 from progressive_vae.training.codes import GridDataset, Manifest, write_cache
-from progressive_vae.training.fitting import FitSettings, fit
+from progressive_vae.training.fitting import fit
+from progressive_vae.training.settings import FitSettings, RunSettings
 
 NAN, INF = float("nan"), float("inf")
 
@@ -15,18 +18,16 @@ NAN, INF = float("nan"), float("inf")
     ("name", "wrong"),
     [
         ("max_train_steps", [0, -1]),
+        ("time_share", [0.0, -1.0, NAN, INF]),
         ("train_batch_size", [0, -1]),
-        ("logging_steps", [0]),
-        ("validation_steps", [0]),
         ("learning_rate", [0.0, -1e-3, NAN, INF]),
         ("lr_warmup_steps", [-1]),
+        ("lr_warmup_share", [-0.1, 1.5, NAN]),
         ("adam_beta1", [1.0, -0.1, NAN]),
         ("adam_beta2", [1.0, -0.1, NAN]),
         ("adam_weight_decay", [-0.1, NAN, INF]),
-        ("max_grad_norm", [-1.0, NAN]),
+        ("max_grad_norm", [0.0, -1.0, NAN]),
         ("ema_decay", [2.0, 1.0, -0.5, NAN]),
-        ("dataloader_num_workers", [-1]),
-        ("seed", [-1, 2**32]),
         ("optimizer", ["sgd"]),
         ("lr_scheduler", ["coseine", "piecewise_constant"]),
     ],
@@ -35,6 +36,28 @@ def test_settings_that_would_train_wrongly(name, wrong):
     for value in wrong:
         with pytest.raises(ValueError, match=f"expected {name} .*, got {value!r}"):
             FitSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("logging_steps", [0]),
+        ("validation_steps", [0]),
+        ("num_validation_images", [0]),
+        ("gradient_accumulation_steps", [0, -1]),
+        ("checkpointing_steps", [0, -1]),
+        ("checkpoints_total_limit", [0]),
+        ("max_train_minutes", [0.0, -1.0, NAN, INF]),
+        ("dataloader_num_workers", [-1]),
+        ("seed", [-1, 2**32]),
+        ("mixed_precision", ["fp4"]),
+        ("report_to", ["nobody"]),
+    ],
+)
+def test_settings_of_a_run_that_mean_nothing(name, wrong):
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"expected {name} .*, got {value!r}"):
+            RunSettings(**{name: value})
 
 
 @pytest.fixture
@@ -58,10 +81,59 @@ def fitted(data, **settings):
     return level.state_dict()
 
 
-def test_a_gradient_norm_of_zero_is_no_clipping(data):
+def test_no_gradient_norm_is_no_clipping(data):
     before = tiny_level(num_channels=1).state_dict()
-    unclipped, at_most = (fitted(data, max_grad_norm=norm) for norm in (0.0, 1e9))
+    unclipped, at_most = (fitted(data, max_grad_norm=norm) for norm in (None, 1e9))
     assert all(torch.equal(unclipped[name], at_most[name]) for name in before)
     assert not torch.equal(unclipped["decoder.stem.weight"], before["decoder.stem.weight"])
     clipped = fitted(data, max_grad_norm=1e-4, optimizer="adamw", adam_weight_decay=0.0)
     assert math.isfinite(sum(value.double().sum().item() for value in clipped.values()))
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("stop_at", [None, 6])
+def test_a_fit_lasts_as_long_as_it_is_told_to(data, tmp_path, monkeypatch, stop_at):
+    """With a second a step, two a validation, and a break: its last validation is in its time, and
+    the learning rate has come down by then."""
+    clock, rates = Clock(), []
+    monkeypatch.setattr(fitting, "time", clock)
+    settings = FitSettings(max_train_steps=1000, train_batch_size=8)
+    run = RunSettings(validation_steps=5, checkpointing_steps=3, logging_steps=1)
+
+    def fitted(resume):
+        level = tiny_level(num_channels=1)
+        began = clock.now
+        clock.now += 1  # for what comes before the first step
+        checkpoints = Checkpoints(tmp_path, every=3, resume=resume)
+        accelerator = Accelerator(cpu=True)
+        accelerator.log = lambda figures, step: rates.append(figures.get("x/lr"))
+
+        def to_inputs(batch):
+            clock.now += 1
+            if stop_at and resume is None and clock.now - began > stop_at + 2:
+                checkpoints.stop()
+            return {"finer": batch["grid"] / 127.5 - 1}
+
+        identity = {"phase": "x"}
+        for _ in fit(
+            level, data, to_inputs, accelerator, settings, identity, run, checkpoints, 0, 30, began
+        ):
+            clock.now += 2
+        return clock.now - began
+
+    if stop_at:
+        with pytest.raises(SystemExit):
+            fitted(None)
+        before, clock.now = clock.now, clock.now + 1000
+        assert 28 <= before + fitted("latest") <= 31  # a second to begin anew, and no more
+    else:
+        assert 28 <= fitted(None) <= 30
+    assert rates[0] < rates[8] > rates[-1] and rates[-1] < 0.1 * max(rates)

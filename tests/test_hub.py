@@ -387,7 +387,7 @@ def trained(script, tmp_path_factory):
     """A run that pushes, into a private repository."""
     output_dir = tmp_path_factory.mktemp("runs") / "digits"
     flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/digits --hub_private_repo"
-    flags += " --refit_max_train_steps 0 2 --max_train_samples 300 --max_eval_samples 40"
+    flags += " --level_2.refit.fit.max_train_steps 2 --max_train_samples 300 --max_eval_samples 40"
     script.main([*SMALL, *flags.split()])
     return output_dir
 

@@ -121,9 +121,10 @@ def test_the_codebook_of_two_processes_is_that_of_one(tmp_path):
 
 def test_the_main_job_in_two_processes(tmp_path):
     flags = (
-        "--hidden_size 8 --encoder_hidden_size 8 --num_layers 1 --codebook_size 8 "
-        "--max_train_steps 3 --prior_max_train_steps 3 --validation_steps 2 --max_eval_samples 20 "
-        "--max_train_samples 200 --decoder_order factorized lattice --report_to none"
+        "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
+        "--levels.codebook_size 8 --levels.fit.max_train_steps 3 --prior.fit.max_train_steps 3 "
+        "--validation_steps 2 --max_eval_samples 20 --max_train_samples 200 "
+        "--level_1.decoder_order factorized --report_to none"
     ).split()
     printed = launch(SCRIPT, *flags, "--output_dir", str(tmp_path / "run"))
     assert printed.count("| total |") == 1  # one process evaluates
@@ -165,7 +166,7 @@ def test_all_stop_where_one_is_told_to(tmp_path):
     """Processes hear of a signal at different steps; they agree on the next that is logged."""
     (tmp_path / "hears.py").write_text(HEARS)
     flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--phase", "level_2"]
-    flags += ["--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "0"]
+    flags += ["--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "null"]
     printed = launch(str(tmp_path / "hears.py"), SCRIPT, *flags)
     assert "stopped in level_2 at step 4, which is saved" in printed
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == [
@@ -176,10 +177,12 @@ def test_all_stop_where_one_is_told_to(tmp_path):
 def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):
     """Losses, codebooks and weights, with noise of all kinds: Gumbel, lost classes, wrong codes."""
     flags = [*SMALL, "--max_train_samples", "300", "--max_eval_samples", "20"]
-    flags += ["--quantizer", "gumbel", "vq", "--class_conditional_levels", "2"]
-    flags += ["--max_train_steps", "20", "--prior_max_train_steps", "20", "--logging_steps", "5"]
-    flags += ["--refit_max_train_steps", "0", "20", "--refit_corruption", "0", "0.3"]
-    batch_sizes = ("--train_batch_size", "--refit_train_batch_size", "--prior_train_batch_size")
+    flags += ["--level_1.quantizer", "gumbel", "--level_1.class_conditional", "false"]
+    flags += ["--levels.fit.max_train_steps", "20", "--prior.fit.max_train_steps", "20"]
+    flags += ["--logging_steps", "5", "--level_2.refit.fit.max_train_steps", "20"]
+    flags += ["--level_2.refit.corruption", "0.3"]
+    fits = ("levels.fit", "level_2.refit.fit", "prior.fit")
+    batch_sizes = [f"--{fit}.train_batch_size" for fit in fits]
     for processes in (1, 2):
         sizes = [x for name in batch_sizes for x in (name, str(32 // processes))]
         folder = ["--output_dir", str(tmp_path / str(processes))]

@@ -16,12 +16,13 @@ from interruptions import FLAGS, start, weights
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.training.run import LOCK, OWNER, locked
+from progressive_vae.training import report
+from progressive_vae.training.lock import LOCK, OWNER, locked
 
 ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]
 SMALLER = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "20"]
-SMALLER += shlex.split("--refit_max_train_steps 0 3 --refit_corruption 0 0.1")
+SMALLER += shlex.split("--level_2.refit.fit.max_train_steps 3 --level_2.refit.corruption 0.1")
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +48,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     ("flags", "words"),
     [
         ("--seed 1", "level_2 with seed=0, got seed=1"),
-        ("--learning_rate 0.001", "level_2 with learning_rate=0.002, got learning_rate=0.001"),
-        ("--hidden_size 8 16", "level_2 with config.hidden_size=8, got config.hidden_size=16"),
-        ("--hidden_size 16 8", "level_1 with config.hidden_size=8, got config.hidden_size=16"),
-        ("--prior_learning_rate 0.1", "prior with learning_rate=0.001, got learning_rate=0.1"),
-        ("--refit_learning_rate 0.1", "level_2 with learning_rate=0.002, got learning_rate=0.1"),
+        (
+            "--level_2.fit.learning_rate 0.001",
+            "level_2 with learning_rate=0.002, got learning_rate=0.001",
+        ),
+        (
+            "--level_2.hidden_size 16",
+            "level_2 with config.hidden_size=8, got .*=16",
+        ),
+        (
+            "--level_1.hidden_size 16",
+            "level_1 with config.hidden_size=8, got .*=16",
+        ),
+        ("--prior.fit.learning_rate 0.1", "prior with learning_rate=0.001, got learning_rate=0.1"),
+        (
+            "--level_2.refit.fit.learning_rate 0.1",
+            "level_2 with learning_rate=0.002, got",
+        ),
         ("--max_train_samples 100", "level_2 with data.dataset="),
-        ("--codebook_size 4 8", "level_1 with config.codebook_size=8"),
+        ("--level_1.codebook_size 4", "level_1 with config.codebook_size=8"),
     ],
 )
 def test_a_finished_run_that_is_resumed_with_other_flags(script, copied, flags, words):
@@ -75,7 +88,7 @@ def test_a_finished_run_that_is_resumed_stays(script, copied):
 def test_what_other_settings_made_is_overwritten_when_told(script, copied):
     before = weights(copied)
     flags = [*SMALLER, "--output_dir", str(copied), "--overwrite_output_dir"]
-    script.main([*flags, *RESUME, "--prior_learning_rate", "0.1"])
+    script.main([*flags, *RESUME, "--prior.fit.learning_rate", "0.1"])
     after = weights(copied)
     assert after["prior"] != before["prior"]
     assert {**after, "prior": before["prior"]} == before  # the levels were not trained again
@@ -96,7 +109,7 @@ def test_a_given_level_does_not_replace_another(script, copied, trained, tmp_pat
     before = (copied / "level_2" / "model.safetensors").read_bytes()
     flags = [*SMALLER, "--output_dir", str(copied), "--finest_level", str(other)]
     for phase in ("level_1", "all"):
-        with pytest.raises(ValueError, match="level_2 with given=None, got given=|the work of an"):
+        with pytest.raises(ValueError, match="level_2 with given=None|the work of an|=None"):
             script.main([*flags, "--phase", phase])
     assert (copied / "level_2" / "model.safetensors").read_bytes() == before
 
@@ -122,37 +135,50 @@ def test_a_checkpoint_of_another_phase(script, copied):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ("--max_grad_norm -1", "level_2: expected max_grad_norm >= 0"),
-        ("--max_grad_norm nan", "level_2: expected max_grad_norm >= 0"),
+        ("--levels.fit.max_grad_norm -1", "level_1.fit: expected max_grad_norm > 0"),
+        ("--levels.fit.max_grad_norm 0", "level_1.fit: expected max_grad_norm > 0, or null"),
+        ("--levels.fit.max_grad_norm nan", 'level_1.fit.max_grad_norm".*Got value: nan|max_grad_n'),
         ("--gradient_accumulation_steps -1", "expected gradient_accumulation_steps >= 1, got -1"),
         ("--gradient_accumulation_steps 0", "expected gradient_accumulation_steps >= 1, got 0"),
-        ("--ema_decay 2", r"level_2: expected ema_decay in \[0, 1\), got 2.0"),
-        ("--prior_learning_rate nan", "prior: expected learning_rate > 0, got nan"),
-        ("--learning_rate -1 1e-3", "level_1: expected learning_rate > 0, got -1.0"),
-        ("--prior_adam_weight_decay -1", "prior: expected adam_weight_decay >= 0, got -1.0"),
-        ("--refit_learning_rate 0", "refit_level_2: expected learning_rate > 0, got 0.0"),
-        ("--prior_train_batch_size 0", "prior: expected train_batch_size >= 1, got 0"),
-        ("--hidden_size 8 8 8", "expected hidden_size of 1 or num_levels=2 values, got"),
-        ("--learning_rate 1e-3 1e-3 1e-3", "expected learning_rate of 1 or num_levels=2 values"),
-        ("--refit_num_layers 1 2 3", "expected refit_num_layers of 1 or num_levels=2 values"),
+        ("--level_2.fit.ema_decay 2", r"level_2.fit: expected ema_decay in \[0, 1\), got 2.0"),
+        ("--prior.fit.learning_rate nan", "prior.fit.learning_rate.*nan"),
+        ("--level_1.fit.learning_rate -1", "level_1.fit: expected learning_rate > 0, got -1.0"),
+        ("--prior.fit.adam_weight_decay -1", "prior.fit: expected adam_weight_decay >= 0"),
+        ("--level_2.refit.fit.learning_rate 0", "level_2.refit.fit: expected learning_rate > 0"),
+        ("--prior.fit.train_batch_size 0", "prior.fit: expected train_batch_size >= 1, got 0"),
+        ("--levels.hidden_size 8 8 8", "unrecognized arguments: 8 8"),
+        ("--levels.hidden_size [8,8]", 'levels.hidden_size".*int.*Got value'),
+        ("--levels.hidden_size", 'levels.hidden_size".*Got value: True'),
+        ("--level_2.hidden_size x", 'level_2.hidden_size".*Got value: x'),
+        ("--level_2.hiddensize 8", "unrecognized arguments: --level_2.hiddensize 8"),
+        ("--level_2.refit.fit.steps 8", "steps"),
+        ("--level_3.hidden_size 8 --num_levels 2", "sections of level_1 … level_2, got level_3"),
+        ("--level_9.hidden_size 8", "unrecognized arguments: --level_9.hidden_size 8"),
+        ("--levels.hidden_size -8", "level_2: .*expected hidden_size >= 1, got -8"),
         ("--num_levels 0", "expected num_levels in 1 … 8, got 0"),
         ("--num_levels 9", "expected num_levels in 1 … 8, got 9"),
-        ("--resolution 0", "expected resolution >= 1, got 0"),
-        ("--max_train_samples 0", "expected max_train_samples >= 1, got 0"),
-        ("--num_validation_images 0", "expected num_validation_images >= 1, got 0"),
-        ("--checkpointing_steps -1", "expected checkpointing_steps >= 0, got -1"),
-        ("--report_to nobody", "expected report_to among"),
-        ("--mixed_precision int8", "expected mixed_precision among"),
-        ("--lr_scheduler coseine", "expected lr_scheduler among"),
-        ("--seed -1", "expected seed in"),
-        ("--prior_config {", "expected prior_config as JSON, got '{'"),
-        ('--prior_config {"model_type":"t5"}', "backbone_config of a causal language model"),
+        ("--resolution 0", "data: expected resolution >= 1, got 0"),
+        ("--max_train_samples 0", "data: expected max_train_samples >= 1, got 0"),
+        ("--num_validation_images 0", "run: expected num_validation_images >= 1, got 0"),
+        ("--checkpointing_steps -1", "run: expected checkpointing_steps >= 1 or null, got -1"),
+        ("--checkpointing_steps 0", "run: expected checkpointing_steps >= 1 or null, got 0"),
+        ("--max_train_minutes 0", "run: expected max_train_minutes > 0 or null, got 0"),
+        ("--report_to nobody", "run: expected report_to among"),
+        ("--mixed_precision int8", "run: expected mixed_precision among"),
+        ("--levels.fit.lr_scheduler coseine", "level_1.fit: expected lr_scheduler among"),
+        ("--seed -1", "run: expected seed in"),
+        ("--prior.backbone_config {", "prior: .*backbone_config"),
+        ("--prior.backbone_config 5", "prior: .*backbone_config"),
+        ('--prior.backbone_config {"model_type":"t5"}', "backbone_config of a causal language mod"),
         (
-            '--prior_config {"model_type":"bert","hidden_size":16,"num_attention_heads":2,'
-            '"intermediate_size":16,"num_hidden_layers":1}',
+            '--prior.backbone_config {"model_type":"bert","hidden_size":16,'
+            '"num_attention_heads":2,"intermediate_size":16,"num_hidden_layers":1}',
             "backbone_config of a causal language model",
         ),
-        ("--class_dropout nan", r"expected class_dropout in \[0, 1\], got nan"),
+        ("--config /nowhere.yaml", "expected the path of a recipe, got /nowhere.yaml"),
+        ("--phase level_3", "expected phase among"),
+        ("--phase refit_level_1", "got 'refit_level_1'; a refit needs its section"),
+        ("--levels.class_dropout 2", r"expected class_dropout in \[0, 1\], got 2"),
         ("--label_column image", "label_column of integers 0 … n − 1 or class labels"),
     ],
 )
@@ -173,7 +199,7 @@ def test_a_wrong_flag_is_one_line_of_a_command(tmp_path):
 def test_what_cannot_be_measured_is_named(script, tmp_path):
     flags = [*SMALLER, "--output_dir", str(tmp_path), "--max_eval_samples", "1"]
     with pytest.warns(UserWarning, match="1 held-out images are too few for a Fréchet distance"):
-        script.main([*flags, "--refit_max_train_steps", "0", "3"])
+        script.main(flags)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert "frechet_distance" not in metrics and metrics["bits_per_dim"]["total"] > 0
     assert list(metrics["not_measured"]) == ["frechet_distance"]
@@ -182,7 +208,7 @@ def test_what_cannot_be_measured_is_named(script, tmp_path):
 
 def test_a_measurement_that_fails_costs_no_other(script, copied, monkeypatch):
     (copied / "metrics.json").unlink()
-    monkeypatch.setattr(script, "sampling_speed", None)
+    monkeypatch.setattr(report, "sampling_speed", None)
     with pytest.warns(UserWarning, match="sampled_images_per_second is not measured: TypeError"):
         script.main([*SMALLER, "--output_dir", str(copied), "--phase", "evaluate"])
     metrics = json.loads((copied / "metrics.json").read_text())
@@ -199,7 +225,7 @@ def test_a_measurement_that_fails_costs_no_other(script, copied, monkeypatch):
         ("cache/level_1/train/manifest.json", "prior", "delete its folder and it is made again"),
         ("level_1/history.json", "all", "delete the folder, and the phases that made it"),
         ("phases.json", "prior", "delete it: only what the phases cost is lost"),
-        ("settings.json", "prior", "delete it and run the first phase again"),
+        ("recipe.yaml", "prior", "delete it and run the first phase again"),
         ("metrics.json", "prior", "delete it, and measure the pipeline again"),
         ("level_1/config.json", "prior", "save the model again, or download it anew"),
     ],
@@ -210,7 +236,7 @@ def test_files_that_are_not_json_or_of_another_shape(script, copied, name, phase
     (copied / name).write_bytes(damage)
     flags = [*SMALLER, "--output_dir", str(copied), *RESUME, "--phase", phase]
     if phase == "prior":
-        flags += ["--prior_max_train_steps", "2", "--overwrite_output_dir"]
+        flags += ["--prior.fit.max_train_steps", "2", "--overwrite_output_dir"]
     with pytest.raises(ValueError, match=f"expected .*{Path(name).name}.*{words}"):
         script.main(flags)
 
@@ -235,7 +261,7 @@ def test_a_flipped_byte_of_a_level_that_is_there(script, copied):
         str(copied),
         "--phase",
         "prior",
-        "--prior_learning_rate",
+        "--prior.fit.learning_rate",
         "1",
     ]
     with pytest.raises(ValueError, match="expected the weights that were saved in .*level_2"):

@@ -9,8 +9,10 @@ import torch
 from conftest import load_script
 from test_training import SMALL
 
+from progressive_vae.training.checkpoints import Checkpoints
 from progressive_vae.training.codes import GridDataset, Manifest
 from progressive_vae.training.data import find_labels, load_images, read_images
+from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.streaming import PixelStream
 
 COLUMNS = {"image_column": "image", "label_column": None}
@@ -20,7 +22,7 @@ STREAM = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "3
 
 @pytest.fixture(scope="module")
 def stream():
-    table = load_images(dataset_name="digits", streaming=True)["train"]
+    table = load_images(DataSettings(dataset_name="digits", streaming=True))["train"]
     manifest = Manifest("", "digits", "train", (1, 8, 8), 256)
     return PixelStream(table, manifest, buffer_size=100, image_column="image", label_column="label")
 
@@ -63,7 +65,9 @@ def test_images_are_held_out_by_their_bytes(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(60):
             PIL.Image.new("L", (4, 4), 2 * i + (name == "dog")).save(tmp_path / name / f"{i}.png")
-    splits = load_images(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.3)
+    splits = load_images(
+        DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.3)
+    )
     assert find_labels(splits) == ("label", ["cat", "dog"])
     greys = {
         split: [int(image.max()) for image, _ in read_images(table, "image", "label", (1, 4, 4))]
@@ -80,7 +84,7 @@ def test_a_stream_that_ends_before_it_begins(stream):
 
 
 def test_mirror_images(stream):
-    table = load_images(dataset_name="digits", streaming=True)["train"].take(200)
+    table = load_images(DataSettings(dataset_name="digits", streaming=True))["train"].take(200)
     mirrored = PixelStream(table, stream.manifest, random_flip=True, buffer_size=1, **COLUMNS)
     plain = PixelStream(table, stream.manifest, buffer_size=1, **COLUMNS)
     seen, unseen = (
@@ -94,7 +98,7 @@ def test_mirror_images(stream):
 
 def test_the_main_job_on_a_stream(tmp_path):
     script, flags = load_script("train"), [*STREAM, "--output_dir", str(tmp_path)]
-    script.main([*flags, "--refit_max_train_steps", "0", "6"])
+    script.main([*flags, "--level_2.refit.fit.max_train_steps", "6"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["num_images"] == 30 and 0 < metrics["bits_per_dim"]["total"] < 9
     assert "refit_level_2" in metrics["phases"]
@@ -106,14 +110,14 @@ def test_the_main_job_on_a_stream(tmp_path):
 
 def test_a_stream_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
     script = load_script("train")
-    save = script.Checkpoints.save
+    save = Checkpoints.save
 
     def save_and_stop(self, identity, progress, *arguments):
         save(self, identity, progress, *arguments)
         raise SystemExit(0)
 
     flags = [*STREAM, "--output_dir", str(tmp_path), "--phase", "level_2"]
-    monkeypatch.setattr(script.Checkpoints, "save", save_and_stop)
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     with pytest.raises(SystemExit):
         script.main([*flags, "--checkpointing_steps", "3"])
     monkeypatch.undo()

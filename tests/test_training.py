@@ -11,19 +11,24 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import yaml
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.fingerprint import fingerprint
+from progressive_vae.training import greedy
 from progressive_vae.training.codes import GridDataset
-from progressive_vae.training.fitting import FitSettings, fit
+from progressive_vae.training.fitting import fit
+from progressive_vae.training.settings import FitSettings, RunSettings
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(
-    "--hidden_size 8 --encoder_hidden_size 8 --num_layers 1 --codebook_size 8 --max_train_steps 6 "
-    "--prior_max_train_steps 6 --validation_steps 4 --num_validation_images 2 --logging_steps 2 "
-    '--prior_config \'{"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, '
+    "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
+    "--levels.codebook_size 8 --levels.fit.max_train_steps 6 --prior.fit.max_train_steps 6 "
+    "--validation_steps 4 --num_validation_images 2 --logging_steps 2 "
+    '--prior.backbone_config \'{"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, '
     '"num_hidden_layers": 1, "num_attention_heads": 2}\''
 )
+SHORT = shlex.split("--levels.fit.max_train_steps 2 --prior.fit.max_train_steps 2")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +81,7 @@ def test_a_phase_again_alone(trained, script, tmp_path):
     shutil.copytree(trained, output_dir)
     flags = [*SMALL, "--output_dir", str(output_dir)]
     before = (output_dir / "level_1" / "model.safetensors").read_bytes()
-    script.main([*flags, "--phase", "prior", "--prior_max_train_steps", "2"])
+    script.main([*flags, "--phase", "prior", "--prior.fit.max_train_steps", "2"])
     assert (output_dir / "level_1" / "model.safetensors").read_bytes() == before
     script.main([*flags, "--phase", "level_2", "--seed", "1"])
     for phase in ("prior", "evaluate"):
@@ -84,8 +89,8 @@ def test_a_phase_again_alone(trained, script, tmp_path):
             script.main([*flags, "--phase", phase])
     for phase in ("level_1", "prior", "evaluate"):
         script.main([*flags, "--phase", phase])
-    command = json.loads((output_dir / "metrics.json").read_text())["command"]
-    assert "--phase level_2" in command  # what made the levels, not what evaluated them
+    recipe = yaml.safe_load((output_dir / "recipe.yaml").read_text())
+    assert recipe["run"]["seed"] == 1 and recipe["prior"]["fit"]["max_train_steps"] == 6
     with pytest.raises(ValueError, match="run its phase first"):
         script.main([*SMALL, "--output_dir", str(tmp_path / "empty"), "--phase", "level_1"])
     with pytest.raises(ValueError, match="expected phase among"):
@@ -97,7 +102,7 @@ def test_a_finished_run_that_is_started_again_keeps_its_figures(
 ):
     output_dir = tmp_path / "again"
     shutil.copytree(trained, output_dir)
-    monkeypatch.setattr(script, "evaluate_and_save", lambda *_: None)  # killed before it
+    monkeypatch.setattr(greedy, "evaluate_and_save", lambda *_: None)  # killed before it
     flags = [*SMALL, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
     script.main(flags)
     for name in ("metrics.json", "samples.png"):
@@ -113,7 +118,7 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
     before = fingerprint([ProgressiveVAELevel.from_pretrained(output_dir / "level_2")])
     flags = [*SMALL, "--output_dir", str(output_dir)]
     command = shlex.split(next(c for c in readme_commands() if "--phase refit" in c))
-    wider = ["--refit_hidden_size", "16", "--refit_max_train_steps", "3"]
+    wider = ["--level_2.refit.hidden_size", "16", "--level_2.refit.fit.max_train_steps", "3"]
     script.main([*flags, *command[3:], *wider])
     level = ProgressiveVAELevel.from_pretrained(output_dir / "level_2")
     assert level.config.hidden_size == 16 and level.config.corruption == 0.1
@@ -122,25 +127,23 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
     script.main([*flags, "--phase", "evaluate"])  # nothing is stale
     phases = json.loads((output_dir / "metrics.json").read_text())["phases"]
     assert phases["refit_level_2"]["validation_bits_per_dim"] > 0
-    with pytest.raises(ValueError, match="refit_max_train_steps >= 1 for refit_level_1, got 0"):
+    with pytest.raises(ValueError, match="got 'refit_level_1'; a refit needs its section"):
         script.main([*flags, "--phase", "refit_level_1"])
-    made_by = json.loads((output_dir / "metrics.json").read_text())["command"]
-    assert made_by.count("accelerate launch") == 2 and "--phase refit_level_2" in made_by
-    with pytest.raises(ValueError, match=r"refit_max_train_steps beside \['refit_hidden_size'\]"):
-        script.main([*flags, "--refit_hidden_size", "16"])
-    for wrong in ("--refit_decoder_order raster", "--class_conditional_levels 3"):
-        with pytest.raises(ValueError, match="decoder_order of pixels|class_conditional_levels in"):
-            script.main([*flags, *shlex.split(wrong), "--refit_max_train_steps", "1"])
+    recipe = json.loads((output_dir / "metrics.json").read_text())["recipe"]
+    assert recipe["level_2"]["refit"]["hidden_size"] == 16 and recipe["level_2"]["hidden_size"] == 8
+    wrong = ["--level_2.refit.decoder_order", "raster", "--overwrite_output_dir"]
+    with pytest.raises(ValueError, match="decoder_order of pixels"):
+        script.main([*flags, *wrong])
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--decoder_order raster masked --num_groups 0 3 --quantizer gumbel fsq "
-        "--class_conditional_levels 1",
-        "--decoder_order factorized lattice --quantizer fsq gumbel "
-        "--class_conditional_levels 1 2 --refit_max_train_steps 2 0 --refit_decoder_order raster "
-        "--refit_corruption 0.1 --refit_corruption_kind random",
+        "--level_1.decoder_order raster --level_2.decoder_order masked --level_2.num_groups 3 "
+        "--level_1.quantizer gumbel --level_2.quantizer fsq --level_2.class_conditional false",
+        "--level_1.decoder_order factorized --level_1.quantizer fsq --level_2.quantizer gumbel "
+        "--level_1.refit.fit.max_train_steps 2 --level_1.refit.decoder_order raster "
+        "--level_1.refit.corruption 0.1 --level_1.refit.corruption_kind random",
     ],
 )
 def test_every_order_and_quantizer_by_a_flag(script, tmp_path, flags):
@@ -188,7 +191,7 @@ def test_the_python_of_the_readme(trained, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     names: dict = {}
     for code in blocks:
-        exec(code.replace('"you/', '"org/readme-'), names)
+        exec(code.replace('"you/', '"org/readme-').replace("=60)", "=0.03)"), names)
     assert [z.shape for z in names["codes"]] == [(8, 2, 2), (8, 4, 4)]
     assert len(names["variations"]) == 16 and len(names["same"]) == len(names["again"]) == 8
 
@@ -209,7 +212,7 @@ def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
     command[command.index("--config") + 1] = str(ROOT / "examples/configs/fashion_mnist.yaml")
     for source in ("--dataset_name", "--train_data_dir"):
         output_dir = tmp_path / source
-        flags = [*command[3:], *SMALL, "--max_train_steps", "2", "--output_dir", str(output_dir)]
+        flags = [*command[3:], *SMALL, *SHORT, "--output_dir", str(output_dir)]
         script.main([*flags, source, str(tmp_path / "data")])
         pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
         assert pipe.grid_sizes == [(2, 2), (7, 7), (28, 28)]
@@ -231,7 +234,7 @@ def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
         height, width = rng.integers(70, 100, 2)
         picture = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         PIL.Image.fromarray(picture).resize((int(width), int(height))).save(folder / f"{i}.png")
-    script.main([*flags[3:], *SMALL, "--max_train_steps", "2", "--prior_max_train_steps", "2"])
+    script.main([*flags[3:], *SMALL, *SHORT, "--max_train_minutes", "0.02"])
     output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     assert pipe.level_3.config.pixel_distribution == "logistics"
@@ -247,25 +250,17 @@ def test_images_of_several_sizes_are_not_resized_silently(script, tmp_path):
         script.main([*SMALL, *flags])
 
 
-def test_yaml_sets_defaults_and_flags_win(script, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(
-        "num_levels: 3\nlearning_rate: 1e-4\ncodebook_size: [8, 16]\nuse_ema: false\n"
-        "prior_config: {model_type: gpt2, n_embd: 8}\n"
-    )
-    _, model, training = script.parse(["--config", str(path), "--num_levels", "4"])
-    assert model.num_levels == 4 and model.codebook_size == [8, 16]
-    assert training.learning_rate == [1e-4] and training.use_ema is False
-    assert json.loads(model.prior_config) == {"model_type": "gpt2", "n_embd": 8}
-    path.write_text("num_level: 3\n")
-    with pytest.raises(ValueError, match=r"names of flags .*got \['num_level'\]"):
-        script.parse(["--config", str(path)])
-    recipe = script.parse([])  # the embedded default
-    assert recipe[0].dataset_name == "digits" and recipe[2].output_dir == "runs/digits"
-    assert script.parse(["--dataset_name", "x"])[0].dataset_name == "x"
-    assert script.parse(["--train_data_dir", "x"])[0].dataset_name is None
-    for config in (ROOT / "examples" / "configs").glob("*.yaml"):
-        script.parse(["--config", str(config)])
+def test_every_recipe_of_the_examples_is_read(script):
+    recipe, arguments = script.parse([])  # the embedded default
+    assert recipe.data.dataset_name == "digits" and recipe.run.output_dir == "runs/digits"
+    assert arguments == {"resume_from_checkpoint": None}
+    assert script.parse(["--dataset_name", "x"])[0].data.dataset_name == "x"
+    assert script.parse(["--train_data_dir", "x"])[0].data.dataset_name is None
+    for path in (ROOT / "examples" / "configs").glob("*.yaml"):
+        recipe, _ = script.parse(["--config", str(path)])
+        fits = [*(level.fit for level in recipe.levels), recipe.prior.fit]
+        assert sum(fit.time_share for fit in fits) == pytest.approx(1)
+        assert yaml.safe_load(path.read_text())["run"]["output_dir"] == f"runs/{path.stem}"
 
 
 def test_a_trained_pipeline_gets_a_coarser_level(trained, script, tmp_path):
@@ -288,7 +283,7 @@ def test_a_trained_pipeline_gets_a_coarser_level(trained, script, tmp_path):
 def test_only_what_is_coarser_than_a_given_level(trained, script, tmp_path):
     given = trained / "level_2"
     flags = [*SMALL, "--finest_level", str(given), "--output_dir", str(tmp_path)]
-    script.main([*flags, "--codebook_size", "4", "99"])  # that of the given one is its own
+    script.main([*flags, "--level_1.codebook_size", "4", "--level_2.codebook_size", "99"])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     assert pipe.level_2.config.codebook_size == pipe.level_1.config.num_symbols == 8
     assert pipe.level_1.config.codebook_size == 4
@@ -306,11 +301,10 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     level = ProgressiveVAELevel.from_pretrained(trained / "level_2")
     pixels = data.batch(slice(0, 200))[0] / 127.5 - 1
     before, losses = level(pixels).loss.item(), []
-    settings = FitSettings(
-        max_train_steps=30, validation_steps=10, lr_warmup_steps=2, seed=20240101
-    )
+    settings = FitSettings(max_train_steps=30, lr_warmup_steps=2)
+    watch = RunSettings(validation_steps=10, seed=20240101)
     to_inputs, identity = lambda b: {"finer": b["grid"] / 127.5 - 1}, {"phase": "x"}
-    for progress in fit(level, data, to_inputs, Accelerator(), settings, identity):
+    for progress in fit(level, data, to_inputs, Accelerator(), settings, identity, watch):
         assert not level.training
         losses.append((progress.step, level(pixels).loss.item()))
     assert [step for step, _ in losses] == [10, 20, 30]
@@ -318,8 +312,9 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
 
 
 def test_a_loss_that_is_no_number_stops_the_phase(script, tmp_path):
-    flags = [*SMALL, "--output_dir", str(tmp_path), "--max_train_steps", "30"]
-    flags += shlex.split("--learning_rate 1e30 --max_grad_norm 1e30 --lr_warmup_steps 0")
+    flags = [*SMALL, "--output_dir", str(tmp_path), "--levels.fit.max_train_steps", "30"]
+    flags += shlex.split("--levels.fit.learning_rate 1e30 --levels.fit.max_grad_norm null")
+    flags += shlex.split("--levels.fit.lr_warmup_steps 0")
     with pytest.raises(FloatingPointError, match="loss of level_2 became nan at step .*checkpoint"):
         script.main([*flags, "--checkpointing_steps", "1"])
     assert not (tmp_path / "level_2").exists()

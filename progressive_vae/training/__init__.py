@@ -11,7 +11,10 @@
 | `codes.py` | a data set's grids, cached on disk |
 | `streaming.py` | images read as they come, where a disk does not hold them |
 | `sources.py` | a data set, opened: its splits, columns and classes; their pixels |
-| `evaluation.py` | bits/dim per factor, code use, Fréchet distance |
+| `yardsticks.py` | how near drawn images are to real ones: a classifier, distances |
+| `evaluation.py` | bits/dim per factor, code use, rate and distortion |
+| `speed.py` | images a second, and the arithmetic that they take |
+| `files.py` | what image files cost |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `lock.py` | one run at a time writes to a folder |
 | `run.py` | what one training leaves behind, and where it lies |

@@ -148,11 +148,13 @@ def fit(
                 average.step(_local(parameters))
             progress.step += 1
             step = progress.step
+            is_due = step % run.validation_steps == 0
             if seconds is None:
                 is_final = step >= settings.max_train_steps
             else:  # the schedule goes by the clock, on which all processes have to agree
                 progress.elapsed = _agreed(time.perf_counter() - began, accelerator)
-                is_final = progress.elapsed + validating >= seconds
+                # Time is left for the last validation, which is this one if no other would fit.
+                is_final = progress.elapsed + validating * (1 + is_due) >= seconds
                 share = min(progress.elapsed / seconds, 1.0)
                 scheduler.last_epoch = int(share * settings.max_train_steps) - 1
             scheduler.step()
@@ -165,7 +167,7 @@ def fit(
                 bar.set_postfix(loss=f"{loss:.4f}")
                 logged = {f"{name}/{k}": v for k, v in figures.items()}
                 accelerator.log(logged, step=logged_steps + step)
-            if step % run.validation_steps == 0 or is_final:
+            if is_due or is_final:
                 if settings.use_ema:
                     average.store(_local(parameters))
                     average.copy_to(_local(parameters))

@@ -180,7 +180,14 @@ def greedy_order(
     for i in indices:
         if (refit := recipe.levels[i - 1].refit) is not None:
             changes = recipe.decoder_changes(i, class_names)
-            order.append(RefitPhase(index=i, changes=changes, settings=refit.fit))
+            order.append(
+                RefitPhase(
+                    index=i,
+                    changes=changes,
+                    from_scratch=refit.from_scratch,
+                    settings=refit.fit,
+                )
+            )
     return order
 
 

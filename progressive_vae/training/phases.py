@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import set_seed
@@ -20,11 +20,11 @@ from torch import Tensor
 from ..chain import grid_sizes
 from ..configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from ..level import ProgressiveVAELevel
+from ..pictures import reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
 from .checkpoints import Progress, is_sharded
 from .codes import GridDataset, Manifest, PairedDataset
-from .evaluation import reconstruction_grid, sample_grid
 from .fitting import fit
 from .run import Run, as_finer
 from .settings import FitSettings
@@ -33,7 +33,9 @@ from .streaming import PixelStream
 WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
 MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size
 
-Validate = Callable[[Progress], dict[str, float]]
+Model: TypeAlias = ProgressiveVAELevel | ProgressiveVAEPrior
+ModelConfig: TypeAlias = ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig
+Validate: TypeAlias = Callable[[Progress], dict[str, float]]
 
 
 @dataclass(kw_only=True)
@@ -59,12 +61,7 @@ class Phase:
     source: int = field(init=False)
     changes_part: bool = field(init=False, default=False)
 
-    def identity(
-        self,
-        run: Run,
-        config: ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig,
-        data: dict[str, Any],
-    ) -> dict[str, Any]:
+    def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
         """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
         accelerator, settings = run.accelerator, asdict(self.settings)
         del settings["time_share"]
@@ -96,18 +93,16 @@ class Phase:
             pixels = replace(pixels, shape=size, num_values=num_values)
         return self.identity(run, self.model_config(levels), asdict(pixels))
 
-    def model_config(
-        self, levels: list[ProgressiveVAELevelConfig]
-    ) -> ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig:
+    def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ModelConfig:
         raise NotImplementedError
 
-    def __call__(self, run: Run) -> ProgressiveVAELevel | ProgressiveVAEPrior:
+    def __call__(self, run: Run) -> Model:
         raise NotImplementedError
 
     def _fit(
         self,
         run: Run,
-        model: ProgressiveVAELevel | ProgressiveVAEPrior,
+        model: Model,
         train: GridDataset | PairedDataset | PixelStream,
         to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
         validate: Validate,
@@ -134,7 +129,8 @@ class Phase:
         batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         num_images = progress.step * self.settings.train_batch_size * batches
         waiting = round(progress.waited / progress.seconds, 4)
-        run.record(self.name, num_images, progress.seconds, waiting_share=waiting, **figures)
+        figures = {"steps": progress.step, "waiting_share": waiting, **figures}
+        run.record(self.name, num_images, progress.seconds, **figures)
         run.logged_steps += progress.step
         run.save(model, self.part, identity, self.changes_part)
 
@@ -186,15 +182,20 @@ class RefitPhase(Phase):
     they are, to the bit: nothing coarser has to be trained again.
 
     Args:
-        changes: fields of the decoder's config, as in `ProgressiveVAELevel.with_decoder`.
+        changes: fields of the decoder's config, and
+        from_scratch: whether its weights begin anew, as in `ProgressiveVAELevel.with_decoder`.
     """
 
     index: int
     changes: dict[str, Any]
+    from_scratch: bool = False
 
     def __post_init__(self):
         self.name, self.part = f"refit_level_{self.index}", f"level_{self.index}"
         self.source, self.changes_part = self.index, True
+
+    def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
+        return {**super().identity(run, config, data), "from_scratch": self.from_scratch}
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
         return levels[self.index - 1].with_decoder(**self.changes)
@@ -205,7 +206,7 @@ class RefitPhase(Phase):
         pairs = finer if isinstance(finer, PixelStream) else PairedDataset(finer, codes)
         set_seed(run.settings.seed)
         old = run.level(self.index)
-        level = old.with_decoder(**self.changes)
+        level = old.with_decoder(self.from_scratch, **self.changes)
         identity = self.identity(run, level.config, _of_data(codes))
         if run.is_done(self.part, identity):
             return old
@@ -316,7 +317,5 @@ def _of_data(train: GridDataset | PixelStream) -> dict[str, Any]:
     return {**asdict(train.manifest), "num_examples": train.num_examples}
 
 
-def _class_labels(
-    batch: dict[str, Tensor], model: ProgressiveVAELevel | ProgressiveVAEPrior
-) -> dict[str, Tensor]:
+def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
     return {"class_labels": batch["label"]} if model.config.num_classes else {}

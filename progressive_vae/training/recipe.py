@@ -35,9 +35,11 @@ _SOURCES = ("dataset_name", "train_data_dir")
 
 @dataclass
 class RefitRecipe:
-    """A second fit of a decoder: the fields of its config that change, and how it is fitted."""
+    """A second fit of a decoder: the fields of its config that change, whether its weights begin
+    anew, and how it is fitted."""
 
     changes: dict[str, Any]
+    from_scratch: bool
     fit: FitSettings
 
 
@@ -152,14 +154,15 @@ def read_recipe(
     Raises:
         ValueError: a name that is none, or a value out of its type or range.
     """
-    where = "recipe" if isinstance(recipe, Mapping) or recipe is None else str(recipe)
+    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
     if isinstance(recipe, (str, Path)):
         if not Path(recipe).is_file():
             raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
         try:
             recipe = yaml.safe_load(Path(recipe).read_text())
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"expected YAML in {where}, got {error}") from error
+            words = " ".join(str(error).split())
+            raise ValueError(f"expected YAML in {where}, got {words}") from error
     layers = [_checked(recipe or {}, where), _checked(overrides or {}, "overrides")]
     extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
     count = _count(layers) if extended is None else 1 + len(levels_in(extended))
@@ -258,6 +261,7 @@ RefitSection = _section(
     ProgressiveVAELevelConfig,
     [name for name in DECODER_FIELDS if name not in ("num_classes", "id2label")],
     is_whole=False,
+    from_scratch=(bool, False),
     fit=(FitSettings, FitSettings),
 )
 # Wrong codes are for decoders that are refitted.
@@ -305,8 +309,11 @@ def _recipe(sections: dict[str, Any]) -> Recipe:
         fit = _built(FitSettings, section.pop("fit"), f"{name}.fit")
         conditional, refit = section.pop("class_conditional"), section.pop("refit", None)
         if refit is not None:
-            changes = {k: v for k, v in refit.items() if k != "fit" and v is not None}
-            refit = RefitRecipe(changes, _built(FitSettings, refit["fit"], f"{name}.refit.fit"))
+            refit = dict(refit)
+            again = _built(FitSettings, refit.pop("fit"), f"{name}.refit.fit")
+            from_scratch = refit.pop("from_scratch")
+            changes = {field: value for field, value in refit.items() if value is not None}
+            refit = RefitRecipe(changes, from_scratch, again)
         levels.append(LevelRecipe(section, conditional, fit, refit))
     section = dict(sections["prior"])
     fit = _built(PriorFitSettings, section.pop("fit"), "prior.fit")

@@ -11,22 +11,16 @@ from typing import Any
 import torch
 import yaml
 
-from .. import __version__
 from ..card import PICTURES, figures_table
 from ..hub import INDEX, METRICS, figures, push_or_warn, weights_digest, write_card
+from ..pictures import reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
-from ..saved import write_json
-from .evaluation import (
-    distance_of_samples,
-    evaluate,
-    label_accuracy,
-    reconstruction_grid,
-    sample_grid,
-    sampling_speed,
-    train_classifier,
-)
+from ..saved import __version__, write_json
+from .evaluation import evaluate, label_accuracy
 from .run import Run
+from .speed import sampling_speed
+from .yardsticks import distance_of_samples, train_classifier
 
 RECIPE = "recipe.yaml"
 
@@ -52,7 +46,8 @@ def saved_sections(output_dir: Path) -> dict[str, Any] | None:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected YAML in {path}, got {error}: {advice}") from error
+        words = " ".join(str(error).split())
+        raise ValueError(f"expected YAML in {path}, got {words}: {advice}") from error
     if not isinstance(sections, dict) or not isinstance(sections.get("run"), dict):
         raise ValueError(f"expected the sections of a recipe in {path}, got {sections}: {advice}")
     return sections

@@ -1,0 +1,47 @@
+"""Images side by side: drawn ones, and what each level says of given ones."""
+
+import PIL.Image
+import torch
+from diffusers.utils import make_image_grid
+from PIL.Image import Image
+from torch import Tensor
+
+from .images import from_pixel_values
+from .pipeline import ProgressiveVAEPipeline
+
+
+def picture_grid(images: list[Image], columns: int) -> Image:
+    """Rows of `columns` images with a thin gap; small ones enlarged, pixel by pixel."""
+    width, height = images[0].size
+    scale, gap = max(1, 56 // max(width, height)), 2
+    cells = []
+    for image in images:
+        cell = PIL.Image.new(image.mode, (width * scale + gap, height * scale + gap))
+        cell.paste(image.resize((width * scale, height * scale), PIL.Image.Resampling.NEAREST))
+        cells.append(cell)
+    return make_image_grid(cells, len(cells) // columns, columns)
+
+
+def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
+    """Drawn images: a row for each class (at most 10), or 10 rows of an unconditional model."""
+    assert pipe.prior is not None
+    rows = min(pipe.prior.config.num_classes, 10) or 10
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(rows * columns)]
+    if pipe.prior.config.num_classes:
+        output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)
+    else:
+        output = pipe(num_images_per_prompt=rows * columns, generator=generators)
+    return picture_grid(output.images, columns)
+
+
+def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
+    """One row for each level, from the coarsest to the finest, then the images themselves.
+
+    Row i shows uint8 images (B, C, H, W) drawn again from their own z_1 … z_i.
+    """
+    codes, rows = pipe.encode(images), []
+    for level in range(1, pipe.num_levels + 1):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
+        rows += pipe.decode(codes[:level], generator=generators)
+    rows += from_pixel_values(images / 127.5 - 1, "pil")
+    return picture_grid(rows, len(images))

@@ -1,0 +1,211 @@
+"""How near drawn images are to real ones: a classifier, and distances in features."""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..pipeline import ProgressiveVAEPipeline
+from .codes import GridDataset
+from .streaming import PixelStream
+
+
+class Classifier(nn.Sequential):
+    """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick."""
+
+    def __init__(self, num_channels: int, num_classes: int, width: int = 32):
+        super().__init__(
+            nn.Conv2d(num_channels, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(64 * width, num_classes),
+        )
+
+
+def train_classifier(
+    dataset: GridDataset | PixelStream,
+    num_classes: int,
+    max_train_steps: int = 1000,
+    seed: int = 0,
+) -> Classifier:
+    """Fit the yardstick on a training split in batches of 128, for at most 20 epochs."""
+    num_steps = max_train_steps
+    count = dataset.limit if isinstance(dataset, PixelStream) else dataset.num_examples
+    if count is not None:
+        num_steps = min(num_steps, 20 * max(1, count // 128))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Classifier(dataset.manifest.shape[0], num_classes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
+        batches = islice(dataset.random_batches(128), num_steps)
+        for images, labels in tqdm(batches, total=num_steps, desc="classifier"):
+            loss = F.cross_entropy(model(images / 127.5 - 1), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+def cached_classifier(
+    path: str | Path, dataset: GridDataset, max_train_steps: int, seed: int = 0
+) -> Classifier:
+    """What `train_classifier` made of this data set, read from the safetensors file `path`; it is
+    written there first where there is none, or that of another data set, length or seed.
+
+    Raises:
+        ValueError: a data set without labels.
+    """
+    labels = dataset.table.unique("label")
+    if min(labels) < 0:
+        raise ValueError(f"expected labels in {dataset.folder} for a classifier, got none")
+    identity = f"{dataset.manifest}, {max_train_steps} steps, seed {seed}"
+    num_classes = max(labels) + 1
+    if Path(path).is_file():
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("identity") == identity:
+                classifier = Classifier(dataset.manifest.shape[0], num_classes)
+                classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
+                return classifier.eval()
+    classifier = train_classifier(dataset, num_classes, max_train_steps, seed)
+    temporary = Path(path).with_suffix(".incomplete")
+    save_file(classifier.state_dict(), temporary, {"identity": identity})
+    os.replace(temporary, path)
+    return classifier
+
+
+class ClassifierFeatures(nn.Module):
+    """The last features of a classifier, averaged over the picture: images (B, C, H, W) in [0, 1]
+    -> (B, F)."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        modules = [*classifier]
+        pool = [*map(type, modules)].index(nn.AdaptiveAvgPool2d)
+        self.layers = nn.Sequential(*modules[:pool])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images * 2 - 1).mean((2, 3))
+
+
+class Inception(torch.nn.Module):
+    """torchmetrics' Inception network on grey or coloured images in [0, 1]."""
+
+    def __init__(self, network: torch.nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))
+
+
+@torch.no_grad()
+def features_of(extractor: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Features (n, F) of batches of images in [0, 1]."""
+    return torch.cat([extractor(images) for images in batches])
+
+
+class _Given(nn.Identity):
+    """Features in place of images, for torchmetrics."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+
+def frechet_distance(real: Tensor, drawn: Tensor) -> float:
+    """Fréchet distance of two sets of features (n, F) (Heusel et al. 2017). It falls with n, so
+    only distances of equally many images are to be compared."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    # One process measures, and would wait for the others for ever.
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False)
+    metric.update(real, real=True)
+    metric.update(drawn, real=False)
+    return metric.compute().item()
+
+
+def precision_recall(real: Tensor, drawn: Tensor, num_neighbours: int = 3) -> dict[str, float]:
+    """Of two sets of features (n, F): the share of drawn ones that lie among the real ones, and of
+    real ones among the drawn ones.
+
+    A point lies among a set if it is nearer to one of its points than that point's k-th neighbour
+    in the set (Kynkäänniemi et al. 2019).
+    """
+
+    def share_among(points: Tensor, others: Tensor) -> float:
+        radii = [
+            torch.cdist(part, others).kthvalue(num_neighbours + 1).values
+            for part in others.split(1000)
+        ]
+        radius = torch.cat(radii)  # the nearest neighbour of a point is itself
+        inside = [(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]
+        return torch.cat(inside).double().mean().item()
+
+    return {"precision": share_among(drawn, real), "recall": share_among(real, drawn)}
+
+
+def draw_labelled(
+    pipe: ProgressiveVAEPipeline, num_images: int, seed: int = 0, batch_size: int = 250
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Drawn uint8 images and their labels, spread evenly over the classes; −1 where there are
+    none. For `codes.write_cache`."""
+    num_classes, generator = len(pipe.labels), torch.Generator().manual_seed(seed)
+    for start in tqdm(range(0, num_images, batch_size), desc="draw"):
+        numbers = torch.arange(start, min(start + batch_size, num_images))
+        labels = numbers % num_classes if num_classes else torch.full_like(numbers, -1)
+        prompt = {"class_labels": labels.tolist()} if num_classes else {}
+        drawn = pipe(
+            **prompt,
+            num_images_per_prompt=1 if num_classes else len(numbers),
+            generator=generator,
+            output_type="pt",
+            batch_size=batch_size,
+        )
+        yield (drawn.images * 255).round().to(torch.uint8), labels
+
+
+@torch.no_grad()
+def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000) -> float:
+    """The share of images whose label a classifier of pixel values in [−1, 1] tells."""
+    right = sum(
+        int((classifier(images / 127.5 - 1).argmax(1) == labels).sum())
+        for images, labels in dataset.batches(batch_size)
+    )
+    return right / len(dataset)
+
+
+def distance_of_samples(
+    pipe: ProgressiveVAEPipeline,
+    classifier: Classifier,
+    dataset: GridDataset,
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 250,
+) -> float:
+    """Fréchet distance of so many drawn images, their labels spread evenly over the classes, to
+    as many held-out ones, the first, in the features of a classifier."""
+    extractor = ClassifierFeatures(classifier)
+    real, drawn = (
+        features_of(extractor, (images / 255 for images, _ in batches))[:num_images]
+        for batches in (
+            islice(dataset.batches(batch_size), math.ceil(num_images / batch_size)),
+            draw_labelled(pipe, num_images, seed, batch_size),
+        )
+    )
+    return frechet_distance(real, drawn)

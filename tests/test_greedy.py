@@ -1,0 +1,138 @@
+"""`train()`: the whole job in a few lines, on whatever images are at hand."""
+
+import json
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from interruptions import weights
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.training import train
+from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
+
+BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+FEW = {"max_train_steps": 4}
+RECIPE = {
+    "num_levels": 2,
+    "levels": {"hidden_size": 8, "num_layers": 1, "codebook_size": 8, "fit": FEW},
+    "prior": {"backbone_config": BACKBONE, "fit": FEW},
+    "data": {"eval_fraction": 0.3},
+    "run": {"report_to": "none", "num_validation_images": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pictures(count: int = 12) -> list[PIL.Image.Image]:
+    rng = np.random.default_rng(0)
+    return [PIL.Image.fromarray(x) for x in rng.integers(0, 256, (count, 8, 8, 3), np.uint8)]
+
+
+def a_list(folder):
+    return pictures()
+
+
+def a_dataset(folder):
+    table = datasets.Dataset.from_dict({"image": pictures(), "label": [0, 1] * 6})
+    return table.cast_column("image", datasets.Image())
+
+
+def a_dataset_dict(folder):
+    return a_dataset(folder).train_test_split(4, seed=0)
+
+
+def a_stream(folder):
+    return a_dataset(folder).to_iterable_dataset(num_shards=2)
+
+
+def a_folder(folder):
+    for i, picture in enumerate(pictures()):
+        picture.save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", [a_list, a_dataset, a_dataset_dict, a_stream, a_folder])
+def test_images_of_every_kind(kind, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    dataset, output_dir = kind(tmp_path / "pictures"), tmp_path / "run"
+    pipe = train(RECIPE, dataset, output_dir=output_dir)
+    assert isinstance(pipe, ProgressiveVAEPipeline) and pipe.image_shape == (3, 8, 8)
+    assert len(pipe.labels) == (2 if kind in (a_dataset, a_dataset_dict) else 0)
+    before, metrics = weights(output_dir), (output_dir / "metrics.json").read_bytes()
+    again = train(RECIPE, dataset, output_dir=output_dir)  # goes on where nothing is left to do
+    assert weights(output_dir) == before and (output_dir / "metrics.json").read_bytes() == metrics
+    image = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    assert again.bits_per_dim(image) == pipe.bits_per_dim(image)
+    with pytest.raises(ValueError, match="level_2 with config.hidden_size=8, got .*=16"):
+        train(RECIPE | {"level_2": {"hidden_size": 16}}, dataset, output_dir=output_dir)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ([], "list of PIL images, got list"),
+        ([1, 2], "list of PIL images, got list of .*int"),
+        (None, "expected one of dataset_name and train_data_dir, got None and None"),
+        ("/nowhere/at/all", "expected a data set of images in /nowhere/at/all"),
+        (pictures(1), "expected at least 2 images"),
+    ],
+)
+def test_what_is_no_data_set(dataset, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        train(RECIPE, dataset, output_dir=tmp_path)
+
+
+def test_a_recipe_that_ran_runs_again(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    recipe = RECIPE | {"level_2": {"refit": {"corruption": 0.2, "fit": {"max_train_steps": 3}}}}
+    recipe["data"] = {"dataset_name": "digits", "max_train_samples": 60, "max_eval_samples": 10}
+    train(recipe, output_dir=first)
+    train(first / "recipe.yaml", output_dir=second)
+    assert weights(first) == weights(second)
+    one, two = (yaml.safe_load((path / "recipe.yaml").read_text()) for path in (first, second))
+    assert one.pop("run") | {"output_dir": str(second)} == two.pop("run") and one == two
+    metrics = json.loads((first / "metrics.json").read_text())
+    assert metrics["recipe"]["level_2"]["refit"]["corruption"] == 0.2
+    assert metrics["recipe"]["run"]["output_dir"] == "first"  # of paths the name is shown alone
+
+
+def test_an_hour_is_divided_by_shares(tmp_path, monkeypatch):
+    """The finest level first, then the prior, then decoders again; each with its part."""
+    seen = []
+    for kind in (LevelPhase, PriorPhase, RefitPhase):
+        monkeypatch.setattr(kind, "__call__", lambda phase, run: seen.append(phase))
+    recipe = RECIPE | {
+        "level_1": {"fit": {"time_share": 0.25}},
+        "level_2": {"fit": {"time_share": 0.5}, "refit": {"fit": {"time_share": 0.2}}},
+        "prior": {"fit": {"time_share": 0.05}},
+    }
+    for phase in ("all", "level_1"):
+        with pytest.raises(ValueError):  # nothing was trained that could be measured
+            train(recipe, pictures(), tmp_path, 60, phase)
+            raise ValueError
+    assert [phase.name for phase in seen] == [
+        "level_2", "level_1", "prior", "refit_level_2", "level_1"
+    ]  # fmt: skip
+    assert [phase.seconds for phase in seen] == [1800, 900, 180, 720, 3600]
+
+
+def test_later_phases_of_an_extended_run_name_the_missing_flag(tmp_path):
+    shallow, deeper = tmp_path / "shallow", tmp_path / "deeper"
+    train(RECIPE, pictures(), shallow)
+    recipe = {**RECIPE, "run": {**RECIPE["run"], "extend": str(shallow)}}
+    del recipe["num_levels"]
+    pipe = train(recipe, pictures(), deeper)
+    assert pipe.num_levels == 3
+    for missing in ("prior", "evaluate", "level_1"):
+        with pytest.raises(ValueError, match=f"expected extend='{shallow}'.*pass --extend"):
+            train(RECIPE, pictures(), deeper, phase=missing)
+    train(recipe, pictures(), deeper, phase="evaluate")

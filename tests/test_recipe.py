@@ -1,0 +1,111 @@
+"""A recipe: typed, in sections, and the same when it is read again."""
+
+import pytest
+import yaml
+
+from progressive_vae import ProgressiveVAELevelConfig
+from progressive_vae.training.recipe import read_recipe
+from progressive_vae.training.settings import FitSettings
+
+
+def test_sections_of_levels_win_over_what_is_said_of_all():
+    recipe = read_recipe(
+        {
+            "levels": {"hidden_size": 32, "fit": {"learning_rate": 1e-4}},
+            "level_3": {"hidden_size": 48, "refit": {"corruption": 0.1}},
+        }
+    )
+    assert [level.config["hidden_size"] for level in recipe.levels] == [32, 32, 48]
+    assert {level.fit.learning_rate for level in recipe.levels} == {1e-4}
+    assert [level.refit is None for level in recipe.levels] == [True, True, False]
+    assert recipe.levels[2].refit.changes == {"corruption": 0.1}
+    assert recipe.levels[2].refit.fit == FitSettings()
+
+
+def test_overrides_win_whatever_they_are_said_of():
+    recipe = {"level_1": {"hidden_size": 16}, "data": {"dataset_name": "digits"}}
+    found = read_recipe(recipe, {"levels": {"hidden_size": 8}, "data": {"train_data_dir": "x"}})
+    assert [level.config["hidden_size"] for level in found.levels] == [8]
+    assert found.data.dataset_name is None and found.data.train_data_dir == "x"
+
+
+def test_a_backbone_that_names_its_kind_is_another_one():
+    recipe = {"prior": {"backbone_config": {"model_type": "opt", "ffn_dim": 8, "dropout": 0.0}}}
+    same = read_recipe(recipe, {"prior": {"backbone_config": {"ffn_dim": 16}}})
+    assert same.prior.config["backbone_config"] == {
+        "model_type": "opt", "ffn_dim": 16, "dropout": 0.0
+    }  # fmt: skip
+    other = read_recipe(recipe, {"prior": {"backbone_config": {"model_type": "llama"}}})
+    assert other.prior.config["backbone_config"] == {"model_type": "llama"}
+
+
+def test_what_is_not_said_is_what_its_owner_says():
+    recipe, config = read_recipe(), ProgressiveVAELevelConfig(num_channels=1)
+    assert len(recipe.levels) == 2 and recipe.levels[0].fit == FitSettings()
+    (finest,) = recipe.level_configs(1, [], {})[1:]
+    assert finest.to_dict() == config.to_dict()
+
+
+def test_what_was_read_is_read_again_as_it_was(tmp_path):
+    recipe = read_recipe(
+        {
+            "num_levels": 3,
+            "level_2": {"refit": {"num_layers": 3, "fit": {"max_grad_norm": None}}},
+            "run": {"checkpointing_steps": None, "max_train_minutes": 5},
+        }
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.sections))
+    again = read_recipe(path)
+    assert again == recipe
+    assert again.run.checkpointing_steps is None and again.levels[1].refit.fit.max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ({"level_9": {}}, "expected sections level_1 … level_8, .* got 'level_9'"),
+        ({"hidden_size": 8}, "expected sections level_1 … level_8, .* got 'hidden_size'"),
+        ({"level_1": 5}, "expected names and values in section level_1, got 5"),
+        ({"level_1": {"hidden": 3}}, "level_1.*'hidden'"),
+        ({"level_1": {"hidden_size": 3.5}}, 'level_1.hidden_size".*int.*Got value: 3.5'),
+        ({"level_1": {"fit": {"learning_rate": 0}}}, "level_1.fit: expected learning_rate > 0"),
+        ({"level_1": {"refit": {"x": 1}}}, 'level_1.refit"'),
+        ({"level_1": {"corruption": 0.1}}, "level_1.*'corruption'"),
+        ({"prior": {"grid_size": [2, 2]}}, "prior.*'grid_size'"),
+        ({"num_levels": 0}, "expected num_levels in 1 … 8, got 0"),
+        ({"num_levels": "two"}, "expected num_levels in 1 … 8, got 'two'"),
+        ({"num_levels": 1, "level_2": {}}, "sections of level_1 … level_1, got level_2"),
+        ({"run": {"steps": 3}}, "run.*'steps'"),
+        ([1, 2], "expected sections in recipe, got"),
+        ("/nowhere.yaml", "expected the path of a recipe, got /nowhere.yaml"),
+    ],
+)
+def test_recipes_that_mean_nothing(recipe, words):
+    with pytest.raises(ValueError, match=words) as error:
+        read_recipe(recipe)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("text", ["{", "5", "[a, b]", "\t- x"])
+def test_files_that_are_no_recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="expected (YAML|sections) in .*recipe.yaml"):
+        read_recipe(path)
+
+
+def test_levels_that_know_classes_need_some():
+    recipe = read_recipe({"level_2": {"class_conditional": True}})
+    coarsest, finest = recipe.level_configs(1, ["cat", "dog"], {})
+    assert (coarsest.num_classes, finest.num_classes) == (0, 2)
+    with pytest.raises(ValueError, match="class_conditional=False of level_2.*no labels"):
+        recipe.level_configs(1, [], {})
+    assert recipe.prior_config([coarsest, finest], (8, 8), []).num_classes == 0
+    assert recipe.prior_config([coarsest, finest], (8, 8), ["a"]).num_classes == 1
+
+
+def test_a_recipe_says_what_a_config_refuses():
+    recipe = read_recipe({"level_1": {"hidden_size": -4}})
+    with pytest.raises(ValueError, match="level_1: .*expected hidden_size >= 1, got -4"):
+        recipe.level_configs(1, [], {})
