@@ -29,7 +29,7 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     rows = ["vq, pixels", "vq, symbols", "prior", *recipe["distances"], "raster, symbols"]
     flags = ["--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
     flags += ["--config", str(path), "--cpu_minutes", "0.001"]
-    script.main([*flags, "--distances", "--trials", *rows])
+    script.main([*flags, "--distances", "--trials", json.dumps(rows)])
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "run/results").iterdir()}
     assert results.keys() == set(rows)
     assert results["vq, pixels"]["passes"] == 7 and results["raster, symbols"]["passes"] == 4
@@ -42,6 +42,8 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "| raster, symbols |" in printed
     assert printed.count("| refit of vq, pixels, corruption 0.2 | 0.2 |") == 2
-    script.main([*flags, "--trials", "vq, pixels"])  # done already
+    script.main([*flags, "--trials", '["vq, pixels"]'])  # done already
+    with pytest.raises(ValueError, match="dataset_name"):
+        script.main(["--cpu_minutes", "1"])
     with pytest.raises(ValueError, match=r"trials among .*got \['nonsense'\]"):
-        script.main([*flags, "--trials", "nonsense"])
+        script.main([*flags, "--trials", '["nonsense"]'])

@@ -11,6 +11,7 @@ from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.hub import weights_digest
+from progressive_vae.training import speed
 from progressive_vae.training.evaluation import rate_distortion
 from progressive_vae.training.yardsticks import precision_recall
 
@@ -104,16 +105,18 @@ def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
         assert curve[f"level_{k}"]["psnr"] <= curve[f"level_{k}"]["psnr_of_mean"]
 
 
-def test_benchmark_measures_both(tmp_path, capsys):
+def test_benchmark_measures_both(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "{dataset_name: digits, num_levels: 2, codebook_size: [8], hidden_size: [8], "
-        "num_layers: [1], num_groups: [4, 7], class_conditional_levels: [1], prior_config: "
-        "{model_type: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, "
-        "num_attention_heads: 2}}"
+        "levels: {codebook_size: 8, hidden_size: 8, num_layers: 1}\n"
+        "level_1: {num_groups: 4, class_conditional: true}\n"
+        "level_2: {num_groups: 7}\n"
+        "prior: {backbone_config: {model_type: llama, hidden_size: 16, intermediate_size: 16, "
+        "num_hidden_layers: 1, num_attention_heads: 2}}\n"
+        "data: {dataset_name: digits}\n"
     )
     script, output_dir = load_script("benchmark"), tmp_path / "out"
-    script.TIMED_SECONDS = 0.02
+    monkeypatch.setattr(speed, "TIMED_SECONDS", 0.02)
     flags = ["--train_minutes", "0.02", "--num_drawn", "60"]
     flags += ["--config", str(recipe), "--output_dir", str(output_dir)]
     script.main(flags)
