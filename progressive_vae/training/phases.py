@@ -51,8 +51,8 @@ def train_level(
         return run.level(index)
     set_seed(settings.seed)
     level = ProgressiveVAELevel(config)
-    if config.quantizer == "vq":
-        initialize_codebook(level, train, settings.seed)
+    level.eval().check_causal()
+    initialize_codebook(level, train, settings.seed)
     run.drop_record(f"refit_level_{index}")  # of the level that was there before
     _fit_level(run, index, level, train, settings, identity)
     return level
@@ -72,6 +72,7 @@ def refit_level(run: Run, index: int, changes: dict, settings: FitSettings) -> P
     set_seed(settings.seed)
     old = run.level(index)
     level = old.with_decoder(**changes)
+    level.eval().check_causal()
     name = f"refit_level_{index}"
     identity = identify(name, level.config, settings, run.accelerator, _of_data(codes))
     if run.is_done(f"level_{index}", identity):
