@@ -134,7 +134,7 @@ class ModelArguments:
     num_levels: int = field(default=2, metadata={"help": f"N, 1 to {MAX_LEVELS}"})
     codebook_size: list[int] = _list(64, "codes of each level")
     codebook_dim: list[int] = _list(0, "length of a code vector; 0: what the quantizer needs")
-    downsample: list[int] = _list(2, "2 or 4: linear factor between a level and the finer grid")
+    downsample: list[int] = _list(2, "linear factor to the finer grid: 2, 4, 8 … 64")
     hidden_size: list[int] = _list(96, "width of the decoder")
     num_layers: list[int] = _list(2, "residual blocks of the decoder before each group")
     pixel_distribution: list[str] = _list(
