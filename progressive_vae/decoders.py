@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .causal import NUM_CHECKED, Causal
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .distributions import Categorical, Distribution
-from .groups import ORDERS, Choose, Inside, Place, ask, indices
+from .groups import ORDERS, Choose, Inside, Place, ask, index_grid
 from .heads import Blind, FreeLogits, make_head
 from .networks import (
     Downsample,
@@ -140,7 +140,7 @@ class GroupDecoder(Decoder):
         pyramid = self.pyramid(condition, (height, width))
         state, channels = pyramid.pop(), self.config.value_channels
         grid = state.new_zeros(len(state), channels, height, width, dtype=torch.long)
-        index, groups = indices(size, (height, width)), self.order(self.config, (height, width))
+        index, groups = index_grid(size, (height, width)), self.order(self.config, (height, width))
         for number, (group, stage) in enumerate(zip(groups, self.stages, strict=True)):
             inside = Inside(group.take(index), grid.device)
             is_final = group is groups[-1]

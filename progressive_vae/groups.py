@@ -139,7 +139,7 @@ class Scattered:
 Group = Lattice | Scattered
 
 
-def indices(size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+def index_grid(size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
     """The row-major index of each position of the true grid, and −1 where it is padded: int64."""
     index = torch.arange(math.prod(size)).view(size)
     return F.pad(index, (0, padded[1] - size[1], 0, padded[0] - size[0]), value=-1)
@@ -149,7 +149,7 @@ class Inside:
     """Which of a group's places lie in the true grid: all, some or none.
 
     Args:
-        found: `group.take(indices(…))`, int64 (n,).
+        found: `group.take(index_grid(…))`, int64 (n,).
     """
 
     def __init__(self, found: Tensor, device: torch.device):
