@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
-from progressive_vae.networks import cached_step
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.causal import cached_step
+from progressive_vae.entries import as_pixel_values
 from progressive_vae.quantizer import VectorQuantizer
 from progressive_vae.saved import read_json, write_json
 from progressive_vae.training import train
@@ -90,9 +91,6 @@ class FlatVAE(nn.Module):
 
     def __init__(self, num_channels: int, codebook_size: int = 128, width: int = 128):
         super().__init__()
-        config = ProgressiveVAELevelConfig(
-            num_channels=num_channels, codebook_size=codebook_size, codebook_dim=64
-        )
         self.encoder = nn.Sequential(
             nn.Conv2d(num_channels, width, 4, stride=2, padding=1),
             nn.ReLU(),
@@ -100,11 +98,13 @@ class FlatVAE(nn.Module):
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(width, config.codebook_dim, 1),
+            nn.Conv2d(width, 64, 1),
         )
-        self.quantizer = VectorQuantizer(config)
+        self.quantizer = VectorQuantizer(
+            codebook_size, 64, 0.25, decay=0.99, restart_threshold=0.03
+        )
         self.decoder = nn.Sequential(
-            nn.Conv2d(config.codebook_dim, width, 3, padding=1),
+            nn.Conv2d(64, width, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(width, width, 3, padding=1),
             nn.ReLU(),
@@ -116,8 +116,8 @@ class FlatVAE(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [−1, 1] -> loss, codes, latents."""
         latents = self.encoder(images)
-        codes, quantized, _, commitment = self.quantizer(latents)
-        loss = F.mse_loss(self.decoder(quantized), images) + 0.25 * commitment
+        codes, quantized, _, commitment_loss = self.quantizer(latents)
+        loss = F.mse_loss(self.decoder(quantized), images) + commitment_loss
         return loss, codes, latents
 
     @torch.no_grad()
@@ -168,20 +168,21 @@ class Afternoon:
     def fit(self, train: GridDataset, seconds: float) -> dict[str, float]:
         """Half of the time for the autoencoder, half for its prior."""
         batches = train.random_batches(64)
-        first = torch.cat([next(batches)[0] for _ in range(30)]) / 127.5 - 1
+        first = as_pixel_values(torch.cat([next(batches)[0] for _ in range(30)]))
         with torch.no_grad():
             latents = self.vae.encoder(first).movedim(1, -1).flatten(0, -2)
         self.vae.quantizer.initialize(latents, torch.Generator().manual_seed(0))
 
         def vae_step() -> Tensor:
-            loss, codes, latents = self.vae(next(batches)[0] / 127.5 - 1)
+            loss, codes, latents = self.vae(as_pixel_values(next(batches)[0]))
             self.vae.quantizer.after_step(latents, codes, lambda tensor: tensor)
             return loss
 
         steps = train_for(seconds / 2, self.vae, vae_step, lr=1e-3)
         with torch.no_grad():
             encoded = [
-                (self.vae(images / 127.5 - 1)[1], labels) for images, labels in train.batches(500)
+                (self.vae(as_pixel_values(images))[1], labels)
+                for images, labels in train.batches(500)
             ]
         codes, labels = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         tokens = torch.cat([self.prompt(labels), codes.flatten(1)], 1)
@@ -266,7 +267,7 @@ class Yardstick:
         torch.manual_seed(self.seed)
         labels = torch.arange(self.num_drawn) % model.num_classes
         drawn = (model.draw(part, use_cache=True) for part in labels.split(250))
-        images, some = self.test.batch(slice(0, 250))[0] / 127.5 - 1, torch.arange(250)
+        images, some = as_pixel_values(self.test.batch(slice(0, 250))[0]), torch.arange(250)
         some = some % model.num_classes
         return {
             "Fréchet distance": self.distance(drawn),

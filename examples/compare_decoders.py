@@ -36,7 +36,6 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.decoders import Condition
 from progressive_vae.sampling import Sampler
 from progressive_vae.saved import write_json
 from progressive_vae.training.codes import GridDataset, cached
@@ -109,11 +108,11 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
     use = code_use(counts)
     draw, passes, start = Sampler(len(first)), [], time.process_time()
 
-    def choose(group, colour, distribution):
-        passes.append(group)
-        return draw.choose(distribution)
+    def choose(distribution, place):
+        passes.append(place)
+        return draw.choose(distribution, place)
 
-    level.decoder.walk(Condition(level.quantizer.lookup(first)), grids.shape[-2:], choose)
+    level.walk(first, choose, finer_size=grids.shape[-2:])
     seconds = time.process_time() - start
     return {
         "bits_per_dim": nats / (math.log(2) * dimensions * len(held_out)),

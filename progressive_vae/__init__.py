@@ -5,16 +5,21 @@
 | file | purpose |
 |---|---|
 | `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
-| `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
 | `strict.py` | configs whose every complaint is a `ValueError`, and what they may say |
+| `backbones.py` | configs of causal networks: any of transformers, or a small one |
 | `configuration.py` | the two configs: every architectural knob, once |
+| `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
 | `chain.py` | what fits together: the grids of a chain of levels |
-| `distributions.py` | what a decoder says of values: free probabilities, or mixtures of logistics |
-| `sampling.py` | draws from categorical distributions, and their controls |
+| `entries.py` | what an entry of a grid is: a colour of a pixel, or a symbol |
+| `distributions.py` | what is said of values: free probabilities, or mixtures of logistics |
+| `groups.py` | orders of a grid's positions: lattices, scattered ones; where a walk stands |
+| `sampling.py` | draws from distributions, and their controls |
 | `labels.py` | class labels: numbers or names, as ids |
-| `networks.py` | convolution nets, a step of a causal one; no probability in here |
+| `networks.py` | convolution nets; no probability in here |
+| `heads.py` | from features to distributions, and what a head sees of the neighbours |
+| `causal.py` | a causal network of transformers: stepwise, in one pass, checked |
+| `encoder.py` | from the finer grid to latents |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
-| `groups.py` | orders of a grid's positions: lattices, scattered ones |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |

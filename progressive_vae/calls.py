@@ -1,17 +1,21 @@
 """What one call of a pipeline is told: a pipeline may draw on many threads at once."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import Tensor
 
 from .chain import check_grids
 from .configuration import ProgressiveVAELevelConfig
 from .hub import HubPipeline
+from .sampling import Generators, per_factor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -35,6 +39,60 @@ class _Calls(threading.local):
 
 
 _CALLS = _Calls()
+
+
+def factor_controls(
+    factor_names: list[str],
+    configs: list[ProgressiveVAELevelConfig],
+    num_given: int,
+    num_levels: int | None,
+    **controls,
+) -> list[dict]:
+    """The sampling controls of [prior, level_1 … level_N], each one for all of them or a list.
+
+    Args:
+        configs: of [level_1 … level_N].
+        num_given: the number of grids that the call starts from.
+        num_levels: the number of grids that are drawn as the controls say; finer factors take
+            their most probable values.
+
+    Raises:
+        ValueError: a list for other factors, corruption that no level learned, or a `num_levels`
+            that is none, or is less than what is given.
+    """
+    rows, corruption = per_factor(factor_names, **controls), controls["corruption"]
+    rows[0].pop("corruption")  # nothing comes before the prior
+    if np.any(corruption) and not any(config.corruption for config in configs):
+        raise ValueError(f"expected corruption=0, as no level learned it, got {corruption}")
+    if num_levels is not None:
+        if not 1 <= num_levels <= len(configs):
+            raise ValueError(f"expected num_levels in 1 … {len(configs)}, got {num_levels}")
+        if num_given > num_levels:
+            raise ValueError(
+                f"expected codes of at most num_levels={num_levels} levels, got {num_given}"
+            )
+        for row in rows[num_levels:]:
+            row["temperature"] = 0.0
+    return rows
+
+
+def check_batches(generator: Generators, count: int, batch_size: int):
+    """Raise a `ValueError` unless `count` images can be drawn so many at a time."""
+    if isinstance(generator, list) and len(generator) != count:
+        raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+
+
+def check_outputs(output_type: str, callback_inputs: Iterable[str], known: list[str]):
+    """Raise a `ValueError` for images of an unknown kind, or a callback that asks for tensors other
+    than the known ones."""
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"expected output_type in {OUTPUT_TYPES}, got {output_type!r}")
+    if unknown := sorted(set(callback_inputs) - set(known)):
+        raise ValueError(
+            f"expected callback_on_step_end_tensor_inputs among {known}, got {unknown}"
+        )
 
 
 def changed_codes(

@@ -1,33 +1,33 @@
 """The two configs: every architectural knob, once."""
 
-import copy
 import itertools
 import math
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 
+from .backbones import MAX_LAYERS, causal_config, check_causal_config, small_llama, small_opt
 from .strict import check_limits, check_names, check_range, strict_config
 
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
 PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
 QUANTIZERS = ("vq", "fsq", "gumbel")
 CORRUPTIONS = ("random", "near")
+DOWNSAMPLES = (2, 4, 8, 16, 32, 64)
+NUM_PIXEL_VALUES = 256  # of one colour of a pixel
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # More is a damaged or a hostile file, and would fill the memory before anything else is looked at.
-MAX_CODES, MAX_CLASSES, MAX_LAYERS = 2**20, 100_000, 1_000
+MAX_CODES, MAX_CLASSES = 2**20, 100_000
 
 # What a refit may change; the rest decides what the codes are.
 DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logit_rank",
-                  "decoder_order", "num_groups", "num_classes", "id2label", "class_dropout",
-                  "corruption", "corruption_kind")  # fmt: skip
+                  "decoder_order", "num_groups", "backbone_config", "num_classes", "id2label",
+                  "class_dropout", "corruption", "corruption_kind")  # fmt: skip
+
+# What only training reads: the weights say the same without it.
+TRAINING_FIELDS = ("class_dropout", "commitment_weight", "codebook_decay", "restart_threshold",
+                   "gumbel_temperature", "gumbel_decay", "corruption_kind")  # fmt: skip
 
 # Groups of an order for a downsample, where the config leaves them open.
 _GROUPS = {
@@ -87,7 +87,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         codebook_size: K, the number of codes of this level's grid.
         codebook_dim: D, the length of a code vector; `None` stands for 8, and for `"fsq"` for the
             number of its scalars, which it must be there.
-        downsample: 2 or 4, the linear factor between this level's grid and the finer one.
+        downsample: 2, 4, 8 … 64, the linear factor between this level's grid and the finer one.
         hidden_size: width of the decoder.
         num_layers: residual blocks of the decoder before each group; of `"raster"` those on z, and
             the layers of its causal language model.
@@ -110,6 +110,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
             `"raster"`, as there are as many as positions. `None` stands for the one number, for
             the stride downsample of `"lattice"`, and for 8 of `"masked"`.
+        backbone_config: of `"raster"`, any causal-LM config of transformers, as a config or as a
+            dict with its `model_type`; its vocabulary is set to the symbols. `None` stands for an
+            OPT of `num_layers` layers with `hidden_size`.
         quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
             `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax).
         commitment_weight: β of `"vq"`, the pull of the encoder towards its code.
@@ -129,6 +132,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     """
 
     model_type = "progressive_vae_level"
+    sub_configs = {"backbone_config": AutoConfig}  # where attn_implementation and dtype go on to
 
     num_channels: int | None = None
     num_symbols: int | None = None
@@ -145,6 +149,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     pixel_logit_rank: int = 64
     decoder_order: str = "lattice"
     num_groups: int | None = None
+    backbone_config: dict | PreTrainedConfig | None = None
     quantizer: str = "vq"
     commitment_weight: float = 0.25
     codebook_decay: float = 0.99
@@ -177,6 +182,10 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
         if self.num_groups is None:
             self.num_groups = _GROUPS.get(self.decoder_order, lambda _: None)(self.downsample)
+        if self.backbone_config is not None:
+            self.backbone_config = causal_config(
+                self.backbone_config, self.num_values, MAX_RASTER_POSITIONS
+            )
         _name_classes(self)
         super().__post_init__(**kwargs)
 
@@ -192,7 +201,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         fields["encoder_hidden_size"] = self.encoder_hidden_size or self.hidden_size
         fields["id2label"] = self.id2label if self.num_classes else None
         if changes.get("decoder_order", self.decoder_order) != self.decoder_order:
-            fields["num_groups"] = None  # those of the other order
+            fields["num_groups"] = fields["backbone_config"] = None  # those of the other order
         return ProgressiveVAELevelConfig(**{**fields, **changes})
 
     def validate_finer(self):
@@ -220,7 +229,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
 
     def validate_choices(self):
         for name, choices in (
-            ("downsample", (2, 4)),
+            ("downsample", DOWNSAMPLES),
             ("block_kernel_size", (1, 3)),
             ("pixel_distribution", PIXEL_DISTRIBUTIONS),
             ("decoder_order", DECODER_ORDERS),
@@ -248,6 +257,16 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 f"expected num_groups={expected} for decoder_order={self.decoder_order!r} and "
                 f"downsample={self.downsample}, got {self.num_groups}"
             )
+
+    def validate_backbone(self):
+        if self.backbone_config is None:
+            return
+        if self.decoder_order != "raster":
+            raise ValueError(
+                "expected backbone_config=None for a decoder_order other than 'raster', got "
+                f"{type(self.backbone_config).__name__} for {self.decoder_order!r}"
+            )
+        check_causal_config(self.backbone_config)
 
     def validate_quantizer(self):
         if self.quantizer == "fsq" and self.codebook_dim != len(fsq_levels(self.codebook_size)):
@@ -286,7 +305,15 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def num_values(self) -> int:
         """Values that one entry of the finer grid can take: K_{i+1}, or 256 for a pixel."""
-        return 256 if self.num_symbols is None else self.num_symbols
+        return NUM_PIXEL_VALUES if self.num_symbols is None else self.num_symbols
+
+    @property
+    def raster_config(self) -> PreTrainedConfig:
+        """Of the causal network of `"raster"`."""
+        if self.backbone_config is not None:
+            return self.backbone_config
+        default = small_opt(self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS)
+        return causal_config(default, self.num_values, MAX_RASTER_POSITIONS)
 
 
 @strict_config
@@ -322,33 +349,10 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         self.grid_size = list(self.grid_size)
         _name_classes(self)
         if self.backbone_config is None:
-            self.backbone_config = LlamaConfig(
-                hidden_size=128,
-                intermediate_size=352,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                tie_word_embeddings=False,
-            )
-        elif isinstance(self.backbone_config, dict):
-            fields = dict(self.backbone_config)
-            if "model_type" not in fields:
-                raise ValueError(f"expected backbone_config with a model_type, got {fields}")
-            # Some configs make a list of their layers; each family has its own name for these.
-            layers = {name: MAX_LAYERS for name in fields if "layer" in name}
-            check_limits(fields, **layers)
-            kind = fields.pop("model_type")
-            if kind not in CONFIG_MAPPING:
-                raise ValueError(f"expected a model_type of transformers, as 'llama', got {kind!r}")
-            self.backbone_config = AutoConfig.for_model(kind, **fields)
-        else:  # the caller keeps a config of his own
-            self.backbone_config = copy.deepcopy(self.backbone_config)
-        backbone = self.backbone_config
-        backbone.vocab_size = self.vocab_size
-        backbone.bos_token_id = backbone.eos_token_id = backbone.pad_token_id = None
-        if (getattr(backbone, "max_position_embeddings", None) or self.sequence_length) < (
-            self.sequence_length
-        ):
-            backbone.max_position_embeddings = self.sequence_length
+            self.backbone_config = small_llama()
+        self.backbone_config = causal_config(
+            self.backbone_config, self.vocab_size, self.sequence_length
+        )
         super().__post_init__(**kwargs)
 
     def validate_sizes(self):
@@ -358,11 +362,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
             raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")
 
     def validate_backbone(self):
-        if type(self.backbone_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                "expected backbone_config of a causal language model of transformers, got "
-                f"{type(self.backbone_config).__name__}"
-            )
+        check_causal_config(self.backbone_config)
 
     @property
     def sequence_length(self) -> int:

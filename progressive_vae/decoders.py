@@ -8,34 +8,27 @@ raster order computes it otherwise, in one pass of a causal language model.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, OPTConfig
+from transformers import AutoModel
+from transformers.utils import ModelOutput
 
+from .causal import NUM_CHECKED, Causal
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
-from .distributions import Distribution
-from .groups import ORDERS, Group, Lattice, Scattered
+from .distributions import Categorical, Distribution
+from .groups import ORDERS, Choose, Inside, Place, ask, index_grid
+from .heads import Blind, FreeLogits, make_head
 from .networks import (
     Downsample,
-    FreeLogits,
     PixelEmbedding,
-    PixelLogistics,
-    PixelLogits,
     Upsample,
     ZeroConv2d,
     ZeroEmbedding,
-    cached_step,
-    pixel_guesses,
     residual_blocks,
-    soft_differences,
 )
-
-# What to do at one step of a walk: (group, colour, distribution) -> int64 (B, n).
-Choose = Callable[[Group, int, Distribution], Tensor]
 
 
 class Condition(NamedTuple):
@@ -58,10 +51,10 @@ class Decoder(nn.Module):
     Finer grids are int64 (B, C, H, W) with values 0 … V − 1: pixels with C colours and V = 256,
     or symbols with C = 1 and V = K_{i+1}. What the orders share is how z comes in. Each has
 
-    - `walk(condition, size, choose)`: visits every group in order, on a finer grid of `size`
-      (H, W), and returns the chosen grid. `choose` is called with (group, colour, distribution)
-      and returns the values of that colour at the group's n positions, int64 (B, n).
-    - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,).
+    - `walk(condition, size, choose)`: asks `choose` for every value of a finer grid of `size`
+      (H, W), group after group, in a group colour after colour, and returns the chosen grid;
+    - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,);
+    - `check_causal()`: raises a `ValueError` if a walk would say something else.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -95,34 +88,18 @@ class Stage(nn.Module):
     ):
         super().__init__()
         width, channels = config.hidden_size, config.value_channels
+        heads = [make_head(config) for _ in range(channels)]
+        known_dim = config.value_embed_dim + heads[0].miss_dim
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
-        looks = config.is_guessing and not is_first
-        self.look = nn.Linear(4 * 3 * channels, width) if looks else None
+        # Before the first group there is nothing to look at.
+        self.look = Blind() if is_first else heads[0].make_look(channels, width)
         self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
-        self.logits = nn.ModuleList(make_head(config) for _ in range(channels))
-        known_dim = config.value_embed_dim + 3 * config.is_guessing
+        self.logits = nn.ModuleList(heads)
         # Later colours see the earlier ones of the same pixel.
         self.colours = nn.ModuleList(nn.Linear(known_dim, width) for _ in range(channels - 1))
         if not is_final:
             self.take_in = nn.Conv2d(channels * known_dim, width, 3, padding=1)
-
-    def refine(self, state: Tensor, group: Group, guesses: Tensor | None) -> Tensor:
-        """The state with z, or what is known of the grid, spread over it."""
-        if self.look is not None and guesses is not None:
-            near, mean = guesses[:4], guesses[-1]  # (4, B, C, n)
-            steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2).to(state)
-            state = state + group.spread(self.look(steps), state.shape[-2:])
-        return self.blocks(state)
-
-
-def make_head(config: ProgressiveVAELevelConfig) -> nn.Module:
-    """From features (B, n, width) to the distribution of one colour, or of symbols."""
-    if config.is_guessing:
-        return PixelLogistics(config.hidden_size)
-    if config.is_finest and config.pixel_logit_rank:
-        return PixelLogits(config.hidden_size, config.pixel_logit_rank)
-    return FreeLogits(config.hidden_size, config.num_values)
 
 
 class GroupDecoder(Decoder):
@@ -130,6 +107,9 @@ class GroupDecoder(Decoder):
 
     Where lattices begin coarser than z, so does the state, and z comes in again at each halving of
     the stride down to its own: a U-net whose way down is linear and whose way up is the walk.
+
+    The state covers the grid padded to whole cells of the coarsest lattice. Values beyond the true
+    grid are 0, and nobody is asked for them.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -156,84 +136,69 @@ class GroupDecoder(Decoder):
         )
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
-        """The walk covers the grid padded to whole cells; values beyond (H, W) become 0."""
-        inside, channels = self.inside(size, condition.quantized.device), self.config.value_channels
-        pyramid = self.pyramid(condition, inside)
-        state = pyramid.pop()
-        grid = inside.new_zeros(len(state), channels, *inside.shape, dtype=torch.long)
-        groups = self.order(self.config, tuple(inside.shape))
-        for group, stage in zip(groups, self.stages, strict=True):
-            guesses = self.guesses(group, grid, size)
+        height, width = (math.ceil(n / self.cell) * self.cell for n in size)
+        pyramid = self.pyramid(condition, (height, width))
+        state, channels = pyramid.pop(), self.config.value_channels
+        grid = state.new_zeros(len(state), channels, height, width, dtype=torch.long)
+        index, groups = index_grid(size, (height, width)), self.order(self.config, (height, width))
+        for number, (group, stage) in enumerate(zip(groups, self.stages, strict=True)):
+            inside = Inside(group.take(index), grid.device)
+            is_final = group is groups[-1]
             state = stage.upsample(state)
             if len(stage.upsample) and pyramid:
                 state = state + pyramid.pop()
-            state = stage.refine(state, group, guesses)
-            features = stage.head(group.gather(state))  # (B, n, width)
-            known: list[Tensor] = []
-            guess = misses = None
-            is_final = group is groups[-1]
-            for colour in range(channels):
-                if guesses is not None:
-                    guess = guesses[:, :, colour]
-                distribution = stage.logits[colour](F.silu(features), guess, misses)
-                values = choose(group, colour, distribution) * group.take(inside)
+            guesses = stage.logits[0].guesses(group, grid, size)  # (G, B, C, places)
+            state = stage.blocks(stage.look(state, group, guesses))
+            features = stage.head(inside.select(group.gather(state), 1))  # (B, n, width)
+            known: list[Tensor] = []  # of the values so far, (B, places, E) each
+            misses = None
+            for colour, head in enumerate(stage.logits):
+                guess, place = guesses[:, :, colour], Place(number, colour, inside.positions)
+                values = grid.new_zeros(len(grid), 0)
+                if len(place.positions):
+                    distribution = head(F.silu(features), inside.select(guess), misses)
+                    values = ask(choose, distribution, place, len(grid))
+                values = inside.spread(values)
                 group.put(grid[:, colour], values)
-                if colour + 1 == channels and is_final:
-                    break
-                known.append(self.embedding(values))  # (B, n, E)
-                if guess is not None:
-                    misses = values - guess
-                    known[-1] = torch.cat([known[-1], soft_differences(misses[-1]).to(state)], -1)
+                if is_final and colour + 1 == channels:
+                    break  # nothing looks at these values
+                missed = values - guess
+                known += [self.embedding(values), head.seen(missed).to(state)]
                 if colour + 1 < channels:
-                    features = features + stage.colours[colour](known[-1])
+                    shown = inside.select(torch.cat(known[-2:], -1), 1)
+                    features = features + stage.colours[colour](shown)
+                    misses = inside.select(missed)
             if not is_final:
                 taken = group.spread(torch.cat(known, -1), state.shape[-2:])
                 state = state + stage.take_in(taken)
         return grid[..., : size[0], : size[1]]
 
-    def guesses(self, group: Group, grid: Tensor, size: tuple[int, int]) -> Tensor | None:
-        """Where the logistics of the group's pixels begin, (8, B, C, n); `None` for other heads."""
-        if not self.config.is_guessing:
-            return None
-        assert isinstance(group, Lattice)  # the config sees to it
-        near = group.near(grid, size)
-        if near is not None:
-            return pixel_guesses(near.float())
-        whole_range = torch.arange(16.0, 256, 32, device=grid.device)
-        return whole_range.view(8, 1, 1, 1).expand(8, *group.take(grid).shape)
-
-    def pyramid(self, condition: Condition, inside: Tensor) -> list[Tensor]:
+    def pyramid(self, condition: Condition, padded: tuple[int, int]) -> list[Tensor]:
         """What z says of the padded grid, at its own stride and at each coarser one of lattices."""
         state = self.start(condition)
-        height, width = (n // self.config.downsample for n in inside.shape)
+        height, width = (n // self.config.downsample for n in padded)
         states = [F.pad(state, (0, width - state.shape[-1], 0, height - state.shape[-2]))]
         for descend in self.descents:
             states.append(descend(states[-1]))
         return states
 
-    def inside(self, size: tuple[int, int], device: torch.device) -> Tensor:
-        """bool, of whole cells: true on the true positions (H, W) of the padded grid."""
-        rows, columns = (
-            torch.arange(math.ceil(n / self.cell) * self.cell, device=device) < n for n in size
-        )
-        return rows[:, None] & columns
-
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
-        size = (finer.shape[-2], finer.shape[-1])
-        inside = self.inside(size, condition.quantized.device)
-        padded = F.pad(finer, (0, inside.shape[1] - size[1], 0, inside.shape[0] - size[0]))
-        terms = []
+        """The walk with a teacher."""
+        entries, terms = finer.flatten(2), []  # (B, C, H·W)
 
-        def teacher(group: Group, colour: int, distribution: Distribution) -> Tensor:
-            values = group.take(padded[:, colour])
-            terms.append((distribution.log_prob(values) * group.take(inside)).sum(1))
+        def teacher(distribution: Distribution, place: Place) -> Tensor:
+            values = entries[:, place.colour].index_select(1, place.positions)
+            terms.append(distribution.log_prob(values).sum(1))
             return values
 
-        self.walk(condition, size, teacher)
+        self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
         return torch.stack(terms).sum(0)
 
+    def check_causal(self):
+        """A walk is: what follows has not been put in yet."""
 
-class RasterDecoder(Decoder):
+
+class RasterDecoder(Causal, Decoder):
     """A causal transformer of transformers over symbols in raster order.
 
     What it sees at a position is z there, upsampled, and the symbol before; it predicts the
@@ -248,49 +213,35 @@ class RasterDecoder(Decoder):
         self.upsample = nn.Sequential(
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
+        with torch.device("meta"):  # only to ask how wide it is
+            backbone = AutoModel.from_config(config.raster_config)
+            embed_dim = backbone.get_input_embeddings().embedding_dim
         # z comes in at zero, or it would drown the backbone's embeddings, which start small.
-        self.condition = ZeroConv2d(width, width, 1)
-        backbone = OPTConfig(
-            vocab_size=config.num_values,
-            hidden_size=width,
-            word_embed_proj_dim=width,
-            ffn_dim=2 * width,
-            num_hidden_layers=config.num_layers,
-            # About one head for 32 channels, of a number that divides the width.
-            num_attention_heads=max(n for n in range(1, width // 32 + 2) if width % n == 0),
-            max_position_embeddings=MAX_RASTER_POSITIONS,
-            dropout=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
-        )
-        self.backbone = AutoModel.from_config(backbone)
-        self.logits = FreeLogits(width, config.num_values)
+        self.condition = ZeroConv2d(width, embed_dim, 1)
+        self.backbone = AutoModel.from_config(config.raster_config)
+        self.logits = FreeLogits(embed_dim, config.num_values)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
-        inputs, cache = self._conditions(condition, size), None
-        grid = torch.zeros(len(inputs), 1, *size, dtype=torch.long, device=inputs.device)
-        values = None
-        for position in range(math.prod(size)):
-            step = inputs[:, position : position + 1]
-            if values is not None:
-                step = step + self._embed(values)
-            output, cache = cached_step(self.backbone, cache, inputs_embeds=step)
-            group = Scattered(torch.tensor([position], device=inputs.device))
-            values = choose(group, 0, self.logits(output.last_hidden_state))
-            group.put(grid[:, 0], values)
-        return grid
+        """The groups are the positions, one by one."""
+        context = self._context(condition, size)
+        return self._steps(context, math.prod(size), choose).unflatten(1, (1, *size))
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """One pass for all positions."""
-        tokens = finer.flatten(1)
-        inputs = self._conditions(condition, (finer.shape[-2], finer.shape[-1]))
-        inputs = inputs + F.pad(self._embed(tokens[:, :-1]), (0, 0, 1, 0))
-        output = self.backbone(inputs_embeds=inputs, use_cache=False)
-        return self.logits(output.last_hidden_state).log_prob(tokens).sum(1)
+        context = self._context(condition, (finer.shape[-2], finer.shape[-1]))
+        return self._at_once(context, finer.flatten(1))[0]
 
-    def _conditions(self, condition: Condition, size: tuple[int, int]) -> Tensor:
-        """What z says at each position, (B, H·W, width)."""
+    def check_causal(self):
+        """As `Causal._check_causal`, on a few random symbols."""
+        noise = torch.Generator().manual_seed(0)
+        shape = (2, self.config.codebook_dim, 1, math.ceil(NUM_CHECKED / self.config.downsample))
+        quantized = torch.randn(shape, generator=noise).to(self.stem.weight)
+        tokens = torch.randint(self.config.num_values, (2, NUM_CHECKED), generator=noise)
+        context = self._context(Condition(quantized), (1, NUM_CHECKED))
+        self._check_causal(context, tokens.to(context.device))
+
+    def _context(self, condition: Condition, size: tuple[int, int]) -> Tensor:
+        """What z says at each position, (B, H·W, E)."""
         if math.prod(size) > MAX_RASTER_POSITIONS:
             raise ValueError(
                 f"expected a finer grid of at most {MAX_RASTER_POSITIONS} positions for "
@@ -299,8 +250,14 @@ class RasterDecoder(Decoder):
         state = self.condition(self.upsample(self.blocks(self.start(condition))))
         return state[..., : size[0], : size[1]].movedim(1, -1).flatten(1, 2)
 
-    def _embed(self, values: Tensor) -> Tensor:
-        return self.backbone.get_input_embeddings()(values)
+    def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
+        embedded = self.backbone.get_input_embeddings()(before)
+        if start == 0:
+            embedded = F.pad(embedded, (0, 0, 1, 0))
+        return {"inputs_embeds": context[:, start : start + embedded.shape[1]] + embedded}
+
+    def _read(self, output: ModelOutput) -> Categorical:
+        return self.logits(output.last_hidden_state)
 
 
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder:

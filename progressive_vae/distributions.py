@@ -1,7 +1,11 @@
 """What a decoder says of the entries of one group: distributions over values 0 … V − 1.
 
-Each has `log_prob(values)`, in nats and fp32, (B, n), and `logits`, (B, n, V), for those who need
-all values: samplers and coders.
+Each has three verbs, and nobody asks which one it is:
+
+- `log_prob(values)`: in nats and fp32, (B, n);
+- `logits`: of all values, (B, n, V), for those who change them and for coders;
+- `quantiles(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
+  (B, n). With uniform shares these are draws.
 """
 
 from dataclasses import dataclass
@@ -21,11 +25,18 @@ class Categorical:
         logits = self.logits.flatten(0, 1).float()
         return -F.cross_entropy(logits, values.flatten(), reduction="none").view(values.shape)
 
+    def quantiles(self, shares: Tensor) -> Tensor:
+        cumulative = self.logits.float().softmax(-1).cumsum(-1)
+        total = cumulative[..., -1]
+        # Rounding must not carry it to the end, where a value of probability 0 may stand.
+        threshold = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
+
 
 @dataclass(frozen=True)
 class PixelMixture:
-    """K logistic distributions, rounded to the 256 pixel values, and the uniform one: a discretised
-    mixture of logistics (Salimans et al. 2017, PixelCNN++). 0 and 255 take what lies beyond them.
+    """K logistic distributions, rounded to the pixel values, and the uniform one: a discretised
+    mixture of logistics (Salimans et al. 2017, PixelCNN++). 0 and V − 1 take what lies beyond.
 
     The components come first, so that all operations run over long rows.
 
@@ -33,40 +44,46 @@ class PixelMixture:
         weights: of the K components and the uniform one, summing to 1: (K + 1, B, n).
         means: in pixel values, (K, B, n).
         precisions: the inverse of the scales, (K, B, n).
+        num_values: V, a power of two.
     """
 
     weights: Tensor
     means: Tensor
     precisions: Tensor
+    num_values: int
 
     def log_prob(self, values: Tensor) -> Tensor:
         lower = (values - 0.5).masked_fill(values == 0, -1e6)
-        upper = (values + 0.5).masked_fill(values == 255, 1e6)
+        upper = (values + 0.5).masked_fill(values == self.num_values - 1, 1e6)
         edges = torch.stack([lower, upper])[:, None]
         masses = _between((edges - self.means) * self.precisions)[0]
-        return ((self.weights[:-1] * masses).sum(0) + self.weights[-1] / 256).log()
+        return ((self.weights[:-1] * masses).sum(0) + self._floor).log()
 
     @property
     def logits(self) -> Tensor:
-        edges = torch.arange(257, device=self.means.device)[:, None, None] - 0.5
+        edges = torch.arange(self.num_values + 1, device=self.means.device)[:, None, None] - 0.5
         edges[0], edges[-1] = -1e6, 1e6
-        probs = (self.weights[-1] / 256).repeat(256, 1, 1)
+        probs = self._floor.repeat(self.num_values, 1, 1)
         for weight, mean, precision in zip(self.weights, self.means, self.precisions, strict=False):
             probs = probs + weight * _between((edges - mean) * precision)
         return probs.log().movedim(0, -1)
 
     def quantiles(self, shares: Tensor) -> Tensor:
-        """The smallest values up to which the mass exceeds shares in [0, 1): int64 (B, n).
-
-        With uniform shares these are draws, found by halving in eight steps, not over 256 values.
-        """
-        weights, floor = self.weights[:-1], self.weights[-1] / 256
+        """Found by halving, in eight steps for 256 values."""
+        weights, floor = self.weights[:-1], self._floor
         values = torch.zeros(shares.shape, dtype=torch.long, device=shares.device)
-        for step in (128, 64, 32, 16, 8, 4, 2, 1):
+        step = self.num_values
+        while step > 1:
+            step //= 2
             below = values + step  # values less than this one
             mass = (weights * self._cumulative(below - 0.5)).sum(0) + floor * below
             values = torch.where(mass > shares, values, below)
         return values
+
+    @property
+    def _floor(self) -> Tensor:
+        """The uniform distribution's mass of one value, (B, n)."""
+        return self.weights[-1] / self.num_values
 
     def _cumulative(self, edges: Tensor) -> Tensor:
         """Of each component at edges (B, n)."""

@@ -8,8 +8,6 @@ import torch
 from .level import ProgressiveVAELevel
 from .prior import ProgressiveVAEPrior
 
-_OF_TRAINING = ("ema_counts", "ema_sums", "temperature")  # state that does not decide the codes
-
 
 def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
     """A hash of the encoders and codebooks of these levels: of all that decides the codes.
@@ -26,7 +24,7 @@ def _digest(level: ProgressiveVAELevel) -> bytes:
     parts = level.encoder.state_dict(prefix="encoder.")
     parts |= level.quantizer.state_dict(prefix="quantizer.")
     for name, value in sorted(parts.items()):
-        if not name.endswith(_OF_TRAINING):
+        if not name.endswith(level.quantizer.TRAINING_STATE):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(np.packbits(torch.signbit(value).cpu().numpy()).tobytes())
     return digest.digest()

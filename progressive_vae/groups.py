@@ -1,17 +1,52 @@
 """Which positions of a finer grid are predicted together, and in which order.
 
 A group knows how to take its values out of a grid and put them in, and where its positions lie in
-a network's state. An order is a list of groups that covers the grid, each position once.
+a network's state. An order is a list of groups that covers the grid, each position once; a group's
+positions are in row-major order. That grid may be larger than the true one, whose positions alone
+are asked for when a decoder walks over the groups.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration import ProgressiveVAELevelConfig
+from .distributions import Distribution
+
+
+class Place(NamedTuple):
+    """Where a walk stands.
+
+    Args:
+        group: its number, from 0.
+        colour: its number, from 0; of symbols always 0.
+        positions: row-major indices of positions in the true grid (H, W), ascending, int64 (n,).
+    """
+
+    group: int
+    colour: int
+    positions: Tensor
+
+
+# What to do at one step of a walk: it returns the values at the place, int64 (B, n).
+Choose = Callable[[Distribution, Place], Tensor]
+
+
+def ask(choose: Choose, distribution: Distribution, place: Place, batch_size: int) -> Tensor:
+    """What `choose` returns, or a `ValueError` if it is not int64 (B, n)."""
+    values, expected = choose(distribution, place), (batch_size, len(place.positions))
+    if values.dtype != torch.long or values.shape != expected:
+        raise ValueError(
+            f"expected choose to return int64 of shape {expected}, got {values.dtype} of shape "
+            f"{tuple(values.shape)}"
+        )
+    return values
 
 
 @dataclass(frozen=True)
@@ -86,6 +121,9 @@ class Scattered:
     def take(self, grid: Tensor) -> Tensor:
         return grid.flatten(-2)[..., self.positions]
 
+    def near(self, grid: Tensor, size: tuple[int, int]) -> None:
+        """No entries, as `Lattice.near` finds: what is known lies anywhere."""
+
     def put(self, grid: Tensor, values: Tensor):
         grid.view(*grid.shape[:-2], -1)[..., self.positions] = values
 
@@ -99,6 +137,38 @@ class Scattered:
 
 
 Group = Lattice | Scattered
+
+
+def index_grid(size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+    """The row-major index of each position of the true grid, and −1 where it is padded: int64."""
+    index = torch.arange(math.prod(size)).view(size)
+    return F.pad(index, (0, padded[1] - size[1], 0, padded[0] - size[0]), value=-1)
+
+
+class Inside:
+    """Which of a group's places lie in the true grid: all, some or none.
+
+    Args:
+        found: `group.take(index_grid(…))`, int64 (n,).
+    """
+
+    def __init__(self, found: Tensor, device: torch.device):
+        is_inside = found >= 0
+        self.num_places = len(found)
+        self.positions = found[is_inside].to(device)
+        # `None`: all of them, and nothing has to be moved.
+        self.places = None if is_inside.all() else is_inside.nonzero()[:, 0].to(device)
+
+    def select(self, x: Tensor, dim: int = -1) -> Tensor:
+        """What x has at the places inside."""
+        return x if self.places is None else x.index_select(dim, self.places)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The reverse, of values (B, n): 0 at the places that are not inside."""
+        if self.places is None:
+            return values
+        zeros = values.new_zeros(len(values), self.num_places)
+        return zeros.index_copy_(1, self.places, values)
 
 
 def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
@@ -125,7 +195,8 @@ def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> li
     count, groups = math.prod(size), config.num_groups or 1
     order = torch.from_numpy(np.random.RandomState(0).permutation(count))  # a frozen stream
     ends = [round(count * (1 - math.cos(math.pi * t / (2 * groups)))) for t in range(groups + 1)]
-    return [Scattered(order[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = (order[a:b].sort().values for a, b in zip(ends[:-1], ends[1:], strict=True))
+    return [Scattered(part) for part in parts]
 
 
 ORDERS = {"factorized": factorized_order, "lattice": lattice_order, "masked": masked_order}

@@ -9,6 +9,9 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from .configuration import NUM_PIXEL_VALUES
+from .entries import as_pixel_values, as_values
+
 Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | list"
 
 # Conversions to the first mode that lose nothing.
@@ -78,13 +81,13 @@ def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if tuple(images.shape[1:]) != shape:
         raise ValueError(f"expected images of (C, H, W) = {shape}, got {tuple(images.shape[1:])}")
     if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
+        return as_pixel_values(images)
     if not images.is_floating_point():
         raise ValueError(f"expected images of dtype uint8 or float, got {images.dtype}")
     lowest, highest = images.min().item(), images.max().item()
     if not (lowest >= 0 and highest <= 1):  # also catches NaN
         raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
-    return (images.float() * 255).round() / 127.5 - 1
+    return as_pixel_values((images.float() * (NUM_PIXEL_VALUES - 1)).round())
 
 
 def from_pixel_values(
@@ -94,5 +97,5 @@ def from_pixel_values(
     if output_type != "pil":
         return VaeImageProcessor().postprocess(pixel_values.float(), output_type)
     # Not by diffusers here: it squeezes grey images, and with them a side of length 1.
-    arrays = ((pixel_values.float() + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).numpy()
+    arrays = as_values(pixel_values).to(torch.uint8).movedim(1, -1).numpy()
     return [PIL.Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

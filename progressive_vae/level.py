@@ -1,6 +1,5 @@
 """One level: the encoder `P_Ψ(z_i | z_{i+1})` and the decoder `P_Θ(z_{i+1} | z_i)`."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,9 +11,13 @@ from transformers.utils import ModelOutput
 from .chain import check_codes, grid_sizes
 from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition, make_decoder
+from .encoder import make_encoder
+from .entries import make_entries
+from .groups import Choose
+from .heads import Head
 from .labels import Labels, drop_labels, label_ids
-from .networks import ChannelNorm, Downsample, init_weights, residual_blocks
-from .quantizer import QUANTIZERS, Quantizer
+from .networks import init_weights
+from .quantizer import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
 from .weights import SavedModel
 
@@ -26,7 +29,7 @@ class ProgressiveVAELevelOutput(ModelOutput):
     """
     Args:
         loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus
-            β·commitment; minimise it.
+            the quantizer's own loss; minimise it.
         log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
         codes: z_i, int64 (B, H_i, W_i).
         latents: the encoder's output before quantisation, (B, D, H_i, W_i); `None` where the
@@ -39,44 +42,10 @@ class ProgressiveVAELevelOutput(ModelOutput):
     latents: Tensor | None = None
 
 
-class Encoder(nn.Module):
-    """The finer grid -> latents (B, D, H_i, W_i)."""
-
-    def __init__(self, config: ProgressiveVAELevelConfig):
-        super().__init__()
-        width = config.encoder_hidden_size or config.hidden_size
-        blocks = config.encoder_num_layers, config.block_kernel_size
-        if config.is_finest:
-            self.embed, embed_dim = None, config.value_channels
-        else:
-            self.embed = nn.Embedding(config.num_values, config.value_embed_dim)
-            embed_dim = config.value_embed_dim
-        # An image is halved at once, as full resolution costs most and says least. Symbols are
-        # few and each says much: they are looked at before the first halving.
-        layers: list[nn.Module] = [] if config.is_finest else [
-            nn.Conv2d(embed_dim, width, 3, padding=1),
-            residual_blocks(width, *blocks),
-        ]  # fmt: skip
-        for step in range(int(math.log2(config.downsample))):
-            layers += [
-                Downsample(embed_dim if config.is_finest and step == 0 else width, width),
-                residual_blocks(width, *blocks),
-            ]
-        self.layers = nn.Sequential(*layers)
-        self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, config.codebook_dim, 1))
-
-    def forward(self, finer: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [−1, 1], or symbols int64 (B, H, W)."""
-        if self.embed is not None:
-            x = self.embed(finer).movedim(-1, 1)
-        else:  # pixels stay float32 outside: 16-bit floats do not hold the 256 values
-            x = finer.to(self.out[1].weight.dtype)
-        return self.out(self.layers(x.contiguous(memory_format=torch.channels_last)))
-
-
 def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
     """Whether a decoder with config `new` can start as the function that one with `old` is."""
-    names = ("hidden_size", "pixel_distribution", "pixel_logit_rank", "decoder_order", "num_groups")
+    names = ("hidden_size", "pixel_distribution", "pixel_logit_rank", "decoder_order", "num_groups",
+             "backbone_config")  # fmt: skip
     grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
     is_same = all(getattr(new, name) == getattr(old, name) for name in names)
     return is_same and (grows or new.num_layers == old.num_layers)
@@ -92,18 +61,22 @@ class ProgressiveVAELevel(SavedModel):
     config_class = ProgressiveVAELevelConfig
     base_model_prefix = "level"
     main_input_name = "finer"
+    # Attention is a raster decoder's backbone's, which has its own say.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
-        self.encoder = Encoder(config)
-        self.quantizer = QUANTIZERS[config.quantizer](config)
+        self.entries = make_entries(config)
+        self.encoder = make_encoder(config)
+        self.quantizer = make_quantizer(config)
         self.decoder = make_decoder(config)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         init_weights(module)
-        if isinstance(module, Quantizer):
+        if isinstance(module, (Quantizer, Head)):
             module.init_weights()
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
@@ -119,7 +92,7 @@ class ProgressiveVAELevel(SavedModel):
         return_dict: bool | None = None,
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
-        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + β·commitment.
+        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own.
 
         The KL of a deterministic encoder is the constant L_i log K_i and left out.
 
@@ -132,13 +105,15 @@ class ProgressiveVAELevel(SavedModel):
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
         """
-        values, labels = self._values(finer), self._labels(class_labels, len(finer))
+        values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
         if labels is not None and self.training:
             labels = drop_labels(labels, self.config, generator)
-        latents = corruption = kl = commitment_loss = None
+        latents = corruption = None
+        kl: Tensor | float = 0.0
+        quantizer_loss: Tensor | float = 0.0
         if codes is None:
             latents = self.encoder(finer)
-            codes, quantized, kl, commitment_loss = self.quantizer(latents, generator)
+            codes, quantized, kl, quantizer_loss = self.quantizer(latents, generator)
         else:
             self._check_pair(codes, values)
             shown = codes
@@ -149,10 +124,7 @@ class ProgressiveVAELevel(SavedModel):
                 shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
             quantized = self.quantizer.lookup(shown)
         log_prob = self.decoder.log_prob(Condition(quantized, labels, corruption), values)
-        nats = -log_prob if kl is None else kl - log_prob
-        loss = nats.mean() / values[0].numel()
-        if commitment_loss is not None:
-            loss = loss + self.config.commitment_weight * commitment_loss
+        loss = (kl - log_prob).mean() / values[0].numel() + quantizer_loss
         output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -164,14 +136,14 @@ class ProgressiveVAELevel(SavedModel):
 
         With a generator (or one for each example) z_i is drawn, where the encoder is stochastic.
         """
-        self._values(finer)
+        self.entries.to_values(finer)
         return self.quantizer.encode(self.encoder(finer), generator)
 
     @apply_forward_hook
     @torch.no_grad()
     def encoder_entropy(self, finer: Tensor) -> Tensor:
         """H(P_Ψ(z_i | z_{i+1})) in nats, summed over the grid, (B,); 0 of a deterministic one."""
-        self._values(finer)
+        self.entries.to_values(finer)
         return self.quantizer.entropy(self.encoder(finer))
 
     @apply_forward_hook
@@ -181,7 +153,7 @@ class ProgressiveVAELevel(SavedModel):
         Raises:
             ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
         """
-        values, labels = self._values(finer), self._labels(class_labels, len(finer))
+        values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
         self._check_pair(codes, values)
         return self.decoder.log_prob(Condition(self.quantizer.lookup(codes), labels), values)
 
@@ -215,6 +187,47 @@ class ProgressiveVAELevel(SavedModel):
         Returns:
             pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
         """
+        draw = Sampler(len(codes), generator, temperature, top_k, top_p, guidance_scale)
+        labels = self._labels(class_labels, len(codes))
+        null = None if labels is None else torch.full_like(labels, self.config.num_classes)
+        if labels is None or torch.equal(labels, null):
+            draw.guidance_scale = 1.0  # there is nothing to be guided by
+        shown = codes
+        if draw.is_guided:
+            labels, shown = torch.cat([labels, null]), torch.cat([codes, codes])
+        return self.walk(shown, draw.choose, labels, corruption, finer_size)[: len(codes)]
+
+    @apply_forward_hook
+    def walk(
+        self,
+        codes: Tensor,
+        choose: Choose,
+        class_labels: Labels = None,
+        corruption: float = 0.0,
+        finer_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Visit the entries of z_{i+1} in the order in which P_Θ(z_{i+1} | z_i) predicts them.
+
+        Sampling, coding and likelihood are this with another `choose`. Each colour of each position
+        of the grid is asked for once: group after group of the decoder's order, in a group colour
+        after colour, in a colour position after position, row by row.
+
+        Args:
+            codes: z_i, int64 (B, H_i, W_i).
+            choose: `(distribution, place) -> values`, int64 (B, n) in 0 … V − 1. The distribution
+                has `log_prob(values)` and `logits`, (B, n, V), given z_i and what was chosen
+                before; the place has the numbers `group` and `colour`, and `positions`, int64 (n,),
+                row-major indices in the grid (H_{i+1}, W_{i+1}).
+            class_labels, corruption, finer_size: as in `sample`.
+
+        Returns:
+            what was chosen: pixels, float (B, C, H, W) in [−1, 1], or codes, int64
+            (B, H_{i+1}, W_{i+1}).
+
+        Raises:
+            ValueError: `codes` of the wrong shape, dtype or range, a `finer_size` or `corruption`
+                that does not fit, or values of another shape or dtype.
+        """
         check_codes(codes, self.config.codebook_size)
         size = finer_size or tuple(n * self.config.downsample for n in codes.shape[1:])
         if self.codes_size(size) != codes.shape[1:]:
@@ -226,21 +239,15 @@ class ProgressiveVAELevel(SavedModel):
                 f"expected corruption in [0, {self.config.corruption}], what this level was "
                 f"trained with, got {corruption}"
             )
-        batch_size = len(codes)
-        labels, quantized = self._labels(class_labels, batch_size), self.quantizer.lookup(codes)
-        draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
-        null = None if labels is None else torch.full_like(labels, self.config.num_classes)
-        if labels is None or torch.equal(labels, null):
-            draw.guidance_scale = 1.0  # there is nothing to be guided by
-        if draw.is_guided:
-            labels, quantized = torch.cat([labels, null]), quantized.repeat(2, 1, 1, 1)
-        strength = quantized.new_full((len(quantized),), corruption) if corruption else None
-        values = self.decoder.walk(
-            Condition(quantized, labels, strength),
-            size,
-            lambda group, colour, distribution: draw.choose(distribution),
-        )[:batch_size]
-        return values / 127.5 - 1 if self.config.is_finest else values[:, 0]
+        labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
+        strength = quantized.new_full((len(codes),), corruption) if corruption else None
+        values = self.decoder.walk(Condition(quantized, labels, strength), size, choose)
+        return self.entries.from_values(values)
+
+    def check_causal(self):
+        """Raise a `ValueError` unless what the decoder says step by step is what `log_prob` says:
+        a raster decoder's backbone may see codes that follow."""
+        self.decoder.check_causal()
 
     def after_step(self, output, gather: Callable[[Tensor], Tensor]):
         """What follows an optimisation step with a `ProgressiveVAELevelOutput`.
@@ -285,21 +292,3 @@ class ProgressiveVAELevel(SavedModel):
         check_codes(codes, self.config.codebook_size, self.codes_size(size))
         if len(codes) != len(values):
             raise ValueError(f"expected {len(values)} codes, one for each finer, got {len(codes)}")
-
-    def _values(self, finer: Tensor) -> Tensor:
-        """The finer grid as int64 (B, C, H, W) of values 0 … V − 1, checked."""
-        config = self.config
-        if not config.is_finest:
-            check_codes(finer, config.num_values, name="finer")
-            return finer[:, None]
-        if finer.ndim != 4 or finer.shape[1] != config.num_channels or not finer.numel():
-            raise ValueError(
-                f"expected finer of shape (B, {config.num_channels}, H, W), "
-                f"got {tuple(finer.shape)}"
-            )
-        if not finer.is_floating_point():
-            raise ValueError(f"expected finer of a floating dtype in [-1, 1], got {finer.dtype}")
-        lowest, highest = finer.min().item(), finer.max().item()
-        if not (lowest >= -1 and highest <= 1):  # also catches NaN
-            raise ValueError(f"expected finer in [-1, 1], got values in [{lowest}, {highest}]")
-        return ((finer.float() + 1) * 127.5).round().long()

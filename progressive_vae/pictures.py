@@ -6,6 +6,7 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
 
+from .entries import as_pixel_values
 from .images import from_pixel_values
 from .pipeline import ProgressiveVAEPipeline
 
@@ -43,5 +44,5 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
     for level in range(1, pipe.num_levels + 1):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         rows += pipe.decode(codes[:level], generator=generators)
-    rows += from_pixel_values(images / 127.5 - 1, "pil")
+    rows += from_pixel_values(as_pixel_values(images), "pil")
     return picture_grid(rows, len(images))

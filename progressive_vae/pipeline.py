@@ -11,7 +11,14 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from .calls import Call, CallingPipeline, changed_codes
+from .calls import (
+    Call,
+    CallingPipeline,
+    changed_codes,
+    check_batches,
+    check_outputs,
+    factor_controls,
+)
 from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .fingerprint import check_fingerprints
@@ -20,8 +27,6 @@ from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
 from .prior import ProgressiveVAEPrior
 from .sampling import Generators, per_factor
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 @dataclass
@@ -247,30 +252,18 @@ class ProgressiveVAEPipeline(CallingPipeline):
         labels, given, count = self._prompts(
             class_labels, guidance_scale, codes, num_images_per_prompt
         )
-        controls = per_factor(
+        controls = factor_controls(
             self.factor_names,
+            [level.config for level in self.levels],
+            len(given),
+            num_levels,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             corruption=corruption,
         )
-        controls[0].pop("corruption")  # nothing comes before the prior
-        if np.any(corruption) and not any(level.config.corruption for level in self.levels):
-            raise ValueError(f"expected corruption=0, as no level learned it, got {corruption}")
-        if num_levels is not None:
-            if not 1 <= num_levels <= self.num_levels:
-                raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
-            if len(given) > num_levels:
-                raise ValueError(
-                    f"expected codes of at most num_levels={num_levels} levels, got {len(given)}"
-                )
-            for control in controls[num_levels:]:
-                control["temperature"] = 0.0
-        self._check_outputs(output_type, callback_on_step_end_tensor_inputs)
-        if isinstance(generator, list) and len(generator) != count:
-            raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
-        if batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+        check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        check_batches(generator, count, batch_size)
         starts = range(0, count, batch_size)
         stop = self.num_levels + (output_type != "latent")  # grids to end with
         total, batches = len(starts) * (stop - len(given)), []
@@ -282,16 +275,8 @@ class ProgressiveVAEPipeline(CallingPipeline):
                 chunk = slice(start, min(start + batch_size, count))
                 call.guidance_scale = guidance_scale  # the callback may have changed it
                 grids = [z[chunk].to(self._execution_device) for z in given]
-                draws = self._descend(
-                    call,
-                    grids,
-                    labels[chunk],
-                    generator[chunk] if isinstance(generator, list) else generator,
-                    chunk.stop - chunk.start,
-                    controls,
-                    stop,
-                )
-                for step in draws:
+                noise = generator[chunk] if isinstance(generator, list) else generator
+                for step in self._descend(call, grids, labels[chunk], noise, controls, stop):
                     if callback_on_step_end is not None and step < self.num_levels:
                         shown = {name: grids for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, step, step, shown)
@@ -302,21 +287,20 @@ class ProgressiveVAEPipeline(CallingPipeline):
                 batches.append([grid.cpu() for grid in grids])
         columns = [torch.cat(column) for column in zip(*batches, strict=True)]
         drawn = columns[: self.num_levels]
-        images = drawn[-1]
-        if output_type != "latent":
-            images = from_pixel_values(columns[-1], output_type)
+        is_latent = output_type == "latent"
+        images = drawn[-1] if is_latent else from_pixel_values(columns[-1], output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, drawn
         return ProgressiveVAEPipelineOutput(images=images, codes=drawn)
 
-    def _descend(self, call, grids, labels, generator, count, controls, stop) -> Iterator[int]:
+    def _descend(self, call, grids, labels, generator, controls, stop) -> Iterator[int]:
         """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
         given_levels = len(grids)
         if not grids:
             prior = self._require_prior()
             given, told = known_labels(labels, prior.config), controls[0] | self._guidance(call, 0)
-            grids.append(prior.sample(count, given, generator=generator, **told))
+            grids.append(prior.sample(len(labels), given, generator=generator, **told))
             yield 0
         for i in range(len(grids), stop):
             level, size = self.levels[i - 1], self.grid_sizes[i]
@@ -408,16 +392,6 @@ class ProgressiveVAEPipeline(CallingPipeline):
         labels = labels.repeat_interleave(num_images_per_prompt)
         given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
         return labels, given, len(labels)
-
-    def _check_outputs(self, output_type, callback_inputs):
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"expected output_type in {OUTPUT_TYPES}, got {output_type!r}")
-        unknown = set(callback_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"expected callback_on_step_end_tensor_inputs among "
-                f"{self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
 
     def _require_prior(self) -> ProgressiveVAEPrior:
         if self.prior is None:

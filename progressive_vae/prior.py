@@ -3,18 +3,18 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
+from .causal import NUM_CHECKED, Causal
 from .chain import check_codes
 from .configuration import ProgressiveVAEPriorConfig
-from .labels import Labels, drop_labels, label_ids
-from .networks import cached_step
+from .distributions import Categorical
+from .groups import Choose
+from .labels import Labels, drop_labels, known_labels, label_ids
 from .sampling import Generators, Sampler
-from .saved import LIBRARY_ERRORS
 from .weights import SavedModel
 
 
@@ -35,7 +35,7 @@ class ProgressiveVAEPriorOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class ProgressiveVAEPrior(SavedModel):
+class ProgressiveVAEPrior(Causal, SavedModel):
     """`P_Φ(z_1 | class) = ∏_l P(code_l | class, code_1 … code_{l−1})`.
 
     The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
@@ -88,9 +88,9 @@ class ProgressiveVAEPrior(SavedModel):
         }
         asked = {k: getattr(self.config, k) if v is None else v for k, v in asked.items()}
         log_prob, found = self._teacher_forced(codes, labels, **asked)
-        loss = -log_prob.mean() / self.config.sequence_length
+        loss, logits = -log_prob.mean() / self.config.sequence_length, self._read(found).logits
         output = ProgressiveVAEPriorOutput(
-            loss, log_prob, self._logits(found), found.get("hidden_states"), found.get("attentions")
+            loss, log_prob, logits, found.get("hidden_states"), found.get("attentions")
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -106,12 +106,7 @@ class ProgressiveVAEPrior(SavedModel):
     ) -> tuple[Tensor, ModelOutput]:
         """Nats (B,), and the output of the backbone that gives them."""
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
-        tokens = codes.flatten(1)
-        inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1)
-        output = self.backbone(inputs, use_cache=False, **asked)
-        logits = self._logits(output).float().flatten(0, 1)
-        nats = F.cross_entropy(logits, tokens.flatten(), reduction="none")
-        return -nats.view(tokens.shape).sum(1), output
+        return self._at_once(self._prompt(labels), codes.flatten(1), **asked)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -136,45 +131,46 @@ class ProgressiveVAEPrior(SavedModel):
         null = torch.full_like(labels, self.config.num_classes)
         if torch.equal(labels, null):
             draw.guidance_scale = 1.0  # there is nothing to be guided by
-        inputs = self._prompt(torch.cat([labels, null]) if draw.is_guided else labels)
-        cache, tokens = None, []
-        for _ in range(self.config.sequence_length):
-            output, cache = cached_step(self.backbone, cache, input_ids=inputs)
-            tokens.append(draw(self._logits(output)[:, -1]))
-            inputs = tokens[-1][:, None]
-        codes = torch.stack(tokens, 1)[:batch_size]
-        return codes.view(batch_size, *self.config.grid_size)
+        asked = torch.cat([labels, null]) if draw.is_guided else labels
+        return self.walk(len(asked), draw.choose, known_labels(asked, self.config))[:batch_size]
 
-    @torch.no_grad()
+    @apply_forward_hook
+    def walk(self, batch_size: int, choose: Choose, class_labels: Labels = None) -> Tensor:
+        """Visit the codes of z_1 in raster order, with the backbone's key-value cache.
+
+        Args:
+            batch_size: B, the number of grids.
+            choose: `(distribution, place) -> codes`, int64 (B, 1), as in
+                `ProgressiveVAELevel.walk`: of each step the distribution of one code, given those
+                chosen before, and its place; groups are the positions, and the colour is 0.
+
+        Returns:
+            what was chosen, int64 (B, H_1, W_1).
+
+        Raises:
+            ValueError: a batch size below 1, labels that are none, or codes of another shape or
+                dtype.
+        """
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
+        codes = self._steps(self._prompt(labels), self.config.sequence_length, choose)
+        return codes.unflatten(1, tuple(self.config.grid_size))
+
     def check_causal(self):
         """Raise a `ValueError` unless the backbone says of a code, step by step with its cache,
         what it says in one pass over all codes: only then can its bits be believed."""
-        length = min(self.config.sequence_length, 8)
+        length = min(self.config.sequence_length, NUM_CHECKED)
         noise = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.config.codebook_size, (2, length), generator=noise)
-        labels = torch.full((2,), self.config.num_classes)
-        inputs = torch.cat([self._prompt(labels), tokens[:, :-1]], 1).to(self.device)
-        kind = type(self.config.backbone_config).__name__
-        try:
-            at_once, cache, steps = self._logits(self.backbone(inputs, use_cache=False)), None, []
-            for token in inputs.split(1, 1):
-                output, cache = cached_step(self.backbone, cache, input_ids=token)
-                steps.append(self._logits(output))
-            difference = (torch.cat(steps, 1) - at_once).abs().max()
-            is_causal = bool(difference <= 1e-3 * at_once.abs().max())
-        except LIBRARY_ERRORS as error:
-            raise ValueError(
-                f"expected backbone_config of a causal language model with a key-value cache, got "
-                f"{kind}, which fails with {error!r}"
-            ) from error
-        if not is_causal:
-            raise ValueError(
-                f"expected backbone_config of a causal language model, got {kind}, whose logits "
-                f"differ by {difference.item():.2g} when the codes that follow are known"
-            )
+        prompt = self._prompt(torch.full((2,), self.config.num_classes))
+        self._check_causal(prompt.to(self.device), tokens.to(self.device))
 
     def _prompt(self, labels: Tensor) -> Tensor:
         return (labels + self.config.codebook_size)[:, None]
 
-    def _logits(self, output: ModelOutput) -> Tensor:
-        return output.logits[..., : self.config.codebook_size]
+    def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
+        return {"input_ids": before if start else torch.cat([context, before], 1)}
+
+    def _read(self, output: ModelOutput) -> Categorical:
+        return Categorical(output.logits[..., : self.config.codebook_size])

@@ -4,7 +4,7 @@ A quantizer knows nothing of processes but a function that gathers tensors over 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,12 +19,12 @@ from .sampling import Generators, Sampler, uniform
 class QuantizerOutput(NamedTuple):
     codes: Tensor  # int64 (B, H, W)
     quantized: Tensor  # (B, D, H, W), with the quantizer's gradient
-    kl: Tensor | None = None  # KL(P_Ψ ‖ U) in nats, (B,); None: the constant L log K
-    commitment_loss: Tensor | None = None  # scalar, mean squared distance to the chosen code
+    kl: Tensor | float = 0.0  # KL(P_Ψ ‖ U) in nats, (B,); the constant L log K is left out
+    loss: Tensor | float = 0.0  # scalar, weighted: what else is to be minimised
 
 
 class Quantizer(nn.Module):
-    """What the kinds share. Each has a `codebook` (K, D), and
+    """What the kinds share. Each has a `codebook` (K, D), keeps what its training needs, and has
 
     - `forward(latents, generator=None)` -> `QuantizerOutput`, for latents (B, D, H, W), with the
       noise, if there is any, of the generators;
@@ -33,7 +33,14 @@ class Quantizer(nn.Module):
     - `init_weights()`: sets its own tensors to their start, but leaves loaded ones alone.
     """
 
+    TRAINING_STATE: tuple[str, ...] = ()  # names of tensors that do not decide the codes
     codebook: Tensor
+
+    def init_weights(self):
+        raise NotImplementedError
+
+    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
+        raise NotImplementedError
 
     def entropy(self, latents: Tensor) -> Tensor:
         """H(P_Ψ) in nats, summed over the grid, (B,): 0 where the encoder is deterministic."""
@@ -69,7 +76,7 @@ class Quantizer(nn.Module):
         return torch.where(replaced, others, codes)
 
     def initialize(self, vectors: Tensor, generator: torch.Generator):
-        """Start from latents (n, D) of the data."""
+        """Start from latents (n, D) of the data, where that helps."""
 
     def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
         """What follows an optimisation step; `gather` concatenates tensors of all processes."""
@@ -81,12 +88,21 @@ class VectorQuantizer(Quantizer):
     The codebook is a running k-means of the encoder's outputs (van den Oord et al. 2017, appendix
     A.1). Buffers: `codebook` (K, D), and its running statistics `ema_counts` (K,) and `ema_sums`
     (K, D).
+
+    Args:
+        commitment_weight: β of the loss β·|latent − code|², averaged.
+        decay: of the running statistics.
+        restart_threshold: a code used less than this fraction of the mean use is restarted.
     """
 
-    def __init__(self, config: ProgressiveVAELevelConfig):
+    TRAINING_STATE = ("ema_counts", "ema_sums")
+
+    def __init__(
+        self, size: int, dim: int, commitment_weight: float, decay: float, restart_threshold: float
+    ):
         super().__init__()
-        size, dim = config.codebook_size, config.codebook_dim
-        self.decay, self.restart_threshold = config.codebook_decay, config.restart_threshold
+        self.commitment_weight, self.decay = commitment_weight, decay
+        self.restart_threshold = restart_threshold
         self.ema_counts: Tensor
         self.ema_sums: Tensor
         self.register_buffer("codebook", torch.zeros(size, dim))
@@ -101,9 +117,9 @@ class VectorQuantizer(Quantizer):
         """The nearest code, with the straight-through gradient."""
         codes = self.encode(latents)
         quantized = self.lookup(codes).to(latents.dtype)
-        commitment_loss = F.mse_loss(latents.float(), quantized.detach().float())
+        loss = self.commitment_weight * F.mse_loss(latents.float(), quantized.detach().float())
         quantized = latents + (quantized - latents).detach()
-        return QuantizerOutput(codes, quantized, commitment_loss=commitment_loss)
+        return QuantizerOutput(codes, quantized, loss=loss)
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         """(B, D, H, W) -> int64 (B, H, W): argmin_k |latent − codebook[k]|², in fp32."""
@@ -179,11 +195,14 @@ class FiniteScalarQuantizer(Quantizer):
 
     There is nothing to learn or to collapse: the codebook is the product grid in [−1, 1]^D. Here
     all values of a scalar have intervals of one length in sigmoid(latent).
+
+    Args:
+        levels: the number of values of each scalar; K is their product.
     """
 
-    def __init__(self, config: ProgressiveVAELevelConfig):
+    def __init__(self, levels: list[int]):
         super().__init__()
-        self.levels = fsq_levels(config.codebook_size)
+        self.levels = levels
         self.register_buffer("codebook", self.product_grid())
 
     def product_grid(self) -> Tensor:
@@ -210,15 +229,21 @@ class GumbelQuantizer(Quantizer):
     """A categorical `P_Ψ(k | latent) = softmax(logits)`, learned through the Gumbel-softmax.
 
     The forward pass sees a true draw, the gradient that of its relaxation at `temperature`, which
-    anneals (Jang et al. 2017). The loss has KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) in nats.
+    anneals (Jang et al. 2017). Its KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) is in nats.
+
+    Args:
+        temperatures: at the start and at the end.
+        decay: by how much the temperature is multiplied after each step.
     """
 
-    def __init__(self, config: ProgressiveVAELevelConfig):
+    TRAINING_STATE = ("temperature",)
+
+    def __init__(self, size: int, dim: int, temperatures: Sequence[float], decay: float):
         super().__init__()
-        self.first_temperature, self.final_temperature = config.gumbel_temperature
-        self.decay = config.gumbel_decay
-        self.logits = nn.Linear(config.codebook_dim, config.codebook_size)
-        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.codebook_dim))
+        self.first_temperature, self.final_temperature = temperatures
+        self.decay = decay
+        self.logits = nn.Linear(dim, size)
+        self.codebook = nn.Parameter(torch.randn(size, dim))
         self.temperature: Tensor
         self.register_buffer("temperature", torch.tensor(float(self.first_temperature)))
 
@@ -265,8 +290,13 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum((1, 2, 3))
 
 
-QUANTIZERS = {
-    "vq": VectorQuantizer,
-    "fsq": FiniteScalarQuantizer,
-    "gumbel": GumbelQuantizer,
-}
+def make_quantizer(config: ProgressiveVAELevelConfig) -> Quantizer:
+    size, dim = config.codebook_size, config.codebook_dim
+    assert dim is not None  # the config sees to it
+    if config.quantizer == "fsq":
+        return FiniteScalarQuantizer(fsq_levels(size))
+    if config.quantizer == "gumbel":
+        return GumbelQuantizer(size, dim, config.gumbel_temperature, config.gumbel_decay)
+    return VectorQuantizer(
+        size, dim, config.commitment_weight, config.codebook_decay, config.restart_threshold
+    )

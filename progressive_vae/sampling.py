@@ -11,7 +11,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from .distributions import Distribution, PixelMixture
+from .distributions import Categorical, Distribution
+from .groups import Place
 
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
@@ -69,7 +70,8 @@ class Sampler:
             raise ValueError(
                 f"expected generator to be one or a list of {batch_size}, got {len(generator)}"
             )
-        self.generator, self.greedy = generator, temperature < MIN_TEMPERATURE
+        self.batch_size, self.generator = batch_size, generator
+        self.greedy = temperature < MIN_TEMPERATURE
         self.guidance_scale = guidance_scale
         self.warpers = LogitsProcessorList()
         if not self.greedy and temperature != 1:
@@ -91,25 +93,22 @@ class Sampler:
             return torch.cat([values, values])
         return self._draw(logits)
 
-    def choose(self, distribution: Distribution) -> Tensor:
-        """The same from what a decoder says; all its values are looked at only where needed."""
-        changed = self.greedy or self.is_guided or self.warpers
-        if isinstance(distribution, PixelMixture) and not changed:
-            places = distribution.means[0]
-            return distribution.quantiles(uniform(places.shape, self.generator, places.device))
-        return self(distribution.logits)
+    def choose(self, distribution: Distribution, place: Place) -> Tensor:
+        """The same at one step of a walk; all its values are looked at only where they change."""
+        if self.greedy or self.is_guided or self.warpers:
+            return self(distribution.logits)
+        positions = place.positions
+        shape = torch.Size((self.batch_size, len(positions)))
+        return distribution.quantiles(uniform(shape, self.generator, positions.device))
 
     def _draw(self, logits: Tensor) -> Tensor:
         if self.greedy:
             return logits.argmax(-1)
         if self.warpers:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
-        cumulative = logits.softmax(-1).cumsum(-1)
-        total = cumulative[..., -1]
-        threshold = uniform(total.shape, self.generator, total.device) * total
-        # Rounding must not carry it to the end, where a value of probability 0 may stand.
-        threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
+        return Categorical(logits).quantiles(
+            uniform(logits.shape[:-1], self.generator, logits.device)
+        )
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:

@@ -16,16 +16,16 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from .configuration import TRAINING_FIELDS
 from .saved import LIBRARY_ERRORS, checksum, file_parts, read_json
 
 CONFIG = "config.json"
 WEIGHTS_SEAL, CONFIG_SEAL = "weights_crc32", "config_crc32"  # in the header of a weight file
 
 # What a config may say otherwise without a change of what the weights say.
-_FREE_FIELDS = {"id2label", "label2id", "class_dropout", "commitment_weight", "codebook_decay",
-                "restart_threshold", "gumbel_temperature", "gumbel_decay", "corruption_kind",
-                "finer_fingerprint", "architectures", "dtype", "transformers_version",
-                "progressive_vae", "format_version"}  # fmt: skip
+_FREE_FIELDS = {*TRAINING_FIELDS, "id2label", "label2id", "finer_fingerprint", "architectures",
+                "dtype", "transformers_version", "progressive_vae",
+                "format_version"}  # fmt: skip
 _WHERE_FROM = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 _ADVICE = "save the model again, or download it anew"
 

@@ -89,6 +89,23 @@ def tiny_pipeline(num_channels: int = 3, **prior) -> ProgressiveVAEPipeline:
     return pipe
 
 
+def generators(count, seed=0):
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def weights_of(pipe):
+    return {
+        f"{n}.{k}": v for n in pipe.factor_names for k, v in getattr(pipe, n).state_dict().items()
+    }
+
+
+def assert_same(pipe, other):
+    theirs = weights_of(other)
+    for name, value in weights_of(pipe).items():
+        assert torch.equal(value, theirs[name]), name
+    assert type(other) is ProgressiveVAEPipeline and other.image_shape == pipe.image_shape
+
+
 def load_script(name: str, folder: str = "examples"):
     """A script as a module; each `main` starts as a new process would."""
     path = Path(__file__).parents[1] / folder / f"{name}.py"
@@ -122,6 +139,21 @@ def total_variation(log_prob: torch.Tensor, grids: torch.Tensor, drawn: torch.Te
 @pytest.fixture(scope="module")
 def script():
     return load_script("train")
+
+
+@pytest.fixture(autouse=True)
+def a_hub_that_works():
+    yield
+    HUB.fail_on = None
+
+
+@pytest.fixture(scope="module")
+def repository():
+    """A pipeline in a public repository; beside its weights those in half precision."""
+    pipe = tiny_pipeline()
+    pipe.push_to_hub("org/public")
+    tiny_pipeline().to(torch.float16).push_to_hub("org/public", variant="fp16")
+    return "org/public"
 
 
 @pytest.fixture

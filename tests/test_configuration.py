@@ -11,7 +11,20 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
         (dict(), "one of num_channels"),
         (dict(num_channels=1, num_symbols=4), "one of num_channels"),
         (dict(num_channels=1, codebook_size=0), "codebook_size >= 1, got 0"),
-        (dict(num_channels=1, downsample=3), r"downsample in \(2, 4\), got 3"),
+        (dict(num_channels=1, downsample=3), r"downsample in \(2, 4, 8, 16, 32, 64\), got 3"),
+        (dict(num_channels=1, downsample=128), "downsample in .*got 128"),
+        (
+            dict(num_symbols=3, backbone_config={"model_type": "gpt2"}),
+            "backbone_config=None for a decoder_order other than 'raster', got GPT2Config",
+        ),
+        (
+            dict(num_symbols=3, decoder_order="raster", backbone_config={"model_type": "t5"}),
+            "backbone_config of a causal language model",
+        ),
+        (
+            dict(num_symbols=3, decoder_order="raster", backbone_config={"hidden_size": 8}),
+            "backbone_config with a model_type",
+        ),
         (dict(num_channels=1, decoder_order="spiral"), "decoder_order in .*got 'spiral'"),
         (dict(num_channels=1, quantizer="none"), "quantizer in .*got 'none'"),
         (dict(num_channels=1, num_groups=3), r"num_groups=one of \[4, 7, .*got 3"),

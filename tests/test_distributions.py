@@ -7,7 +7,7 @@ from progressive_vae.distributions import Categorical, PixelMixture
 def mixture(mean: float, precision: float, floor: float = 0.01) -> PixelMixture:
     """One component, as good as all the mass."""
     weights = torch.tensor([1 - floor, floor]).view(2, 1, 1)
-    return PixelMixture(weights, torch.full((1, 1, 1), mean), torch.full((1, 1, 1), precision))
+    return PixelMixture(weights, torch.full((1, 1, 1), mean), torch.full((1, 1, 1), precision), 256)
 
 
 @pytest.mark.parametrize("mean", [-300.0, 0.0, 100.3, 255.0, 600.0])
@@ -44,13 +44,43 @@ def test_quantiles_are_where_the_mass_exceeds_the_share():
     means = torch.rand(8, 5, 40, generator=generator) * 300 - 20
     precisions = torch.rand(8, 5, 40, generator=generator) * 3
     weights = torch.randn(9, 5, 40, generator=generator).softmax(0)
-    distribution = PixelMixture(weights, means, precisions)
+    distribution = PixelMixture(weights, means, precisions, 256)
     shares = torch.rand(5, 40, generator=generator)
     cumulative = distribution.logits.exp().cumsum(-1)
     expected = torch.searchsorted(cumulative, shares[..., None], right=True)[..., 0]
     assert torch.equal(distribution.quantiles(shares), expected)
     ends = distribution.quantiles(torch.tensor([0.0, 1 - 2**-24]).expand(5, 2).repeat(1, 20))
     assert ends.min() >= 0 and ends.max() <= 255
+
+
+@pytest.mark.parametrize("kind", ["categorical", "mixture"])
+def test_quantiles_agree_with_logits(kind):
+    """With shares spread evenly over [0, 1) each value comes as often as its probability says."""
+    generator = torch.Generator().manual_seed(0)
+    shares, count = (torch.arange(20_000) + 0.5).expand(1, -1) / 20_000, (1, 1)
+    if kind == "categorical":
+        distribution = Categorical(torch.randn(*count, 256, generator=generator) * 3)
+        many = Categorical(distribution.logits.expand(1, 20_000, -1))
+    else:
+        weights = torch.randn(9, *count, generator=generator).softmax(0)
+        means = torch.rand(8, *count, generator=generator) * 300 - 20
+        precisions = torch.rand(8, *count, generator=generator)
+        distribution = PixelMixture(weights, means, precisions, 256)
+        many = distribution  # its numbers are those of all places
+    drawn = many.quantiles(shares)
+    assert drawn.shape == shares.shape and drawn.dtype == torch.long
+    assert (drawn.diff() >= 0).all()
+    frequencies = torch.bincount(drawn.flatten(), minlength=256) / 20_000
+    assert torch.allclose(frequencies, distribution.logits.softmax(-1)[0, 0], atol=2e-4)
+    last = torch.full((1, 20_000), 1 - 2**-24)
+    assert many.quantiles(last).max() <= 255
+
+
+def test_no_quantile_is_a_value_that_cannot_be():
+    logits = torch.tensor([float("-inf"), 0.0, 2.0, float("-inf"), -1.0, float("-inf")])
+    shares = torch.tensor([[0.0, 0.1, 0.5, 1 - 2**-24, 1.0]])
+    drawn = Categorical(logits.expand(1, 5, -1)).quantiles(shares)
+    assert set(drawn.flatten().tolist()) <= {1, 2, 4} and drawn[0, -1] == 4
 
 
 def test_free_probabilities_are_those_of_the_softmax():

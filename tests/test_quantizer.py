@@ -9,15 +9,12 @@ from progressive_vae.quantizer import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
     VectorQuantizer,
+    make_quantizer,
 )
 
 
-def config(size, dim=None, **fields):
-    return ProgressiveVAELevelConfig(num_channels=1, codebook_size=size, codebook_dim=dim, **fields)
-
-
 def quantizer(size=8, dim=4):
-    module = VectorQuantizer(config(size, dim, codebook_decay=0.9, restart_threshold=0.1))
+    module = VectorQuantizer(size, dim, commitment_weight=0.5, decay=0.9, restart_threshold=0.1)
     module.codebook.copy_(torch.randn(size, dim, generator=torch.Generator().manual_seed(0)))
     return module
 
@@ -44,6 +41,24 @@ def test_gradient_is_straight_through():
     weights = torch.randn_like(latents)
     (output.quantized * weights).sum().backward()
     assert torch.allclose(latents.grad, weights)
+
+
+def test_the_loss_is_the_weighted_distance_to_the_code():
+    module, latents = quantizer(), torch.randn(2, 4, 3, 3)
+    output = module(latents)
+    distance = (latents - module.lookup(output.codes)).square().mean()
+    assert output.loss.item() == pytest.approx(0.5 * distance.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vq", "fsq", "gumbel"])
+def test_every_kind_is_told_of_the_data_before_it_learns(kind):
+    config = ProgressiveVAELevelConfig(num_channels=1, codebook_size=8, quantizer=kind)
+    module, vectors = make_quantizer(config), torch.randn(50, config.codebook_dim)
+    before = module.codebook.clone()
+    module.initialize(vectors, torch.Generator().manual_seed(0))
+    assert torch.equal(module.codebook, before) == (kind != "vq")
+    names = dict([*module.named_buffers(), *module.named_parameters()])
+    assert set(module.TRAINING_STATE) <= set(names) - {"codebook"}
 
 
 def test_statistics_of_two_halves_add_up_to_those_of_the_whole():
@@ -86,7 +101,7 @@ def test_k_means_finds_clusters():
     centers = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
     noise = torch.randn(200, 2, generator=torch.Generator().manual_seed(0))
     vectors = centers.repeat_interleave(50, 0) + 0.1 * noise
-    module = VectorQuantizer(config(8, 2))
+    module = quantizer(8, 2)
     module.initialize(vectors, torch.Generator().manual_seed(0))
     assert (torch.cdist(centers, module.codebook).min(1).values < 0.3).all()
     assert (module.ema_counts > 0).all()
@@ -97,13 +112,13 @@ def test_k_means_finds_clusters():
 )
 def test_scalars_multiply_to_the_codebook(size, levels):
     assert fsq_levels(size) == levels
-    module = FiniteScalarQuantizer(config(size, quantizer="fsq"))
+    module = FiniteScalarQuantizer(levels)
     assert module.codebook.shape == (size, len(levels))
     assert len(module.codebook.unique(dim=0)) == size
 
 
 def test_a_finite_scalar_quantizer_reaches_every_code():
-    module = FiniteScalarQuantizer(config(30, quantizer="fsq"))  # 5 × 6
+    module = FiniteScalarQuantizer([5, 6])
     centers = torch.cartesian_prod((torch.arange(5) + 0.5) / 5, (torch.arange(6) + 0.5) / 6)
     latents = centers.logit().T.reshape(1, 2, 5, 6).requires_grad_()
     output = module(latents)
@@ -116,7 +131,7 @@ def test_a_finite_scalar_quantizer_reaches_every_code():
 
 
 def test_a_categorical_encoder_draws_from_its_distribution():
-    module = GumbelQuantizer(config(4, 3, quantizer="gumbel"))
+    module = GumbelQuantizer(4, 3, [1.0, 0.5], decay=0.999)
     latents = torch.randn(1, 3, 1, 1)
     probabilities = module.log_probs(latents).exp().flatten()
     many = latents.expand(20_000, -1, -1, -1)
@@ -131,7 +146,7 @@ def test_a_categorical_encoder_draws_from_its_distribution():
 
 
 def test_the_kl_to_the_uniform_prior_and_its_gradient():
-    module = GumbelQuantizer(config(4, 3, quantizer="gumbel"))
+    module = GumbelQuantizer(4, 3, [1.0, 0.5], decay=0.999)
     latents = torch.randn(2, 3, 2, 5, requires_grad=True)
     output = module(latents)
     assert torch.allclose(output.kl, 10 * math.log(4) - module.entropy(latents))
@@ -141,9 +156,7 @@ def test_the_kl_to_the_uniform_prior_and_its_gradient():
 
 
 def test_the_temperature_anneals_to_its_end():
-    module = GumbelQuantizer(
-        config(4, quantizer="gumbel", gumbel_temperature=[2.0, 0.5], gumbel_decay=0.5)
-    )
+    module = GumbelQuantizer(4, 8, [2.0, 0.5], decay=0.5)
     seen = []
     for _ in range(3):
         seen.append(module.temperature.item())
@@ -161,6 +174,6 @@ def test_corruption_replaces_codes_by_others():
     distances = torch.cdist(module.codebook, module.codebook)
     near = module.corrupt(codes, torch.ones(2), num_near=2)
     assert (distances[codes, near] <= distances.sort().values[:, 2][codes] + 1e-5).all()
-    single = VectorQuantizer(config(1, 2))
+    single = quantizer(1, 2)
     zeros = torch.zeros(1, 2, 2, dtype=torch.long)
     assert torch.equal(single.corrupt(zeros, torch.ones(1), None), zeros)

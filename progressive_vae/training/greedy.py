@@ -27,7 +27,7 @@ from .checkpoints import Checkpoints
 from .codes import Manifest
 from .data import Images
 from .lock import LOCK, OWNER, locked
-from .phases import LevelPhase, Phase, PriorPhase, RefitPhase
+from .phases import LevelPhase, Model, Phase, PriorPhase, RefitPhase
 from .recipe import Recipe, levels_in, read_recipe
 from .report import (
     RECIPE,
@@ -203,16 +203,16 @@ def check_fit(
     phases: list[Phase], configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
 ):
     """Raise a `ValueError` unless the levels, as they are and as they will be, fit the images, and
-    the prior is causal."""
+    backbones of transformers are causal."""
     refitted = list(configs)
     for phase in phases:
         if isinstance(phase, RefitPhase):
             refitted[phase.index - 1] = phase.model_config(configs)
-        if isinstance(phase, PriorPhase):
-            try:
-                ProgressiveVAEPrior(copy.deepcopy(phase.config)).eval().check_causal()
-            except ValueError as error:
-                raise ValueError(f"prior: {error}") from error
+        model: type[Model] = ProgressiveVAEPrior if phase.part == "prior" else ProgressiveVAELevel
+        try:
+            model(copy.deepcopy(phase.model_config(configs))).eval().check_causal()
+        except ValueError as error:
+            raise ValueError(f"{phase.part}: {error}") from error
     for chain in (configs, refitted):
         check_image_size(image_size, chain, None)
 

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..chain import MAX_LEVELS, grid_sizes
+from ..entries import as_pixel_values
 from ..fingerprint import fingerprint
 from ..level import ProgressiveVAELevel
 from ..saved import read_json, write_json
@@ -313,4 +314,4 @@ def _is_cost(cost: Any) -> bool:
 
 def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:
     """What a level sees of cached grids: pixels in [−1, 1] on the finest level, else symbols."""
-    return grids / 127.5 - 1 if level.config.is_finest else grids
+    return as_pixel_values(grids) if level.config.is_finest else grids

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..entries import as_pixel_values
 from ..pipeline import ProgressiveVAEPipeline
 
 TIMED_SECONDS = 3.0  # of each speed
@@ -70,7 +71,7 @@ def _one_step(model: torch.nn.Module, grid: Tensor):
 
 def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
     """GFLOP of one image, forward and backward, for each level and the prior."""
-    grids: list[Tensor] = [*pipe.encode(images), images / 127.5 - 1]
+    grids: list[Tensor] = [*pipe.encode(images), as_pixel_values(images)]
     figures = {}
     for name, model, grid in zip(
         pipe.factor_names, [pipe.prior, *pipe.levels], [grids[0], *grids[1:]], strict=True

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..entries import as_pixel_values
 from ..pipeline import ProgressiveVAEPipeline
 from .codes import GridDataset
 from .streaming import PixelStream
@@ -54,7 +55,7 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
         batches = islice(dataset.random_batches(128), num_steps)
         for images, labels in tqdm(batches, total=num_steps, desc="classifier"):
-            loss = F.cross_entropy(model(images / 127.5 - 1), labels)
+            loss = F.cross_entropy(model(as_pixel_values(images)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -184,7 +185,7 @@ def draw_labelled(
 def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000) -> float:
     """The share of images whose label a classifier of pixel values in [−1, 1] tells."""
     right = sum(
-        int((classifier(images / 127.5 - 1).argmax(1) == labels).sum())
+        int((classifier(as_pixel_values(images)).argmax(1) == labels).sum())
         for images, labels in dataset.batches(batch_size)
     )
     return right / len(dataset)
