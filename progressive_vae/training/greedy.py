@@ -150,9 +150,10 @@ def train(
         pipe = measured(run, phase == "evaluate") if phase in ("all", "evaluate") else None
         if accelerator.is_main_process:
             if pipe is None:
-                rest = names_of_all[names_of_all.index(phase) + 1 :] + ["evaluate"]
-                rest = [name for name in rest if not name.startswith("refit")]
-                print(f"wrote {folder}; what stands on it: --phase {', then '.join(rest)}")
+                after = order[names_of_all.index(phase) + 1 :]
+                rest = [each.name for each in after if not isinstance(each, RefitPhase)]
+                rest = ", then ".join([*rest, "evaluate"])
+                print(f"wrote {folder}; what stands on it: --phase {rest}")
             elif repo_id is not None:
                 push_or_warn(folder, repo_id, hub_private_repo)
     if its_own:
