@@ -1,5 +1,5 @@
-"""Flags of scripts, by jsonargparse: it reads dotted names, types, defaults and help from classes and
-functions, so that nothing is written twice, and checks dicts and YAML files by the same types."""
+"""Flags of scripts, by jsonargparse: it reads dotted names, types, defaults and help from classes
+and functions, so that nothing is written twice, and checks dicts and YAML by the same types."""
 
 import argparse
 from collections.abc import Callable, Sequence

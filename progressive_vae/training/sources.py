@@ -7,6 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 from datasets.distributed import split_dataset_by_node
 
+from ..configuration import NUM_PIXEL_VALUES
 from .codes import GridDataset, Manifest, write_cache
 from .data import (
     GREY_MODES,
@@ -132,7 +133,7 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
             f"{settings.max_image_pixels}; {sizes[0]}, {sizes[1]}, {is_flipped})",
             split=split,
             shape=shape,
-            num_values=256,
+            num_values=NUM_PIXEL_VALUES,
         )
     options = {
         "image_column": column,
