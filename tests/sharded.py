@@ -7,24 +7,25 @@ Accelerate knows DDP alone.
 import runpy
 import sys
 
-import accelerate
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-
-class ShardingAccelerator(accelerate.Accelerator):
-    def __init__(self, *arguments, **keywords):
-        super().__init__(*arguments, **keywords)
-        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
-            state_dict_type="SHARDED_STATE_DICT",
-        )
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        self.state.distributed_type = DistributedType.FSDP
+init = Accelerator.__init__
 
 
-accelerate.Accelerator = ShardingAccelerator
+def sharding_init(self, *arguments, **keywords):
+    init(self, *arguments, **keywords)
+    self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    self.state.distributed_type = DistributedType.FSDP
+
+
+Accelerator.__init__ = sharding_init  # in place: it may have been imported already
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
