@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.causal import cached_step
-from progressive_vae.entries import as_pixel_values
+from progressive_vae.entries import as_pixel_values, as_unit, of_unit
 from progressive_vae.quantizer import VectorQuantizer
 from progressive_vae.saved import read_json, write_json
 from progressive_vae.training import train
@@ -251,12 +251,12 @@ class Yardstick:
 
     def __post_init__(self):
         self.num_drawn = min(self.num_drawn, len(self.test))
-        self.real = self.features(images / 255 for images, _ in self.test.batches(250))
+        self.real = self.features(as_unit(images) for images, _ in self.test.batches(250))
 
     def features(self, batches: Iterable[Tensor]) -> Tensor:
         """Of the first images, rounded to 8 bits, as files would hold them."""
         batches = islice(batches, math.ceil(self.num_drawn / 250))
-        rounded = ((images * 255).round() / 255 for images in batches)
+        rounded = (as_unit(of_unit(images)) for images in batches)
         return features_of(self.extractor, rounded)[: self.num_drawn]
 
     def distance(self, batches: Iterable[Tensor]) -> float:
@@ -284,7 +284,7 @@ class Yardstick:
     ) -> dict[str, float]:
         pipe.set_progress_bar_config(disable=True)
         images = self.test.batch(slice(0, 250))[0].to(torch.uint8)
-        drawn = (x / 255 for x, _ in draw_labelled(pipe, self.num_drawn, self.seed))
+        drawn = (as_unit(x) for x, _ in draw_labelled(pipe, self.num_drawn, self.seed))
         figures = {"Fréchet distance": self.distance(drawn), **speeds_of(pipe, images)}
         gflop = training_operations(pipe, images[:8])
         for phase, cost in costs.items():
@@ -351,7 +351,7 @@ def compare(arguments: Arguments):
         output_dir / "classifier.safetensors", pixels["train"], 4000, seed
     )
     yardstick = Yardstick(ClassifierFeatures(classifier), pixels["test"], arguments.num_drawn, seed)
-    some = pixels["train"].sample(yardstick.num_drawn, seed) / 255
+    some = as_unit(pixels["train"].sample(yardstick.num_drawn, seed))
     columns = {
         f"progressive VAE, {minutes:g} minutes": yardstick.of_ours(
             ProgressiveVAEPipeline.from_pretrained(folder),

@@ -36,6 +36,7 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
+from progressive_vae.entries import as_unit
 from progressive_vae.sampling import Sampler
 from progressive_vae.saved import write_json
 from progressive_vae.training.codes import GridDataset, cached
@@ -187,7 +188,7 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
     prior = ProgressiveVAEPrior.from_pretrained(trained / "prior" / "prior")
     coarsest = ProgressiveVAELevel.from_pretrained(trained / "prior" / "level_1")
     images = pixels["test"].batch(slice(None))[0].to(torch.uint8)
-    real = features_of(extractor, (images / 255).split(500))
+    real = features_of(extractor, as_unit(images).split(500))
     lines = [
         "| row | told to expect | from z_2 | from z_1 | from nothing | loss |",
         "|---|---|---|---|---|---|",

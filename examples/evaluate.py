@@ -28,6 +28,7 @@ from datasets import disable_progress_bars
 from jsonargparse import ArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.entries import as_unit
 from progressive_vae.saved import write_json
 from progressive_vae.training.codes import GridDataset, Manifest, cached
 from progressive_vae.training.command import read_flags
@@ -147,12 +148,12 @@ def distances(
         return features_of(extractor, islice(batches, math.ceil(count / 250)))[:count]
 
     def stored(images: GridDataset):
-        return (grids / 255 for grids, _ in images.batches(250))
+        return (as_unit(grids) for grids, _ in images.batches(250))
 
     real = features(stored(data["test"]))
     sources = {
         f"{count} training images": (
-            grids / 255 for grids in data["train"].sample(count, arguments.seed).split(250)
+            as_unit(grids) for grids in data["train"].sample(count, arguments.seed).split(250)
         ),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
         "nothing": stored(drawn),

@@ -11,8 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from .chain import check_grids
-from .configuration import ProgressiveVAELevelConfig
+from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from .hub import HubPipeline
+from .labels import label_ids
+from .prior import ProgressiveVAEPrior
 from .sampling import Generators, per_factor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -127,7 +129,8 @@ def changed_codes(
 
 
 class CallingPipeline(HubPipeline):
-    """A pipeline whose calls keep their state to themselves, with the names that diffusers has."""
+    """A pipeline whose calls keep their state to themselves, and what they are told, with the names
+    that diffusers has."""
 
     @contextmanager
     def _call(self, guidance_scale: float | list[float], num_timesteps: int) -> Iterator[Call]:
@@ -158,3 +161,48 @@ class CallingPipeline(HubPipeline):
     def num_timesteps(self) -> int:
         """Of the call that this thread is in, or was in last."""
         return _CALLS.of.get(self, Call()).num_timesteps
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class names -> class ids."""
+        config = self._class_config
+        names = config.id2label if config.num_classes else {}
+        return {name: i for i, name in names.items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of names, as in diffusers' DiT pipeline."""
+        return label_ids(label, self._class_config).tolist()
+
+    @property
+    def _class_config(self) -> ProgressiveVAEPriorConfig | ProgressiveVAELevelConfig:
+        """The config that knows the classes; any one if no part is class-conditional."""
+        configs = [p.config for p in (self.prior, *self.levels) if p is not None]
+        return next((config for config in configs if config.num_classes), configs[0])
+
+    def _prompts(self, class_labels, guidance_scale, codes, num_images_per_prompt):
+        """Labels (count,), the given grids (count, H_i, W_i), and the count."""
+        if num_images_per_prompt < 1:
+            raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
+        if isinstance(codes, Tensor):
+            raise ValueError("expected codes to be a list [z_1 … z_k] of tensors, got a tensor")
+        given = list(codes or [])
+        if codes is not None:
+            check_grids(given, [level.config for level in self.levels], self.grid_sizes)
+        drawn = self.levels[len(given) - 1 :] if given else [self._require_prior(), *self.levels]
+        if class_labels is not None and not any(part.config.num_classes for part in drawn):
+            raise ValueError(
+                f"expected class_labels=None, as no drawn factor knows classes, got {class_labels}"
+            )
+        if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
+            raise ValueError(
+                f"expected guidance_scale=1 without class_labels, got {guidance_scale}"
+            )
+        labels = label_ids(class_labels, self._class_config, len(given[0]) if given else None)
+        labels = labels.repeat_interleave(num_images_per_prompt)
+        given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
+        return labels, given, len(labels)
+
+    def _require_prior(self) -> ProgressiveVAEPrior:
+        if self.prior is None:
+            raise ValueError("expected a pipeline with a prior, got prior=None")
+        return self.prior

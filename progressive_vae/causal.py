@@ -4,9 +4,11 @@ cache, all steps in one pass, and the check that both say the same."""
 import inspect
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from .distributions import Categorical
@@ -82,6 +84,21 @@ class Causal:
             )
 
 
+def make_backbone(auto: Any, config: PreTrainedConfig) -> nn.Module:
+    """A fresh network.
+
+    Args:
+        auto: `AutoModel`, or `AutoModelForCausalLM` for one with logits.
+    """
+    try:
+        return auto.from_config(config)
+    except LIBRARY_ERRORS as error:
+        raise ValueError(
+            f"expected backbone_config of a network that can be made, got {type(config).__name__}, "
+            f"which fails with {error!r}"
+        ) from error
+
+
 @cache
 def _cache_name(forward: Callable) -> str:
     """What a causal model calls its key-value cache: `cache` since transformers 5.24."""
@@ -100,4 +117,9 @@ def cached_step(backbone: nn.Module, known, **inputs: Tensor):
     """
     name = _cache_name(type(backbone).forward)
     output = backbone(**inputs, **{name: known}, use_cache=True)
+    if name not in output:
+        raise ValueError(
+            "expected backbone_config of a causal language model with a key-value cache, got "
+            f"{type(backbone.config).__name__}, which gives {list(output)}"
+        )
     return output, output[name]

@@ -57,7 +57,7 @@ def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[Progress
                 f"expected level_{i} with num_symbols={finer.codebook_size}, the codebook_size "
                 f"of level_{i + 1}, got {config.num_symbols}"
             )
-    if configs[-1].num_channels is None:
+    if not configs[-1].is_finest:
         raise ValueError(
             f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
             f"finer grid has num_symbols={configs[-1].num_symbols}"

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -11,7 +12,9 @@ from .strict import check_limits, check_names, check_range, strict_config
 
 DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
 PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
+GUESSING = ("logistics",)  # around the nearest known pixels, which only lattices have
 QUANTIZERS = ("vq", "fsq", "gumbel")
+STOCHASTIC = ("gumbel",)
 CORRUPTIONS = ("random", "near")
 DOWNSAMPLES = (2, 4, 8, 16, 32, 64)
 NUM_PIXEL_VALUES = 256  # of one colour of a pixel
@@ -29,12 +32,14 @@ DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logi
 TRAINING_FIELDS = ("class_dropout", "commitment_weight", "codebook_decay", "restart_threshold",
                    "gumbel_temperature", "gumbel_decay", "corruption_kind")  # fmt: skip
 
-# Groups of an order for a downsample, where the config leaves them open.
-_GROUPS = {
-    "factorized": lambda downsample: 1,
-    "lattice": lambda downsample: 1 + 3 * int(math.log2(downsample)),
-    "masked": lambda downsample: 8,
+# The numbers of groups that an order can have for a downsample; the first where it is left open.
+_GROUPS: dict[str, Callable[[int], list[int | None]]] = {
+    "factorized": lambda downsample: [1],
+    "lattice": lambda downsample: [1 + 3 * k for k in range(int(math.log2(downsample)), 7)],
+    "masked": lambda downsample: [8, *range(1, 257)],
+    "raster": lambda downsample: [None],  # as many as positions
 }
+PIXEL_ORDERS = tuple(order for order in DECODER_ORDERS if order != "raster")
 
 
 def _name_classes(config):
@@ -181,7 +186,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             is_fsq = self.quantizer == "fsq"
             self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
         if self.num_groups is None:
-            self.num_groups = _GROUPS.get(self.decoder_order, lambda _: None)(self.downsample)
+            self.num_groups = self._group_numbers()[0]
         if self.backbone_config is not None:
             self.backbone_config = causal_config(
                 self.backbone_config, self.num_values, MAX_RASTER_POSITIONS
@@ -212,8 +217,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             )
         if self.decoder_order == "raster" and self.num_channels is not None:
             raise ValueError(
-                "expected a decoder_order of pixels ('factorized', 'lattice', 'masked') on the "
-                "finest level, got 'raster', which is for symbols"
+                f"expected a decoder_order of pixels {PIXEL_ORDERS} on the finest level, got "
+                "'raster', which is for symbols"
             )
 
     def validate_sizes(self):
@@ -240,23 +245,19 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
         if self.is_guessing and self.decoder_order != "lattice":
             raise ValueError(
-                "expected decoder_order='lattice' for pixel_distribution='logistics', got "
-                f"{self.decoder_order!r}"
+                "expected decoder_order='lattice' for pixel_distribution="
+                f"{self.pixel_distribution!r}, got {self.decoder_order!r}"
             )
-        if self.decoder_order == "masked":
-            fits = self.num_groups is not None and 1 <= self.num_groups <= 256
-            expected = "1 … 256"
-        elif self.decoder_order == "lattice":
-            choices = [1 + 3 * k for k in range(int(math.log2(self.downsample)), 7)]
-            fits, expected = self.num_groups in choices, f"one of {choices}"
-        else:
-            expected = _GROUPS.get(self.decoder_order, lambda _: None)(self.downsample)
-            fits = self.num_groups == expected
-        if not fits:
+        if self.num_groups not in (numbers := self._group_numbers()):
+            expected = str(numbers) if len(numbers) < 10 else f"1 … {numbers[-1]}"
             raise ValueError(
-                f"expected num_groups={expected} for decoder_order={self.decoder_order!r} and "
-                f"downsample={self.downsample}, got {self.num_groups}"
+                f"expected num_groups among {expected} for decoder_order={self.decoder_order!r} "
+                f"and downsample={self.downsample}, got {self.num_groups}"
             )
+
+    def _group_numbers(self) -> list[int | None]:
+        is_known = self.decoder_order in _GROUPS and self.downsample in DOWNSAMPLES
+        return _GROUPS[self.decoder_order](self.downsample) if is_known else [self.num_groups]
 
     def validate_backbone(self):
         if self.backbone_config is None:
@@ -290,12 +291,12 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def is_guessing(self) -> bool:
         """Whether pixels have logistic distributions around guesses."""
-        return self.is_finest and self.pixel_distribution == "logistics"
+        return self.is_finest and self.pixel_distribution in GUESSING
 
     @property
     def is_stochastic(self) -> bool:
         """Whether `P_Ψ` is a distribution to draw from, rather than one code."""
-        return self.quantizer == "gumbel"
+        return self.quantizer in STOCHASTIC
 
     @property
     def value_channels(self) -> int:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import ModelOutput
 
-from .causal import NUM_CHECKED, Causal
+from .causal import NUM_CHECKED, Causal, make_backbone
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
-from .distributions import Categorical, Distribution
-from .groups import ORDERS, Choose, Inside, Place, ask, index_grid
+from .distributions import Categorical
+from .groups import ORDERS, Choose, Inside, Place, Teacher, ask, index_grid
 from .heads import Blind, FreeLogits, make_head
 from .networks import (
     Downsample,
@@ -115,7 +115,8 @@ class GroupDecoder(Decoder):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.order = ORDERS[config.decoder_order]
-        groups = self.order(config, (config.downsample, config.downsample))
+        with torch.device("cpu"):  # positions are numbers, where weights are not there yet
+            groups = self.order(config, (config.downsample, config.downsample))
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
             self.embedding = embedding(config.num_values, config.value_embed_dim)
@@ -184,15 +185,9 @@ class GroupDecoder(Decoder):
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """The walk with a teacher."""
-        entries, terms = finer.flatten(2), []  # (B, C, H·W)
-
-        def teacher(distribution: Distribution, place: Place) -> Tensor:
-            values = entries[:, place.colour].index_select(1, place.positions)
-            terms.append(distribution.log_prob(values).sum(1))
-            return values
-
+        teacher = Teacher(finer)
         self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
-        return torch.stack(terms).sum(0)
+        return torch.stack(teacher.terms).sum(0)
 
     def check_causal(self):
         """A walk is: what follows has not been put in yet."""
@@ -214,11 +209,11 @@ class RasterDecoder(Causal, Decoder):
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
         with torch.device("meta"):  # only to ask how wide it is
-            backbone = AutoModel.from_config(config.raster_config)
+            backbone = make_backbone(AutoModel, config.raster_config)
             embed_dim = backbone.get_input_embeddings().embedding_dim
         # z comes in at zero, or it would drown the backbone's embeddings, which start small.
         self.condition = ZeroConv2d(width, embed_dim, 1)
-        self.backbone = AutoModel.from_config(config.raster_config)
+        self.backbone = make_backbone(AutoModel, config.raster_config)
         self.logits = FreeLogits(embed_dim, config.num_values)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:

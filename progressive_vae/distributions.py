@@ -69,15 +69,14 @@ class PixelMixture:
         return probs.log().movedim(0, -1)
 
     def quantiles(self, shares: Tensor) -> Tensor:
-        """Found by halving, in eight steps for 256 values."""
+        """Found by halving: in eight steps for 256 values."""
         weights, floor = self.weights[:-1], self._floor
         values = torch.zeros(shares.shape, dtype=torch.long, device=shares.device)
-        step = self.num_values
-        while step > 1:
-            step //= 2
-            below = values + step  # values less than this one
+        for power in reversed(range((self.num_values - 1).bit_length())):
+            below = values + 2**power  # values less than this one
             mass = (weights * self._cumulative(below - 0.5)).sum(0) + floor * below
-            values = torch.where(mass > shares, values, below)
+            is_above = (mass > shares) | (below >= self.num_values)
+            values = torch.where(is_above, values, below)
         return values
 
     @property

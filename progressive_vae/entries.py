@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .chain import check_codes
@@ -13,6 +14,16 @@ _HALF = (NUM_PIXEL_VALUES - 1) / 2  # 127.5
 def as_pixel_values(values: Tensor) -> Tensor:
     """0 … 255, of any dtype -> floats in [−1, 1]."""
     return values / _HALF - 1
+
+
+def as_unit(values: Tensor) -> Tensor:
+    """0 … 255, of any dtype -> floats in [0, 1], as pictures outside are."""
+    return values / (NUM_PIXEL_VALUES - 1)
+
+
+def of_unit(images: Tensor) -> Tensor:
+    """Floats in [0, 1] -> the nearest values, uint8 in 0 … 255."""
+    return (images * (NUM_PIXEL_VALUES - 1)).round().to(torch.uint8)
 
 
 def as_values(pixel_values: Tensor) -> Tensor:
@@ -71,4 +82,4 @@ class Symbols:
 def make_entries(config: ProgressiveVAELevelConfig) -> Pixels | Symbols:
     """What the finer grid of a level is made of; its shape is `config.value_channels` and the
     number of values `config.num_values`."""
-    return Symbols(config.num_symbols) if config.num_symbols else Pixels(config.value_channels)
+    return Pixels(config.value_channels) if config.is_finest else Symbols(config.num_values)

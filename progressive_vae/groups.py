@@ -49,6 +49,22 @@ def ask(choose: Choose, distribution: Distribution, place: Place, batch_size: in
     return values
 
 
+class Teacher:
+    """A `Choose` that follows a known grid: `terms` are the nats of its values, (B,), step by step.
+
+    Args:
+        values: int64 (B, C, H, W).
+    """
+
+    def __init__(self, values: Tensor):
+        self.entries, self.terms = values.flatten(2), list[Tensor]()
+
+    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
+        values = self.entries[:, place.colour].index_select(1, place.positions)
+        self.terms.append(distribution.log_prob(values).sum(1))
+        return values
+
+
 @dataclass(frozen=True)
 class Lattice:
     """The positions `offset + stride · (y, x)` of the finer grid, predicted together.
@@ -199,4 +215,6 @@ def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> li
     return [Scattered(part) for part in parts]
 
 
+# Of a padded grid's size (H, W) the groups in their order: always so many of them, of strides that
+# are powers of two and never rise.
 ORDERS = {"factorized": factorized_order, "lattice": lattice_order, "masked": masked_order}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .chain import check_codes, grid_sizes
-from .configuration import ProgressiveVAELevelConfig
+from .configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
 from .decoders import Condition, make_decoder
 from .encoder import make_encoder
 from .entries import make_entries
@@ -44,8 +44,9 @@ class ProgressiveVAELevelOutput(ModelOutput):
 
 def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
     """Whether a decoder with config `new` can start as the function that one with `old` is."""
-    names = ("hidden_size", "pixel_distribution", "pixel_logit_rank", "decoder_order", "num_groups",
-             "backbone_config")  # fmt: skip
+    grown = ("num_layers", "num_classes", "id2label", "class_dropout", "corruption",
+             "corruption_kind")  # fmt: skip
+    names = [name for name in DECODER_FIELDS if name not in grown]
     grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
     is_same = all(getattr(new, name) == getattr(old, name) for name in names)
     return is_same and (grows or new.num_layers == old.num_layers)
@@ -187,7 +188,14 @@ class ProgressiveVAELevel(SavedModel):
         Returns:
             pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
         """
-        draw = Sampler(len(codes), generator, temperature, top_k, top_p, guidance_scale)
+        draw = Sampler(
+            len(codes),
+            generator,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+        )
         labels = self._labels(class_labels, len(codes))
         null = None if labels is None else torch.full_like(labels, self.config.num_classes)
         if labels is None or torch.equal(labels, null):

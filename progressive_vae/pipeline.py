@@ -19,8 +19,7 @@ from .calls import (
     check_outputs,
     factor_controls,
 )
-from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
-from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .chain import MAX_LEVELS, check_parts, grid_sizes
 from .fingerprint import check_fingerprints
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
@@ -116,7 +115,7 @@ class ProgressiveVAEPipeline(CallingPipeline):
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         height, width = self.config.image_size
-        return self.levels[-1].config.num_channels, height, width
+        return self.levels[-1].config.value_channels, height, width
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
@@ -350,50 +349,3 @@ class ProgressiveVAEPipeline(CallingPipeline):
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""
         raise ValueError("expected enable_model_cpu_offload in place of the sequential one")
-
-    # ---- arguments ------------------------------------------------------------------------------
-
-    @property
-    def labels(self) -> dict[str, int]:
-        """Class names -> class ids."""
-        config = self._class_config
-        names = config.id2label if config.num_classes else {}
-        return {name: i for i, name in names.items()}
-
-    def get_label_ids(self, label: str | list[str]) -> list[int]:
-        """Class ids of names, as in diffusers' DiT pipeline."""
-        return label_ids(label, self._class_config).tolist()
-
-    @property
-    def _class_config(self) -> ProgressiveVAEPriorConfig | ProgressiveVAELevelConfig:
-        """The config that knows the classes; any one if no part is class-conditional."""
-        configs = [p.config for p in (self.prior, *self.levels) if p is not None]
-        return next((config for config in configs if config.num_classes), configs[0])
-
-    def _prompts(self, class_labels, guidance_scale, codes, num_images_per_prompt):
-        """Labels (count,), the given grids (count, H_i, W_i), and the count."""
-        if num_images_per_prompt < 1:
-            raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
-        if isinstance(codes, Tensor):
-            raise ValueError("expected codes to be a list [z_1 … z_k] of tensors, got a tensor")
-        given = list(codes or [])
-        if codes is not None:
-            check_grids(given, [level.config for level in self.levels], self.grid_sizes)
-        drawn = self.levels[len(given) - 1 :] if given else [self._require_prior(), *self.levels]
-        if class_labels is not None and not any(part.config.num_classes for part in drawn):
-            raise ValueError(
-                f"expected class_labels=None, as no drawn factor knows classes, got {class_labels}"
-            )
-        if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
-            raise ValueError(
-                f"expected guidance_scale=1 without class_labels, got {guidance_scale}"
-            )
-        labels = label_ids(class_labels, self._class_config, len(given[0]) if given else None)
-        labels = labels.repeat_interleave(num_images_per_prompt)
-        given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
-        return labels, given, len(labels)
-
-    def _require_prior(self) -> ProgressiveVAEPrior:
-        if self.prior is None:
-            raise ValueError("expected a pipeline with a prior, got prior=None")
-        return self.prior

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
-from .causal import NUM_CHECKED, Causal
+from .causal import NUM_CHECKED, Causal, make_backbone
 from .chain import check_codes
 from .configuration import ProgressiveVAEPriorConfig
 from .distributions import Categorical
@@ -55,7 +55,7 @@ class ProgressiveVAEPrior(Causal, SavedModel):
 
     def __init__(self, config: ProgressiveVAEPriorConfig):
         super().__init__(config)
-        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        self.backbone = make_backbone(AutoModelForCausalLM, config.backbone_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -126,7 +126,14 @@ class ProgressiveVAEPrior(Causal, SavedModel):
             guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
             generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
         """
-        draw = Sampler(batch_size, generator, temperature, top_k, top_p, guidance_scale)
+        draw = Sampler(
+            batch_size,
+            generator,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+        )
         labels = label_ids(class_labels, self.config, batch_size).to(self.device)
         null = torch.full_like(labels, self.config.num_classes)
         if torch.equal(labels, null):

@@ -264,7 +264,7 @@ class GumbelQuantizer(Quantizer):
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         temperature = 0.0 if generator is None else 1.0
-        return Sampler(len(latents), generator, temperature)(self.log_probs(latents))
+        return Sampler(len(latents), generator, temperature=temperature)(self.log_probs(latents))
 
     def entropy(self, latents: Tensor) -> Tensor:
         return _entropy(self.log_probs(latents))

@@ -51,6 +51,7 @@ class Sampler:
         self,
         batch_size: int,
         generator: Generators = None,
+        *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,

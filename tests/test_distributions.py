@@ -88,3 +88,13 @@ def test_free_probabilities_are_those_of_the_softmax():
     values = torch.randint(5, (2, 3))
     expected = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
     assert torch.allclose(Categorical(logits).log_prob(values), expected)
+
+
+@pytest.mark.parametrize("num_values", [2, 3, 17, 256])
+def test_every_value_of_a_mixture_can_be_drawn(num_values):
+    """Whatever their number: values are found by halving, which must not stop short of one."""
+    weights = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, num_values)
+    ones = torch.ones(1, 1, num_values)
+    mixture = PixelMixture(weights, ones, ones, num_values)
+    shares = (torch.arange(num_values) + 0.5)[None] / num_values
+    assert mixture.quantiles(shares).tolist() == [[*range(num_values)]]

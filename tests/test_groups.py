@@ -16,7 +16,8 @@ def test_an_order_visits_every_position_once(order, downsample, num_groups):
         strides.append(group.stride)
     assert (visits == 1).all()
     assert strides == sorted(strides, reverse=True)
-    assert len(groups) == (num_groups or {"factorized": 1, "masked": 8, "lattice": 4}[order])
+    assert len(groups) == config.num_groups
+    assert len(ORDERS[order](config, (16, 16))) == config.num_groups  # whatever the size
 
 
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)

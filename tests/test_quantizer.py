@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.configuration import fsq_levels
+from progressive_vae.configuration import QUANTIZERS, fsq_levels
 from progressive_vae.quantizer import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
@@ -50,7 +50,7 @@ def test_the_loss_is_the_weighted_distance_to_the_code():
     assert output.loss.item() == pytest.approx(0.5 * distance.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["vq", "fsq", "gumbel"])
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_every_kind_is_told_of_the_data_before_it_learns(kind):
     config = ProgressiveVAELevelConfig(num_channels=1, codebook_size=8, quantizer=kind)
     module, vectors = make_quantizer(config), torch.randn(50, config.codebook_dim)

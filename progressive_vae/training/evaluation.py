@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..configuration import NUM_PIXEL_VALUES
+from ..entries import as_unit
 from ..pipeline import ProgressiveVAEPipeline
 from .codes import GridDataset
 from .yardsticks import Classifier
@@ -76,7 +78,7 @@ def label_accuracy(
         images, codes = grids.to(torch.uint8), pipe.encode(grids.to(torch.uint8))
         for name in right:
             level = 0 if name == "images" else int(name.removeprefix("level_"))
-            shown = pipe.decode(codes[:level], "pt", generator) if level else images.float() / 255
+            shown = pipe.decode(codes[:level], "pt", generator) if level else as_unit(images)
             right[name] += int((classifier(shown * 2 - 1).argmax(1) == labels).sum())
     return {name: count / len(dataset) for name, count in right.items()}
 
@@ -103,8 +105,9 @@ def rate_distortion(
         for k, factor in enumerate(pipe.factor_names[:-1], 1):  # that of z_k
             rate -= nats[factor].double().sum().item() / math.log(2)
             shown = torch.stack(
-                [pipe.decode(codes[:k], "pt", generator) * 255 for _ in range(num_draws)]
-            )
+                [pipe.decode(codes[:k], "pt", generator) * (NUM_PIXEL_VALUES - 1)
+                 for _ in range(num_draws)]
+            )  # fmt: skip
             errors = {"mse": shown[0] - batch, "mse_of_mean": shown.mean(0) - batch}
             squares = {name: error.square().sum().item() for name, error in errors.items()}
             sums[f"level_{k}"].update({"bits_per_dim": rate, **squares})
@@ -119,7 +122,7 @@ def rate_distortion(
 def psnr_of(squared_error: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean squared error of 256 grey values; 138 at most,
     where nothing differs."""
-    return 10 * math.log10(255**2 / max(squared_error, 1e-9))
+    return 10 * math.log10((NUM_PIXEL_VALUES - 1) ** 2 / max(squared_error, 1e-9))
 
 
 def _images(dataset: GridDataset, batch_size: int) -> Iterator[Tensor]:

@@ -152,8 +152,8 @@ def train(
             if pipe is None:
                 after = order[names_of_all.index(phase) + 1 :]
                 rest = [each.name for each in after if not isinstance(each, RefitPhase)]
-                rest = ", then ".join([*rest, "evaluate"])
-                print(f"wrote {folder}; what stands on it: --phase {rest}")
+                print(f"wrote {folder}; what stands on it: --phase "
+                      f"{', then '.join([*rest, 'evaluate'])}")  # fmt: skip
             elif repo_id is not None:
                 push_or_warn(folder, repo_id, hub_private_repo)
     if its_own:

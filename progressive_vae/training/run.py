@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..chain import MAX_LEVELS, grid_sizes
-from ..entries import as_pixel_values
 from ..fingerprint import fingerprint
 from ..level import ProgressiveVAELevel
 from ..saved import read_json, write_json
@@ -314,4 +313,4 @@ def _is_cost(cost: Any) -> bool:
 
 def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:
     """What a level sees of cached grids: pixels in [−1, 1] on the finest level, else symbols."""
-    return as_pixel_values(grids) if level.config.is_finest else grids
+    return level.entries.from_values(grids) if level.config.is_finest else grids

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..entries import as_pixel_values
+from ..entries import as_pixel_values, as_unit, of_unit
 from ..pipeline import ProgressiveVAEPipeline
 from .codes import GridDataset
 from .streaming import PixelStream
@@ -112,7 +112,7 @@ class Inception(torch.nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))
+        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))  # 8 bits
 
 
 @torch.no_grad()
@@ -178,7 +178,7 @@ def draw_labelled(
             output_type="pt",
             batch_size=batch_size,
         )
-        yield (drawn.images * 255).round().to(torch.uint8), labels
+        yield of_unit(drawn.images), labels
 
 
 @torch.no_grad()
@@ -203,7 +203,7 @@ def distance_of_samples(
     as many held-out ones, the first, in the features of a classifier."""
     extractor = ClassifierFeatures(classifier)
     real, drawn = (
-        features_of(extractor, (images / 255 for images, _ in batches))[:num_images]
+        features_of(extractor, (as_unit(images) for images, _ in batches))[:num_images]
         for batches in (
             islice(dataset.batches(batch_size), math.ceil(num_images / batch_size)),
             draw_labelled(pipe, num_images, seed, batch_size),
