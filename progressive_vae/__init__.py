@@ -21,6 +21,7 @@
 | `encoder.py` | from the finer grid to latents |
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
+| `auxiliary.py` | the auxiliary decoder, which makes codes carry the picture: previews |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
 | `fingerprint.py` | which codes a part was trained on |

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .backbones import MAX_LAYERS, causal_config, check_causal_config, small_llama, small_opt
 from .strict import check_limits, check_names, check_range, strict_config
 
-DECODER_ORDERS = ("factorized", "lattice", "masked", "raster")
+DECODER_ORDERS = ("factorized", "lattice", "masked", "raster", "auxiliary")
 PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
 GUESSING = ("logistics",)  # around the nearest known pixels, which only lattices have
 QUANTIZERS = ("vq", "fsq", "gumbel")
@@ -29,8 +29,9 @@ DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logi
                   "class_dropout", "corruption", "corruption_kind")  # fmt: skip
 
 # What only training reads: the weights say the same without it.
-TRAINING_FIELDS = ("class_dropout", "commitment_weight", "codebook_decay", "restart_threshold",
-                   "gumbel_temperature", "gumbel_decay", "corruption_kind")  # fmt: skip
+TRAINING_FIELDS = ("class_dropout", "picture_weight", "commitment_weight", "codebook_decay",
+                   "restart_threshold", "gumbel_temperature", "gumbel_decay",
+                   "corruption_kind")  # fmt: skip
 
 # The numbers of groups that an order can have for a downsample; the first where it is left open.
 _GROUPS: dict[str, Callable[[int], list[int | None]]] = {
@@ -38,6 +39,7 @@ _GROUPS: dict[str, Callable[[int], list[int | None]]] = {
     "lattice": lambda downsample: [1 + 3 * k for k in range(int(math.log2(downsample)), 7)],
     "masked": lambda downsample: [8, *range(1, 257)],
     "raster": lambda downsample: [None],  # as many as positions
+    "auxiliary": lambda downsample: [1],
 }
 PIXEL_ORDERS = tuple(order for order in DECODER_ORDERS if order != "raster")
 
@@ -110,7 +112,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         decoder_order: how the finer grid is split into groups that are predicted in sequence.
             `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
-            symbol grids up to 256 positions.
+            symbol grids up to 256 positions. `"auxiliary"`: the auxiliary decoder is all there is.
         num_groups: groups of the decoder: 1 of `"factorized"`; 1 + 3k of `"lattice"`, whose
             coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
             `"raster"`, as there are as many as positions. `None` stands for the one number, for
@@ -126,6 +128,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             restarted.
         gumbel_temperature: of `"gumbel"`: [at the start, at the end]; it anneals exponentially.
         gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied after each batch.
+        auxiliary_hidden_size: width of the auxiliary decoder, by whose picture encoder and codebook
+            learn, and which previews show; `None` for none.
+        auxiliary_num_layers: its residual blocks on each grid.
+        picture_weight: of a level of symbols, of the squared error of the picture that the finer
+            auxiliary decoders make of what it expects, beside the nats of a symbol.
         num_classes: number of class labels that the decoder is told; 0 for none.
         class_dropout: probability that training shows the decoder the null class instead.
         corruption: while a decoder is refitted, each code of z_i is replaced with a probability
@@ -161,6 +168,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     restart_threshold: float = 0.03
     gumbel_temperature: list[float] | tuple[float, ...] = (1.0, 0.5)
     gumbel_decay: float = 0.999
+    auxiliary_hidden_size: int | None = None
+    auxiliary_num_layers: int = 1
+    picture_weight: float = 100.0
     num_classes: int = 0
     class_dropout: float = 0.1
     corruption: float = 0.0
@@ -180,7 +190,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
-                      num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS)  # fmt: skip
+                      num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS,
+                      auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
             is_fsq = self.quantizer == "fsq"
@@ -224,8 +235,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     def validate_sizes(self):
         check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
-                     value_embed_dim=1, pixel_logit_rank=0, commitment_weight=0, codebook_decay=0,
-                     restart_threshold=0)  # fmt: skip
+                     value_embed_dim=1, pixel_logit_rank=0, auxiliary_hidden_size=1,
+                     auxiliary_num_layers=0, picture_weight=0, commitment_weight=0,
+                     codebook_decay=0, restart_threshold=0)  # fmt: skip
         if not self.codebook_decay < 1:
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
         if not 0 <= self.corruption <= 1:
@@ -259,6 +271,17 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         is_known = self.decoder_order in _GROUPS and self.downsample in DOWNSAMPLES
         return _GROUPS[self.decoder_order](self.downsample) if is_known else [self.num_groups]
 
+    def validate_auxiliary(self):
+        if self.decoder_order == "auxiliary" and self.auxiliary_hidden_size is None:
+            raise ValueError(
+                "expected auxiliary_hidden_size for decoder_order='auxiliary', got None"
+            )
+        if self.decoder_order == "auxiliary" and self.num_classes:
+            raise ValueError(
+                "expected num_classes=0 for decoder_order='auxiliary', which knows no classes, got "
+                f"{self.num_classes}"
+            )
+
     def validate_backbone(self):
         if self.backbone_config is None:
             return
@@ -291,7 +314,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def is_guessing(self) -> bool:
         """Whether pixels have logistic distributions around guesses."""
-        return self.is_finest and self.pixel_distribution in GUESSING
+        is_asked = self.is_finest and self.decoder_order != "auxiliary"
+        return is_asked and self.pixel_distribution in GUESSING
 
     @property
     def is_stochastic(self) -> bool:

@@ -255,5 +255,7 @@ class RasterDecoder(Causal, Decoder):
         return self.logits(output.last_hidden_state)
 
 
-def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder:
+def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder | None:
+    if config.decoder_order == "auxiliary":
+        return None
     return (RasterDecoder if config.decoder_order == "raster" else GroupDecoder)(config)

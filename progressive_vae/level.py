@@ -4,13 +4,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .auxiliary import AuxiliaryDecoder
 from .chain import check_codes, grid_sizes
 from .configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
-from .decoders import Condition, make_decoder
+from .decoders import Condition, Decoder, make_decoder
 from .encoder import make_encoder
 from .entries import make_entries
 from .groups import Choose
@@ -71,6 +73,7 @@ class ProgressiveVAELevel(SavedModel):
         self.entries = make_entries(config)
         self.encoder = make_encoder(config)
         self.quantizer = make_quantizer(config)
+        self.auxiliary = AuxiliaryDecoder(config) if config.auxiliary_hidden_size else None
         self.decoder = make_decoder(config)
         self.post_init()
 
@@ -79,6 +82,13 @@ class ProgressiveVAELevel(SavedModel):
         init_weights(module)
         if isinstance(module, (Quantizer, Head)):
             module.init_weights()
+
+    @property
+    def conditional(self) -> Decoder | AuxiliaryDecoder:
+        """P_Θ(z_{i+1} | z_i): the decoder, or as long as there is none the auxiliary one."""
+        decoder = self.auxiliary if self.decoder is None else self.decoder
+        assert decoder is not None  # the config sees to it
+        return decoder
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division."""
@@ -90,18 +100,22 @@ class ProgressiveVAELevel(SavedModel):
         codes: Tensor | None = None,
         class_labels: Labels = None,
         generator: Generators = None,
+        paint: Callable[[Tensor], Tensor] | None = None,
         return_dict: bool | None = None,
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
         −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own.
 
-        The KL of a deterministic encoder is the constant L_i log K_i and left out.
+        The KL of a deterministic encoder is the constant L_i log K_i and left out. Where there is
+        an auxiliary decoder beside a stronger one, encoder and codebook learn by both.
 
         Args:
             codes: z_i where it is known already: then the encoder is not run, the loss is the
                 decoder's alone, and in training mode the codes are corrupted as the config says.
             class_labels: of a class-conditional decoder; in training mode some are dropped.
             generator: of the noise of training, one for the batch, or one for each example.
+            paint: of a level of symbols, from probabilities (B, V, H, W) to the picture that finer
+                levels make of them: what the auxiliary decoder expects has to look like `finer`.
 
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
@@ -124,8 +138,17 @@ class ProgressiveVAELevel(SavedModel):
                 num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
                 shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
             quantized = self.quantizer.lookup(shown)
-        log_prob = self.decoder.log_prob(Condition(quantized, labels, corruption), values)
-        loss = (kl - log_prob).mean() / values[0].numel() + quantizer_loss
+        condition, count = Condition(quantized, labels, corruption), values[0].numel()
+        log_prob = self.conditional.log_prob(condition, values)
+        loss = (kl - log_prob).mean() / count + quantizer_loss
+        if self.auxiliary is not None and latents is not None:
+            if self.decoder is not None:
+                loss = loss - self.auxiliary.log_prob(condition, values).mean() / count
+            if paint is not None:
+                size = (values.shape[-2], values.shape[-1])
+                shown = paint(self.auxiliary.expect(quantized, size))
+                true = F.one_hot(values[:, 0], self.config.num_values).movedim(-1, 1).to(shown)
+                loss = loss + self.config.picture_weight * F.mse_loss(shown, paint(true).detach())
         output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -156,7 +179,7 @@ class ProgressiveVAELevel(SavedModel):
         """
         values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
         self._check_pair(codes, values)
-        return self.decoder.log_prob(Condition(self.quantizer.lookup(codes), labels), values)
+        return self.conditional.log_prob(Condition(self.quantizer.lookup(codes), labels), values)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -249,13 +272,40 @@ class ProgressiveVAELevel(SavedModel):
             )
         labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
         strength = quantized.new_full((len(codes),), corruption) if corruption else None
-        values = self.decoder.walk(Condition(quantized, labels, strength), size, choose)
+        values = self.conditional.walk(Condition(quantized, labels, strength), size, choose)
         return self.entries.from_values(values)
+
+    def expectation(self, probabilities: Tensor, finer_size: tuple[int, int]) -> Tensor:
+        """`expect` of the probabilities of codes, (B, K, H_i, W_i), with a gradient."""
+        if self.auxiliary is None:
+            raise ValueError("expected a level with an auxiliary decoder, got none in its config")
+        codebook = self.quantizer.codebook.to(probabilities)
+        quantized = torch.einsum("bkhw,kd->bdhw", probabilities, codebook)
+        return self.auxiliary.expect(quantized, finer_size)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def expect(self, codes: Tensor, finer_size: tuple[int, int] | None = None) -> Tensor:
+        """What the auxiliary decoder expects of z_{i+1}: a picture, float (B, C, H, W) in [−1, 1],
+        or the probabilities of symbols, (B, V, H_{i+1}, W_{i+1}).
+
+        Args:
+            codes: z_i, int64 (B, H_i, W_i); or probabilities of codes, float (B, K, H_i, W_i).
+            finer_size: as in `sample`.
+
+        Raises:
+            ValueError: a level without an auxiliary decoder, or `codes` that are none.
+        """
+        height, width = (n * self.config.downsample for n in codes.shape[-2:])
+        if not codes.is_floating_point():
+            check_codes(codes, self.config.codebook_size)
+            codes = F.one_hot(codes, self.config.codebook_size).movedim(-1, 1).to(self.dtype)
+        return self.expectation(codes, finer_size or (height, width))
 
     def check_causal(self):
         """Raise a `ValueError` unless what the decoder says step by step is what `log_prob` says:
         a raster decoder's backbone may see codes that follow."""
-        self.decoder.check_causal()
+        self.conditional.check_causal()
 
     def after_step(self, output, gather: Callable[[Tensor], Tensor]):
         """What follows an optimisation step with a `ProgressiveVAELevelOutput`.
@@ -279,15 +329,18 @@ class ProgressiveVAELevel(SavedModel):
             changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
         level = ProgressiveVAELevel(self.config.with_decoder(**changes))
-        for name in ("encoder", "quantizer"):
-            part = getattr(level, name)
-            part.load_state_dict(getattr(self, name).state_dict())
-            part.requires_grad_(False)
-        if not from_scratch and _can_grow(self.config, level.config):
-            ours, theirs = level.decoder.state_dict(), self.decoder.state_dict()
+        for name in ("encoder", "quantizer", "auxiliary"):
+            if (part := getattr(level, name)) is not None:
+                part.load_state_dict(getattr(self, name).state_dict())
+                part.requires_grad_(False)
+        old, new = self.decoder, level.decoder
+        if old is None or new is None or from_scratch:
+            return level
+        if _can_grow(self.config, level.config):
+            ours, theirs = new.state_dict(), old.state_dict()
             # More blocks, and the embeddings of classes and corruption, start at zero.
             kept = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
-            level.decoder.load_state_dict(kept, strict=False)
+            new.load_state_dict(kept, strict=False)
         return level
 
     def _labels(self, class_labels: Labels, batch_size: int) -> Tensor | None:

@@ -38,9 +38,13 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
     """One row for each level, from the coarsest to the finest, then the images themselves.
 
-    Row i shows uint8 images (B, C, H, W) drawn again from their own z_1 … z_i.
+    Row i shows uint8 images (B, C, H, W) drawn again from their own z_1 … z_i; above the rows of
+    what is drawn are those of what auxiliary decoders expect, where there are any.
     """
     codes, rows = pipe.encode(images), []
+    if all(level.auxiliary is not None for level in pipe.levels):
+        for level in range(1, pipe.num_levels + 1):
+            rows += pipe.preview(codes, level)
     for level in range(1, pipe.num_levels + 1):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         rows += pipe.decode(codes[:level], generator=generators)

@@ -19,7 +19,7 @@ from .calls import (
     check_outputs,
     factor_controls,
 )
-from .chain import MAX_LEVELS, check_parts, grid_sizes
+from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .fingerprint import check_fingerprints
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
@@ -214,6 +214,7 @@ class ProgressiveVAEPipeline(CallingPipeline):
         generator: Generators = None,
         codes: list[Tensor] | None = None,
         num_levels: int | None = None,
+        preview: bool = False,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
@@ -238,6 +239,7 @@ class ProgressiveVAEPipeline(CallingPipeline):
                 is drawn.
             num_levels: k < N for a preview: z_1 … z_k are drawn, finer factors take their most
                 probable values.
+            preview: show what the auxiliary decoder expects of z_N, in place of drawing pixels.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or
                 `"latent"`, the finest codes.
             callback_on_step_end: called after each factor of codes as `(pipe, step, step,
@@ -264,7 +266,8 @@ class ProgressiveVAEPipeline(CallingPipeline):
         check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         check_batches(generator, count, batch_size)
         starts = range(0, count, batch_size)
-        stop = self.num_levels + (output_type != "latent")  # grids to end with
+        is_drawn = output_type != "latent" and not preview  # with its pixels
+        stop = self.num_levels + is_drawn  # grids to end with
         total, batches = len(starts) * (stop - len(given)), []
         with (
             self._call(guidance_scale, total) as call,
@@ -286,8 +289,12 @@ class ProgressiveVAEPipeline(CallingPipeline):
                 batches.append([grid.cpu() for grid in grids])
         columns = [torch.cat(column) for column in zip(*batches, strict=True)]
         drawn = columns[: self.num_levels]
-        is_latent = output_type == "latent"
-        images = drawn[-1] if is_latent else from_pixel_values(columns[-1], output_type)
+        if is_drawn:
+            images = from_pixel_values(columns[-1], output_type)
+        else:
+            images = drawn[-1] if output_type == "latent" else self.preview(
+                drawn, output_type=output_type, batch_size=batch_size
+            )  # fmt: skip
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, drawn
@@ -345,6 +352,42 @@ class ProgressiveVAEPipeline(CallingPipeline):
             raise ValueError(f"expected level in 1 … {self.num_levels}, got {level}")
         batch = {"batch_size": controls["batch_size"]} if "batch_size" in controls else {}
         return self.decode(self.encode(images, **batch)[:level], output_type, generator, **controls)
+
+    @torch.no_grad()
+    def preview(
+        self,
+        shown: "list[Tensor] | Images",
+        level: int | None = None,
+        output_type: str = "pil",
+        batch_size: int = 256,
+    ):
+        """What the auxiliary decoders expect to see of z_k: one pass a level, nothing is drawn.
+
+        Args:
+            shown: codes [z_1 … z_k], or images, which are encoded.
+            level: k; where not given the finest level that there are codes of.
+            output_type: as in `__call__`.
+
+        Raises:
+            ValueError: a level from k on without an auxiliary decoder, codes or images that are
+                none, or a `level` of which there are no codes.
+        """
+        is_codes = isinstance(shown, list) and all(
+            isinstance(z, Tensor) and z.dtype == torch.long for z in shown
+        )
+        codes: list[Any] = [*shown] if is_codes else self.encode(shown, batch_size)  # type: ignore
+        check_grids(codes, [level.config for level in self.levels], self.grid_sizes)
+        level = len(codes) if level is None else level
+        if not 1 <= level <= len(codes):
+            raise ValueError(f"expected level in 1 … {len(codes)}, got {level}")
+        batches = []
+        for grid in codes[level - 1].split(batch_size):
+            expected = grid.to(self._execution_device)
+            for finer, size in zip(self.levels[level - 1 :], self.grid_sizes[level:], strict=True):
+                expected = finer.expect(expected, size)
+            batches.append(expected.cpu())
+        self.maybe_free_model_hooks()
+        return from_pixel_values(torch.cat(batches), output_type)
 
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""

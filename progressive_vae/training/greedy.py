@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from ..chain import check_image_size
-from ..configuration import ProgressiveVAELevelConfig
+from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..fingerprint import fingerprint
 from ..hub import INDEX, figures, open_repository, push_or_warn
 from ..level import ProgressiveVAELevel
@@ -168,14 +168,24 @@ def greedy_order(
     class_names: list[str],
     given: Mapping[int, Path],
 ) -> list[Phase]:
-    """All phases of a recipe: the levels that are not given, the finest first; the prior; the
-    decoders that are fitted again."""
+    """All phases of a recipe: the levels that are not given, the finest first, and of those that
+    learn their encoders first the decoders; the prior; the decoders that are fitted again."""
     indices = range(len(configs), 0, -1)
-    order: list[Phase] = [
-        LevelPhase(index=i, config=configs[i - 1], settings=recipe.levels[i - 1].fit)
-        for i in indices
-        if i not in given
-    ]
+    order: list[Phase] = []
+    for i in indices:
+        level, config = recipe.levels[i - 1], configs[i - 1]
+        if i in given:
+            continue
+        if level.encoder_fit is None:
+            order.append(LevelPhase(index=i, config=config, settings=level.fit))
+            continue
+        plain = config.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
+        order.append(LevelPhase(index=i, config=plain, is_encoder=True, settings=level.encoder_fit))
+    for i in indices:
+        level, config = recipe.levels[i - 1], configs[i - 1]
+        if i not in given and level.encoder_fit is not None:
+            changes = {name: getattr(config, name) for name in DECODER_FIELDS}
+            order.append(RefitPhase(index=i, changes=changes, is_first=True, settings=level.fit))
     prior = recipe.prior_config(configs, image_size, class_names)
     order.append(PriorPhase(config=prior, settings=recipe.prior.fit))
     for i in indices:

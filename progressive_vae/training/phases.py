@@ -138,13 +138,19 @@ class Phase:
 @dataclass(kw_only=True)
 class LevelPhase(Phase):
     """Level `index`, from the saved finer levels and the cached z_{index + 1}: its encoder, its
-    codebook and its decoder, under the uniform prior on its codes."""
+    codebook and its decoder, under the uniform prior on its codes.
+
+    Args:
+        is_encoder: the decoder is the auxiliary one alone; a `RefitPhase` gives it a stronger one.
+    """
 
     index: int
     config: ProgressiveVAELevelConfig
+    is_encoder: bool = False
 
     def __post_init__(self):
-        self.name = self.part = f"level_{self.index}"
+        self.part = f"level_{self.index}"
+        self.name = f"encoder_{self.index}" if self.is_encoder else self.part
         self.source = self.index + 1
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
@@ -165,10 +171,15 @@ class LevelPhase(Phase):
         set_seed(run.settings.seed)
         level = ProgressiveVAELevel(config)
         initialize_codebook(level, train, run.settings.seed)
-        run.drop_record(f"refit_{self.name}")  # of the level that was there before
+        for name in (f"refit_{self.part}", f"decoder_{self.index}"):
+            run.drop_record(name)  # of the level that was there before
+        finer_levels = [run.level(i) for i in range(self.index + 1, run.num_levels + 1)]
+        told = {}
+        if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
+            told["paint"] = _painter(run, finer_levels, self.index)
 
-        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"finer": as_finer(batch["grid"], level), **_class_labels(batch, level)}
+        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
+            return {"finer": as_finer(batch["grid"], level), **_class_labels(batch, level), **told}
 
         validate = _level_validation(run, self, level)
         self._fit(run, level, train, to_inputs, validate, identity, began)
@@ -184,14 +195,17 @@ class RefitPhase(Phase):
     Args:
         changes: fields of the decoder's config, and
         from_scratch: whether its weights begin anew, as in `ProgressiveVAELevel.with_decoder`.
+        is_first: it is the first decoder beside the auxiliary one.
     """
 
     index: int
     changes: dict[str, Any]
     from_scratch: bool = False
+    is_first: bool = False
 
     def __post_init__(self):
-        self.name, self.part = f"refit_level_{self.index}", f"level_{self.index}"
+        self.part = f"level_{self.index}"
+        self.name = f"decoder_{self.index}" if self.is_first else f"refit_{self.part}"
         self.source, self.changes_part = self.index, True
 
     def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +292,23 @@ def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelSt
         rows = torch.randperm(len(vectors), generator=generator)[:MAX_KMEANS_VECTORS]
         vectors = vectors[rows]
     level.quantizer.initialize(vectors, generator)
+
+
+def _painter(
+    run: Run, finer_levels: list[ProgressiveVAELevel], index: int
+) -> Callable[[Tensor], Tensor]:
+    """From probabilities of z_{index + 1} to the picture that auxiliary decoders make of them."""
+    sizes = grid_sizes([level.config for level in finer_levels], run.image_shape[1:])[1:]
+    for level in finer_levels:
+        level.to(run.accelerator.device)
+
+    def paint(probabilities: Tensor) -> Tensor:
+        expected = probabilities
+        for level, size in zip(finer_levels, sizes, strict=True):
+            expected = level.expectation(expected, size)
+        return expected
+
+    return paint
 
 
 def _level_validation(

@@ -45,10 +45,12 @@ class RefitRecipe:
 
 @dataclass
 class LevelRecipe:
-    """The fields of a level's config, and how it is fitted."""
+    """The fields of a level's config, and how it is fitted: at once, or where there is an
+    `encoder_fit` its encoder first, by the auxiliary decoder, and its decoder later."""
 
     config: dict[str, Any]
     class_conditional: bool
+    encoder_fit: FitSettings | None
     fit: FitSettings
     refit: RefitRecipe | None
 
@@ -272,6 +274,7 @@ LevelSection = _section(
          "finer_fingerprint", "corruption", "corruption_kind"),
     is_whole=True,
     class_conditional=(bool, False),
+    encoder_fit=(FitSettings | None, None),
     fit=(FitSettings, FitSettings),
     refit=(RefitSection | None, None),
 )  # fmt: skip
@@ -314,7 +317,13 @@ def _recipe(sections: dict[str, Any]) -> Recipe:
             from_scratch = refit.pop("from_scratch")
             changes = {field: value for field, value in refit.items() if value is not None}
             refit = RefitRecipe(changes, from_scratch, again)
-        levels.append(LevelRecipe(section, conditional, fit, refit))
+        encoder_fit = section.pop("encoder_fit", None)
+        if encoder_fit is not None:
+            encoder_fit = _built(FitSettings, encoder_fit, f"{name}.encoder_fit")
+            if section["auxiliary_hidden_size"] is None:
+                raise ValueError(f"expected auxiliary_hidden_size of {name}, which has an "
+                                 "encoder_fit, got null")  # fmt: skip
+        levels.append(LevelRecipe(section, conditional, encoder_fit, fit, refit))
     section = dict(sections["prior"])
     fit = _built(PriorFitSettings, section.pop("fit"), "prior.fit")
     prior = PriorRecipe(config=section, class_conditional=section.pop("class_conditional"), fit=fit)
