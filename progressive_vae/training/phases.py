@@ -118,11 +118,11 @@ class Phase:
             accelerator,
             self.settings,
             identity,
-            run.settings,
-            run.checkpoints,
-            run.logged_steps,
-            self.seconds,
-            began,
+            run=run.settings,
+            checkpoints=run.checkpoints,
+            logged_steps=run.logged_steps,
+            seconds=self.seconds,
+            began=began,
         ):
             if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
                 figures = validate(progress)
@@ -133,6 +133,8 @@ class Phase:
         run.record(self.name, num_images, progress.seconds, **figures)
         run.logged_steps += progress.step
         run.save(model, self.part, identity, self.changes_part)
+        if run.checkpoints is not None:
+            run.checkpoints.end_of_fit(accelerator)
 
 
 @dataclass(kw_only=True)
@@ -151,15 +153,10 @@ class LevelPhase(Phase):
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        if self.config.corruption:
-            raise ValueError(
-                f"expected corruption=0 for a level to train, got {self.config.corruption}: "
-                "corrupted codes are for the refit of its decoder"
-            )
         began, train = time.perf_counter(), run.grids("train", self.source)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(self.index + 1)
-        identity = self.identity(run, config, _of_data(train))
+        identity = self.identity(run, config, _of_data(train, run))
         if run.is_done(self.part, identity):
             return run.level(self.index)
         set_seed(run.settings.seed)
@@ -184,18 +181,27 @@ class RefitPhase(Phase):
     Args:
         changes: fields of the decoder's config, and
         from_scratch: whether its weights begin anew, as in `ProgressiveVAELevel.with_decoder`.
+        on_top: it may be another refit, after those that the level has had.
     """
 
     index: int
     changes: dict[str, Any]
     from_scratch: bool = False
+    on_top: bool = False
 
     def __post_init__(self):
         self.name, self.part = f"refit_level_{self.index}", f"level_{self.index}"
         self.source, self.changes_part = self.index, True
 
     def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
-        return {**super().identity(run, config, data), "from_scratch": self.from_scratch}
+        more = {"from_scratch": self.from_scratch, "refits_before": 0}
+        if self.on_top:
+            more["refits_before"] = len(self._refits(run))
+        return {**super().identity(run, config, data), **more}
+
+    def _refits(self, run: Run) -> list[dict[str, Any]]:
+        """What the level's decoder has gone through since the level was trained."""
+        return [each for each in run.history(self.part) if each.get("phase") == self.name]
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
         return levels[self.index - 1].with_decoder(**self.changes)
@@ -207,9 +213,14 @@ class RefitPhase(Phase):
         set_seed(run.settings.seed)
         old = run.level(self.index)
         level = old.with_decoder(self.from_scratch, **self.changes)
-        identity = self.identity(run, level.config, _of_data(codes))
+        identity = self.identity(run, level.config, _of_data(codes, run))
         if run.is_done(self.part, identity):
             return old
+        if self._refits(run) and not self.on_top:
+            raise ValueError(
+                f"expected {self.part} in {run.output_dir} as its first fit left it, got one that "
+                f"was refitted since: run --phase {self.part} first"
+            )
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             finer, known = as_finer(batch["grid"], level), batch.get("codes")
@@ -239,7 +250,7 @@ class PriorPhase(Phase):
         train, held_out = run.grids("train", 1), run.grids("test", 1)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(1)
-        identity = self.identity(run, config, _of_data(train))
+        identity = self.identity(run, config, _of_data(train, run))
         if run.is_done(self.part, identity):
             return ProgressiveVAEPrior.from_pretrained(run.output_dir / self.part)
         set_seed(run.settings.seed)
@@ -313,8 +324,11 @@ def _view(
     return view
 
 
-def _of_data(train: GridDataset | PixelStream) -> dict[str, Any]:
-    return {**asdict(train.manifest), "num_examples": train.num_examples}
+def _of_data(train: GridDataset | PixelStream, run: Run) -> dict[str, Any]:
+    found = {**asdict(train.manifest), "num_examples": train.num_examples}
+    if isinstance(train, PixelStream):  # workers share it out, each with a window of its own
+        found["dataloader_num_workers"] = run.settings.dataloader_num_workers
+    return found
 
 
 def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
