@@ -126,13 +126,12 @@ def test_words_of_a_command(script):
     def parse(words):
         return script.parse(words.split())[0]
 
-    recipe = parse("--random_flip --seed=3 --levels.class_conditional --level_2.refit.from_scratch")
+    recipe = parse("--random_flip --seed=3 --levels.class_conditional")
     assert recipe.data.random_flip and recipe.run.seed == 3 and recipe.levels[0].class_conditional
-    assert recipe.levels[1].refit.from_scratch
+    assert parse("--level_2.refit.from_scratch true").levels[1].refit.from_scratch
     recipe = parse("--config examples/configs/fashion_mnist.yaml --prior.backbone_config.ffn_dim 5")
     backbone = recipe.prior.config["backbone_config"]
-    assert backbone["ffn_dim"] == "5" or backbone["ffn_dim"] == 5
-    assert backbone["model_type"] == "opt"
+    assert backbone["ffn_dim"] == 5 and backbone["model_type"] == "opt"
     for words in ("--output_dir", "--dataset_name --seed 1", "--hub_model_id"):
         with pytest.raises(ValueError, match="expected one argument"):
             parse(words)

@@ -248,7 +248,7 @@ def _section(name: str, config: type, names: list[str], is_whole: bool, **more: 
     """A section's names, types and values: those of so many fields of a config, of which nothing
     has to be given where the section is not whole, and more of (type, value)."""
     of_config: dict[str, tuple[Any, Any]] = {
-        f.name: (dict | None if f.name == "backbone_config" else f.type, f.default)
+        f.name: (dict[str, Any] | None if f.name == "backbone_config" else f.type, f.default)
         for f in fields(config)
         if f.name in names
     }
