@@ -340,8 +340,12 @@ def compare(arguments: Arguments):
     if path.is_file() and (found := read_json(path, _ANEW)) != made:
         raise ValueError(f"expected models of {made} in {output_dir}, got those of {found}")
     write_json(path, made)
-    accelerator = Accelerator(cpu=True, mixed_precision=recipe.run.mixed_precision)
-    train(recipe, accelerator=accelerator)
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision=recipe.run.mixed_precision,
+        gradient_accumulation_steps=recipe.run.gradient_accumulation_steps,
+    )
+    train(recipe.sections, accelerator=accelerator)
     if not (folder / MATRIX_RATE).is_file():  # what is measured later may have other threads
         write_json(folder / MATRIX_RATE, matrix_rate(torch.bfloat16))
     pixels = source.pixels(folder / "cache" / "pixels", accelerator)

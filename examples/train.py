@@ -26,12 +26,10 @@ from jsonargparse import ArgumentParser
 from progressive_vae.chain import MAX_LEVELS
 from progressive_vae.training import train
 from progressive_vae.training.command import read_flags
-from progressive_vae.training.recipe import Recipe, add_sections, read_recipe
-from progressive_vae.training.run import make_accelerator
+from progressive_vae.training.recipe import SECTIONS, Recipe, add_sections, read_recipe
 from progressive_vae.training.settings import DataSettings, RunSettings
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
-SECTIONS = ["levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run"]
 OF_RECIPES = {"recipe", "dataset", "output_dir", "max_train_minutes", "accelerator"}
 PREFIXES = {f.name: section
             for section, kind in (("data", DataSettings), ("run", RunSettings))
@@ -69,9 +67,7 @@ def parse(words: list[str]) -> tuple[Recipe, dict]:
 
 def main(words: list[str]):
     recipe, arguments = parse(words)
-    accelerator = make_accelerator(recipe.run)
-    train(recipe, accelerator=accelerator, **arguments)
-    accelerator.end_training()
+    train(recipe.sections, **arguments)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """`train()`: the whole job in a few lines, on whatever images are at hand."""
 
+import dataclasses
 import json
+import os
+import signal
 
 import datasets
 import numpy as np
@@ -14,6 +17,9 @@ from interruptions import weights
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training import train
 from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
+from progressive_vae.training.run import Run
+from progressive_vae.training.settings import DataSettings
+from progressive_vae.training.sources import open_source
 
 BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
             "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
@@ -122,7 +128,7 @@ def test_an_hour_is_divided_by_shares(tmp_path, monkeypatch):
     assert [phase.name for phase in seen] == [
         "level_2", "level_1", "prior", "refit_level_2", "level_1"
     ]  # fmt: skip
-    assert [phase.seconds for phase in seen] == [1800, 900, 180, 720, 3600]
+    assert [phase.seconds for phase in seen] == [1800, 900, 180, 720, 900]
 
 
 def test_later_phases_of_an_extended_run_name_the_missing_flag(tmp_path):
@@ -136,3 +142,86 @@ def test_later_phases_of_an_extended_run_name_the_missing_flag(tmp_path):
         with pytest.raises(ValueError, match=f"expected extend='{shallow}'.*pass --extend"):
             train(RECIPE, pictures(), deeper, phase=missing)
     train(recipe, pictures(), deeper, phase="evaluate")
+
+
+def test_the_pixels_of_a_list_are_those_it_has(tmp_path):
+    """Not those of the file that an image was opened from."""
+    images = []
+    for i, picture in enumerate(pictures(6)):
+        picture.resize((16, 16)).save(tmp_path / f"{i}.png")
+        images.append(PIL.Image.open(tmp_path / f"{i}.png"))
+        images[-1].thumbnail((8, 8))
+    source = open_source(DataSettings(eval_fraction=0.3), images)
+    assert source.manifests["train"].shape == (3, 8, 8)
+
+
+def test_another_stream_is_told_apart(tmp_path):
+    streams = [a_stream(None), a_dataset(None).shuffle(seed=1).to_iterable_dataset()]
+    settings = DataSettings(eval_fraction=0.3, streaming=True)
+    names = [open_source(settings, s).manifests["train"].dataset for s in [*streams, streams[0]]]
+    assert names[0] == names[2] != names[1]
+    wider = dataclasses.replace(settings, shuffle_buffer_size=2)
+    assert open_source(wider, streams[0]).manifests["train"].dataset != names[0]
+
+
+def test_what_ran_is_written_down_whatever_ran(tmp_path):
+    """A refit on top stays when the run is gone on with, and goes when its level is trained anew; a
+    second one begins where the first ended, which it says."""
+
+    def saved():
+        return yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+
+    refit = {**RECIPE, "level_2": {"refit": {"corruption": 0.2, "fit": FEW}}}
+    train(RECIPE, pictures(), tmp_path)
+    assert saved()["run"]["mixed_precision"] == "no" and saved()["level_2"]["refit"] is None
+    train(refit, pictures(), tmp_path, phase="refit_level_2")
+    train(RECIPE, pictures(), tmp_path)
+    assert saved()["level_2"]["refit"]["corruption"] == 0.2
+    train(refit, pictures(), tmp_path)  # what is there is what it says
+    other = {**RECIPE, "level_2": {"refit": {"fit": {"max_train_steps": 3}}}}
+    with pytest.raises(ValueError, match="level_2 .*as its first fit left it.*--phase level_2"):
+        train(other, pictures(), tmp_path, overwrite_output_dir=True)
+    train(other, pictures(), tmp_path, phase="refit_level_2", resume_from_checkpoint=None)
+    history = json.loads((tmp_path / "level_2" / "history.json").read_text())
+    assert [each.get("refits_before") for each in history] == [None, 0, 1]
+    train(RECIPE, pictures(), tmp_path, phase="level_2", resume_from_checkpoint=None)
+    assert saved()["level_2"]["refit"] is None
+
+
+def test_levels_that_are_given_are_not_as_the_recipe_says(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(RECIPE, pictures(), first)
+    recipe = {**RECIPE, "level_2": {"hidden_size": 99}}
+    recipe["run"] = {**RECIPE["run"], "finest_level": str(first / "level_2")}
+    pipe = train(recipe, pictures(), second)
+    assert pipe.level_2.config.hidden_size == 8
+    assert yaml.safe_load((second / "recipe.yaml").read_text())["level_2"] == {"refit": None}
+    with pytest.raises(ValueError, match="num_levels=3, one more than extend has, got 2"):
+        train({**RECIPE, "run": {"extend": str(first)}}, pictures(), tmp_path / "third")
+
+
+def test_other_images_in_the_same_folder_when_told(tmp_path):
+    train(RECIPE, pictures(), tmp_path)
+    others = [picture.transpose(PIL.Image.Transpose.ROTATE_90) for picture in pictures()]
+    with pytest.raises(ValueError, match="data.dataset="):
+        train(RECIPE, others, tmp_path)
+    before = weights(tmp_path)
+    train(RECIPE, others, tmp_path, overwrite_output_dir=True)
+    after = weights(tmp_path)
+    assert all(after[name] != before[name] for name in ("level_2", "level_1", "prior"))
+
+
+def test_sigterm_in_the_last_validation_ends_the_run(tmp_path, monkeypatch):
+    show = Run.show
+
+    def show_and_stop(run, *arguments):
+        show(run, *arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Run, "show", show_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        train(RECIPE, pictures(), tmp_path)
+    assert stopped.value.code == 0 and (tmp_path / "level_2").is_dir()
+    assert not (tmp_path / "level_1").exists()
+    monkeypatch.undo()
+    assert train(RECIPE, pictures(), tmp_path) is not None

@@ -16,6 +16,7 @@ from progressive_vae.groups import Teacher
 KINDS = [
     *({"decoder_order": order, "num_symbols": 5} for order in DECODER_ORDERS),
     *({"decoder_order": order, "num_channels": 3} for order in PIXEL_ORDERS),
+    {"auxiliary_hidden_size": 8, "num_channels": 3},
     *({"quantizer": kind, "num_channels": 1} for kind in QUANTIZERS),
     *({"pixel_distribution": kind, "num_channels": 3} for kind in PIXEL_DISTRIBUTIONS),
     *(
@@ -30,6 +31,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_trained_saved_loaded_and_walked(kind, tmp_path):
     torch.manual_seed(0)
+    if kind.get("decoder_order") == "auxiliary":
+        kind = {**kind, "auxiliary_hidden_size": 8}
     config = ProgressiveVAELevelConfig(codebook_size=8, hidden_size=8, num_layers=1, **kind)
     level = ProgressiveVAELevel(config).train()
     shape = (3, 5, 7) if "num_symbols" in kind else (3, kind["num_channels"], 5, 7)

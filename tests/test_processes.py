@@ -198,6 +198,14 @@ def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):
             assert torch.allclose(value, two[name], atol=2e-3), (part, name)
 
 
+def test_two_processes_agree_on_when_time_is_up(tmp_path):
+    """Only one of them validates, and both have to leave time for it."""
+    flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--logging_steps", "5"]
+    flags += ["--max_eval_samples", "20", "--validation_steps", "20", "--max_train_minutes", "0.1"]
+    launch(SCRIPT, *flags, "--output_dir", str(tmp_path))
+    assert json.loads((tmp_path / "metrics.json").read_text())["bits_per_dim"]["total"] > 0
+
+
 def test_a_stream_in_two_processes(tmp_path):
     flags = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "30"]
     launch(SCRIPT, *flags, "--output_dir", str(tmp_path))

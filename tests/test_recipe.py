@@ -78,6 +78,10 @@ def test_what_was_read_is_read_again_as_it_was(tmp_path):
         ({"num_levels": 1, "level_2": {}}, "sections of level_1 … level_1, got level_2"),
         ({"run": {"steps": 3}}, "run.*'steps'"),
         ([1, 2], "expected sections in recipe, got"),
+        ([], "expected sections in recipe, got"),
+        (False, "expected sections in recipe, got"),
+        ({"num_levels": True}, "expected num_levels in 1 … 8, got True"),
+        ({"run": {"output_dir": None}}, "run: expected output_dir to be a folder, got None"),
         ("/nowhere.yaml", "expected the path of a recipe, got /nowhere.yaml"),
     ],
 )
@@ -109,3 +113,25 @@ def test_a_recipe_says_what_a_config_refuses():
     recipe = read_recipe({"level_1": {"hidden_size": -4}})
     with pytest.raises(ValueError, match="level_1: .*expected hidden_size >= 1, got -4"):
         recipe.level_configs(1, [], {})
+
+
+def test_headings_alone_and_a_bare_no():
+    recipe = read_recipe(
+        {"level_1": None, "level_2": {"fit": None}, "run": {"mixed_precision": False}}
+    )
+    assert len(recipe.levels) == 2 and recipe.run.mixed_precision == "no"
+
+
+def test_words_of_a_command(script):
+    def parse(words):
+        return script.parse(words.split())[0]
+
+    recipe = parse("--random_flip --seed=3 --levels.class_conditional")
+    assert recipe.data.random_flip and recipe.run.seed == 3 and recipe.levels[0].class_conditional
+    assert parse("--level_2.refit.from_scratch true").levels[1].refit.from_scratch
+    recipe = parse("--config examples/configs/fashion_mnist.yaml --prior.backbone_config.ffn_dim 5")
+    backbone = recipe.prior.config["backbone_config"]
+    assert backbone["ffn_dim"] == 5 and backbone["model_type"] == "opt"
+    for words in ("--output_dir", "--dataset_name --seed 1", "--hub_model_id"):
+        with pytest.raises(ValueError, match="expected one argument"):
+            parse(words)

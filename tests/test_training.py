@@ -84,6 +84,11 @@ def test_a_phase_again_alone(trained, script, tmp_path):
     script.main([*flags, "--phase", "prior", "--prior.fit.max_train_steps", "2"])
     assert (output_dir / "level_1" / "model.safetensors").read_bytes() == before
     script.main([*flags, "--phase", "level_2", "--seed", "1"])
+    with pytest.raises(ValueError, match="expected seed=1, with which .*pass --seed 1"):
+        script.main(
+            [*flags, "--phase", "level_1"]
+        )  # with the flags of the whole run, or not at all
+    flags += ["--seed", "1"]
     for phase in ("prior", "evaluate"):
         with pytest.raises(ValueError, match="level_1.*is not the one asked for.*weights"):
             script.main([*flags, "--phase", phase])
@@ -304,7 +309,7 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     settings = FitSettings(max_train_steps=30, lr_warmup_steps=2)
     watch = RunSettings(validation_steps=10, seed=20240101)
     to_inputs, identity = lambda b: {"finer": b["grid"] / 127.5 - 1}, {"phase": "x"}
-    for progress in fit(level, data, to_inputs, Accelerator(), settings, identity, watch):
+    for progress in fit(level, data, to_inputs, Accelerator(), settings, identity, run=watch):
         assert not level.training
         losses.append((progress.step, level(pixels).loss.item()))
     assert [step for step, _ in losses] == [10, 20, 30]

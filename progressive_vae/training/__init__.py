@@ -24,6 +24,7 @@
 | `command.py` | flags of scripts, from the names of classes and functions |
 | `recipe.py` | all knobs of a training, in the words of the configs and settings |
 | `report.py` | what a run tells of its pipeline: figures, pictures, the card |
+| `begin.py` | before the first step: what lies in the folder, what is given, what is kept |
 | `greedy.py` | the greedy order, from the data up: `train()` |
 """
 

@@ -43,6 +43,7 @@ class Progress:
         seconds: spent so far, validations left out.
         waited: seconds of these in which the model waited for data.
         elapsed: seconds since the phase began, of one that has a time to keep.
+        validating: seconds that the last validation took, 0 where there was none.
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class Progress:
     seconds: float = 0.0
     waited: float = 0.0
     elapsed: float = 0.0
+    validating: float = 0.0
 
 
 @dataclass
@@ -90,6 +92,12 @@ class Checkpoints:
         fits there is nothing to save, as what is written is complete or invisible."""
         self.is_told = True
         if not self.is_fitting:
+            raise SystemExit(0)
+
+    def end_of_fit(self, accelerator: Accelerator):
+        """End the program if it was told to, when nothing was left to save but the result."""
+        told = torch.tensor(float(self.is_told), device=accelerator.device)
+        if bool(accelerator.reduce(told, "sum")):
             raise SystemExit(0)
 
     @contextmanager
@@ -242,7 +250,7 @@ def differences(
     Args:
         of_settings: leave out what is settled by other phases.
     """
-    flat_ours, flat_theirs = _flat(ours), _flat(theirs)
+    flat_ours, flat_theirs = flat(ours), flat(theirs)
     return [
         (name, value, flat_theirs.get(name))
         for name, value in flat_ours.items()
@@ -250,12 +258,13 @@ def differences(
     ]
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names."""
+    values: dict[str, Any] = {}
     for name, value in fields.items():
         is_nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
-    return flat
+        values |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
+    return values
 
 
 def check_identity(

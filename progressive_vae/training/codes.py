@@ -198,11 +198,18 @@ def cached(
 ) -> GridDataset:
     """The cache `folder`; where that is not what `manifest` says, `batches` are written there
     first."""
-    try:
-        return GridDataset(folder, manifest)
-    except ValueError:
+    if not is_cache(folder, manifest):
         write_cache(folder, manifest, batches)
-        return GridDataset(folder, manifest)
+    return GridDataset(folder, manifest)
+
+
+def is_cache(folder: str | Path, manifest: Manifest) -> bool:
+    """Whether the folder holds what the manifest says."""
+    try:
+        GridDataset(folder, manifest)
+    except ValueError:
+        return False
+    return True
 
 
 class PairedDataset(torch.utils.data.Dataset):

@@ -24,7 +24,7 @@ def read_flags(
 ) -> dict[str, Any]:
     """What the words of a command say, nested as dotted names are.
 
-    A name without a value says that something is true.
+    The name alone of something that is true or false says that it is true.
 
     Args:
         parser: with `exit_on_error=False`.
@@ -34,11 +34,16 @@ def read_flags(
         ValueError: a flag that is none, or a value that is not of its type.
     """
     prefixes, whole = prefixes or {}, []
+    truths = {
+        action.dest
+        for action in parser._actions
+        if getattr(action, "_typehint", None) in (bool, bool | None)
+    }
     for word, following in zip_longest(words, words[1:], fillvalue="--"):
-        name, equals, _ = word[2:].partition("=")
+        name, equals, value = word[2:].partition("=")
         if word.startswith("--"):
-            word = f"--{prefixes[name]}.{word[2:]}" if name in prefixes else word
-            if not equals and following.startswith("--") and name not in ("help", "print_config"):
-                word += "=true"
+            name = f"{prefixes[name]}.{name}" if name in prefixes else name
+            is_alone = not equals and following.startswith("--") and name in truths
+            word = f"--{name}{equals}{value}" + "=true" * is_alone
         whole.append(word)
     return in_words(lambda: parser.parse_args(whole, defaults=False)).as_dict()

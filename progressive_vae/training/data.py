@@ -104,18 +104,23 @@ def _open(settings: DataSettings, images: Images | None) -> Mapping[str, Table]:
             f"expected one of dataset_name and train_data_dir, got {name!r} and {folder!r}"
             + ("" if images is None else f" beside {type(images).__name__}")
         )
-    if isinstance(images, Mapping):
+    tables = (datasets.Dataset, datasets.IterableDataset)
+    if isinstance(images, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         return images
-    if isinstance(images, (datasets.Dataset, datasets.IterableDataset)):
+    if isinstance(images, tables):
         return {settings.train_split: images}
     if images is not None:
-        if not images or not all(isinstance(image, PIL.Image.Image) for image in images):
+        kinds = {type(each) for each in images} if isinstance(images, list) else set()
+        if not kinds or not all(issubclass(kind, PIL.Image.Image) for kind in kinds):
+            shown = sorted(kind.__name__ for kind in kinds)
             raise ValueError(
                 "expected a data set of images, the name of one, a folder or a list of PIL images, "
-                f"got {type(images).__name__} of {[type(image).__name__ for image in images[:3]]}"
+                f"got {type(images).__name__} of {shown}"
             )
         features = datasets.Features({"image": datasets.Image()})
-        return {settings.train_split: datasets.Dataset.from_dict({"image": images}, features)}
+        # Of an image that knows its file the file would be taken, whatever was done to it since.
+        table = datasets.Dataset.from_dict({"image": [each.copy() for each in images]}, features)
+        return {settings.train_split: table}
     if name == "digits":
         return load_digits()
     if folder is not None:

@@ -58,6 +58,7 @@ def fit(
     accelerator: Accelerator,
     settings: FitSettings,
     identity: dict[str, Any],
+    *,
     run: RunSettings | None = None,
     checkpoints: Checkpoints | None = None,
     logged_steps: int = 0,
@@ -126,7 +127,7 @@ def fit(
         desc=name,
         disable=not accelerator.is_local_main_process,
     )
-    clock, validating, is_final = time.perf_counter(), 0.0, False
+    clock, is_final = time.perf_counter(), False
     while not is_final:
         batches_of_all = progress.batch * accelerator.num_processes
         order.begin_at(progress.epoch, batches_of_all * settings.train_batch_size)
@@ -153,9 +154,11 @@ def fit(
                 is_final = step >= settings.max_train_steps
             else:  # the schedule goes by the clock, on which all processes have to agree
                 progress.elapsed = _agreed(time.perf_counter() - began, accelerator)
-                # Time is left for the last validation, which is this one if no other would fit.
-                is_final = progress.elapsed + validating * (1 + is_due) >= seconds
                 share = min(progress.elapsed / seconds, 1.0)
+                # What a validation takes is known after the first, which therefore comes early.
+                is_due = is_due or (not progress.validating and share > 0.1)
+                # Time is left for the last one, which is this one if no other would fit.
+                is_final = progress.elapsed + progress.validating * (1 + is_due) >= seconds
                 scheduler.last_epoch = int(share * settings.max_train_steps) - 1
             scheduler.step()
             bar.update()
@@ -177,7 +180,7 @@ def fit(
                 begun = time.perf_counter()
                 yield progress
                 clock = time.perf_counter()
-                validating = clock - begun
+                progress.validating = _agreed(clock - begun, accelerator)
                 if settings.use_ema and not is_final:
                     average.restore(_local(parameters))
                     _reshard(wrapped)

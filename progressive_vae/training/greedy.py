@@ -8,7 +8,8 @@ where asked:     learn P_Θ(z_{i+1} | z_i) again, on codes that stay as they are
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,21 @@ from transformers.utils import logging as transformers_logging
 
 from ..chain import check_image_size
 from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
-from ..fingerprint import fingerprint
-from ..hub import INDEX, figures, open_repository, push_or_warn
+from ..hub import figures, open_repository, push_or_warn
 from ..level import ProgressiveVAELevel
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
-from .checkpoints import Checkpoints
-from .codes import Manifest
+from .begin import check_work, given_levels, keep_recipe, take_given
+from .checkpoints import Checkpoints, flat
 from .data import Images
 from .lock import LOCK, OWNER, locked
 from .phases import LevelPhase, Model, Phase, PriorPhase, RefitPhase
-from .recipe import Recipe, levels_in, read_recipe
+from .recipe import Recipe, read_recipe
 from .report import (
     RECIPE,
     after_phase,
     assemble,
     evaluate_and_save,
-    saved_sections,
-    write_sections,
 )
 from .run import PHASES, Run, make_accelerator
 from .sources import open_source
@@ -46,7 +44,7 @@ BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.inc
 
 
 def train(
-    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    recipe: Mapping[str, Any] | str | Path | None = None,
     dataset: Images | str | Path | None = None,
     output_dir: str | Path | None = None,
     max_train_minutes: float | None = None,
@@ -87,36 +85,38 @@ def train(
         ValueError: a recipe, images or files that are not what was expected; found out before the
             first step wherever that is possible.
     """
-    recipe, images = _with_arguments(recipe, dataset, output_dir, max_train_minutes)
-    folder, given = Path(recipe.run.output_dir), given_levels(recipe)
+    read, images = _with_arguments(recipe, dataset, output_dir, max_train_minutes)
+    folder, given = Path(read.run.output_dir), given_levels(read)
     folder.mkdir(parents=True, exist_ok=True)
-    its_own, accelerator = accelerator is None, accelerator or make_accelerator(recipe.run)
+    its_own, accelerator = accelerator is None, accelerator or make_accelerator(read.run)
     checkpoints = Checkpoints(
         folder,
-        recipe.run.checkpointing_steps,
-        recipe.run.checkpoints_total_limit,
+        read.run.checkpointing_steps,
+        read.run.checkpoints_total_limit,
         resume_from_checkpoint,
         overwrite_output_dir,
     )
     repo_id = (hub_model_id or folder.resolve().name) if push_to_hub else None
-    transformers_logging.disable_progress_bar()  # a bar for each small file says nothing
-    with locked(folder, accelerator), checkpoints.listening():
+    with locked(folder, accelerator), checkpoints.listening(), _without_bars_of_files():
         # All configs are made, and all that is there is looked at, before any phase runs: a wrong
         # knob costs neither training nor what was trained before.
-        source = open_source(recipe.data, images)
+        source = open_source(read.data, images)
         pixels, names = source.manifests["train"], source.class_names
         given_configs = {i: ProgressiveVAELevelConfig.from_pretrained(p) for i, p in given.items()}
-        configs = recipe.level_configs(pixels.shape[0], names, given_configs)
+        configs = read.level_configs(pixels.shape[0], names, given_configs)
         size = pixels.shape[-2], pixels.shape[-1]
-        order = greedy_order(recipe, configs, size, names, given)
+        order = greedy_order(read, configs, size, names, given)
         names_of_all = [each.name for each in order]
         if phase not in ("all", *names_of_all, "evaluate"):
             raise ValueError(f"expected phase among {['all', *names_of_all, 'evaluate']}, got "
                              f"{phase!r}; a refit needs its section")  # fmt: skip
         chosen = [each for each in order if phase in ("all", each.name)]
-        share_out(chosen, recipe.run.max_train_minutes)
+        share_out(order, read.run.max_train_minutes)
+        for each in chosen:
+            if isinstance(each, RefitPhase):
+                each.on_top = phase != "all"
         check_fit(chosen, configs, size)
-        run = Run(recipe.run, accelerator, len(configs), {}, names, checkpoints=checkpoints)
+        run = Run(read.run, accelerator, len(configs), {}, names, checkpoints=checkpoints)
         is_first = phase in ("all", names_of_all[0])
         given_parts = {
             # All are read before any is written: one may lie where another is to go.
@@ -124,8 +124,10 @@ def train(
             for i, path in given.items()
             if is_first
         }
-        check_work(run, recipe, phase, chosen, configs, pixels, given_parts)
-        run.pixels = source.pixels(folder / "cache" / "pixels", accelerator, overwrite_cache)
+        check_work(run, read, phase, chosen, configs, pixels, given_parts)
+        run.pixels = source.pixels(
+            folder / "cache" / "pixels", accelerator, overwrite_cache, overwrite_output_dir
+        )
         held_out = len(run.pixels["test"])
         if names and held_out < MIN_FOR_DISTANCE:
             warnings.warn(
@@ -133,15 +135,18 @@ def train(
                 f"measured: it takes {MIN_FOR_DISTANCE}",
                 stacklevel=2,
             )
-        accelerator.init_trackers("progressive_vae", _flat(recipe.sections))
+        accelerator.init_trackers(
+            "progressive_vae", {name: str(value) for name, value in flat(read.sections).items()}
+        )
         if accelerator.is_main_process:
             if repo_id is not None:
                 open_repository(repo_id, hub_private_repo)
             if not (folder / ".gitignore").exists():
                 # What is not of the pipeline, for those who upload the folder by other means.
-                (folder / ".gitignore").write_text("\n".join(BESIDE_THE_PIPELINE) + "\n")
+                lines = [*BESIDE_THE_PIPELINE, f"{read.run.logging_dir}/"]
+                (folder / ".gitignore").write_text("\n".join(dict.fromkeys(lines)) + "\n")
             if phase != "evaluate":
-                keep_recipe(recipe, None if is_first else chosen[0])
+                keep_recipe(run, read, given, None if phase == "all" else chosen[0], is_first)
         take_given(run, given_parts)
         for each in chosen:
             each(run)
@@ -228,87 +233,6 @@ def check_fit(
         check_image_size(image_size, chain, None)
 
 
-def check_work(
-    run: Run,
-    recipe: Recipe,
-    name: str,
-    phases: list[Phase],
-    configs: list[ProgressiveVAELevelConfig],
-    pixels: Manifest,
-    given: Mapping[int, ProgressiveVAELevel],
-):
-    """Raise a `ValueError` if the phases would replace, or go on with, what other settings made."""
-    checkpoints = run.checkpoints
-    assert checkpoints is not None
-    for index, level in given.items():
-        if not checkpoints.overwrite:
-            run.check_history(f"level_{index}", given_identity(index, level))
-    if name != "all" or checkpoints.resume is not None:
-        saved = saved_sections(run.output_dir) or {"run": vars(recipe.run)}
-        for flag in ("finest_level", "extend"):
-            expected, got = saved["run"].get(flag), getattr(recipe.run, flag)
-            if expected != got and not checkpoints.overwrite:
-                raise ValueError(
-                    f"expected {flag}={expected!r}, with which {run.output_dir} was begun, got "
-                    f"{got!r}: pass --{flag} {expected}"
-                )
-    # A refit alone is of the level that is there, whatever the recipe says of it.
-    is_known = [name == "all" or not isinstance(phase, RefitPhase) for phase in phases]
-    planned = [
-        (phase.part, phase.planned(run, configs, pixels))
-        for phase, known in zip(phases, is_known, strict=True)
-        if known
-    ]
-    run.check_settings(planned, name == "all")
-
-
-def given_levels(recipe: Recipe) -> dict[int, Path]:
-    """The folders of levels that are trained already, by their numbers here."""
-    settings, count = recipe.run, len(recipe.levels)
-    given = {} if settings.finest_level is None else {count: Path(settings.finest_level)}
-    if settings.extend is not None:
-        if not (Path(settings.extend) / INDEX).is_file() or given:
-            raise ValueError(
-                f"expected extend to be the folder of a saved pipeline, and no finest_level, got "
-                f"{settings.extend} and {settings.finest_level}"
-            )
-        given = dict(enumerate(levels_in(settings.extend), 2))
-    for path in given.values():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"expected a saved level in {path}, got none")
-        if path.resolve().parent == Path(settings.output_dir).resolve():
-            raise ValueError(f"expected an output_dir other than that of {path}, got the same")
-    return given
-
-
-def given_identity(index: int, level: ProgressiveVAELevel) -> dict[str, str]:
-    return {"phase": f"level_{index}", "given": fingerprint([level])}
-
-
-def take_given(run: Run, levels: Mapping[int, ProgressiveVAELevel]):
-    """Copy the levels that are there already to where those that are trained will lie."""
-    for index, level in levels.items():
-        identity = given_identity(index, level)
-        if not run.is_done(f"level_{index}", identity):
-            run.save(level, f"level_{index}", identity)
-
-
-def keep_recipe(recipe: Recipe, phase: Phase | None):
-    """Write down what runs, to be run again; one phase alone changes what was written by its own
-    part of the recipe."""
-    folder = Path(recipe.run.output_dir)
-    saved = None if phase is None else saved_sections(folder)
-    sections = recipe.sections
-    if phase is not None and saved is not None:
-        part = {**saved.get(phase.part, {}), **sections[phase.part]}
-        if isinstance(phase, RefitPhase):
-            part = {**saved.get(phase.part, {}), "refit": sections[phase.part]["refit"]}
-        elif isinstance(phase, LevelPhase):  # with the decoder that it has from the start
-            part["refit"] = None
-        sections = {**saved, phase.part: part}
-    write_sections(folder, sections)
-
-
 def measured(run: Run, is_asked: bool) -> ProgressiveVAEPipeline:
     """The pipeline, measured by one process, unless its figures are there and nobody asks."""
     run.grids("test", 1)  # an error if a level has changed since the coarser were trained
@@ -322,7 +246,7 @@ def measured(run: Run, is_asked: bool) -> ProgressiveVAEPipeline:
 
 
 def _with_arguments(
-    recipe: Recipe | Mapping[str, Any] | str | Path | None,
+    recipe: Mapping[str, Any] | str | Path | None,
     dataset: Images | str | Path | None,
     output_dir: str | Path | None,
     max_train_minutes: float | None,
@@ -332,22 +256,24 @@ def _with_arguments(
     overrides: dict[str, Any] = {"run": {k: v for k, v in run.items() if v is not None}}
     images = None if isinstance(dataset, (str, Path)) else dataset
     if isinstance(dataset, (str, Path)):
-        kind = "train_data_dir" if Path(dataset).is_dir() else "dataset_name"
-        overrides["data"] = {kind: str(dataset)}
+        folder = Path(dataset).expanduser()
+        is_folder = folder.is_dir()
+        overrides["data"] = (
+            {"train_data_dir": str(folder)} if is_folder else {"dataset_name": str(dataset)}
+        )
     elif dataset is not None:
         is_stream = isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict))
         overrides["data"] = {"dataset_name": None, **({"streaming": True} if is_stream else {})}
-    if isinstance(recipe, Recipe):
-        if not any(overrides.values()):
-            return recipe, images
-        recipe = recipe.sections
     return read_recipe(recipe, overrides), images
 
 
-def _flat(sections: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """For trackers: dotted names and words."""
-    flat: dict[str, str] = {}
-    for name, value in sections.items():
-        is_nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: str(value)}
-    return flat
+@contextmanager
+def _without_bars_of_files() -> Iterator[None]:
+    """A bar for each small file that is loaded says nothing."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()

@@ -44,7 +44,7 @@ class Phase:
 
     - `name`, in flags, files and figures, and `part`, the folder that it ends in;
     - `source`: it is fitted to z_source, the pixels being z_{N + 1};
-    - `changes_part`: it changes a part that is there, whose history it then adds to;
+    - `history(run)`: of the part, before it: the identities of the phases on which it stands;
     - `model_config(levels)`: of the model that it makes, given the configs of all levels;
     - `__call__(run)`: fits the model and saves it; what a resumed run finds done stays as it is.
 
@@ -59,7 +59,6 @@ class Phase:
     name: str = field(init=False)
     part: str = field(init=False)
     source: int = field(init=False)
-    changes_part: bool = field(init=False, default=False)
 
     def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
         """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
@@ -77,6 +76,9 @@ class Phase:
             **settings,
         }
         return json.loads(json.dumps(identity))
+
+    def history(self, run: Run) -> list[dict[str, Any]]:
+        return []
 
     def planned(
         self, run: Run, levels: list[ProgressiveVAELevelConfig], pixels: Manifest
@@ -118,11 +120,11 @@ class Phase:
             accelerator,
             self.settings,
             identity,
-            run.settings,
-            run.checkpoints,
-            run.logged_steps,
-            self.seconds,
-            began,
+            run=run.settings,
+            checkpoints=run.checkpoints,
+            logged_steps=run.logged_steps,
+            seconds=self.seconds,
+            began=began,
         ):
             if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
                 figures = validate(progress)
@@ -132,7 +134,9 @@ class Phase:
         figures = {"steps": progress.step, "waiting_share": waiting, **figures}
         run.record(self.name, num_images, progress.seconds, **figures)
         run.logged_steps += progress.step
-        run.save(model, self.part, identity, self.changes_part)
+        run.save(model, self.part, [*self.history(run), identity])
+        if run.checkpoints is not None:
+            run.checkpoints.end_of_fit(accelerator)
 
 
 @dataclass(kw_only=True)
@@ -157,15 +161,10 @@ class LevelPhase(Phase):
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        if self.config.corruption:
-            raise ValueError(
-                f"expected corruption=0 for a level to train, got {self.config.corruption}: "
-                "corrupted codes are for the refit of its decoder"
-            )
         began, train = time.perf_counter(), run.grids("train", self.source)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(self.index + 1)
-        identity = self.identity(run, config, _of_data(train))
+        identity = self.identity(run, config, _of_data(train, run))
         if run.is_done(self.part, identity):
             return run.level(self.index)
         set_seed(run.settings.seed)
@@ -195,21 +194,34 @@ class RefitPhase(Phase):
     Args:
         changes: fields of the decoder's config, and
         from_scratch: whether its weights begin anew, as in `ProgressiveVAELevel.with_decoder`.
-        is_first: it is the first decoder beside the auxiliary one.
+        is_first: it is the first decoder beside the auxiliary one, and replaces any other.
+        on_top: it may be another refit, after those that the level has had.
     """
 
     index: int
     changes: dict[str, Any]
     from_scratch: bool = False
     is_first: bool = False
+    on_top: bool = False
 
     def __post_init__(self):
         self.part = f"level_{self.index}"
         self.name = f"decoder_{self.index}" if self.is_first else f"refit_{self.part}"
-        self.source, self.changes_part = self.index, True
+        self.source, self.from_scratch = self.index, self.from_scratch or self.is_first
 
     def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
-        return {**super().identity(run, config, data), "from_scratch": self.from_scratch}
+        more = {"from_scratch": self.from_scratch, "refits_before": 0}
+        if self.on_top and not self.is_first:
+            more["refits_before"] = len(self._refits(run))
+        return {**super().identity(run, config, data), **more}
+
+    def history(self, run: Run) -> list[dict[str, Any]]:
+        whole = run.history(self.part)
+        return whole[:1] if self.is_first else whole  # after the encoder's, or after all
+
+    def _refits(self, run: Run) -> list[dict[str, Any]]:
+        """What the level's decoder has gone through since the level was trained."""
+        return [each for each in run.history(self.part) if each.get("phase") == self.name]
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
         return levels[self.index - 1].with_decoder(**self.changes)
@@ -221,9 +233,14 @@ class RefitPhase(Phase):
         set_seed(run.settings.seed)
         old = run.level(self.index)
         level = old.with_decoder(self.from_scratch, **self.changes)
-        identity = self.identity(run, level.config, _of_data(codes))
+        identity = self.identity(run, level.config, _of_data(codes, run))
         if run.is_done(self.part, identity):
             return old
+        if self._refits(run) and not self.on_top and not self.is_first:
+            raise ValueError(
+                f"expected {self.part} in {run.output_dir} as its first fit left it, got one that "
+                f"was refitted since: run --phase {self.part} first"
+            )
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             finer, known = as_finer(batch["grid"], level), batch.get("codes")
@@ -253,7 +270,7 @@ class PriorPhase(Phase):
         train, held_out = run.grids("train", 1), run.grids("test", 1)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(1)
-        identity = self.identity(run, config, _of_data(train))
+        identity = self.identity(run, config, _of_data(train, run))
         if run.is_done(self.part, identity):
             return ProgressiveVAEPrior.from_pretrained(run.output_dir / self.part)
         set_seed(run.settings.seed)
@@ -344,8 +361,11 @@ def _view(
     return view
 
 
-def _of_data(train: GridDataset | PixelStream) -> dict[str, Any]:
-    return {**asdict(train.manifest), "num_examples": train.num_examples}
+def _of_data(train: GridDataset | PixelStream, run: Run) -> dict[str, Any]:
+    found = {**asdict(train.manifest), "num_examples": train.num_examples}
+    if isinstance(train, PixelStream):  # workers share it out, each with a window of its own
+        found["dataloader_num_workers"] = run.settings.dataloader_num_workers
+    return found
 
 
 def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:

@@ -30,6 +30,8 @@ from .settings import DataSettings, FitSettings, PriorFitSettings, RunSettings
 
 Kind = TypeVar("Kind")
 
+SECTIONS = ("levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run")
+
 _SOURCES = ("dataset_name", "train_data_dir")
 
 
@@ -165,15 +167,21 @@ def read_recipe(
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             words = " ".join(str(error).split())
             raise ValueError(f"expected YAML in {where}, got {words}") from error
-    layers = [_checked(recipe or {}, where), _checked(overrides or {}, "overrides")]
+    layers = [
+        _checked({} if each is None else each, name)
+        for each, name in ((recipe, where), (overrides, "overrides"))
+    ]
     extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
-    count = _count(layers) if extended is None else 1 + len(levels_in(extended))
+    found = [] if extended is None else levels_in(extended)
+    count = _count(layers, 1 + len(found) if found else None)
     sections: dict[str, Any] = {}
     for layer in layers:
         if set(_SOURCES) & set(layer.get("data", {})):  # a data set is one or the other
             data = {k: v for k, v in sections.get("data", {}).items() if k not in _SOURCES}
             sections = {**sections, "data": data}
         sections = _merged(sections, _spread(layer, count))
+    if sections["run"].get("mixed_precision") is False:  # what YAML reads in a bare no
+        sections["run"] = {**sections["run"], "mixed_precision": "no"}
     return _recipe(_typed(sections, count))
 
 
@@ -182,13 +190,15 @@ def levels_in(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("level_[1-8]"))
 
 
-def _count(layers: list[Mapping[str, Any]]) -> int:
-    """N: as it is said, or as many levels as are named, or two."""
+def _count(layers: list[Mapping[str, Any]], settled: int | None) -> int:
+    """N: as it is settled elsewhere, as it is said, as many levels as are named, or two."""
     said = [layer["num_levels"] for layer in layers if layer.get("num_levels") is not None]
     named = [i for i in range(1, MAX_LEVELS + 1) for layer in layers if f"level_{i}" in layer]
-    count = said[-1] if said else max(named, default=2)
-    if not isinstance(count, int) or not 1 <= count <= MAX_LEVELS:
+    count = said[-1] if said else settled or max(named, default=2)
+    if type(count) is not int or not 1 <= count <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {count!r}")
+    if settled is not None and count != settled:
+        raise ValueError(f"expected num_levels={settled}, one more than extend has, got {count}")
     if named and max(named) > count:
         raise ValueError(f"expected sections of level_1 … level_{count}, got level_{max(named)}")
     return count
@@ -197,14 +207,17 @@ def _count(layers: list[Mapping[str, Any]]) -> int:
 def _checked(sections: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(sections, Mapping):
         raise ValueError(f"expected sections in {where}, got {sections!r}")
-    known = ["levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run"]
+    sections = {
+        name: {} if section is None and name in SECTIONS else section  # a heading alone
+        for name, section in sections.items()
+    }
     for name, section in sections.items():
-        if name != "num_levels" and name not in known:
+        if name != "num_levels" and name not in SECTIONS:
             raise ValueError(
                 f"expected sections level_1 … level_{MAX_LEVELS}, levels, prior, data, run and "
                 f"num_levels in {where}, got {name!r}"
             )
-        if name in known and not isinstance(section, Mapping):
+        if name in SECTIONS and not isinstance(section, Mapping):
             raise ValueError(f"expected names and values in section {name}, got {section!r}")
     return sections
 
@@ -222,6 +235,7 @@ def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any
     """Theirs win. A backbone that names its kind is another one, and nothing of ours is kept."""
     merged = dict(ours)
     for name, value in theirs.items():
+        value = {} if value is None and name == "fit" else value  # a heading alone
         is_nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
         merged[name] = (
             _merged(merged[name], value) if is_nested and "model_type" not in value else value
@@ -236,7 +250,7 @@ def _section(name: str, config: type, names: list[str], is_whole: bool, **more: 
     """A section's names, types and values: those of so many fields of a config, of which nothing
     has to be given where the section is not whole, and more of (type, value)."""
     of_config: dict[str, tuple[Any, Any]] = {
-        f.name: (Any if f.name == "backbone_config" else f.type, f.default)
+        f.name: (dict[str, Any] | None if f.name == "backbone_config" else f.type, f.default)
         for f in fields(config)
         if f.name in names
     }

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from PIL.Image import Image
 from torch import Tensor
@@ -131,17 +132,12 @@ class Run:
             shutil.rmtree(self.output_dir / "cache" / f"level_{index}", ignore_errors=True)
         self.accelerator.wait_for_everyone()
 
-    def save(
-        self,
-        model: PreTrainedModel,
-        name: str,
-        identity: dict[str, Any],
-        changes_part: bool = False,
-    ):
+    def save(self, model: PreTrainedModel, name: str, history: list[dict[str, Any]]):
         """`save_pretrained` under a temporary name, then rename: complete or absent.
 
-        A file `history.json` beside the weights holds the identities of the phases that made them;
-        a phase that changes the part that is there adds its own.
+        Args:
+            history: the identities of the phases that made it, which `history.json` beside the
+                weights holds.
         """
         state = self.accelerator.get_state_dict(model) if is_sharded(self.accelerator) else None
         if self.accelerator.is_main_process:
@@ -149,7 +145,6 @@ class Run:
             temporary = folder.with_name(f"{name}.incomplete")
             shutil.rmtree(temporary, ignore_errors=True)
             model.save_pretrained(temporary, state_dict=state)
-            history = [*(self._history(name) if changes_part else []), identity]
             (temporary / HISTORY).write_text(json.dumps(history, indent=2))
             replaced = folder.with_name(f"{name}{REPLACED}")
             if folder.exists():
@@ -158,9 +153,10 @@ class Run:
             shutil.rmtree(replaced, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.checkpoints is not None:
-            self.checkpoints.remove(identity["phase"], self.accelerator)
+            self.checkpoints.remove(history[-1]["phase"], self.accelerator)
 
-    def _history(self, name: str) -> list[dict[str, Any]]:
+    def history(self, name: str) -> list[dict[str, Any]]:
+        """The identities of the phases that made the folder, in their order."""
         path = self.output_dir / name / HISTORY
         advice = "delete the folder, and the phases that made it are run again"
         return read_json(path, advice, list) if path.is_file() else []
@@ -168,7 +164,7 @@ class Run:
     def _latest(self, name: str, phase: str) -> list[dict[str, Any]]:
         """The identity with which a phase made the folder, [] if it did not; of a refit that was
         made more than once the last counts."""
-        return [each for each in self._history(name) if each.get("phase") == phase][-1:]
+        return [each for each in self.history(name) if each.get("phase") == phase][-1:]
 
     def is_done(self, name: str, identity: dict[str, Any]) -> bool:
         """Whether a run that is resumed finds the phase's work in the folder `name`.
@@ -187,7 +183,7 @@ class Run:
     def check_history(self, name: str, identity: dict[str, Any]):
         """Raise a `ValueError` if the folder `name` holds what other settings made."""
         where = self.output_dir / name
-        if where.is_dir() and not self._history(name):
+        if where.is_dir() and not self.history(name):
             raise ValueError(
                 f"expected {HISTORY} in {where}, which says what made it, got none: choose another "
                 "--output_dir, or replace it with --overwrite_output_dir"
@@ -250,7 +246,8 @@ class Run:
         """What each phase of this run cost, in their order; rows of other levels are left out."""
         costs, names = self._costs(), []
         for i in range(self.num_levels, 0, -1):
-            names += [f"level_{i}", f"encode_train_{i}", f"encode_test_{i}"]
+            names += [f"level_{i}", f"encoder_{i}", f"encode_train_{i}", f"encode_test_{i}"]
+        names += [f"decoder_{i}" for i in range(self.num_levels, 0, -1)]
         names += ["prior", *(f"refit_level_{i}" for i in range(self.num_levels, 0, -1))]
         return {name: costs[name] for name in names if name in costs}
 
@@ -279,8 +276,18 @@ class Run:
 
 
 def make_accelerator(settings: RunSettings) -> Accelerator:
-    """What a run needs of Accelerate, on the processes that were launched."""
-    output_dir = Path(settings.output_dir)
+    """What a run needs of Accelerate, on the processes that were launched.
+
+    Raises:
+        ValueError: this process has trained with another precision.
+    """
+    output_dir, known = Path(settings.output_dir), AcceleratorState._shared_state
+    precision = known.get("_mixed_precision")
+    if precision is not None and settings.mixed_precision not in (None, precision):
+        raise ValueError(
+            f"expected mixed_precision={precision!r}, with which this process began, got "
+            f"{settings.mixed_precision!r}: Accelerate cannot change it, start another process"
+        )
     accelerator = Accelerator(
         # Without this a launch of two processes on CPUs becomes two runs of one process each.
         cpu=not torch.accelerator.is_available(),

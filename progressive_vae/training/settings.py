@@ -186,6 +186,8 @@ class RunSettings:
         for name in ("checkpointing_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
             check(self, name, value is None or value >= 1, ">= 1 or null")
+        is_path = isinstance(self.output_dir, str) and self.output_dir != ""
+        check(self, "output_dir", is_path, "to be a folder")
         minutes = self.max_train_minutes
         check(self, "max_train_minutes", minutes is None or 0 < minutes < math.inf, "> 0 or null")
         check(self, "dataloader_num_workers", self.dataloader_num_workers >= 0, ">= 0")

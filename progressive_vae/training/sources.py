@@ -1,6 +1,9 @@
 """A data set of images, opened: what its images are, and their pixels as caches or as a stream."""
 
+import zlib
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +11,14 @@ from accelerate import Accelerator
 from datasets.distributed import split_dataset_by_node
 
 from ..configuration import NUM_PIXEL_VALUES
-from .codes import GridDataset, Manifest, write_cache
+from .codes import GridDataset, Manifest, is_cache, write_cache
 from .data import (
     GREY_MODES,
     Images,
     Table,
     decode,
     encoded,
+    file_of,
     find_image_column,
     find_labels,
     load_images,
@@ -51,10 +55,19 @@ class Source:
     limit: int | None = None
 
     def pixels(
-        self, folder: Path, accelerator: Accelerator, overwrite_cache: bool = False
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        overwrite_cache: bool = False,
+        overwrite_others: bool = False,
     ) -> dict[str, GridDataset | PixelStream]:
         """The pixels of both splits, from the caches in `folder`, which are made where they are
-        missing; those of a stream's training split as they come."""
+        missing; those of a stream's training split as they come.
+
+        Args:
+            overwrite_cache: make them anew.
+            overwrite_others: make those anew that are of other images.
+        """
         return {
             split: PixelStream(
                 self.splits[split],
@@ -65,15 +78,15 @@ class Source:
                 limit=self.limit,
             )
             if split == "train" and self.shuffle_buffer_size is not None
-            else self._cached(split, folder / split, accelerator, overwrite_cache)
+            else self._cached(split, folder / split, accelerator, overwrite_cache, overwrite_others)
             for split in self.splits
         }
 
     def _cached(
-        self, split: str, folder: Path, accelerator: Accelerator, overwrite_cache: bool
+        self, split: str, folder: Path, accelerator: Accelerator, anew: bool, others_anew: bool
     ) -> GridDataset:
         table, manifest = self.splits[split], self.manifests[split]
-        is_missing = overwrite_cache or not folder.exists()
+        is_missing = anew or not folder.exists() or (others_anew and not is_cache(folder, manifest))
         accelerator.wait_for_everyone()  # all have seen that there is no cache yet
         if is_missing:
             rank, processes = accelerator.process_index, accelerator.num_processes
@@ -84,6 +97,15 @@ class Source:
             is_flipped = self.random_flip and split == "train"
             write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
         return GridDataset(folder, manifest)
+
+
+def _first_files(table: Table, column: str, count: int = 8) -> int:
+    """The CRC-32 of the first images' files."""
+    checksum = 0
+    for row in islice(encoded(table, column), count):
+        with suppress(OSError):  # it is left out when it is read
+            checksum = zlib.crc32(file_of(row[column]), checksum)
+    return checksum
 
 
 def open_source(settings: DataSettings, images: Images | None = None) -> Source:
@@ -120,12 +142,15 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
     mode = "L" if image.mode in GREY_MODES else "RGB"
     shape = prepare_image(image, mode, *sizes).shape
     dataset, manifests = settings.dataset_name or settings.train_data_dir or "images", {}
+    if Path(dataset).exists():  # however its path is written
+        dataset = str(Path(dataset).resolve())
     for split, table in splits.items():
         if not streaming:
             content = table._fingerprint
-        else:  # which has no name of its content
+        else:  # which has no name of its content: its first files stand for it
             content = f"stream of {limits[split]}, {settings.dataset_config_name}, "
-            content += f"{settings.train_split}, {settings.eval_split}, {settings.eval_fraction}"
+            content += f"{settings.train_split}, {settings.eval_split}, {settings.eval_fraction}, "
+            content += f"{window}, {_first_files(table, column):08x}"
         is_flipped = settings.random_flip and split == "train"
         manifests[split] = Manifest(
             weights="",

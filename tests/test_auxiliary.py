@@ -1,0 +1,125 @@
+"""Auxiliary decoders: encoders that learn by them, previews, and decoders that come later."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from conftest import all_grids, tiny_level, tiny_prior
+from interruptions import weights
+from test_greedy import FEW, RECIPE, fresh_state, pictures  # noqa: F401
+
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.fingerprint import fingerprint
+from progressive_vae.training import train
+
+AUXILIARY = {"auxiliary_hidden_size": 8}
+ALONE = {**AUXILIARY, "decoder_order": "auxiliary"}
+
+
+def pipeline_of(**kind) -> ProgressiveVAEPipeline:
+    """N = 2, images of 5×7."""
+    coarsest = tiny_level(num_symbols=4, seed=1, **kind)
+    finest = tiny_level(num_channels=3, codebook_size=4, seed=2, **kind)
+    pipe = ProgressiveVAEPipeline.from_levels(
+        tiny_prior(grid_size=[2, 2]), [coarsest, finest], [5, 7]
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_a_distribution():
+    level, grids = tiny_level(num_symbols=3, **ALONE), all_grids(3, 2, 2)
+    codes = torch.ones(len(grids), 1, 1, dtype=torch.long)
+    with torch.no_grad():
+        assert level.log_prob(grids, codes).exp().sum().item() == pytest.approx(1, abs=1e-4)
+        pixel = tiny_level(num_channels=1, **ALONE)
+        values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
+        nats = pixel.log_prob(values, torch.ones(256, 1, 1, dtype=torch.long))
+    assert nats.exp().sum().item() == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="auxiliary_hidden_size for decoder_order='auxiliary'"):
+        tiny_level(num_channels=1, decoder_order="auxiliary")
+
+
+@pytest.mark.parametrize("kind", [ALONE, AUXILIARY])
+def test_previews(kind, images):
+    pipe = pipeline_of(**kind)
+    codes = pipe.encode(images)
+    for k in (1, 2):
+        shown = pipe.preview(codes, k, output_type="pt")
+        assert shown.shape == (4, 3, 5, 7) and 0 <= shown.min() and shown.max() <= 1
+        assert torch.equal(shown, pipe.preview(images, k, output_type="pt"))
+        again = pipe.preview(images, k, output_type="pt", batch_size=3)
+        assert torch.allclose(shown, again, atol=1e-4)
+        assert torch.equal(shown, pipe.preview(codes[:k], output_type="pt"))
+    drawn = pipe(num_images_per_prompt=3, preview=True, output_type="pt")
+    assert len(drawn.codes) == 2
+    assert torch.equal(drawn.images, pipe.preview(drawn.codes, output_type="pt"))
+    assert pipe.preview(images)[0].size == (7, 5)
+    with pytest.raises(ValueError, match="expected level in 1 … 1, got 2"):
+        pipe.preview(codes[:1], 2)
+    with pytest.raises(ValueError, match="expected a level with an auxiliary decoder"):
+        pipeline_of().preview(images)
+
+
+def test_a_decoder_that_comes_later_leaves_codes_and_previews_alone(tmp_path, images):
+    level = tiny_level(num_channels=3, **ALONE)
+    pixels = images / 127.5 - 1
+    later = level.with_decoder(decoder_order="lattice", hidden_size=8, num_layers=1).eval()
+    later.save_pretrained(tmp_path)
+    loaded = ProgressiveVAELevel.from_pretrained(tmp_path).eval()
+    codes = level.encode(pixels)
+    assert torch.equal(codes, loaded.encode(pixels)) and level.decoder is None
+    assert torch.equal(level.expect(codes, (5, 7)), loaded.expect(codes, (5, 7)))
+    assert fingerprint([level]) == fingerprint([loaded])
+    assert not any(p.requires_grad for p in [*later.encoder.parameters(),
+                                             *later.auxiliary.parameters()])  # fmt: skip
+    assert all(p.requires_grad for p in later.decoder.parameters())
+
+
+def test_a_level_of_symbols_learns_by_the_picture():
+    """The gradient of the picture's error reaches the encoder, and no finer level."""
+    pipe = pipeline_of(**ALONE)
+    coarsest, finest = pipe.level_1.train(), pipe.level_2.requires_grad_(False)
+    finer = torch.randint(4, (2, 3, 4))
+
+    def paint(probabilities):
+        return finest.expectation(probabilities, (5, 7))
+
+    plain = coarsest(finer).loss
+    told = coarsest(finer, paint=paint).loss
+    assert told > plain
+    gradient = torch.autograd.grad(told - plain, coarsest.encoder.out[1].weight)[0]
+    assert gradient.abs().max() > 0
+    # An expectation that is certain and right costs nothing.
+    exact = torch.nn.functional.one_hot(finer, 4).movedim(-1, 1).float()
+    assert torch.equal(paint(exact), finest.expect(finer, (5, 7)))
+
+
+def test_encoders_first_then_decoders_in_any_order(tmp_path):
+    staged = {"auxiliary_hidden_size": 8, "encoder_fit": FEW, **RECIPE["levels"]}
+    recipe = {**RECIPE, "levels": staged}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    pipe = train(recipe, pictures(), whole)
+    costs = json.loads((whole / "metrics.json").read_text())["phases"]
+    assert [name for name in costs if not name.startswith("encode_")] == [
+        "encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"
+    ]  # fmt: skip
+    assert pipe.level_2.config.decoder_order == "lattice" and pipe.level_2.auxiliary is not None
+    assert pipe.preview(pipe(num_images_per_prompt=2).codes)[0].size == (8, 8)
+    for phase in ("encoder_2", "encoder_1", "prior"):
+        train(recipe, pictures(), parts, phase=phase, resume_from_checkpoint=None)
+    first = train(recipe, pictures(), parts, phase="evaluate")  # it works with what it has
+    assert first.level_1.decoder is None
+    for phase in ("decoder_1", "decoder_2", "decoder_1"):  # one of them twice
+        train(recipe, pictures(), parts, phase=phase, resume_from_checkpoint=None)
+    assert weights(parts) == weights(whole)
+    assert train(recipe, pictures(), parts) is not None  # nothing is left to do
+    histories = [json.loads((parts / f"level_{i}/history.json").read_text()) for i in (1, 2)]
+    assert [[each["phase"] for each in h] for h in histories] == [
+        ["encoder_1", "decoder_1"], ["encoder_2", "decoder_2"]
+    ]  # fmt: skip
+    saved = yaml.safe_load((parts / "recipe.yaml").read_text())
+    assert saved["level_1"]["encoder_fit"]["max_train_steps"] == 4
+    with pytest.raises(ValueError, match="auxiliary_hidden_size of level_1, which has an encoder"):
+        train({**RECIPE, "levels": {"encoder_fit": FEW}}, pictures(), tmp_path / "none")
