@@ -263,8 +263,9 @@ def test_every_recipe_of_the_examples_is_read(script):
     assert script.parse(["--train_data_dir", "x"])[0].data.dataset_name is None
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
         recipe, _ = script.parse(["--config", str(path)])
-        fits = [*(level.fit for level in recipe.levels), recipe.prior.fit]
-        assert sum(fit.time_share for fit in fits) == pytest.approx(1)
+        fits = [each for level in recipe.levels for each in (level.encoder_fit, level.fit)]
+        shares = [fit.time_share for fit in [*fits, recipe.prior.fit] if fit is not None]
+        assert sum(shares) == pytest.approx(1)
         assert yaml.safe_load(path.read_text())["run"]["output_dir"] == f"runs/{path.stem}"
 
 
