@@ -9,7 +9,8 @@ Writes `evaluation.json`, `evaluation.md` and `rate_distortion.png` into `--outp
 caches of the images, the drawn images and the classifier stay too. Distances are in the features of
 a small classifier of the data set's own labels, or with `--features inception` in those of
 torchmetrics' Inception network (`pip install torch-fidelity`; its weights are fetched);
-`--features none` leaves them out. What classes are kept is told by the classifier alone.
+`--features none` leaves them out. Distances of patches, scale by scale, need neither labels nor a
+network. What classes are kept is told by the classifier alone.
 
 The images must be held out: give the `--eval_fraction` of the training where its data set has no
 split for evaluation, and after `--streaming` name images that it has not seen.
@@ -36,6 +37,7 @@ from progressive_vae.training.data import pixel_batches, read_images
 from progressive_vae.training.evaluation import evaluate, label_accuracy, psnr_of, rate_distortion
 from progressive_vae.training.files import image_files
 from progressive_vae.training.lock import locked
+from progressive_vae.training.patches import patches_of, sliced_wasserstein
 from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.sources import open_source
 from progressive_vae.training.yardsticks import (
@@ -125,13 +127,13 @@ def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classif
 def distances(
     arguments: Arguments,
     pipe: ProgressiveVAEPipeline,
-    extractor: torch.nn.Module,
+    extractor: torch.nn.Module | None,
     data: dict[str, GridDataset],
     drawn: GridDataset,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict]:
     """To held-out images: of as many training images, of those that are drawn again from the true
-    z_k of the very same held-out images, for each k, and of those drawn from nothing; with
-    precision and recall."""
+    z_k of the very same held-out images, for each k, and of those drawn from nothing; in the
+    features of a network, with precision and recall, and of patches at each scale."""
     count = min(len(drawn), len(data["test"]))
     generator = torch.Generator().manual_seed(arguments.seed)
 
@@ -144,13 +146,20 @@ def distances(
             told = {"class_labels": labels.tolist()} if is_told and labels.min() >= 0 else {}
             yield pipe.decode(codes[:level], "pt", generator, **told)
 
-    def features(batches) -> torch.Tensor:
-        return features_of(extractor, islice(batches, math.ceil(count / 250)))[:count]
+    def seen(batches) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+        """Features and patches of the first images."""
+        features, patches, left = [], [], count
+        for batch in islice(batches, math.ceil(count / 250)):
+            batch, left = batch[:left], left - len(batch)
+            features += [] if extractor is None else [features_of(extractor, [batch])]
+            patches.append(patches_of([batch], count, left))
+        columns = [torch.cat(scale) for scale in zip(*patches, strict=True)]
+        return torch.cat(features) if features else None, columns
 
     def stored(images: GridDataset):
         return (as_unit(grids) for grids, _ in images.batches(250))
 
-    real = features(stored(data["test"]))
+    real, real_patches = seen(stored(data["test"]))
     sources = {
         f"{count} training images": (
             as_unit(grids) for grids in data["train"].sample(count, arguments.seed).split(250)
@@ -160,11 +169,13 @@ def distances(
     }
     rows = {}
     for name, batches in sources.items():
-        of_these = features(batches)
-        rows[name] = {
-            "frechet_distance": frechet_distance(real, of_these),
-            **precision_recall(real, of_these),
-        }
+        of_these, patches = seen(batches)
+        rows[name] = {"sliced_wasserstein": sliced_wasserstein(real_patches, patches)}
+        if real is not None and of_these is not None:
+            rows[name] |= {
+                "frechet_distance": frechet_distance(real, of_these),
+                **precision_recall(real, of_these),
+            }
     return rows
 
 
@@ -190,25 +201,32 @@ def report(metrics: dict) -> str:
     lines = ["| factor | bits/dim |", "|---|---|"]
     lines += [f"| {name} | {bits:.4f} |" for name, bits in metrics["bits_per_dim"].items()]
     lines += [f"| {name} | {bits:.4f} |" for name, bits in metrics["lossless_files"].items()]
-    if "distances" in metrics:
-        title = f"Fréchet distance ({metrics['features']})"
-        lines += ["", f"| images from | {title} | precision | recall |", "|---|---|---|---|"]
-    for name, row in metrics.get("distances", {}).items():
-        figures = (row["frechet_distance"], row["precision"], row["recall"])
-        lines.append(f"| {name} | {figures[0]:.4f} | {figures[1]:.3f} | {figures[2]:.3f} |")
+    title = f"Fréchet distance ({metrics['features']})"
+    lines += ["", f"| images from | patches, fine to coarse | {title} | precision | recall |",
+              "|---|---|---|---|---|"]  # fmt: skip
+    for name, row in metrics["distances"].items():
+        cells = [", ".join(f"{distance:.1f}" for distance in row["sliced_wasserstein"])]
+        if "frechet_distance" in row:
+            cells += [f"{row['frechet_distance']:.4f}", f"{row['precision']:.3f}",
+                      f"{row['recall']:.3f}"]  # fmt: skip
+        lines.append(f"| {name} | " + " | ".join([*cells, "", "", ""][:4]) + " |")
     if "accuracy" in metrics:
         lines += ["", "| accuracy on held-out images | |", "|---|---|"]
         lines += [f"| {name} | {100 * a:.2f} % |" for name, a in metrics["accuracy"].items()]
     lines += [
         "",
-        "| from | bits/dim | PSNR of a draw | PSNR of a mean of draws |",
-        "|---|---|---|---|",
+        "| from | bits/dim | PSNR, SSIM of a draw | of a mean of draws | of the preview |",
+        "|---|---|---|---|---|",
     ]
     for name, row in metrics["rate_distortion"].items():
-        lines.append(
-            f"| z_1 … z_{name.removeprefix('level_')} | {row['bits_per_dim']:.4f} | "
-            f"{row['psnr']:.2f} | {row['psnr_of_mean']:.2f} |"
-        )
+        cells = [
+            f"{row['psnr' + kind]:.2f}, {row.get('ssim' + kind, math.nan):.3f}"
+            if "psnr" + kind in row
+            else ""
+            for kind in ("", "_of_mean", "_of_preview")
+        ]
+        rate = f"| z_1 … z_{name.removeprefix('level_')} | {row['bits_per_dim']:.4f} | "
+        lines.append(rate + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -244,9 +262,8 @@ def measure(arguments: Arguments, images_of: DataSettings):
         "seed": arguments.seed,
         **evaluate(pipe, test),
     }
-    if extractor is not None:
-        drawn = drawn_images(arguments, pipe, num_drawn)
-        metrics["distances"] = distances(arguments, pipe, extractor, data, drawn)
+    drawn = drawn_images(arguments, pipe, num_drawn)
+    metrics["distances"] = distances(arguments, pipe, extractor, data, drawn)
     if pipe.labels and arguments.features == "classifier":
         real = classifier_of(arguments, data["train"], "classifier")
         metrics["accuracy"] = {"learned from the training split": accuracy(real, test)}
@@ -267,6 +284,10 @@ def measure(arguments: Arguments, images_of: DataSettings):
         "z_1 … z_k, mean of 8 draws": [(row["bits_per_dim"], row["mse_of_mean"]) for row in rows],
         **of_files,
     }
+    if all("mse_of_preview" in row for row in rows):
+        curves["z_1 … z_k, the preview"] = [
+            (row["bits_per_dim"], row["mse_of_preview"]) for row in rows
+        ]
     metrics["curves"] = curves
     write_json(output_dir / "evaluation.json", metrics)
     plot(curves, output_dir / "rate_distortion.png")

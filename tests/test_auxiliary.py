@@ -12,6 +12,7 @@ from test_greedy import FEW, RECIPE, fresh_state, pictures  # noqa: F401
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.fingerprint import fingerprint
 from progressive_vae.training import train
+from progressive_vae.training.evaluation import psnr_of, rate_distortion
 
 AUXILIARY = {"auxiliary_hidden_size": 8}
 ALONE = {**AUXILIARY, "decoder_order": "auxiliary"}
@@ -94,6 +95,19 @@ def test_a_level_of_symbols_learns_by_the_picture():
     # An expectation that is certain and right costs nothing.
     exact = torch.nn.functional.one_hot(finer, 4).movedim(-1, 1).float()
     assert torch.equal(paint(exact), finest.expect(finer, (5, 7)))
+
+
+def test_figures_of_previews():
+    prior = tiny_prior(grid_size=[3, 3])
+    pipe = ProgressiveVAEPipeline.from_levels(prior, pipeline_of(**AUXILIARY).levels)
+    pipe.set_progress_bar_config(disable=True)
+    images = torch.randint(256, (3, 3, 12, 12), dtype=torch.uint8)
+    for k, row in enumerate(rate_distortion(pipe, images, num_draws=2).values(), 1):
+        shown = pipe.preview(images, k, "pt") * 255
+        error = (shown - images).square().mean().item()
+        assert row["mse_of_preview"] == pytest.approx(error, rel=1e-4)
+        assert row["psnr_of_preview"] == pytest.approx(psnr_of(error), rel=1e-4)
+        assert all(-1 <= row[f"ssim{kind}"] <= 1 for kind in ("", "_of_mean", "_of_preview"))
 
 
 def test_encoders_first_then_decoders_in_any_order(tmp_path):

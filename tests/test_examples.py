@@ -46,6 +46,7 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
     assert set(bits) == {"prior", "level_1", "level_2", "total"} and first["num_images"] == 100
     assert list(first["distances"])[1:] == ["true z_2", "true z_1", "nothing"]
     for row in first["distances"].values():
+        assert len(row["sliced_wasserstein"]) == 1 and row["sliced_wasserstein"][0] > 0  # 8×8
         assert row["frechet_distance"] >= 0 and 0 <= row["precision"] <= 1 >= row["recall"] >= 0
     curve = first["rate_distortion"]
     assert 0 < curve["level_1"]["bits_per_dim"] < curve["level_2"]["bits_per_dim"] < bits["total"]
@@ -60,7 +61,9 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
     assert json.loads((tmp_path / "evaluation.json").read_text()) == first
     script.main([*flags, "--features", "none"])
     without = json.loads((tmp_path / "evaluation.json").read_text())
-    assert without["bits_per_dim"] == bits and not {"distances", "accuracy"} & set(without)
+    assert without["bits_per_dim"] == bits and "accuracy" not in without
+    for name, row in without["distances"].items():
+        assert row == {"sliced_wasserstein": first["distances"][name]["sliced_wasserstein"]}
     with pytest.raises(ValueError, match="features to be 'classifier', 'inception' or"):
         script.main([*flags, "--features", "x"])
 
@@ -103,6 +106,7 @@ def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
         rate += bits[factor]
         assert curve[f"level_{k}"]["bits_per_dim"] == pytest.approx(rate, rel=1e-4)
         assert curve[f"level_{k}"]["psnr"] <= curve[f"level_{k}"]["psnr_of_mean"]
+        assert not {"ssim", "psnr_of_preview"} & set(curve[f"level_{k}"])  # no room, and none
 
 
 def test_benchmark_measures_both(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,7 @@
 | `streaming.py` | images read as they come, where a disk does not hold them |
 | `sources.py` | a data set, opened: its splits, columns and classes; their pixels |
 | `yardsticks.py` | how near drawn images are to real ones: a classifier, distances |
+| `patches.py` | the same without labels or networks: patches, scale by scale |
 | `evaluation.py` | bits/dim per factor, code use, rate and distortion |
 | `speed.py` | images a second, and the arithmetic that they take |
 | `files.py` | what image files cost |

@@ -14,6 +14,8 @@ from ..pipeline import ProgressiveVAEPipeline
 from .codes import GridDataset
 from .yardsticks import Classifier
 
+SSIM_WINDOW = 11
+
 
 def code_use(counts: Tensor) -> dict[str, float]:
     """Of how often each of K codes occurs, (K,): codes used, and perplexity exp H(use), 1 … K."""
@@ -95,8 +97,13 @@ def rate_distortion(
 
     `mse` is the mean squared error, in squares of the 256 grey values, of one draw from z_1 … z_k;
     `mse_of_mean` that of the mean of `num_draws` draws, nearer to what a decoder that minimises
-    squared error would show. `psnr` is 10 log10(255² / mse) in dB, likewise.
+    squared error would show; `mse_of_preview` that of what auxiliary decoders expect, where there
+    are any. `psnr` is 10 log10(255² / mse) in dB, `ssim` the structural similarity (Wang et al.
+    2004), likewise, of images that have room for its window.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
+    has_previews = all(level.auxiliary is not None for level in pipe.levels)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Counter] = {f"level_{k}": Counter() for k in range(1, pipe.num_levels + 1)}
     for batch in images.split(batch_size):
@@ -108,14 +115,22 @@ def rate_distortion(
                 [pipe.decode(codes[:k], "pt", generator) * (NUM_PIXEL_VALUES - 1)
                  for _ in range(num_draws)]
             )  # fmt: skip
-            errors = {"mse": shown[0] - batch, "mse_of_mean": shown.mean(0) - batch}
-            squares = {name: error.square().sum().item() for name, error in errors.items()}
-            sums[f"level_{k}"].update({"bits_per_dim": rate, **squares})
+            views = {"": shown[0], "_of_mean": shown.mean(0)}
+            if has_previews:
+                views["_of_preview"] = pipe.preview(codes, k, "pt") * (NUM_PIXEL_VALUES - 1)
+            sums[f"level_{k}"]["bits_per_dim"] += rate
+            for kind, view in views.items():
+                errors = {f"mse{kind}": (view - batch).square().sum().item()}
+                if min(pipe.image_shape[1:]) >= SSIM_WINDOW:
+                    alike = ssim(view, batch.float(), data_range=float(NUM_PIXEL_VALUES - 1))
+                    errors[f"ssim{kind}"] = float(alike) * batch.numel()  # type: ignore[arg-type]
+                sums[f"level_{k}"].update(errors)
     figures = {}
     for name, totals in sums.items():
-        figures[name] = {key: value / images.numel() for key, value in totals.items()}
-        for key, psnr in (("mse", "psnr"), ("mse_of_mean", "psnr_of_mean")):
-            figures[name][psnr] = psnr_of(figures[name][key])
+        found = {key: value / images.numel() for key, value in totals.items()}
+        psnr = {key.replace("mse", "psnr"): psnr_of(value) for key, value in found.items()
+                if key.startswith("mse")}  # fmt: skip
+        figures[name] = {**found, **psnr}
     return figures
 
 

@@ -1,0 +1,47 @@
+"""Distances of patches, on shifts that are known."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from progressive_vae.training.patches import laplacian_pyramid, patches_of, sliced_wasserstein
+
+
+def smooth(count: int, seed: int, shape: tuple[int, int] = (5, 5)) -> torch.Tensor:
+    """Coloured clouds with a little texture, 64×64."""
+    generator = torch.Generator().manual_seed(seed)
+    clouds = torch.rand(count, 3, *shape, generator=generator)
+    clouds = F.interpolate(clouds, (64, 64), mode="bilinear", align_corners=True)
+    return clouds + 0.05 * torch.randn(count, 3, 64, 64, generator=generator)
+
+
+def distances(one, two):
+    sets = (patches_of(images.split(20), len(images)) for images in (one, two))
+    return sliced_wasserstein(*sets)
+
+
+def test_a_pyramid_adds_up_to_its_image():
+    images = smooth(2, 0)
+    pyramid = laplacian_pyramid(images)
+    assert [level.shape[-1] for level in pyramid] == [64, 32, 16]
+    whole = pyramid[-1]
+    for level in reversed(pyramid[:-1]):
+        size = level.shape[-2:]
+        whole = level + F.interpolate(whole, size, mode="bilinear", align_corners=False)
+    assert torch.allclose(whole, images, atol=1e-5)
+
+
+def test_each_scale_sees_its_own_shift():
+    real, others = smooth(40, 0), smooth(40, 1)
+    same = distances(real, others)
+    assert distances(real, real) == [0.0, 0.0, 0.0]
+    striped = distances(real, others + 0.05 * (torch.arange(64) % 2))  # a pixel wide: texture alone
+    assert striped[0] > 3 * same[0] and striped[2] < 2 * same[2]
+    bands = distances(real, smooth(40, 1, (5, 1)))  # of the same texture: shapes alone
+    assert bands[2] > 2 * same[2] and bands[0] < 2 * same[0]
+
+
+def test_images_without_room():
+    assert len(patches_of([torch.rand(3, 1, 8, 8)], 3)) == 1
+    with pytest.raises(ValueError, match="at least 7×7"):
+        patches_of([torch.rand(3, 1, 5, 7)], 3)
