@@ -1,6 +1,10 @@
 """Auxiliary decoders: encoders that learn by them, previews, and decoders that come later."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,12 +12,14 @@ import yaml
 from conftest import all_grids, tiny_level, tiny_prior
 from interruptions import weights
 from test_greedy import FEW, RECIPE, fresh_state, pictures  # noqa: F401
+from test_training import SMALL
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.fingerprint import fingerprint
 from progressive_vae.training import train
 from progressive_vae.training.evaluation import psnr_of, rate_distortion
 
+ROOT = Path(__file__).parents[1]
 AUXILIARY = {"auxiliary_hidden_size": 8}
 ALONE = {**AUXILIARY, "decoder_order": "auxiliary"}
 
@@ -137,3 +143,29 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     assert saved["level_1"]["encoder_fit"]["max_train_steps"] == 4
     with pytest.raises(ValueError, match="auxiliary_hidden_size of level_1, which has an encoder"):
         train({**RECIPE, "levels": {"encoder_fit": FEW}}, pictures(), tmp_path / "none")
+
+
+def test_decoders_and_prior_side_by_side(tmp_path, script):
+    """Three processes in one folder end with the weights of one after the other."""
+    flags = [*SMALL, "--levels.auxiliary_hidden_size", "8", "--report_to", "none"]
+    flags += ["--levels.encoder_fit.max_train_steps", "4", "--levels.class_conditional", "false"]
+    flags += ["--max_train_samples", "200", "--max_eval_samples", "20"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    script.main([*flags, "--output_dir", str(whole)])
+    flags += ["--output_dir", str(parts)]
+    for phase in ("encoder_2", "encoder_1"):
+        script.main([*flags, "--phase", phase])
+    command = [sys.executable, str(ROOT / "examples" / "train.py"), *flags, "--phase"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    phases = ("decoder_2", "decoder_1", "prior")
+    beside = [
+        subprocess.Popen([*command, phase], env=environment, stderr=subprocess.PIPE, text=True)
+        for phase in phases
+    ]
+    for process in beside:
+        assert process.communicate()[1] is not None and process.returncode == 0
+    assert weights(parts) == weights(whole)
+    script.main([*flags, "--resume_from_checkpoint", "latest"])  # nothing is left but to measure
+    costs = json.loads((parts / "metrics.json").read_text())["phases"]
+    assert set(costs) == set(json.loads((whole / "metrics.json").read_text())["phases"])
+    assert weights(parts) == weights(whole)

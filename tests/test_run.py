@@ -17,7 +17,7 @@ from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training import report
-from progressive_vae.training.lock import LOCK, OWNER, locked
+from progressive_vae.training.lock import LOCK, MOMENT, OWNER, locked
 
 ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]
@@ -41,7 +41,9 @@ def copied(trained, tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    return {str(path): path.read_bytes() for path in files if path.name != LOCK}
+    return {
+        str(path): path.read_bytes() for path in files if not path.name.startswith((LOCK, MOMENT))
+    }
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,20 @@ def test_two_runs_in_one_folder(script, tmp_path):
     with locked(output_dir, PartialState()):
         assert json.loads((output_dir / OWNER).read_text())["pid"] == os.getpid()
     assert not (output_dir / OWNER).exists()
+
+
+def test_parts_have_locks_of_their_own(tmp_path):
+    state = PartialState()
+    with locked(tmp_path, state, "level_1"), locked(tmp_path, state, "prior"):
+        for part in (None, "prior"):  # the whole, and the same part
+            with pytest.raises(ValueError, match=f"which process {os.getpid()} on"):
+                with locked(tmp_path, state, part):
+                    raise AssertionError("two at once")
+    with locked(tmp_path, state):
+        with pytest.raises(ValueError, match=f"which process {os.getpid()} on"):
+            with locked(tmp_path, state, "level_1"):
+                raise AssertionError("two at once")
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_a_lock_ends_with_an_error(tmp_path):

@@ -26,8 +26,8 @@ from ..prior import ProgressiveVAEPrior
 from .begin import check_work, given_levels, keep_recipe, take_given
 from .checkpoints import Checkpoints, flat
 from .data import Images
-from .lock import LOCK, OWNER, locked
-from .phases import LevelPhase, Model, Phase, PriorPhase, RefitPhase
+from .lock import LOCK, MOMENT, locked
+from .phases import LevelPhase, Model, Phase, PriorPhase, RefitPhase, part_alone
 from .recipe import Recipe, read_recipe
 from .report import (
     RECIPE,
@@ -40,7 +40,8 @@ from .sources import open_source
 
 MIN_FOR_DISTANCE = 2  # images whose features have a covariance
 BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete",
-                       "*.replaced/", "history.json", PHASES, RECIPE, LOCK, OWNER)  # fmt: skip
+                       "*.replaced/", "history.json", PHASES, RECIPE, f"{LOCK}*",
+                       MOMENT)  # fmt: skip
 
 
 def train(
@@ -97,7 +98,8 @@ def train(
         overwrite_output_dir,
     )
     repo_id = (hub_model_id or folder.resolve().name) if push_to_hub else None
-    with locked(folder, accelerator), checkpoints.listening(), _without_bars_of_files():
+    part = part_alone(phase)
+    with locked(folder, accelerator, part), checkpoints.listening(), _without_bars_of_files():
         # All configs are made, and all that is there is looked at, before any phase runs: a wrong
         # knob costs neither training nor what was trained before.
         source = open_source(read.data, images)
@@ -145,8 +147,11 @@ def train(
                 # What is not of the pipeline, for those who upload the folder by other means.
                 lines = [*BESIDE_THE_PIPELINE, f"{read.run.logging_dir}/"]
                 (folder / ".gitignore").write_text("\n".join(dict.fromkeys(lines)) + "\n")
-            if phase != "evaluate":
-                keep_recipe(run, read, given, None if phase == "all" else chosen[0], is_first)
+        if phase != "evaluate":
+            with run.alone():
+                only = None if phase == "all" else chosen[0]
+                if accelerator.is_main_process:
+                    keep_recipe(run, read, given, only, is_first)
         take_given(run, given_parts)
         for each in chosen:
             each(run)

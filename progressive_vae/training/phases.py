@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..chain import grid_sizes
+from ..chain import MAX_LEVELS, grid_sizes
 from ..configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from ..level import ProgressiveVAELevel
 from ..pictures import reconstruction_grid, sample_grid
@@ -291,6 +291,15 @@ class PriorPhase(Phase):
 
         self._fit(run, prior, train, to_inputs, validate, identity, began)
         return prior
+
+
+def part_alone(name: str) -> str | None:
+    """The part that a phase writes, if nothing else stands on what it changes: then others may run
+    beside it. Decoders and the prior share but cached codes."""
+    parts = {"prior": "prior"}
+    for i in range(1, MAX_LEVELS + 1):
+        parts |= {f"decoder_{i}": f"level_{i}", f"refit_level_{i}": f"level_{i}"}
+    return parts.get(name)
 
 
 def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelStream, seed: int):

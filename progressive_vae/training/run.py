@@ -27,6 +27,7 @@ from ..level import ProgressiveVAELevel
 from ..saved import read_json, write_json
 from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
+from .lock import alone
 from .settings import RunSettings
 from .streaming import PixelStream
 
@@ -56,14 +57,19 @@ class Run:
     logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
 
     def __post_init__(self):
-        if self.accelerator.is_main_process:
-            for replaced in self.output_dir.glob(f"*{REPLACED}"):
+        with self.alone():
+            found = self.output_dir.glob(f"*{REPLACED}")
+            for replaced in found if self.accelerator.is_main_process else ():
                 # A kill came between the two names of a save: before it, nothing had changed.
                 if replaced.with_suffix("").exists():
                     shutil.rmtree(replaced)
                 else:
                     os.replace(replaced, replaced.with_suffix(""))
         self.accelerator.wait_for_everyone()
+
+    def alone(self):
+        """For the moment in which files are written or renamed that other runs look at."""
+        return alone(self.output_dir, self.accelerator)
 
     @property
     def output_dir(self) -> Path:
@@ -78,9 +84,18 @@ class Run:
     def level(self, index: int) -> ProgressiveVAELevel:
         """The saved level, frozen."""
         folder = self.output_dir / f"level_{index}"
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"expected a trained level in {folder}, got none: run its phase first")
-        return ProgressiveVAELevel.from_pretrained(folder).requires_grad_(False).eval()
+        for patience in (0.2, 0.5, 0.0):  # another run may be at replacing it
+            try:
+                if not (folder / "config.json").is_file():
+                    raise ValueError(
+                        f"expected a trained level in {folder}, got none: run its phase first"
+                    )
+                return ProgressiveVAELevel.from_pretrained(folder).requires_grad_(False).eval()
+            except ValueError:
+                if not patience:
+                    raise
+                time.sleep(patience)
+        raise AssertionError
 
     def fingerprint(self, index: int) -> str | None:
         """Of the saved levels `index` … N; `None` if there are none."""
@@ -108,10 +123,14 @@ class Run:
         if not folder.exists():
             finer = self.grids(split, index + 1)
             self.accelerator.wait_for_everyone()  # all have seen that there is no cache yet
-            start = time.perf_counter()
-            write_cache(folder, manifest, self._encode(levels[0], finer), self.accelerator.state)
-            count = len(GridDataset(folder, manifest))
-            self.record(f"encode_{split}_{index}", count, time.perf_counter() - start)
+            start, count = time.perf_counter(), None
+            with self.alone():
+                if not folder.exists():  # another run may have been first
+                    batches = self._encode(levels[0], finer)
+                    write_cache(folder, manifest, batches, self.accelerator.state)
+                    count = len(GridDataset(folder, manifest))
+            if count is not None:
+                self.record(f"encode_{split}_{index}", count, time.perf_counter() - start)
         return GridDataset(folder, manifest)
 
     def _encode(
@@ -140,17 +159,19 @@ class Run:
                 weights holds.
         """
         state = self.accelerator.get_state_dict(model) if is_sharded(self.accelerator) else None
+        folder = self.output_dir / name
+        temporary = folder.with_name(f"{name}.incomplete")
         if self.accelerator.is_main_process:
-            folder = self.output_dir / name
-            temporary = folder.with_name(f"{name}.incomplete")
             shutil.rmtree(temporary, ignore_errors=True)
             model.save_pretrained(temporary, state_dict=state)
             (temporary / HISTORY).write_text(json.dumps(history, indent=2))
+        with self.alone():
             replaced = folder.with_name(f"{name}{REPLACED}")
-            if folder.exists():
-                os.replace(folder, replaced)
-            os.replace(temporary, folder)
-            shutil.rmtree(replaced, ignore_errors=True)
+            if self.accelerator.is_main_process:
+                if folder.exists():
+                    os.replace(folder, replaced)
+                os.replace(temporary, folder)
+                shutil.rmtree(replaced, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.checkpoints is not None:
             self.checkpoints.remove(history[-1]["phase"], self.accelerator)
@@ -226,21 +247,22 @@ class Run:
 
     def record(self, phase: str, num_images: int, seconds: float, **figures: float):
         """Note what a phase cost, and other figures of it, in `phases.json`."""
-        if self.accelerator.is_main_process:
-            phases = self._costs()
-            phases[phase] = {
-                "seconds": round(seconds, 2),
-                "images": num_images,
-                "images_per_second": round(num_images / seconds, 2),
-                **figures,
-            }
-            write_json(self.output_dir / PHASES, phases)
+        cost = {
+            "seconds": round(seconds, 2),
+            "images": num_images,
+            "images_per_second": round(num_images / seconds, 2),
+            **figures,
+        }
+        with self.alone():
+            if self.accelerator.is_main_process:
+                write_json(self.output_dir / PHASES, {**self._costs(), phase: cost})
 
     def drop_record(self, phase: str):
-        if self.accelerator.is_main_process:
-            phases = self._costs()
-            if phases.pop(phase, None) is not None:
-                write_json(self.output_dir / PHASES, phases)
+        with self.alone():
+            if self.accelerator.is_main_process:
+                phases = self._costs()
+                if phases.pop(phase, None) is not None:
+                    write_json(self.output_dir / PHASES, phases)
 
     def phases(self) -> dict[str, dict[str, float]]:
         """What each phase of this run cost, in their order; rows of other levels are left out."""
