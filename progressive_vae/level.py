@@ -148,7 +148,9 @@ class ProgressiveVAELevel(SavedModel):
                 size = (values.shape[-2], values.shape[-1])
                 shown = paint(self.auxiliary.expect(quantized, size))
                 true = F.one_hot(values[:, 0], self.config.num_values).movedim(-1, 1).to(shown)
-                loss = loss + self.config.picture_weight * F.mse_loss(shown, paint(true).detach())
+                with torch.no_grad():
+                    picture = paint(true)
+                loss = loss + self.config.picture_weight * F.mse_loss(shown, picture)
         output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()

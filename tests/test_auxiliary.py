@@ -139,8 +139,16 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     assert [[each["phase"] for each in h] for h in histories] == [
         ["encoder_1", "decoder_1"], ["encoder_2", "decoder_2"]
     ]  # fmt: skip
+    longer = {**recipe, "level_1": {"fit": {"max_train_steps": 5}}}
+    train(longer, pictures(), parts, phase="decoder_1", resume_from_checkpoint=None)
     saved = yaml.safe_load((parts / "recipe.yaml").read_text())
     assert saved["level_1"]["encoder_fit"]["max_train_steps"] == 4
+    assert saved["level_1"]["fit"]["max_train_steps"] == 5  # what ran, of this level alone
+    assert saved["level_2"]["fit"]["max_train_steps"] == 4
+    other = {**recipe, "run": {**recipe["run"], "seed": 1}}
+    with pytest.raises(ValueError, match="expected seed=0, with which"):
+        train(other, pictures(), parts, phase="decoder_1", resume_from_checkpoint=None)
+    train(other, pictures(), parts, phase="encoder_2", resume_from_checkpoint=None)  # begins anew
     with pytest.raises(ValueError, match="auxiliary_hidden_size of level_1, which has an encoder"):
         train({**RECIPE, "levels": {"encoder_fit": FEW}}, pictures(), tmp_path / "none")
 

@@ -20,6 +20,7 @@ def check_work(
     run: Run,
     recipe: Recipe,
     name: str,
+    is_first: bool,
     phases: list[Phase],
     configs: list[ProgressiveVAELevelConfig],
     pixels: Manifest,
@@ -34,8 +35,7 @@ def check_work(
     if name != "all" or checkpoints.resume is not None:
         saved = saved_sections(run.output_dir)
         if saved is not None and not checkpoints.overwrite:
-            is_begun = name not in ("all", f"level_{len(configs)}")
-            check_begun(run.output_dir, saved, recipe.sections, is_begun)
+            check_begun(run.output_dir, saved, recipe.sections, is_begun=not is_first)
     # A refit alone is of the level that is there, whatever the recipe says of it.
     is_known = [name == "all" or not isinstance(phase, RefitPhase) for phase in phases]
     planned = [
@@ -130,7 +130,7 @@ def keep_recipe(
                   for name, section in ours.items()}  # fmt: skip
         base = {**refits, **(saved or {})}
         part = refits[phase.part]  # a level has the decoder that it has from the start
-        if isinstance(phase, RefitPhase):
+        if isinstance(phase, RefitPhase) and not phase.is_first:
             part = {**base[phase.part], "refit": ours[phase.part]["refit"]}
         begun = {"data": ours["data"], "run": ours["run"]} if is_first else {}
         ours = {**base, **begun, phase.part: part}

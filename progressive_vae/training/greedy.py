@@ -68,7 +68,8 @@ def train(
             on the Hub, or a list of PIL images; where not given, that of the recipe.
         output_dir: the pipeline's folder; where not given, that of the recipe.
         max_train_minutes: the time that the fits share; where not given, that of the recipe.
-        phase: all of them, or one alone: level_N … level_1, prior, refit_level_i or evaluate.
+        phase: all of them, or one alone: level_N … level_1, or encoder_N … encoder_1 and decoder_i
+            of levels that learn their encoders first; prior, refit_level_i or evaluate.
         resume_from_checkpoint: `latest`: leave out phases that are done and go on with the others;
             the path of a checkpoint; or null, to begin with phases anew.
         overwrite_output_dir: replace what is in output_dir; with resume_from_checkpoint only what
@@ -126,7 +127,7 @@ def train(
             for i, path in given.items()
             if is_first
         }
-        check_work(run, read, phase, chosen, configs, pixels, given_parts)
+        check_work(run, read, phase, is_first, chosen, configs, pixels, given_parts)
         run.pixels = source.pixels(
             folder / "cache" / "pixels", accelerator, overwrite_cache, overwrite_output_dir
         )
