@@ -7,6 +7,7 @@
 | `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
 | `strict.py` | configs whose every complaint is a `ValueError`, and what they may say |
 | `backbones.py` | configs of causal networks: any of transformers, or a small one |
+| `choices.py` | what the knobs of a level can be set to |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
 | `chain.py` | what fits together: the grids of a chain of levels |

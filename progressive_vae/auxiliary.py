@@ -26,6 +26,9 @@ class AuxiliaryDecoder(nn.Module):
 
     - `expect(quantized, size)`: its expectation of a finer grid of `size` (H, W): a picture, float
       (B, C, H, W) in [−1, 1], or the probabilities of symbols (B, V, H, W).
+
+    One pass serves both: `said = auxiliary(quantized, size)`, `expectation(said)`, and the
+    log-probability `judge(said, finer)`, (B,).
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -49,29 +52,38 @@ class AuxiliaryDecoder(nn.Module):
         x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
         return self.out(x)[..., : size[0], : size[1]].float()
 
-    def expect(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        said = self(quantized, size)
+    def expectation(self, said: Tensor) -> Tensor:
         if self.config.is_finest:
             return said[:, : self.config.value_channels].clamp(-1, 1)
         return said.softmax(1)
 
+    def judge(self, said: Tensor, finer: Tensor) -> Tensor:
+        teacher = Teacher(finer)
+        self._walk(said, teacher)
+        return torch.stack(teacher.terms).sum(0)
+
+    def expect(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.expectation(self(quantized, size))
+
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
+        return self._walk(self(condition.quantized, size), choose)
+
+    def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
+        size = (finer.shape[-2], finer.shape[-1])
+        return self.judge(self(condition.quantized, size), finer)
+
+    def check_causal(self):
+        """It is: nothing follows."""
+
+    def _walk(self, said: Tensor, choose: Choose) -> Tensor:
         """One group, whose colours are independent too."""
-        said, channels = self(condition.quantized, size), self.config.value_channels
+        size, channels = said.shape[-2:], self.config.value_channels
         positions = torch.arange(math.prod(size), device=said.device)
         grids = [
             ask(choose, self._of_colour(said, colour), Place(0, colour, positions), len(said))
             for colour in range(channels)
         ]
         return torch.stack(grids, 1).unflatten(2, size)
-
-    def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
-        teacher = Teacher(finer)
-        self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
-        return torch.stack(teacher.terms).sum(0)
-
-    def check_causal(self):
-        """It is: nothing follows."""
 
     def _of_colour(self, said: Tensor, colour: int) -> Distribution:
         if not self.config.is_finest:

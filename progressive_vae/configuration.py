@@ -1,22 +1,26 @@
 """The two configs: every architectural knob, once."""
 
-import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from .backbones import MAX_LAYERS, causal_config, check_causal_config, small_llama, small_opt
+from .choices import (
+    CORRUPTIONS,
+    DECODER_ORDERS,
+    DOWNSAMPLES,
+    GROUP_NUMBERS,
+    GUESSING,
+    GUIDED,
+    PIXEL_DISTRIBUTIONS,
+    PIXEL_ORDERS,
+    QUANTIZERS,
+    STOCHASTIC,
+    fsq_levels,
+)
 from .strict import check_limits, check_names, check_range, strict_config
 
-DECODER_ORDERS = ("factorized", "lattice", "masked", "raster", "auxiliary")
-PIXEL_DISTRIBUTIONS = ("categorical", "logistics")
-GUESSING = ("logistics",)  # around the nearest known pixels, which only lattices have
-QUANTIZERS = ("vq", "fsq", "gumbel")
-STOCHASTIC = ("gumbel",)
-CORRUPTIONS = ("random", "near")
-DOWNSAMPLES = (2, 4, 8, 16, 32, 64)
 NUM_PIXEL_VALUES = 256  # of one colour of a pixel
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
@@ -32,16 +36,6 @@ DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logi
 TRAINING_FIELDS = ("class_dropout", "picture_weight", "commitment_weight", "codebook_decay",
                    "restart_threshold", "gumbel_temperature", "gumbel_decay",
                    "corruption_kind")  # fmt: skip
-
-# The numbers of groups that an order can have for a downsample; the first where it is left open.
-_GROUPS: dict[str, Callable[[int], list[int | None]]] = {
-    "factorized": lambda downsample: [1],
-    "lattice": lambda downsample: [1 + 3 * k for k in range(int(math.log2(downsample)), 7)],
-    "masked": lambda downsample: [8, *range(1, 257)],
-    "raster": lambda downsample: [None],  # as many as positions
-    "auxiliary": lambda downsample: [1],
-}
-PIXEL_ORDERS = tuple(order for order in DECODER_ORDERS if order != "raster")
 
 
 def _name_classes(config):
@@ -61,25 +55,6 @@ def _check_classes(config):
             f"expected id2label with num_classes={config.num_classes} entries, "
             f"got {len(config.id2label)}"
         )
-
-
-def fsq_levels(codebook_size: int) -> list[int]:
-    """K as a product of the fewest numbers up to 8, as equal as possible: 64 -> [8, 8].
-
-    Each is the number of values of one dimension of a finite scalar quantizer.
-    """
-    rest = codebook_size
-    for prime in (2, 3, 5, 7):
-        while rest > 1 and rest % prime == 0:
-            rest //= prime
-    for length in range(1, 1 + codebook_size.bit_length()) if rest == 1 else ():
-        choices = itertools.combinations_with_replacement(range(1, 9), length)
-        if fitting := [c for c in choices if math.prod(c) == codebook_size]:
-            return list(max(fitting))
-    raise ValueError(
-        f"expected codebook_size to be a product of numbers up to 8 for quantizer='fsq', "
-        f"got {codebook_size}"
-    )
 
 
 @strict_config
@@ -103,9 +78,10 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 is dearer by
             a fifth, and no better in equal time.
         value_embed_dim: length of the vector by which the networks see one finer value.
-        pixel_distribution: `"categorical"`, a probability of each value, or `"logistics"`, a
-            mixture around the neighbours of a pixel that are known already, for smooth pictures
-            (with `decoder_order="lattice"`).
+        pixel_distribution: `"categorical"`, a probability of each value; with
+            `decoder_order="lattice"` also `"logistics"`, a mixture around the neighbours of a
+            pixel that are known already, for smooth pictures, and `"guided_logistics"`, around
+            what the auxiliary decoder expects, too.
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table through which the
             logits of pixels are made, so that near values learn together; 0 for a free logit of
             every value, which is better for few images of few grey values.
@@ -131,8 +107,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         auxiliary_hidden_size: width of the auxiliary decoder, by whose picture encoder and codebook
             learn, and which previews show; `None` for none.
         auxiliary_num_layers: its residual blocks on each grid.
-        picture_weight: of a level of symbols, of the squared error of the picture that the finer
-            auxiliary decoders make of what it expects, beside the nats of a symbol.
+        picture_weight: of the squared error of the picture that the auxiliary decoder expects, or
+            on a level of symbols that finer ones make of it, beside the nats of an entry.
         num_classes: number of class labels that the decoder is told; 0 for none.
         class_dropout: probability that training shows the decoder the null class instead.
         corruption: while a decoder is refitted, each code of z_i is replaced with a probability
@@ -260,6 +236,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 "expected decoder_order='lattice' for pixel_distribution="
                 f"{self.pixel_distribution!r}, got {self.decoder_order!r}"
             )
+        if self.is_guided and self.auxiliary_hidden_size is None:
+            raise ValueError(
+                "expected auxiliary_hidden_size for pixel_distribution="
+                f"{self.pixel_distribution!r}, got None"
+            )
         if self.num_groups not in (numbers := self._group_numbers()):
             expected = str(numbers) if len(numbers) < 10 else f"1 … {numbers[-1]}"
             raise ValueError(
@@ -268,8 +249,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             )
 
     def _group_numbers(self) -> list[int | None]:
-        is_known = self.decoder_order in _GROUPS and self.downsample in DOWNSAMPLES
-        return _GROUPS[self.decoder_order](self.downsample) if is_known else [self.num_groups]
+        is_known = self.decoder_order in GROUP_NUMBERS and self.downsample in DOWNSAMPLES
+        return GROUP_NUMBERS[self.decoder_order](self.downsample) if is_known else [self.num_groups]
 
     def validate_auxiliary(self):
         if self.decoder_order == "auxiliary" and self.auxiliary_hidden_size is None:
@@ -316,6 +297,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         """Whether pixels have logistic distributions around guesses."""
         is_asked = self.is_finest and self.decoder_order != "auxiliary"
         return is_asked and self.pixel_distribution in GUESSING
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether one of the guesses is what the auxiliary decoder expects."""
+        return self.is_guessing and self.pixel_distribution in GUIDED
 
     @property
     def is_stochastic(self) -> bool:

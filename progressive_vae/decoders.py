@@ -38,11 +38,14 @@ class Condition(NamedTuple):
         quantized: codebook[z], (B, D, h, w).
         class_labels: ids, int64 (B,); `None` is the null class.
         corruption: the probability with which each code of z was replaced, (B,); `None` is 0.
+        picture: what is expected of the finer grid, where the config asks for guidance: float
+            (B, C, H, W), in 0 … V − 1.
     """
 
     quantized: Tensor
     class_labels: Tensor | None = None
     corruption: Tensor | None = None
+    picture: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -68,7 +71,7 @@ class Decoder(nn.Module):
 
     def start(self, condition: Condition) -> Tensor:
         """The state before the walk, (B, width, h, w)."""
-        quantized, class_labels, corruption = condition
+        quantized, class_labels, corruption, _ = condition
         state = self.stem(quantized)
         if self.config.num_classes:
             if class_labels is None:
@@ -141,6 +144,9 @@ class GroupDecoder(Decoder):
         pyramid = self.pyramid(condition, (height, width))
         state, channels = pyramid.pop(), self.config.value_channels
         grid = state.new_zeros(len(state), channels, height, width, dtype=torch.long)
+        picture = condition.picture
+        if picture is not None:
+            picture = F.pad(picture, (0, width - size[1], 0, height - size[0]))
         index, groups = index_grid(size, (height, width)), self.order(self.config, (height, width))
         for number, (group, stage) in enumerate(zip(groups, self.stages, strict=True)):
             inside = Inside(group.take(index), grid.device)
@@ -148,7 +154,7 @@ class GroupDecoder(Decoder):
             state = stage.upsample(state)
             if len(stage.upsample) and pyramid:
                 state = state + pyramid.pop()
-            guesses = stage.logits[0].guesses(group, grid, size)  # (G, B, C, places)
+            guesses = stage.logits[0].guesses(group, grid, size, picture)  # (G, B, C, places)
             state = stage.blocks(stage.look(state, group, guesses))
             features = stage.head(inside.select(group.gather(state), 1))  # (B, n, width)
             known: list[Tensor] = []  # of the values so far, (B, places, E) each

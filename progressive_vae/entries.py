@@ -26,9 +26,14 @@ def of_unit(images: Tensor) -> Tensor:
     return (images * (NUM_PIXEL_VALUES - 1)).round().to(torch.uint8)
 
 
+def on_value_scale(pixel_values: Tensor) -> Tensor:
+    """Floats in [−1, 1] -> float32 in [0, 255]."""
+    return (pixel_values.float() + 1) * _HALF
+
+
 def as_values(pixel_values: Tensor) -> Tensor:
     """Floats in [−1, 1] -> the nearest values, int64 in 0 … 255."""
-    return ((pixel_values.float() + 1) * _HALF).round().long()
+    return on_value_scale(pixel_values).round().long()
 
 
 @dataclass(frozen=True)

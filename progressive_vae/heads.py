@@ -44,9 +44,11 @@ class Head(nn.Module):
         """(state, group, guesses) -> the state with what is known around the group's positions."""
         return Blind()
 
-    def guesses(self, group: Group, grid: Tensor, size: tuple[int, int]) -> Tensor:
+    def guesses(
+        self, group: Group, grid: Tensor, size: tuple[int, int], picture: Tensor | None = None
+    ) -> Tensor:
         """Of the group's values, (G, B, C, n), where the values (B, C, H, W) before it are put in
-        already; `size` is the true (H, W)."""
+        already; `size` is the true (H, W), and `picture` what is expected of the whole grid."""
         return group.take(grid)[None][:0].float()
 
     def seen(self, misses: Tensor) -> Tensor:
@@ -90,30 +92,33 @@ class PixelLogistics(Head):
     over all values.
     """
 
-    NUM_GUESSES = 8
+    LOG_SCALES: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0)  # at first
     miss_dim = 3
 
     def __init__(self, width: int, num_values: int):
         super().__init__()
         self.num_values = num_values
-        self.project = ZeroLinear(width, 4 * self.NUM_GUESSES + 1)
+        self.project = ZeroLinear(width, 4 * len(self.LOG_SCALES) + 1)
 
     def forward(self, features: Tensor, guesses=None, misses=None) -> PixelMixture:
+        count = len(self.LOG_SCALES)
         with torch.autocast(features.device.type, enabled=False):
             weight, bias = self.project.weight.float(), self.project.bias.float()
             numbers = F.linear(features.float(), weight, bias).movedim(-1, 0).contiguous()
-            weights, offsets, log_scales, slopes = numbers.tensor_split((9, 17, 25))
+            weights, offsets, log_scales, slopes = numbers.split([count + 1, count, count, count])
             means = guesses + offsets.clamp(-6, 6).sinh()  # fine near the guess, coarse far away
             if misses is not None:
                 means = means + (1 + slopes) * misses
-            start = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0], device=features.device)
+            start = torch.tensor(self.LOG_SCALES, device=features.device)
             log_scales = (log_scales + start[:, None, None]).clamp(-3, 5)
             return PixelMixture(weights.softmax(0), means, (-log_scales).exp(), self.num_values)
 
     def make_look(self, channels: int, width: int) -> nn.Module:
-        return Look(4 * 3 * channels, width)
+        return Look(channels, len(self.LOG_SCALES), width)
 
-    def guesses(self, group: Group, grid: Tensor, size: tuple[int, int]) -> Tensor:
+    def guesses(
+        self, group: Group, grid: Tensor, size: tuple[int, int], picture: Tensor | None = None
+    ) -> Tensor:
         near = group.near(grid, size)  # (4, B, C, n)
         if near is not None:
             near = near.float()
@@ -125,12 +130,40 @@ class PixelLogistics(Head):
         return soft_differences(misses[-1])
 
 
+class GuidedLogistics(PixelLogistics):
+    """Two more components begin at a picture that is expected: as it is, and corrected by what it
+    missed of the known neighbours. Of the group that comes first all are near the picture.
+
+    A decoder that is given an auxiliary decoder's picture: Lucas & Verbeek 2017, "Auxiliary guided
+    autoregressive variational autoencoders".
+    """
+
+    LOG_SCALES = (*PixelLogistics.LOG_SCALES, 2.0, 1.0)
+
+    def guesses(
+        self, group: Group, grid: Tensor, size: tuple[int, int], picture: Tensor | None = None
+    ) -> Tensor:
+        assert picture is not None  # the level sees to it
+        expected, known = group.take(picture), group.near(picture, size)
+        if known is None:  # apart from each other where their scales are alike, lest they stay so
+            steps = expected.new_tensor([-36, -12, 12, 36, 0, 0, 0, 0, 3, -3])
+            return expected + steps[:, None, None, None]
+        guesses = super().guesses(group, grid, size)
+        missed = (guesses[:4] - known).mean(0)
+        return torch.cat([guesses, torch.stack([expected, expected + missed])])
+
+
 class Look(nn.Linear):
-    """Adds to a state how the four nearest known values differ from their mean."""
+    """Adds to a state how all guesses but their plain mean differ from it: those around a pixel,
+    and those of a picture."""
+
+    def __init__(self, channels: int, num_guesses: int, width: int):
+        super().__init__(3 * channels * (num_guesses - 4), width)
 
     def forward(self, state: Tensor, group: Group, guesses: Tensor) -> Tensor:
-        near, mean = guesses[:4], guesses[-1]
-        steps = soft_differences(near - mean).permute(1, 3, 0, 2, 4).flatten(2).to(state)
+        near, mean, more = guesses[:4], guesses[4], guesses[8:]
+        differences = torch.cat([near, more]) - mean
+        steps = soft_differences(differences).permute(1, 3, 0, 2, 4).flatten(2).to(state)
         return state + group.spread(super().forward(steps), state.shape[-2:])
 
 
@@ -143,7 +176,9 @@ def soft_differences(differences: Tensor) -> Tensor:
 def make_head(config: ProgressiveVAELevelConfig) -> Head:
     """The head of a group decoder, for one colour, or for symbols."""
     width, num_values = config.hidden_size, config.num_values
-    if config.is_finest and config.pixel_distribution == "logistics":
+    if config.is_guided:
+        return GuidedLogistics(width, num_values)
+    if config.is_guessing:
         return PixelLogistics(width, num_values)
     if config.is_finest and config.pixel_logit_rank:
         return PixelLogits(width, config.pixel_logit_rank, num_values)

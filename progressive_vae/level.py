@@ -14,7 +14,7 @@ from .chain import check_codes, grid_sizes
 from .configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
 from .decoders import Condition, Decoder, make_decoder
 from .encoder import make_encoder
-from .entries import make_entries
+from .entries import make_entries, on_value_scale
 from .groups import Choose
 from .heads import Head
 from .labels import Labels, drop_labels, label_ids
@@ -138,19 +138,28 @@ class ProgressiveVAELevel(SavedModel):
                 num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
                 shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
             quantized = self.quantizer.lookup(shown)
-        condition, count = Condition(quantized, labels, corruption), values[0].numel()
-        log_prob = self.conditional.log_prob(condition, values)
-        loss = (kl - log_prob).mean() / count + quantizer_loss
-        if self.auxiliary is not None and latents is not None:
-            if self.decoder is not None:
-                loss = loss - self.auxiliary.log_prob(condition, values).mean() / count
-            if paint is not None:
-                size = (values.shape[-2], values.shape[-1])
-                shown = paint(self.auxiliary.expect(quantized, size))
-                true = F.one_hot(values[:, 0], self.config.num_values).movedim(-1, 1).to(shown)
-                with torch.no_grad():
-                    picture = paint(true)
+        size, count = (values.shape[-2], values.shape[-1]), values[0].numel()
+        log_prob: Tensor | None = None
+        loss = quantizer_loss + kl / count
+        if self.decoder is not None:
+            condition = self._condition(quantized, size, labels, corruption)
+            log_prob = self.decoder.log_prob(condition, values)
+            loss = loss - log_prob / count
+        if self.auxiliary is not None and (latents is not None or log_prob is None):
+            said = self.auxiliary(quantized, size)
+            auxiliary_log_prob = self.auxiliary.judge(said, values)
+            loss = loss - auxiliary_log_prob / count
+            log_prob = auxiliary_log_prob if log_prob is None else log_prob
+            if self.config.is_finest or paint is not None:
+                shown, picture = self.auxiliary.expectation(said), finer
+                if paint is not None:
+                    true = F.one_hot(values[:, 0], self.config.num_values).movedim(-1, 1)
+                    with torch.no_grad():
+                        picture = paint(true.to(shown))
+                    shown = paint(shown)
                 loss = loss + self.config.picture_weight * F.mse_loss(shown, picture)
+        assert isinstance(loss, Tensor)
+        loss = loss.mean()
         output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -181,7 +190,9 @@ class ProgressiveVAELevel(SavedModel):
         """
         values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
         self._check_pair(codes, values)
-        return self.conditional.log_prob(Condition(self.quantizer.lookup(codes), labels), values)
+        size = (values.shape[-2], values.shape[-1])
+        condition = self._condition(self.quantizer.lookup(codes), size, labels)
+        return self.conditional.log_prob(condition, values)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -274,7 +285,8 @@ class ProgressiveVAELevel(SavedModel):
             )
         labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
         strength = quantized.new_full((len(codes),), corruption) if corruption else None
-        values = self.conditional.walk(Condition(quantized, labels, strength), size, choose)
+        condition = self._condition(quantized, size, labels, strength)
+        values = self.conditional.walk(condition, size, choose)
         return self.entries.from_values(values)
 
     def expectation(self, probabilities: Tensor, finer_size: tuple[int, int]) -> Tensor:
@@ -349,6 +361,21 @@ class ProgressiveVAELevel(SavedModel):
         """Ids (B,) for the decoder; `None` where it is not class-conditional."""
         labels = label_ids(class_labels, self.config, batch_size)
         return labels.to(self.device) if self.config.num_classes else None
+
+    def _condition(
+        self,
+        quantized: Tensor,
+        size: tuple[int, int],
+        labels: Tensor | None,
+        corruption: Tensor | None = None,
+    ) -> Condition:
+        """What the decoder is given of a finer grid of `size` (H, W)."""
+        picture = None
+        if self.config.is_guided:
+            assert self.auxiliary is not None  # the config sees to it
+            with torch.no_grad():  # the auxiliary decoder learns for itself
+                picture = on_value_scale(self.auxiliary.expect(quantized, size))
+        return Condition(quantized, labels, corruption, picture)
 
     def _check_pair(self, codes: Tensor, values: Tensor):
         size = (values.shape[-2], values.shape[-1])

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration import ProgressiveVAELevelConfig, fsq_levels
+from .choices import fsq_levels
+from .configuration import ProgressiveVAELevelConfig
 from .sampling import Generators, Sampler, uniform
 
 

@@ -5,14 +5,26 @@ from conftest import tiny_level
 from progressive_vae import ProgressiveVAELevelConfig
 from progressive_vae.distributions import Categorical, PixelMixture
 from progressive_vae.groups import Lattice
-from progressive_vae.heads import FreeLogits, PixelLogistics, PixelLogits, make_head
+from progressive_vae.heads import (
+    FreeLogits,
+    GuidedLogistics,
+    PixelLogistics,
+    PixelLogits,
+    make_head,
+)
 
 KINDS = [
     (dict(num_symbols=5), FreeLogits, Categorical),
     (dict(num_channels=3, pixel_logit_rank=0), FreeLogits, Categorical),
     (dict(num_channels=3), PixelLogits, Categorical),
     (dict(num_channels=3, pixel_distribution="logistics"), PixelLogistics, PixelMixture),
+    (
+        dict(num_channels=3, pixel_distribution="guided_logistics", auxiliary_hidden_size=8),
+        GuidedLogistics,
+        PixelMixture,
+    ),
 ]
+NUM_GUESSES = {PixelLogistics: 8, GuidedLogistics: 10}
 
 
 @pytest.mark.parametrize(("config", "kind", "distribution"), KINDS)
@@ -21,9 +33,10 @@ def test_each_kind_of_value_has_its_head(config, kind, distribution):
     head, features = make_head(config), torch.randn(2, 6, 8)
     assert type(head) is kind
     grid = torch.randint(config.num_values, (2, config.value_channels, 4, 6))
-    guesses = head.guesses(Lattice(2, (1, 1)), grid, (4, 6))
-    is_seeing = kind is PixelLogistics
-    assert guesses.shape == (8 * is_seeing, 2, config.value_channels, 6)
+    picture = torch.rand(2, config.value_channels, 4, 6) * 255
+    guesses = head.guesses(Lattice(2, (1, 1)), grid, (4, 6), picture)
+    is_seeing, count = kind in NUM_GUESSES, NUM_GUESSES.get(kind, 0)
+    assert guesses.shape == (count, 2, config.value_channels, 6)
     said = head(features, guesses[:, :, 0], None)
     assert type(said) is distribution
     assert said.logits.shape == (2, 6, config.num_values)
@@ -36,9 +49,10 @@ def test_what_a_head_sees_has_weights_under_published_names(config, kind, _):
     level = tiny_level(**config)
     stages = level.decoder.stages
     looks = [k for k in range(4) if list(stages[k].look.parameters())]
-    assert looks == ([1, 2, 3] if kind is PixelLogistics else [])
+    is_seeing = kind in NUM_GUESSES
+    assert looks == ([1, 2, 3] if is_seeing else [])
     names = level.decoder.state_dict()
-    is_seeing, channels = kind is PixelLogistics, level.config.value_channels
+    channels = level.config.value_channels
     assert ("stages.1.look.weight" in names) == is_seeing
     assert names["stages.0.take_in.weight"].shape[1] == channels * (16 + 3 * is_seeing)
 
@@ -49,3 +63,20 @@ def test_guesses_are_the_neighbours_and_their_mean():
     assert guesses.tolist() == [0, 20, 80, 100] + 4 * [50]
     without = head.guesses(Lattice(2), grid, (4, 4))
     assert without[:, 0, 0, 0].tolist() == list(range(16, 256, 32))
+
+
+def test_guided_guesses_are_the_picture_and_what_neighbours_correct_of_it():
+    head, grid = GuidedLogistics(8, 256), torch.arange(16).view(1, 1, 4, 4) * 10
+    picture = grid + torch.tensor([5.0, -5.0]).repeat(2).view(1, 1, 1, 4)  # in turn, by columns
+    guesses = head.guesses(Lattice(2, (1, 1)), grid, (4, 4), picture)[:, 0, 0, 0]
+    assert guesses.tolist() == [0, 20, 80, 100] + 4 * [50] + [45, 40]
+    first = head.guesses(Lattice(2), grid, (4, 4), picture)
+    assert (first - picture[0, :, ::2, ::2].flatten(1)).abs().max() <= 36
+    said = head(torch.zeros(1, 4, 8), first[:, :, 0])  # no two components are the same ones
+    components = torch.stack([said.means, said.precisions], -1)[:, 0, 0]
+    assert len(components.unique(dim=0)) == len(first)
+
+
+def test_a_guided_level_wants_an_auxiliary_decoder():
+    with pytest.raises(ValueError, match="expected auxiliary_hidden_size .*got None"):
+        ProgressiveVAELevelConfig(num_channels=3, pixel_distribution="guided_logistics")

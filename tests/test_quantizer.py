@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.configuration import QUANTIZERS, fsq_levels
+from progressive_vae.choices import QUANTIZERS, fsq_levels
 from progressive_vae.quantizer import (
     FiniteScalarQuantizer,
     GumbelQuantizer,

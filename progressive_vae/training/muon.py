@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..networks import ZeroLinear
+from .speed import has_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero (Jordan et al. 2024)
 
@@ -65,9 +66,9 @@ class Muon(torch.optim.AdamW):
 def orthogonal(matrix: Tensor, num_iterations: int = 5) -> Tensor:
     """U Vᵀ of a matrix U S Vᵀ, roughly: singular values come out near 1 (between 0.7 and 1.2).
 
-    Newton–Schulz iterations X ← a X + (b A + c A²) X with A = X Xᵀ, in bf16.
+    Newton–Schulz iterations X ← a X + (b A + c A²) X with A = X Xᵀ, in bf16 where that is quick.
     """
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if has_bf16(matrix.device) else matrix.float()
     is_tall = len(x) > x.shape[1]
     x = x.T if is_tall else x
     x = x / x.norm().clamp(min=1e-7)

@@ -1,6 +1,7 @@
 """What one training leaves behind: levels, caches of codes, costs, pictures; and where it lies."""
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -29,6 +30,7 @@ from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
 from .lock import alone
 from .settings import RunSettings
+from .speed import has_bf16
 from .streaming import PixelStream
 
 HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
@@ -304,16 +306,20 @@ def make_accelerator(settings: RunSettings) -> Accelerator:
         ValueError: this process has trained with another precision.
     """
     output_dir, known = Path(settings.output_dir), AcceleratorState._shared_state
+    is_on_cpu, wanted = not torch.accelerator.is_available(), settings.mixed_precision
+    if is_on_cpu and wanted == "bf16" and not has_bf16(torch.device("cpu")):
+        logging.getLogger(__name__).warning("mixed_precision='bf16': slow on this CPU, fp32 it is")
+        wanted = "no"
     precision = known.get("_mixed_precision")
-    if precision is not None and settings.mixed_precision not in (None, precision):
+    if precision is not None and wanted not in (None, precision):
         raise ValueError(
             f"expected mixed_precision={precision!r}, with which this process began, got "
             f"{settings.mixed_precision!r}: Accelerate cannot change it, start another process"
         )
     accelerator = Accelerator(
         # Without this a launch of two processes on CPUs becomes two runs of one process each.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=settings.mixed_precision,
+        cpu=is_on_cpu,
+        mixed_precision=wanted,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         # Others wait while the main process encodes, evaluates and pushes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],

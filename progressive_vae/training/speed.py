@@ -14,6 +14,13 @@ from ..pipeline import ProgressiveVAEPipeline
 TIMED_SECONDS = 3.0  # of each speed
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether products of 16-bit floats are quick. CPUs without wide vectors emulate them: there a
+    training step in bf16 takes ten times as long as one in fp32, or longer."""
+    wide = ("AVX512", "AMX", "SVE")
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(wide)
+
+
 def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float:
     """Images per second drawn in one batch of `num_images`, after a small one to warm up."""
     for count in (8, num_images):
