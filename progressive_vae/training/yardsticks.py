@@ -1,5 +1,6 @@
 """How near drawn images are to real ones: a classifier, and distances in features."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -15,26 +16,48 @@ from tqdm.auto import tqdm
 
 from ..entries import as_pixel_values, as_unit, of_unit
 from ..pipeline import ProgressiveVAEPipeline
-from .codes import GridDataset
+from .codes import GridDataset, Manifest, cached
 from .streaming import PixelStream
 
 
 class Classifier(nn.Sequential):
-    """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick."""
+    """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick.
+    That of coloured images, which are harder to tell apart, is deeper, with batch norm."""
 
-    def __init__(self, num_channels: int, num_classes: int, width: int = 32):
+    def __init__(self, num_channels: int, num_classes: int):
+        if num_channels == 1:
+            layers, width = _grey_layers(), 128
+        else:
+            layers, width = _colour_layers(num_channels), 192
         super().__init__(
-            nn.Conv2d(num_channels, width, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, padding=1, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(2 * width, 4 * width, 3, padding=1, stride=2),
-            nn.ReLU(),
+            *layers,
             nn.AdaptiveAvgPool2d(4),
             nn.Flatten(),
             nn.Dropout(0.3),
-            nn.Linear(64 * width, num_classes),
+            nn.Linear(16 * width, num_classes),
         )
+        if num_channels > 1:
+            self.to(memory_format=torch.channels_last)  # a quarter quicker on CPUs
+
+
+def _grey_layers() -> list[nn.Module]:
+    return [
+        nn.Conv2d(1, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(64, 128, 3, padding=1, stride=2),
+        nn.ReLU(),
+    ]
+
+
+def _colour_layers(num_channels: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for width, stride in ((32, 1), (48, 2), (96, 2), (96, 1), (192, 2)):
+        convolution = nn.Conv2d(num_channels, width, 3, stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
+        num_channels = width
+    return layers
 
 
 def train_classifier(
@@ -67,7 +90,7 @@ def cached_classifier(
     path: str | Path, dataset: GridDataset, max_train_steps: int, seed: int = 0
 ) -> Classifier:
     """What `train_classifier` made of this data set, read from the safetensors file `path`; it is
-    written there first where there is none, or that of another data set, length or seed.
+    written there first where there is none, or that of another data set, length, seed or network.
 
     Raises:
         ValueError: a data set without labels.
@@ -79,13 +102,15 @@ def cached_classifier(
     num_classes = max(labels) + 1
     if Path(path).is_file():
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("identity") == identity:
-                classifier = Classifier(dataset.manifest.shape[0], num_classes)
+            classifier = Classifier(dataset.manifest.shape[0], num_classes)
+            is_same = set(file.keys()) == set(classifier.state_dict())
+            if is_same and (file.metadata() or {}).get("identity") == identity:
                 classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
                 return classifier.eval()
     classifier = train_classifier(dataset, num_classes, max_train_steps, seed)
     temporary = Path(path).with_suffix(".incomplete")
-    save_file(classifier.state_dict(), temporary, {"identity": identity})
+    weights = {key: value.contiguous() for key, value in classifier.state_dict().items()}
+    save_file(weights, temporary, {"identity": identity})
     os.replace(temporary, path)
     return classifier
 
@@ -179,6 +204,24 @@ def draw_labelled(
             batch_size=batch_size,
         )
         yield of_unit(drawn.images), labels
+
+
+def cached_drawn(
+    folder: str | Path,
+    models: Iterable[nn.Module],
+    shape: tuple[int, int, int],
+    num_images: int,
+    seed: int,
+    batches: Iterable[tuple[Tensor, Tensor]],
+) -> GridDataset:
+    """Drawn images (C, H, W) and their labels, as drawing takes minutes, from the cache `folder`;
+    where that is not what these models draw, `batches` are written there first."""
+    digest = hashlib.sha256()
+    for model in models:
+        for value in model.state_dict().values():
+            digest.update(value.float().cpu().numpy().tobytes())
+    manifest = Manifest(digest.hexdigest(), f"drawn {seed}", str(num_images), shape, 256)
+    return cached(folder, manifest, batches)
 
 
 @torch.no_grad()
