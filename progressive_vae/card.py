@@ -69,8 +69,10 @@ def figures_table(metrics: dict) -> str:
     """The figures of `metrics.json` as Markdown tables."""
     bits, codes = metrics["bits_per_dim"], metrics["codes"]
     accuracy = metrics.get("label_accuracy", {})
+    views = {"label kept": "", "label kept by the preview": "preview_of_"}
+    kept = {word: view for word, view in views.items() if f"{view}level_1" in accuracy}
     header = ["factor", "bits/dim", "codes used", "perplexity"]
-    header += ["label kept"] if accuracy else []
+    header += kept
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, value in bits.items():
         use = codes.get(name)
@@ -80,8 +82,8 @@ def figures_table(metrics: dict) -> str:
             if use
             else ["", ""]
         )
-        if accuracy:
-            row.append(f"{100 * accuracy[name]:.1f} %" if name in accuracy else "")
+        for view in kept.values():
+            row.append(f"{100 * accuracy[view + name]:.1f} %" if view + name in accuracy else "")
         lines.append("| " + " | ".join(row) + " |")
     if accuracy:
         lines += ["", f"Label kept by the images themselves: {100 * accuracy['images']:.1f} %."]

@@ -35,6 +35,11 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
     return picture_grid(output.images, columns)
 
 
+def has_previews(pipe: ProgressiveVAEPipeline) -> bool:
+    """Whether all levels have auxiliary decoders."""
+    return all(level.auxiliary is not None for level in pipe.levels)
+
+
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
     """One row for each level, from the coarsest to the finest, then the images themselves.
 
@@ -42,7 +47,7 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
     what is drawn are those of what auxiliary decoders expect, where there are any.
     """
     codes, rows = pipe.encode(images), []
-    if all(level.auxiliary is not None for level in pipe.levels):
+    if has_previews(pipe):
         for level in range(1, pipe.num_levels + 1):
             rows += pipe.preview(codes, level)
     for level in range(1, pipe.num_levels + 1):

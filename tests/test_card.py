@@ -38,6 +38,13 @@ def test_the_card_has_the_figures_of_its_run():
     assert yaml.safe_load(text) == METRICS["recipe"]  # it can be copied and run again
 
 
+def test_a_column_for_previews():
+    accuracy = {"images": 0.9, "level_1": 0.8, "preview_of_level_1": 0.7}
+    content = model_card("org/name", METRICS | {"label_accuracy": accuracy}).content
+    assert "| label kept | label kept by the preview |" in content
+    assert "| level_1 | 2.0000 | 7 of 8 | 5.5 | 80.0 % | 70.0 % |" in content
+
+
 def test_figures_of_before_there_were_recipes():
     older = {k: v for k, v in METRICS.items() if k != "recipe"}
     older |= {"command": "accelerate launch x.py", "settings": {"learning_rate": "[0.004]"}}

@@ -3,11 +3,20 @@ import math
 import pytest
 import torch
 from conftest import tiny_level, tiny_pipeline, tiny_prior
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_auxiliary import AUXILIARY, pipeline_of
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training.codes import GridDataset, Manifest, write_cache
 from progressive_vae.training.evaluation import code_use, evaluate, label_accuracy
-from progressive_vae.training.yardsticks import draw_labelled, frechet_distance, train_classifier
+from progressive_vae.training.yardsticks import (
+    Classifier,
+    cached_classifier,
+    draw_labelled,
+    frechet_distance,
+    train_classifier,
+)
 
 
 @pytest.fixture
@@ -42,6 +51,32 @@ def test_labels_are_kept_by_images_and_lost_by_a_model_of_noise(dataset):
     accuracy = label_accuracy(tiny_pipeline(), classifier, dataset)
     assert list(accuracy) == ["images", "level_1", "level_2", "level_3"]
     assert accuracy["images"] > 0.95 > 0.8 > accuracy["level_1"]
+
+
+def test_labels_of_previews(dataset):
+    classifier, pipe = train_classifier(dataset, num_classes=2), pipeline_of(**AUXILIARY)
+    accuracy = label_accuracy(pipe, classifier, dataset, batch_size=100)
+    views = [f"{view}level_{i}" for view in ("", "preview_of_") for i in (1, 2)]
+    assert list(accuracy) == ["images", *views]
+    grids, labels = dataset.batch(slice(0, 256))
+    for i in (1, 2):
+        shown = pipe.preview(grids.to(torch.uint8), i, "pt")
+        right = classifier(shown * 2 - 1).argmax(1) == labels
+        share = right.double().mean().item()
+        assert accuracy[f"preview_of_level_{i}"] == pytest.approx(share, abs=0.01)
+
+
+def test_a_classifier_is_kept_until_its_network_is_another(dataset, tmp_path):
+    path, pixel_values = tmp_path / "classifier.safetensors", torch.rand(3, 3, 5, 7)
+    first = cached_classifier(path, dataset, 3)
+    weights = path.read_bytes()
+    assert torch.equal(first(pixel_values), cached_classifier(path, dataset, 3)(pixel_values))
+    assert path.read_bytes() == weights
+    with safe_open(path, "pt") as file:
+        identity = file.metadata()
+    save_file(Classifier(1, 2).state_dict(), path, identity)
+    cached_classifier(path, dataset, 3)
+    assert load_file(path).keys() == first.state_dict().keys()
 
 
 def test_drawn_images_have_the_classes_that_any_factor_knows():

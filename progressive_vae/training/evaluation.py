@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ..configuration import NUM_PIXEL_VALUES
 from ..entries import as_unit
+from ..pictures import has_previews
 from ..pipeline import ProgressiveVAEPipeline
 from .codes import GridDataset
 from .yardsticks import Classifier
@@ -72,17 +73,27 @@ def label_accuracy(
     batch_size: int = 250,
 ) -> dict[str, float]:
     """Accuracy of a classifier of real images on held-out images, and on the same images drawn
-    again from their own z_1 … z_i, for each level i: whether the coarse codes say what it is."""
+    again from their own z_1 … z_i, for each level i: whether the coarse codes say what it is.
+    `preview_of_level_i` is that on previews from z_i, where there are any."""
     generator = torch.Generator().manual_seed(seed)
-    right = {"images": 0, **{f"level_{i}": 0 for i in range(1, pipe.num_levels + 1)}}
-    for start in range(0, len(dataset), batch_size):
-        grids, labels = dataset.batch(slice(start, start + batch_size))
-        images, codes = grids.to(torch.uint8), pipe.encode(grids.to(torch.uint8))
-        for name in right:
-            level = 0 if name == "images" else int(name.removeprefix("level_"))
-            shown = pipe.decode(codes[:level], "pt", generator) if level else as_unit(images)
+    right: Counter[str] = Counter()
+    for grids, labels in dataset.batches(batch_size):
+        for name, shown in _views(pipe, grids.to(torch.uint8), generator):
             right[name] += int((classifier(shown * 2 - 1).argmax(1) == labels).sum())
     return {name: count / len(dataset) for name, count in right.items()}
+
+
+def _views(
+    pipe: ProgressiveVAEPipeline, images: Tensor, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """uint8 images, and what each level says of them, in [0, 1]."""
+    codes, levels = pipe.encode(images), range(1, pipe.num_levels + 1)
+    yield "images", as_unit(images)
+    for i in levels:
+        yield f"level_{i}", pipe.decode(codes[:i], "pt", generator)
+    if has_previews(pipe):
+        for i in levels:
+            yield f"preview_of_level_{i}", pipe.preview(codes, i, "pt")
 
 
 @torch.no_grad()
@@ -103,7 +114,6 @@ def rate_distortion(
     """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    has_previews = all(level.auxiliary is not None for level in pipe.levels)
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Counter] = {f"level_{k}": Counter() for k in range(1, pipe.num_levels + 1)}
     for batch in images.split(batch_size):
@@ -116,7 +126,7 @@ def rate_distortion(
                  for _ in range(num_draws)]
             )  # fmt: skip
             views = {"": shown[0], "_of_mean": shown.mean(0)}
-            if has_previews:
+            if has_previews(pipe):
                 views["_of_preview"] = pipe.preview(codes, k, "pt") * (NUM_PIXEL_VALUES - 1)
             sums[f"level_{k}"]["bits_per_dim"] += rate
             for kind, view in views.items():
