@@ -7,6 +7,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .evaluation import psnr_of
+
 LOSSY = {"JPEG": range(1, 40, 4), "WebP": range(0, 60, 6), "JPEG-XL": range(25, 5, -2)}
 LOSSLESS: dict[str, dict] = {
     "PNG": {"optimize": True},
@@ -33,6 +35,29 @@ def image_files(images: torch.Tensor) -> tuple[dict[str, float], dict[str, list]
                 options = {"distance": quality} if name == "JPEG-XL" else {"quality": quality}
                 curves.setdefault(name, []).append(file_figures(name, arrays, options))
     return lossless, {name: points for name, points in curves.items() if points}
+
+
+def beside_files(
+    rows: dict[str, dict[str, float]], curves: dict[str, list], num_dims: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    """For each row of `rate_distortion` the bytes of an image of `num_dims` values and its PSNR in
+    dB: of `codes` and what they preview, and of each format's best files that are no larger, or of
+    its smallest ones where none are.
+
+    Args:
+        curves: those of `image_files`.
+    """
+    found = {}
+    for name, row in rows.items():
+        points = {"codes": (row["bits_per_dim"], row["mse_of_preview"])}
+        for kind, files in curves.items():
+            no_larger = [file for file in files if file[0] <= row["bits_per_dim"]]
+            points[kind] = min(no_larger, key=lambda file: file[1]) if no_larger else min(files)
+        found[name] = {
+            kind: {"bytes": bits * num_dims / 8, "psnr": psnr_of(error)}
+            for kind, (bits, error) in points.items()
+        }
+    return found
 
 
 def file_figures(name: str, arrays: list[np.ndarray], options: dict) -> tuple[float, float]:
