@@ -16,11 +16,9 @@ The images must be held out: give the `--eval_fraction` of the training where it
 split for evaluation, and after `--streaming` name images that it has not seen.
 """
 
-import hashlib
 import math
 import sys
 from dataclasses import dataclass, fields, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -30,14 +28,15 @@ from jsonargparse import ArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.entries import as_unit
+from progressive_vae.pictures import has_previews
 from progressive_vae.saved import write_json
-from progressive_vae.training.codes import GridDataset, Manifest, cached
+from progressive_vae.training.codes import GridDataset, cached
 from progressive_vae.training.command import read_flags
 from progressive_vae.training.data import pixel_batches, read_images
+from progressive_vae.training.distances import BATCH_SIZE, distances, see, stored
 from progressive_vae.training.evaluation import evaluate, label_accuracy, psnr_of, rate_distortion
-from progressive_vae.training.files import image_files
+from progressive_vae.training.files import beside_files, image_files
 from progressive_vae.training.lock import locked
-from progressive_vae.training.patches import patches_of, sliced_wasserstein
 from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.sources import open_source
 from progressive_vae.training.yardsticks import (
@@ -46,10 +45,8 @@ from progressive_vae.training.yardsticks import (
     Inception,
     accuracy,
     cached_classifier,
+    cached_drawn,
     draw_labelled,
-    features_of,
-    frechet_distance,
-    precision_recall,
 )
 
 
@@ -91,15 +88,11 @@ def cache(
 
 
 def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int) -> GridDataset:
-    """Images drawn at temperature 1, their classes in turn; kept, as they take minutes."""
-    digest = hashlib.sha256()
-    for name in pipe.factor_names:
-        for value in getattr(pipe, name).state_dict().values():
-            digest.update(value.float().cpu().numpy().tobytes())
-    weights = digest.hexdigest()
-    manifest = Manifest(weights, f"drawn {arguments.seed}", str(count), pipe.image_shape, 256)
+    """Images drawn at temperature 1, their classes in turn."""
     folder = Path(arguments.output_dir) / "cache" / f"drawn_{count}"
-    return cached(folder, manifest, draw_labelled(pipe, count, arguments.seed))
+    factors = [getattr(pipe, name) for name in pipe.factor_names]
+    drawn = draw_labelled(pipe, count, arguments.seed)
+    return cached_drawn(folder, factors, pipe.image_shape, count, arguments.seed, drawn)
 
 
 def extractor_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module | None:
@@ -124,7 +117,7 @@ def classifier_of(arguments: Arguments, data: GridDataset, name: str) -> Classif
     return cached_classifier(path, data, arguments.classifier_steps, arguments.seed)
 
 
-def distances(
+def distances_of(
     arguments: Arguments,
     pipe: ProgressiveVAEPipeline,
     extractor: torch.nn.Module | None,
@@ -132,8 +125,7 @@ def distances(
     drawn: GridDataset,
 ) -> dict[str, dict]:
     """To held-out images: of as many training images, of those that are drawn again from the true
-    z_k of the very same held-out images, for each k, and of those drawn from nothing; in the
-    features of a network, with precision and recall, and of patches at each scale."""
+    z_k of the very same held-out images, for each k, and of those drawn from nothing."""
     count = min(len(drawn), len(data["test"]))
     generator = torch.Generator().manual_seed(arguments.seed)
 
@@ -141,42 +133,21 @@ def distances(
         """Levels that know classes are told those of the images, as for what is drawn from nothing
         they are told the one asked for."""
         is_told = any(finer.config.num_classes for finer in pipe.levels[level - 1 :])
-        for images, labels in data["test"].batches(250):
+        for images, labels in data["test"].batches(BATCH_SIZE):
             codes = pipe.encode(images.to(torch.uint8))
             told = {"class_labels": labels.tolist()} if is_told and labels.min() >= 0 else {}
             yield pipe.decode(codes[:level], "pt", generator, **told)
 
-    def seen(batches) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """Features and patches of the first images."""
-        features, patches, left = [], [], count
-        for batch in islice(batches, math.ceil(count / 250)):
-            batch, left = batch[:left], left - len(batch)
-            features += [] if extractor is None else [features_of(extractor, [batch])]
-            patches.append(patches_of([batch], count, left))
-        columns = [torch.cat(scale) for scale in zip(*patches, strict=True)]
-        return torch.cat(features) if features else None, columns
-
-    def stored(images: GridDataset):
-        return (as_unit(grids) for grids, _ in images.batches(250))
-
-    real, real_patches = seen(stored(data["test"]))
+    real = see(stored(data["test"]), count, extractor)
+    sample = as_unit(data["train"].sample(count, arguments.seed))
     sources = {
-        f"{count} training images": (
-            as_unit(grids) for grids in data["train"].sample(count, arguments.seed).split(250)
-        ),
+        f"{count} training images": iter(sample.split(BATCH_SIZE)),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
         "nothing": stored(drawn),
     }
-    rows = {}
-    for name, batches in sources.items():
-        of_these, patches = seen(batches)
-        rows[name] = {"sliced_wasserstein": sliced_wasserstein(real_patches, patches)}
-        if real is not None and of_these is not None:
-            rows[name] |= {
-                "frechet_distance": frechet_distance(real, of_these),
-                **precision_recall(real, of_these),
-            }
-    return rows
+    return {
+        name: distances(real, see(batches, count, extractor)) for name, batches in sources.items()
+    }
 
 
 def plot(curves: dict[str, list[tuple[float, float]]], path: Path):
@@ -227,7 +198,20 @@ def report(metrics: dict) -> str:
         ]
         rate = f"| z_1 … z_{name.removeprefix('level_')} | {row['bits_per_dim']:.4f} | "
         lines.append(rate + " | ".join(cells) + " |")
+    if "beside_files" in metrics:
+        lines += files_table(metrics["beside_files"])
     return "\n".join(lines)
+
+
+def files_table(rows: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """PSNR of previews, and of image files that are no larger; of the smallest where none are."""
+    kinds = list(next(iter(rows.values())))
+    lines = ["", "| bytes, PSNR of | " + " | ".join(["the preview", *kinds[1:]]) + " |",
+             "|---" * (len(kinds) + 1) + "|"]  # fmt: skip
+    for name, row in rows.items():
+        cells = [f"{row[kind]['bytes']:.1f}, {row[kind]['psnr']:.2f}" for kind in kinds]
+        lines.append(f"| z_1 … z_{name.removeprefix('level_')} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main(words: list[str]):
@@ -263,13 +247,15 @@ def measure(arguments: Arguments, images_of: DataSettings):
         **evaluate(pipe, test),
     }
     drawn = drawn_images(arguments, pipe, num_drawn)
-    metrics["distances"] = distances(arguments, pipe, extractor, data, drawn)
+    metrics["distances"] = distances_of(arguments, pipe, extractor, data, drawn)
     if pipe.labels and arguments.features == "classifier":
         real = classifier_of(arguments, data["train"], "classifier")
         metrics["accuracy"] = {"learned from the training split": accuracy(real, test)}
         for name, share in label_accuracy(pipe, real, test, arguments.seed).items():
-            if name != "images":
-                metrics["accuracy"][f"the same, on images drawn again from {name}"] = share
+            view, _, level = name.rpartition("level_")
+            if level.isdecimal():
+                shown = f"previews from z_{level}" if view else f"images drawn again from {name}"
+                metrics["accuracy"][f"the same, on {shown}"] = share
         told = "the same, on drawn images, of the class asked for"
         metrics["accuracy"][told] = accuracy(real, drawn)
         if count := arguments.num_drawn_to_learn_from:
@@ -284,10 +270,12 @@ def measure(arguments: Arguments, images_of: DataSettings):
         "z_1 … z_k, mean of 8 draws": [(row["bits_per_dim"], row["mse_of_mean"]) for row in rows],
         **of_files,
     }
-    if all("mse_of_preview" in row for row in rows):
+    if has_previews(pipe):
         curves["z_1 … z_k, the preview"] = [
             (row["bits_per_dim"], row["mse_of_preview"]) for row in rows
         ]
+        num_dims = math.prod(pipe.image_shape)
+        metrics["beside_files"] = beside_files(metrics["rate_distortion"], of_files, num_dims)
     metrics["curves"] = curves
     write_json(output_dir / "evaluation.json", metrics)
     plot(curves, output_dir / "rate_distortion.png")

@@ -13,9 +13,11 @@
 | `sources.py` | a data set, opened: its splits, columns and classes; their pixels |
 | `yardsticks.py` | how near drawn images are to real ones: a classifier, distances |
 | `patches.py` | the same without labels or networks: patches, scale by scale |
+| `distances.py` | both, of two sets of images |
 | `evaluation.py` | bits/dim per factor, code use, rate and distortion |
 | `speed.py` | images a second, and the arithmetic that they take |
 | `files.py` | what image files cost |
+| `afternoon.py` | what one writes in an afternoon, to compare with |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `lock.py` | one run at a time writes to a folder |
 | `run.py` | what one training leaves behind, and where it lies |

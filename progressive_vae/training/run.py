@@ -299,14 +299,17 @@ class Run:
                     tracker.log_images({phase: array}, step=logged, **layout)
 
 
-def make_accelerator(settings: RunSettings) -> Accelerator:
+def make_accelerator(settings: RunSettings, cpu: bool = False) -> Accelerator:
     """What a run needs of Accelerate, on the processes that were launched.
+
+    Args:
+        cpu: leave other devices alone.
 
     Raises:
         ValueError: this process has trained with another precision.
     """
     output_dir, known = Path(settings.output_dir), AcceleratorState._shared_state
-    is_on_cpu, wanted = not torch.accelerator.is_available(), settings.mixed_precision
+    is_on_cpu, wanted = cpu or not torch.accelerator.is_available(), settings.mixed_precision
     if is_on_cpu and wanted == "bf16" and not has_bf16(torch.device("cpu")):
         logging.getLogger(__name__).warning("mixed_precision='bf16': slow on this CPU, fp32 it is")
         wanted = "no"

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..entries import as_pixel_values
+from ..pictures import has_previews
 from ..pipeline import ProgressiveVAEPipeline
 
 TIMED_SECONDS = 3.0  # of each speed
@@ -72,19 +74,39 @@ def speeds_of(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
     return figures
 
 
-def _one_step(model: torch.nn.Module, grid: Tensor):
-    model(grid).loss.backward()
-
-
 def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
-    """GFLOP of one image, forward and backward, for each level and the prior."""
+    """GFLOP of one image, forward and backward, in each phase of training that there may be."""
+    assert pipe.prior is not None
     grids: list[Tensor] = [*pipe.encode(images), as_pixel_values(images)]
+    calls: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {}
+    triples = zip(pipe.levels, grids[:-1], grids[1:], strict=True)
+    calls["prior"] = pipe.prior, {"codes": grids[0]}
+    for i, (level, codes, finer) in enumerate(triples, 1):
+        calls[f"level_{i}"] = level, {"finer": finer}
+        for name in (f"decoder_{i}", f"refit_level_{i}"):
+            calls[name] = level, {"finer": finer, "codes": codes}
+        if level.auxiliary is not None:
+            plain = level.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
+            can_paint = i < pipe.num_levels and has_previews(pipe)
+            told = {"paint": partial(_painted, pipe, i)} if can_paint else {}
+            calls[f"encoder_{i}"] = plain, {"finer": finer, **told}
     figures = {}
-    for name, model, grid in zip(
-        pipe.factor_names, [pipe.prior, *pipe.levels], [grids[0], *grids[1:]], strict=True
-    ):
+    for name in pipe.factor_names:
+        getattr(pipe, name).requires_grad_(False)
+    for name, (model, inputs) in calls.items():
         model.train().requires_grad_(True)
-        count = operations(partial(_one_step, model, grid))
+        count = operations(partial(_one_step, model, inputs))
         model.eval().requires_grad_(False)
         figures[name] = count / (1e9 * len(images))
     return figures
+
+
+def _one_step(model: torch.nn.Module, inputs: dict[str, Any]):
+    model(**inputs).loss.backward()
+
+
+def _painted(pipe: ProgressiveVAEPipeline, index: int, probabilities: Tensor) -> Tensor:
+    """The picture that finer levels expect of z_{index + 1}."""
+    for level, size in zip(pipe.levels[index:], pipe.grid_sizes[index + 1 :], strict=True):
+        probabilities = level.expectation(probabilities, size)
+    return probabilities
