@@ -35,6 +35,16 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(*layers)
         self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, config.codebook_dim, 1))
 
+    @torch.no_grad()
+    def embed_like(self, codebook: Tensor, generator: torch.Generator):
+        """Symbols whose vectors in the finer level's codebook (V, D) are near start near."""
+        assert self.embed is not None
+        vectors = codebook.float() - codebook.float().mean(0)
+        vectors = vectors / vectors.square().mean().sqrt().clamp(min=1e-6)
+        turn = torch.randn(vectors.shape[1], self.embed.embedding_dim, generator=generator)
+        spread = vectors @ turn.to(vectors) * vectors.shape[1] ** -0.5
+        self.embed.weight.copy_(spread)
+
     def forward(self, finer: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [−1, 1], or symbols int64 (B, H, W)."""
         if self.embed is not None:

@@ -103,6 +103,28 @@ def test_a_level_of_symbols_learns_by_the_picture():
     assert torch.equal(paint(exact), finest.expect(finer, (5, 7)))
 
 
+def test_the_finest_level_learns_by_its_picture(images):
+    pixels, losses = images / 127.5 - 1, []
+    for weight in (0.0, 10.0):
+        level = tiny_level(num_channels=3, picture_weight=weight, **ALONE).train()
+        losses.append(level(pixels).loss)
+    shown = level.expect(level.encode(pixels), (5, 7))
+    error = (shown - pixels).square().mean()
+    assert torch.allclose(losses[1] - losses[0], 10 * error, rtol=1e-3)
+
+
+def test_symbols_that_look_alike_start_alike():
+    encoder = tiny_level(num_symbols=6).encoder
+    codebook = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    codebook[1] = codebook[0] + 1e-3
+    encoder.embed_like(codebook, torch.Generator().manual_seed(0))
+    distances = torch.cdist(encoder.embed.weight, encoder.embed.weight)
+    assert distances[0, 1] < 0.01 < 0.3 < distances[0, 2:].min()
+    assert encoder.embed.weight.square().mean().item() == pytest.approx(1, rel=0.6)
+    encoder.embed_like(torch.zeros(6, 8), torch.Generator())  # nothing is known of them
+    assert encoder.embed.weight.isfinite().all()
+
+
 def test_figures_of_previews():
     prior = tiny_prior(grid_size=[3, 3])
     pipe = ProgressiveVAEPipeline.from_levels(prior, pipeline_of(**AUXILIARY).levels)

@@ -17,8 +17,8 @@ from interruptions import weights
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training import train
 from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
-from progressive_vae.training.run import Run
-from progressive_vae.training.settings import DataSettings
+from progressive_vae.training.run import Run, make_accelerator
+from progressive_vae.training.settings import DataSettings, RunSettings
 from progressive_vae.training.sources import open_source
 
 BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
@@ -225,3 +225,12 @@ def test_sigterm_in_the_last_validation_ends_the_run(tmp_path, monkeypatch):
     assert not (tmp_path / "level_1").exists()
     monkeypatch.undo()
     assert train(RECIPE, pictures(), tmp_path) is not None
+
+
+def test_bf16_is_fp32_where_it_is_slow(tmp_path, monkeypatch, caplog):
+    settings = RunSettings(output_dir=str(tmp_path), mixed_precision="bf16", report_to="none")
+    monkeypatch.setattr("progressive_vae.training.run.has_bf16", lambda device: False)
+    assert make_accelerator(settings, cpu=True).mixed_precision == "no"
+    assert "slow on this CPU" in caplog.text
+    # Another run of this process, by the same words, is the same run.
+    assert make_accelerator(settings, cpu=True).mixed_precision == "no"

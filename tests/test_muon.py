@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_level
 from torch import nn
 
+from progressive_vae.training import muon
 from progressive_vae.training.muon import Muon, matrices_and_others, orthogonal
 
 
@@ -12,10 +13,13 @@ def matrix(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.parametrize("in_bf16", [True, False])
 @pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16), (1, 9)])
-def test_singular_values_become_alike(shape):
+def test_singular_values_become_alike(shape, in_bf16, monkeypatch):
+    monkeypatch.setattr(muon, "has_bf16", lambda device: in_bf16)
     left, _, right = torch.linalg.svd(matrix(*shape), full_matrices=False)
     wide = left * torch.logspace(0, -2, min(shape)) @ right
+    assert (orthogonal(wide).dtype == torch.bfloat16) == in_bf16
     update = orthogonal(wide).float()
     assert update.shape == shape
     values = torch.linalg.svdvals(update)

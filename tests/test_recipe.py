@@ -40,10 +40,22 @@ def test_a_backbone_that_names_its_kind_is_another_one():
 
 
 def test_what_is_not_said_is_what_its_owner_says():
-    recipe, config = read_recipe(), ProgressiveVAELevelConfig(num_channels=1)
+    recipe, config = read_recipe({}), ProgressiveVAELevelConfig(num_channels=1)
     assert len(recipe.levels) == 2 and recipe.levels[0].fit == FitSettings()
     (finest,) = recipe.level_configs(1, [], {})[1:]
     assert finest.to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_without_a_recipe_it_is_one_for_pictures(count):
+    recipe = read_recipe(None, {"num_levels": count, "levels": {"hidden_size": 8}})
+    finest = recipe.levels[-1]
+    assert finest.config["downsample"] == 4
+    assert finest.config["pixel_distribution"] == "guided_logistics"
+    assert all(level.config["hidden_size"] == 8 for level in recipe.levels)
+    assert all(level.encoder_fit.learning_rate == 4e-3 for level in recipe.levels)
+    assert len(recipe.level_configs(3, [], {})) == count
+    assert len(read_recipe().levels) == 3 and read_recipe({}).levels[0].encoder_fit is None
 
 
 def test_what_was_read_is_read_again_as_it_was(tmp_path):

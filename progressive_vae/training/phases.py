@@ -169,10 +169,13 @@ class LevelPhase(Phase):
             return run.level(self.index)
         set_seed(run.settings.seed)
         level = ProgressiveVAELevel(config)
+        finer_levels = [run.level(i) for i in range(self.index + 1, run.num_levels + 1)]
+        if finer_levels:
+            generator = torch.Generator().manual_seed(run.settings.seed)
+            level.encoder.embed_like(finer_levels[0].quantizer.codebook, generator)
         initialize_codebook(level, train, run.settings.seed)
         for name in (f"refit_{self.part}", f"decoder_{self.index}"):
             run.drop_record(name)  # of the level that was there before
-        finer_levels = [run.level(i) for i in range(self.index + 1, run.num_levels + 1)]
         told = {}
         if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
             told["paint"] = _painter(run, finer_levels, self.index)
