@@ -76,8 +76,9 @@ class Quantizer(nn.Module):
         replaced = uniform(codes.shape, generator, codes.device) < probability[:, None, None]
         return torch.where(replaced, others, codes)
 
-    def initialize(self, vectors: Tensor, generator: torch.Generator):
-        """Start from latents (n, D) of the data, where that helps."""
+    def initialize(self, vectors: Tensor, generator: torch.Generator, weight: float | None = None):
+        """Start from latents (n, D) of the data, where that helps; running statistics weigh as much
+        as `weight` latents, or as all."""
 
     def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
         """What follows an optimisation step; `gather` concatenates tensors of all processes."""
@@ -165,7 +166,13 @@ class VectorQuantizer(Quantizer):
             self.ema_sums[dead] = candidates[rows].to(self.ema_sums) * count
 
     @torch.no_grad()
-    def initialize(self, vectors: Tensor, generator: torch.Generator, num_iterations: int = 10):
+    def initialize(
+        self,
+        vectors: Tensor,
+        generator: torch.Generator,
+        weight: float | None = None,
+        num_iterations: int = 10,
+    ):
         """k-means on vectors (n, D): the update with decay 0, empty clusters restarted."""
         vectors = vectors.float()
         order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
@@ -176,6 +183,10 @@ class VectorQuantizer(Quantizer):
             self.update(*self.statistics(latents, self.encode(latents)), decay=0.0)
             shuffled = vectors[order.roll(-size * (iteration + 1))]
             self.restart(self.ema_counts == 0, shuffled)
+        if weight is not None:
+            share = weight / self.ema_counts.sum()
+            self.ema_counts.mul_(share)
+            self.ema_sums.mul_(share)
 
     @torch.no_grad()
     def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):

@@ -177,3 +177,16 @@ def test_corruption_replaces_codes_by_others():
     single = quantizer(1, 2)
     zeros = torch.zeros(1, 2, 2, dtype=torch.long)
     assert torch.equal(single.corrupt(zeros, torch.ones(1), None), zeros)
+
+
+def test_statistics_weigh_as_much_as_they_are_told():
+    """So a code that k-means found and nobody needs any more is dead after a few hundred steps."""
+    vectors = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    books = [VectorQuantizer(8, 2, 0.25, 0.99, 0.1) for _ in range(2)]
+    for book, weight in zip(books, (None, 20), strict=True):
+        book.initialize(vectors, torch.Generator().manual_seed(0), weight)
+    assert torch.equal(books[0].codebook, books[1].codebook)
+    assert [round(book.ema_counts.sum().item()) for book in books] == [300, 20]
+    for book in books:
+        moved = (book.ema_sums / book.ema_counts[:, None] - book.codebook).abs().max()
+        assert moved < 1e-5

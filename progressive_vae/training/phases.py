@@ -173,7 +173,9 @@ class LevelPhase(Phase):
         if finer_levels:
             generator = torch.Generator().manual_seed(run.settings.seed)
             level.encoder.embed_like(finer_levels[0].quantizer.codebook, generator)
-        initialize_codebook(level, train, run.settings.seed)
+        # An encoder alone takes few steps: its codebook has to follow it soon.
+        weight = self.settings.train_batch_size if self.is_encoder else None
+        initialize_codebook(level, train, run.settings.seed, weight)
         for name in (f"refit_{self.part}", f"decoder_{self.index}"):
             run.drop_record(name)  # of the level that was there before
         told = {}
@@ -305,12 +307,17 @@ def part_alone(name: str) -> str | None:
     return parts.get(name)
 
 
-def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelStream, seed: int):
+def initialize_codebook(
+    level: ProgressiveVAELevel,
+    train: GridDataset | PixelStream,
+    seed: int,
+    num_images: int | None = None,
+):
     """The quantizer begins with latents of up to 2,000 images, drawn with the seed: alike on all
     processes.
 
     The statistics that k-means leaves weigh as much as all those images, so that the codebook moves
-    slowly during the first hundreds of steps, while the encoder changes most.
+    slowly during the first hundreds of steps, while the encoder changes most; or as `num_images`.
     """
     generator = torch.Generator().manual_seed(seed)
     grids = train.sample(2000, seed)
@@ -320,7 +327,8 @@ def initialize_codebook(level: ProgressiveVAELevel, train: GridDataset | PixelSt
     if len(vectors) > MAX_KMEANS_VECTORS:
         rows = torch.randperm(len(vectors), generator=generator)[:MAX_KMEANS_VECTORS]
         vectors = vectors[rows]
-    level.quantizer.initialize(vectors, generator)
+    weight = num_images and num_images * latents[0][0, 0].numel()
+    level.quantizer.initialize(vectors, generator, weight)
 
 
 def _painter(

@@ -194,11 +194,13 @@ def _for_pictures(count: int) -> dict[str, Any]:
         "codebook_size": 512,
         "auxiliary_hidden_size": 64,
         "restart_threshold": 0.1,
+        "picture_weight": 1000.0,
         "encoder_fit": {**learns, "adam_weight_decay": 0.05, "time_share": 0.05},
         "fit": {"adam_weight_decay": 0.2, "time_share": 0.05},
     }
     finest = {
         "downsample": 4,
+        "picture_weight": 100.0,
         "pixel_distribution": "guided_logistics",
         "num_groups": 10,  # the first lattice is of every eighth pixel
         "encoder_fit": {"time_share": 0.15},
