@@ -269,7 +269,7 @@ def compare(arguments: Arguments):
         output_dir / "classifier.safetensors", pixels["train"], arguments.classifier_steps, seed
     )
     yardstick = Yardstick(arguments, classifier, pixels["test"])
-    sample = as_unit(pixels["train"].sample(yardstick.num_drawn, seed))
+    sample = pixels["train"].sample(yardstick.num_drawn, seed)
     images = pixels["test"].batch(slice(0, 250))[0].to(torch.uint8)
     ours = partial(drawn_by_ours, arguments, "progressive_vae", pipe)
     theirs = partial(drawn_by, arguments, "afternoon", [*flat.parts().values()], run.image_shape,
@@ -284,7 +284,9 @@ def compare(arguments: Arguments):
             **yardstick.of_drawn(theirs),
             **speeds_of_afternoon(flat, images, flat_costs),
         },
-        f"{len(sample)} training images": yardstick.of_images(iter(sample.split(BATCH_SIZE))),
+        f"{len(sample)} training images": yardstick.of_images(
+            as_unit(part) for part in sample.split(BATCH_SIZE)
+        ),
     }  # fmt: skip
     if arguments.model is not None:
         other = loaded(arguments.model)

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
 from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -44,7 +43,7 @@ from progressive_vae.training.command import read_flags
 from progressive_vae.training.data import pixel_batches, read_images
 from progressive_vae.training.evaluation import code_use
 from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
-from progressive_vae.training.run import Run, as_finer
+from progressive_vae.training.run import Run, as_finer, make_accelerator
 from progressive_vae.training.settings import DataSettings, FitSettings, RunSettings
 from progressive_vae.training.sources import open_source
 from progressive_vae.training.yardsticks import (
@@ -243,8 +242,8 @@ def main(words: list[str]):
     if unknown := sorted(set(arguments.trials or ()) - set(names)):
         raise ValueError(f"expected trials among {names}, got {unknown}")
     transformers_logging.disable_progress_bar()
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=arguments.mixed_precision
+    accelerator = make_accelerator(
+        RunSettings(mixed_precision=arguments.mixed_precision, report_to="none")
     )
     pixels = cache_pixels(arguments)
     for name in arguments.trials or names:

@@ -139,9 +139,9 @@ def distances_of(
             yield pipe.decode(codes[:level], "pt", generator, **told)
 
     real = see(stored(data["test"]), count, extractor)
-    sample = as_unit(data["train"].sample(count, arguments.seed))
+    sample = data["train"].sample(count, arguments.seed).split(BATCH_SIZE)
     sources = {
-        f"{count} training images": iter(sample.split(BATCH_SIZE)),
+        f"{count} training images": (as_unit(part) for part in sample),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
         "nothing": stored(drawn),
     }

@@ -132,7 +132,8 @@ class PixelLogistics(Head):
 
 class GuidedLogistics(PixelLogistics):
     """Two more components begin at a picture that is expected: as it is, and corrected by what it
-    missed of the known neighbours. Of the group that comes first all are near the picture.
+    missed of the known neighbours. Of the group that comes first all are near the picture. (Where
+    `Lattice.near` has a 0 for want of an entry, along short sides, the correction means nothing.)
 
     A decoder that is given an auxiliary decoder's picture: Lucas & Verbeek 2017, "Auxiliary guided
     autoregressive variational autoencoders".

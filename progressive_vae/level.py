@@ -30,8 +30,8 @@ NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 class ProgressiveVAELevelOutput(ModelOutput):
     """
     Args:
-        loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus
-            the quantizer's own loss; minimise it.
+        loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus the
+            quantizer's own loss and the weighted error of the picture; minimise it.
         log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
         codes: z_i, int64 (B, H_i, W_i).
         latents: the encoder's output before quantisation, (B, D, H_i, W_i); `None` where the
@@ -104,7 +104,8 @@ class ProgressiveVAELevel(SavedModel):
         return_dict: bool | None = None,
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
-        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own.
+        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own, and where the
+        auxiliary decoder expects a picture `picture_weight` times its mean squared error.
 
         The KL of a deterministic encoder is the constant L_i log K_i and left out. Where there is
         an auxiliary decoder beside a stronger one, encoder and codebook learn by both.
@@ -139,25 +140,27 @@ class ProgressiveVAELevel(SavedModel):
                 shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
             quantized = self.quantizer.lookup(shown)
         size, count = (values.shape[-2], values.shape[-1]), values[0].numel()
-        log_prob: Tensor | None = None
+        log_prob = expected = None
         loss = quantizer_loss + kl / count
-        if self.decoder is not None:
-            condition = self._condition(quantized, size, labels, corruption)
-            log_prob = self.decoder.log_prob(condition, values)
-            loss = loss - log_prob / count
-        if self.auxiliary is not None and (latents is not None or log_prob is None):
+        if self.auxiliary is not None and (latents is not None or self.decoder is None):
             said = self.auxiliary(quantized, size)
-            auxiliary_log_prob = self.auxiliary.judge(said, values)
-            loss = loss - auxiliary_log_prob / count
-            log_prob = auxiliary_log_prob if log_prob is None else log_prob
+            log_prob, expected = (
+                self.auxiliary.judge(said, values),
+                self.auxiliary.expectation(said),
+            )
+            loss = loss - log_prob / count
             if self.config.is_finest or paint is not None:
-                shown, picture = self.auxiliary.expectation(said), finer
+                shown, picture = expected, finer
                 if paint is not None:
                     true = F.one_hot(values[:, 0], self.config.num_values).movedim(-1, 1)
                     with torch.no_grad():
                         picture = paint(true.to(shown))
                     shown = paint(shown)
                 loss = loss + self.config.picture_weight * F.mse_loss(shown, picture)
+        if self.decoder is not None:
+            condition = self._condition(quantized, size, labels, corruption, expected)
+            log_prob = self.decoder.log_prob(condition, values)
+            loss = loss - log_prob / count
         assert isinstance(loss, Tensor)
         loss = loss.mean()
         output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
@@ -368,13 +371,17 @@ class ProgressiveVAELevel(SavedModel):
         size: tuple[int, int],
         labels: Tensor | None,
         corruption: Tensor | None = None,
+        expected: Tensor | None = None,
     ) -> Condition:
-        """What the decoder is given of a finer grid of `size` (H, W)."""
+        """What the decoder is given of a finer grid of `size` (H, W), of which the auxiliary
+        decoder's picture may be known already."""
         picture = None
         if self.config.is_guided:
             assert self.auxiliary is not None  # the config sees to it
-            with torch.no_grad():  # the auxiliary decoder learns for itself
-                picture = on_value_scale(self.auxiliary.expect(quantized, size))
+            if expected is None:
+                with torch.no_grad():
+                    expected = self.auxiliary.expect(quantized, size)
+            picture = on_value_scale(expected.detach())  # its decoder learns for itself
         return Condition(quantized, labels, corruption, picture)
 
     def _check_pair(self, codes: Tensor, values: Tensor):

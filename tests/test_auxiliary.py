@@ -113,6 +113,20 @@ def test_the_finest_level_learns_by_its_picture(images):
     assert torch.allclose(losses[1] - losses[0], 10 * error, rtol=1e-3)
 
 
+def test_a_guided_decoder_leaves_the_auxiliary_one_alone(images):
+    """It is shown its picture, made in the one pass that it learns by."""
+    level = tiny_level(num_channels=3, pixel_distribution="guided_logistics", **AUXILIARY).train()
+    passes = []
+    level.auxiliary.register_forward_hook(lambda *_: passes.append(1))
+    output = level(images / 127.5 - 1)
+    weight = level.auxiliary.out[1].weight
+    of_decoder = torch.autograd.grad(output.log_prob.sum(), weight, allow_unused=True)[0]
+    assert of_decoder is None and len(passes) == 1
+    output = level(images / 127.5 - 1)
+    output.loss.backward()
+    assert weight.grad.abs().max() > 0
+
+
 def test_symbols_that_look_alike_start_alike():
     encoder = tiny_level(num_symbols=6).encoder
     codebook = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))

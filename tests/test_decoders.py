@@ -54,12 +54,15 @@ def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, si
 
 
 LOGISTICS = dict(pixel_distribution="logistics")
+GUIDED = dict(pixel_distribution="guided_logistics", auxiliary_hidden_size=8)
 
 
-@pytest.mark.parametrize("pixels", [dict(pixel_logit_rank=0), dict(pixel_logit_rank=64), LOGISTICS])
+@pytest.mark.parametrize(
+    "pixels", [dict(pixel_logit_rank=0), dict(pixel_logit_rank=64), LOGISTICS, GUIDED]
+)
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
 def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, pixels):
-    if pixels is LOGISTICS and order != "lattice":
+    if pixels in (LOGISTICS, GUIDED) and order != "lattice":
         with pytest.raises(ValueError, match="expected decoder_order='lattice'"):
             level_of(order, downsample, num_groups, num_channels=1, **pixels)
         return

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from interruptions import weights
 
@@ -234,3 +235,6 @@ def test_bf16_is_fp32_where_it_is_slow(tmp_path, monkeypatch, caplog):
     assert "slow on this CPU" in caplog.text
     # Another run of this process, by the same words, is the same run.
     assert make_accelerator(settings, cpu=True).mixed_precision == "no"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    Accelerator(cpu=True, mixed_precision="bf16")  # who insists gets it
+    assert make_accelerator(settings, cpu=True).mixed_precision == "bf16"

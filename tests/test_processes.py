@@ -198,6 +198,28 @@ def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):
             assert torch.allclose(value, two[name], atol=2e-3), (part, name)
 
 
+def test_two_processes_learn_the_encoders_of_one(tmp_path):
+    """Their codebooks, whose statistics weigh as one batch of all processes at first."""
+    flags = [
+        *SMALL,
+        "--max_train_samples",
+        "300",
+        "--max_eval_samples",
+        "20",
+        "--report_to",
+        "none",
+    ]
+    flags += ["--levels.auxiliary_hidden_size", "8", "--levels.encoder_fit.max_train_steps", "10"]
+    flags += ["--phase", "encoder_2"]
+    for processes in (1, 2):
+        size = ["--levels.encoder_fit.train_batch_size", str(32 // processes)]
+        folder = ["--output_dir", str(tmp_path / str(processes))]
+        launch(SCRIPT, *flags, *size, *folder, processes=processes)
+    one, two = (load_file(tmp_path / n / "level_2" / "model.safetensors") for n in "12")
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=2e-3), name
+
+
 def test_two_processes_agree_on_when_time_is_up(tmp_path):
     """Only one of them validates, and both have to leave time for it."""
     flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--logging_steps", "5"]

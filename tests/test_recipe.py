@@ -58,6 +58,20 @@ def test_without_a_recipe_it_is_one_for_pictures(count):
     assert len(read_recipe().levels) == 3 and read_recipe({}).levels[0].encoder_fit is None
 
 
+def test_flags_win_over_the_recipe_for_pictures(tmp_path):
+    """And do not change of which level they speak."""
+    assert len(read_recipe(None, {"level_1": {"hidden_size": 96}}).levels) == 3
+    assert len(read_recipe(None, {"level_5": {"hidden_size": 96}}).levels) == 5
+    for said in (
+        {"levels": {"downsample": 16}},
+        {"level_3": {"decoder_order": "masked"}},
+        {"levels": {"decoder_order": "factorized"}},
+    ):
+        read_recipe(None, said).level_configs(3, [], {})
+    (tmp_path / "empty.yaml").write_text("# nothing said yet")
+    assert read_recipe(tmp_path / "empty.yaml") == read_recipe({})
+
+
 def test_what_was_read_is_read_again_as_it_was(tmp_path):
     recipe = read_recipe(
         {

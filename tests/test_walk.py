@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of, tiny_level, tiny_prior
-from test_decoders import LOGISTICS, SYMBOL_ORDERS
+from test_decoders import GUIDED, LOGISTICS, SYMBOL_ORDERS
 
 from progressive_vae.sampling import Sampler
 
@@ -59,7 +59,7 @@ def check_walk(walk, size, channels, groups):
     "kind",
     [
         dict(num_channels=1), dict(num_channels=3), dict(num_channels=1, **LOGISTICS),
-        dict(num_channels=3, **LOGISTICS), dict(num_symbols=5),
+        dict(num_channels=3, **LOGISTICS), dict(num_channels=3, **GUIDED), dict(num_symbols=5),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
@@ -174,7 +174,7 @@ def test_bad_input(call, message):
 @pytest.mark.parametrize(
     "kind",
     [
-        dict(num_channels=3), dict(num_channels=1, **LOGISTICS),
+        dict(num_channels=3), dict(num_channels=1, **LOGISTICS), dict(num_channels=1, **GUIDED),
         dict(num_channels=1, decoder_order="factorized"),
         dict(num_channels=1, decoder_order="masked"), dict(num_symbols=5),
         dict(num_symbols=5, decoder_order="raster"),

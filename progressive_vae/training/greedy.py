@@ -63,7 +63,8 @@ def train(
     The same call goes on where an earlier one was interrupted, and leaves alone what is done.
 
     Args:
-        recipe: a dict of sections, or the path of a YAML file (see `recipe.py`).
+        recipe: a dict of sections, or the path of a YAML file (see `recipe.py`); where not given,
+            one for pictures of any kind.
         dataset: a `datasets.Dataset` or `DatasetDict`, a folder of images, the name of a data set
             on the Hub, or a list of PIL images; where not given, that of the recipe.
         output_dir: the pipeline's folder; where not given, that of the recipe.

@@ -174,7 +174,8 @@ class LevelPhase(Phase):
             generator = torch.Generator().manual_seed(run.settings.seed)
             level.encoder.embed_like(finer_levels[0].quantizer.codebook, generator)
         # An encoder alone takes few steps: its codebook has to follow it soon.
-        weight = self.settings.train_batch_size if self.is_encoder else None
+        batch_size = self.settings.train_batch_size * run.accelerator.num_processes
+        weight = batch_size if self.is_encoder else None
         initialize_codebook(level, train, run.settings.seed, weight)
         for name in (f"refit_{self.part}", f"decoder_{self.index}"):
             run.drop_record(name)  # of the level that was there before

@@ -9,6 +9,7 @@
 A section `level_i` has the fields of `ProgressiveVAELevelConfig`, `fit` those of `FitSettings`, and
 `refit`, where it is there, those of the decoder and a `fit` of its own. `levels` speaks for all
 levels, `num_levels` says how many there are: as many as are named, or two, where it is silent.
+Without a recipe it is one for pictures of any kind, N = 3.
 """
 
 from collections.abc import Mapping
@@ -160,6 +161,7 @@ def read_recipe(
         ValueError: a name that is none, or a value out of its type or range.
     """
     where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
+    is_silent = recipe is None
     if isinstance(recipe, (str, Path)):
         if not Path(recipe).is_file():
             raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
@@ -174,9 +176,12 @@ def read_recipe(
     ]
     extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
     found = [] if extended is None else levels_in(extended)
-    count = _count(layers, 1 + len(found) if found else None, 3 if recipe is None else 2)
+    count = _count(layers, 1 + len(found) if found else None, [3] if is_silent else [])
     sections: dict[str, Any] = {}
-    for layer in [_for_pictures(count), *layers] if recipe is None else layers:
+    if is_silent:
+        spread = _spread(layers[1], count)
+        layers[0] = _for_pictures(count, {*spread[f"level_{count}"]})
+    for layer in layers:
         if set(_SOURCES) & set(layer.get("data", {})):  # a data set is one or the other
             data = {k: v for k, v in sections.get("data", {}).items() if k not in _SOURCES}
             sections = {**sections, "data": data}
@@ -186,9 +191,13 @@ def read_recipe(
     return _recipe(_typed(sections, count))
 
 
-def _for_pictures(count: int) -> dict[str, Any]:
+def _for_pictures(count: int, said: set[str]) -> dict[str, Any]:
     """What holds for pictures of any kind where no recipe is given; its encoders learn in a quarter
-    of the time, if N = 3."""
+    of the time, if N = 3.
+
+    Args:
+        said: what is said elsewhere of the finest level, and may not go with all of this.
+    """
     learns = {"train_batch_size": 16, "learning_rate": 4e-3}
     shared = {
         "codebook_size": 512,
@@ -198,7 +207,7 @@ def _for_pictures(count: int) -> dict[str, Any]:
         "encoder_fit": {**learns, "adam_weight_decay": 0.05, "time_share": 0.05},
         "fit": {"adam_weight_decay": 0.2, "time_share": 0.05},
     }
-    finest = {
+    finest: dict[str, Any] = {
         "downsample": 4,
         "picture_weight": 100.0,
         "pixel_distribution": "guided_logistics",
@@ -206,6 +215,10 @@ def _for_pictures(count: int) -> dict[str, Any]:
         "encoder_fit": {"time_share": 0.15},
         "fit": {**learns, "time_share": 0.6},
     }
+    if "decoder_order" in said:
+        del finest["num_groups"], finest["pixel_distribution"]
+    elif "downsample" in said:
+        del finest["num_groups"]
     prior = {"fit": {"adam_weight_decay": 0.2, "time_share": 0.05}}
     return {"levels": shared, f"level_{count}": finest, "prior": prior}
 
@@ -215,11 +228,11 @@ def levels_in(folder: str | Path) -> list[Path]:
     return sorted(Path(folder).glob("level_[1-8]"))
 
 
-def _count(layers: list[Mapping[str, Any]], settled: int | None, default: int) -> int:
-    """N: as it is settled elsewhere, as it is said, as many levels as are named, or as usual."""
+def _count(layers: list[Mapping[str, Any]], settled: int | None, usual: list[int]) -> int:
+    """N: as it is settled elsewhere, as it is said, as many as are named or usual, or two."""
     said = [layer["num_levels"] for layer in layers if layer.get("num_levels") is not None]
     named = [i for i in range(1, MAX_LEVELS + 1) for layer in layers if f"level_{i}" in layer]
-    count = said[-1] if said else settled or max(named, default=default)
+    count = said[-1] if said else settled or max([*named, *usual], default=2)
     if type(count) is not int or not 1 <= count <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {count!r}")
     if settled is not None and count != settled:

@@ -16,7 +16,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
 from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -308,21 +312,24 @@ def make_accelerator(settings: RunSettings, cpu: bool = False) -> Accelerator:
     Raises:
         ValueError: this process has trained with another precision.
     """
-    output_dir, known = Path(settings.output_dir), AcceleratorState._shared_state
-    is_on_cpu, wanted = cpu or not torch.accelerator.is_available(), settings.mixed_precision
-    if is_on_cpu and wanted == "bf16" and not has_bf16(torch.device("cpu")):
+    output_dir, precision = Path(settings.output_dir), settings.mixed_precision
+    known = AcceleratorState._shared_state.get("_mixed_precision")
+    is_on_cpu = (
+        cpu or not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    )
+    wanted = precision or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if is_on_cpu and wanted == "bf16" != known and not has_bf16(torch.device("cpu")):
         logging.getLogger(__name__).warning("mixed_precision='bf16': slow on this CPU, fp32 it is")
-        wanted = "no"
-    precision = known.get("_mixed_precision")
-    if precision is not None and wanted not in (None, precision):
+        precision = "no"
+    if known is not None and precision not in (None, known):
         raise ValueError(
-            f"expected mixed_precision={precision!r}, with which this process began, got "
+            f"expected mixed_precision={known!r}, with which this process began, got "
             f"{settings.mixed_precision!r}: Accelerate cannot change it, start another process"
         )
     accelerator = Accelerator(
         # Without this a launch of two processes on CPUs becomes two runs of one process each.
         cpu=is_on_cpu,
-        mixed_precision=wanted,
+        mixed_precision=precision,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         # Others wait while the main process encodes, evaluates and pushes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],

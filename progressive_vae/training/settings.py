@@ -149,7 +149,8 @@ class RunSettings:
         max_train_minutes: the time that all fits share as their `time_share` says; null: they
             take as many steps as they say.
         seed: of everything.
-        mixed_precision: no, bf16 or fp16; as Accelerate is configured if not given.
+        mixed_precision: no, bf16 or fp16; as Accelerate is configured if not given. On CPUs that
+            emulate 16-bit floats bf16 becomes no.
         gradient_accumulation_steps: batches that make a step.
         dataloader_num_workers: processes that read the cached grids.
         logging_steps: steps from one logged loss to the next.

@@ -82,13 +82,13 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
     triples = zip(pipe.levels, grids[:-1], grids[1:], strict=True)
     calls["prior"] = pipe.prior, {"codes": grids[0]}
     for i, (level, codes, finer) in enumerate(triples, 1):
-        calls[f"level_{i}"] = level, {"finer": finer}
+        can_paint = i < pipe.num_levels and has_previews(pipe)
+        told = {"paint": partial(_painted, pipe, i)} if can_paint else {}
+        calls[f"level_{i}"] = level, {"finer": finer, **told}
         for name in (f"decoder_{i}", f"refit_level_{i}"):
             calls[name] = level, {"finer": finer, "codes": codes}
         if level.auxiliary is not None:
             plain = level.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
-            can_paint = i < pipe.num_levels and has_previews(pipe)
-            told = {"paint": partial(_painted, pipe, i)} if can_paint else {}
             calls[f"encoder_{i}"] = plain, {"finer": finer, **told}
     figures = {}
     for name in pipe.factor_names:
