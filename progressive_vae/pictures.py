@@ -14,7 +14,7 @@ from .pipeline import ProgressiveVAEPipeline
 def picture_grid(images: list[Image], columns: int) -> Image:
     """Rows of `columns` images with a thin gap; small ones enlarged, pixel by pixel."""
     width, height = images[0].size
-    scale, gap = max(1, 56 // max(width, height)), 2
+    scale, gap = max(1, 64 // max(width, height)), 2
     cells = []
     for image in images:
         cell = PIL.Image.new(image.mode, (width * scale + gap, height * scale + gap))

@@ -51,7 +51,7 @@ def test_without_a_recipe_it_is_one_for_pictures(count):
     recipe = read_recipe(None, {"num_levels": count, "levels": {"hidden_size": 8}})
     finest = recipe.levels[-1]
     assert finest.config["downsample"] == 4
-    assert finest.config["pixel_distribution"] == "guided_logistics"
+    assert finest.config["pixel_distribution"] == "logistics"
     assert all(level.config["hidden_size"] == 8 for level in recipe.levels)
     assert all(level.encoder_fit.learning_rate == 4e-3 for level in recipe.levels)
     assert len(recipe.level_configs(3, [], {})) == count

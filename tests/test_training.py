@@ -242,7 +242,7 @@ def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
     script.main([*flags[3:], *SMALL, *SHORT, "--max_train_minutes", "0.02"])
     output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
-    assert pipe.level_3.config.pixel_distribution == "guided_logistics"
+    assert pipe.level_3.config.pixel_distribution == "logistics"
     assert pipe.num_levels == 3 and pipe.image_shape == (3, 64, 64)
     assert "label_accuracy" not in json.loads((output_dir / "metrics.json").read_text())
 

@@ -210,7 +210,7 @@ def _for_pictures(count: int, said: set[str]) -> dict[str, Any]:
     finest: dict[str, Any] = {
         "downsample": 4,
         "picture_weight": 100.0,
-        "pixel_distribution": "guided_logistics",
+        "pixel_distribution": "logistics",
         "num_groups": 10,  # the first lattice is of every eighth pixel
         "encoder_fit": {"time_share": 0.15},
         "fit": {**learns, "time_share": 0.6},
