@@ -28,7 +28,7 @@ class AuxiliaryDecoder(nn.Module):
       (B, C, H, W) in [−1, 1], or the probabilities of symbols (B, V, H, W).
 
     One pass serves both: `said = auxiliary(quantized, size)`, `expectation(said)`, and the
-    log-probability `judge(said, finer)`, (B,).
+    log-probability of a finer grid in nats, `judge(said, finer)`, (B,).
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):

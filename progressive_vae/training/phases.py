@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from ..chain import MAX_LEVELS, grid_sizes
 from ..configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from ..level import ProgressiveVAELevel
-from ..pictures import reconstruction_grid, sample_grid
+from ..pictures import paint, reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
 from .checkpoints import Progress, is_sharded
@@ -339,14 +340,7 @@ def _painter(
     sizes = grid_sizes([level.config for level in finer_levels], run.image_shape[1:])[1:]
     for level in finer_levels:
         level.to(run.accelerator.device)
-
-    def paint(probabilities: Tensor) -> Tensor:
-        expected = probabilities
-        for level, size in zip(finer_levels, sizes, strict=True):
-            expected = level.expectation(expected, size)
-        return expected
-
-    return paint
+    return partial(paint, finer_levels, sizes)
 
 
 def _level_validation(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..entries import as_pixel_values
-from ..pictures import has_previews
+from ..pictures import has_previews, paint
 from ..pipeline import ProgressiveVAEPipeline
 
 TIMED_SECONDS = 3.0  # of each speed
@@ -83,7 +83,8 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
     calls["prior"] = pipe.prior, {"codes": grids[0]}
     for i, (level, codes, finer) in enumerate(triples, 1):
         can_paint = i < pipe.num_levels and has_previews(pipe)
-        told = {"paint": partial(_painted, pipe, i)} if can_paint else {}
+        finer_levels, sizes = pipe.levels[i:], pipe.grid_sizes[i + 1 :]
+        told = {"paint": partial(paint, finer_levels, sizes)} if can_paint else {}
         calls[f"level_{i}"] = level, {"finer": finer, **told}
         for name in (f"decoder_{i}", f"refit_level_{i}"):
             calls[name] = level, {"finer": finer, "codes": codes}
@@ -103,10 +104,3 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
 
 def _one_step(model: torch.nn.Module, inputs: dict[str, Any]):
     model(**inputs).loss.backward()
-
-
-def _painted(pipe: ProgressiveVAEPipeline, index: int, probabilities: Tensor) -> Tensor:
-    """The picture that finer levels expect of z_{index + 1}."""
-    for level, size in zip(pipe.levels[index:], pipe.grid_sizes[index + 1 :], strict=True):
-        probabilities = level.expectation(probabilities, size)
-    return probabilities
