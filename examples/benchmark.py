@@ -2,7 +2,7 @@
 
     python examples/benchmark.py --train_minutes 30
 
-trains two models for so many minutes each, on the CPU, and measures both: a progressive VAE of a
+trains two models for so many minutes each, and measures both: a progressive VAE of a
 recipe of examples/train.py, and one grid of codes under a decoder with squared error and a causal
 transformer as its prior. It prints distances of drawn images to held-out ones (in the features of a
 classifier of the data set's labels, which must be there, and of patches), how many of them are of
@@ -39,6 +39,7 @@ from progressive_vae.training.command import read_flags
 from progressive_vae.training.distances import BATCH_SIZE, distances, see, stored
 from progressive_vae.training.lock import locked
 from progressive_vae.training.recipe import read_recipe
+from progressive_vae.training.report import device_name
 from progressive_vae.training.run import Run, make_accelerator
 from progressive_vae.training.sources import open_source
 from progressive_vae.training.speed import (
@@ -78,6 +79,7 @@ class Arguments:
         model: one more pipeline to measure.
         output_dir: for models and results.
         seed: of both.
+        cpu: leave other devices alone.
     """
 
     config: str = str(RECIPE)
@@ -90,6 +92,7 @@ class Arguments:
     model: str | None = None
     output_dir: str = "runs/benchmark"
     seed: int = 0
+    cpu: bool = False
 
 
 def afternoon(
@@ -98,7 +101,8 @@ def afternoon(
     """Trained, or as it was saved in `folder`; and images a second of its training."""
     channels, height, width = run.image_shape
     size = height // 4, width // 4
-    model = Afternoon(channels, len(run.class_names), size, run.settings.seed)
+    device = run.accelerator.device
+    model = Afternoon(channels, len(run.class_names), size, run.settings.seed, device)
     if (folder / "costs.json").is_file():
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -165,7 +169,8 @@ class Yardstick:
         figures[told] = accuracy(self.classifier, drawn)
         if count:
             seen, steps, seed = draw(count), self.arguments.classifier_steps, self.arguments.seed
-            learned = cached_classifier(f"{seen.folder}.safetensors", seen, steps, seed)
+            device = next(self.classifier.parameters()).device
+            learned = cached_classifier(f"{seen.folder}.safetensors", seen, steps, seed, device)
             told = f"accuracy on test images, learned from {count} drawn ones"
             figures[told] = accuracy(learned, self.test)
         return figures
@@ -175,7 +180,7 @@ class Yardstick:
 def speeds_of_afternoon(
     model: Afternoon, images: Tensor, costs: dict[str, float]
 ) -> dict[str, float]:
-    pixel_values, count = as_pixel_values(images), len(images)
+    pixel_values, count = as_pixel_values(images.to(model.device)), len(images)
     some = torch.arange(count) % model.num_classes
     return {
         "drawn, batch 1": rate(lambda: model.draw(some[:1], False), 1),
@@ -201,7 +206,8 @@ def speeds_of_ours(
             share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate_in_training
             figures[f"share of the rate of {NAMES[dtype]} products, training {phase}"] = share
     share = figures["GFLOP to draw an image"] * 1e9 * figures[f"drawn, batch {len(images)}"]
-    figures["share of the rate of fp32 products, drawing"] = share / matrix_rate(torch.float32)
+    of_products = matrix_rate(torch.float32, pipe.device)
+    figures["share of the rate of fp32 products, drawing"] = share / of_products
     return figures
 
 
@@ -231,7 +237,8 @@ def main(words: list[str]):
     arguments = Arguments(**read_flags(parser, words))
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    with locked(output_dir, PartialState(cpu=True)):
+    on_cpu = arguments.cpu or not torch.accelerator.is_available()
+    with locked(output_dir, PartialState(cpu=on_cpu)):
         compare(arguments)
 
 
@@ -256,18 +263,20 @@ def compare(arguments: Arguments):
     if path.is_file() and (found := read_json(path, _ANEW)) != made:
         raise ValueError(f"expected models of {made} in {output_dir}, got those of {found}")
     write_json(path, made)
-    accelerator = make_accelerator(recipe.run, cpu=True)
+    accelerator = make_accelerator(recipe.run, arguments.cpu)
+    device = accelerator.device
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     train(recipe.sections, accelerator=accelerator)
     if not (folder / MATRIX_RATE).is_file():  # what is measured later may have other threads
-        write_json(folder / MATRIX_RATE, matrix_rate(dtype))
+        write_json(folder / MATRIX_RATE, matrix_rate(dtype, device))
     pixels = source.pixels(folder / "cache" / "pixels", accelerator)
     run = Run(recipe.run, accelerator, len(recipe.levels), pixels, names)
     flat, flat_costs = afternoon(output_dir / "afternoon", run, minutes, dtype)
-    pipe = loaded(folder)
+    pipe = loaded(folder, device)
     classifier = cached_classifier(
-        output_dir / "classifier.safetensors", pixels["train"], arguments.classifier_steps, seed
-    )
+        output_dir / "classifier.safetensors", pixels["train"], arguments.classifier_steps, seed,
+        device,
+    )  # fmt: skip
     yardstick = Yardstick(arguments, classifier, pixels["test"])
     sample = pixels["train"].sample(yardstick.num_drawn, seed)
     images = pixels["test"].batch(slice(0, 250))[0].to(torch.uint8)
@@ -289,15 +298,15 @@ def compare(arguments: Arguments):
         ),
     }  # fmt: skip
     if arguments.model is not None:
-        other = loaded(arguments.model)
+        other = loaded(arguments.model, device)
         columns[Path(arguments.model).name] = {
             **yardstick.of_drawn(partial(drawn_by_ours, arguments, "model", other)),
             **speeds_of_ours(other, images, {}),
         }
-    kinds = [torch.float32, *([torch.bfloat16] if has_bf16(accelerator.device) else [])]
-    rates = (f"{matrix_rate(kind) / 1e9:.0f} GFLOP/s in {NAMES[kind]}" for kind in kinds)
+    kinds = [torch.float32, *([torch.bfloat16] if has_bf16(device) else [])]
+    rates = (f"{matrix_rate(kind, device) / 1e9:.0f} GFLOP/s in {NAMES[kind]}" for kind in kinds)
     text = (
-        f"{table(columns)}\n\n{torch.get_num_threads()} threads, torch {torch.__version__}, seed "
+        f"{table(columns)}\n\n{device_name(device)}, torch {torch.__version__}, seed "
         f"{seed}; distances of {yardstick.num_drawn} images to the test split, in the "
         "features of a small classifier, and of patches, of which scale 1 is the finest; the "
         f"classifier tells {100 * accuracy(classifier, pixels['test']):.1f} % of the test split; "
@@ -312,8 +321,8 @@ def compare(arguments: Arguments):
     print(text)
 
 
-def loaded(folder: str | Path) -> ProgressiveVAEPipeline:
-    pipe = ProgressiveVAEPipeline.from_pretrained(folder)
+def loaded(folder: str | Path, device: torch.device) -> ProgressiveVAEPipeline:
+    pipe = ProgressiveVAEPipeline.from_pretrained(folder).to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

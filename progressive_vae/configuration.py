@@ -1,7 +1,7 @@
 """The two configs: every architectural knob, once."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -120,6 +120,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     """
 
     model_type = "progressive_vae_level"
+    has_no_defaults_at_init: ClassVar[bool] = True  # transformers before 5.19 would try them
     sub_configs = {"backbone_config": AutoConfig}  # where attn_implementation and dtype go on to
 
     num_channels: int | None = None

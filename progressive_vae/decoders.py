@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from .causal import NUM_CHECKED, Causal, make_backbone
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .distributions import Categorical
-from .groups import ORDERS, Choose, Inside, Place, Teacher, ask, index_grid
+from .groups import ORDERS, Choose, Place, Teacher, ask, route
 from .heads import Blind, FreeLogits, make_head
 from .networks import (
     Downsample,
@@ -117,9 +117,10 @@ class GroupDecoder(Decoder):
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
-        self.order = ORDERS[config.decoder_order]
+        self.num_groups = config.num_groups or 1
         with torch.device("cpu"):  # positions are numbers, where weights are not there yet
-            groups = self.order(config, (config.downsample, config.downsample))
+            cell = config.downsample, config.downsample
+            groups = ORDERS[config.decoder_order](self.num_groups, cell)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
             self.embedding = embedding(config.num_values, config.value_embed_dim)
@@ -147,10 +148,11 @@ class GroupDecoder(Decoder):
         picture = condition.picture
         if picture is not None:
             picture = F.pad(picture, (0, width - size[1], 0, height - size[0]))
-        index, groups = index_grid(size, (height, width)), self.order(self.config, (height, width))
-        for number, (group, stage) in enumerate(zip(groups, self.stages, strict=True)):
-            inside = Inside(group.take(index), grid.device)
-            is_final = group is groups[-1]
+        groups = route(
+            self.config.decoder_order, self.num_groups, tuple(size), (height, width), grid.device
+        )
+        for number, ((group, inside), stage) in enumerate(zip(groups, self.stages, strict=True)):
+            is_final = number + 1 == len(groups)
             state = stage.upsample(state)
             if len(stage.upsample) and pyramid:
                 state = state + pyramid.pop()

@@ -9,6 +9,7 @@ are asked for when a decoder walks over the groups.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration import ProgressiveVAELevelConfig
 from .distributions import Distribution
 
 
@@ -86,21 +86,11 @@ class Lattice:
 
         Along a side of up to half the stride neither is there, and an entry may be a 0 for want of
         a better one."""
-        step = self.stride // 2
         if self.offset == (0, 0):
             return None
-        is_corner = min(self.offset) > 0
-        rows, columns = (
-            torch.arange(start, end, self.stride, device=grid.device)
-            for start, end in zip(self.offset, grid.shape[-2:], strict=True)
-        )
-        entries = [
-            grid[..., _mirrored(rows, y, size[0])[:, None], _mirrored(columns, x, size[1])]
-            for y in (-step, 0, step)
-            for x in (-step, 0, step)
-            if (x and y if is_corner else bool(x) != bool(y))
-        ]
-        return torch.stack(entries).flatten(-2)
+        indices = _near(self, tuple(grid.shape[-2:]), tuple(size), grid.device)
+        found = grid.flatten(-2).index_select(-1, indices.flatten())
+        return found.unflatten(-1, indices.shape).movedim(-2, 0)
 
     def put(self, grid: Tensor, values: Tensor):
         """The reverse: write (..., n)."""
@@ -117,6 +107,26 @@ class Lattice:
 
     def _view(self, grid: Tensor) -> Tensor:
         return grid[..., self.offset[0] :: self.stride, self.offset[1] :: self.stride]
+
+
+@lru_cache(maxsize=256)  # in numbers they are half of what a walk asks of a device
+@torch.inference_mode(False)  # of which a gradient may be asked later
+def _near(
+    lattice: Lattice, padded: tuple[int, int], size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Row-major indices in the padded grid of the entries that `Lattice.near` finds, (4, n)."""
+    step, is_corner = lattice.stride // 2, min(lattice.offset) > 0
+    rows, columns = (
+        torch.arange(start, end, lattice.stride, device="cpu")
+        for start, end in zip(lattice.offset, padded, strict=True)
+    )
+    indices = [
+        _mirrored(rows, y, size[0])[:, None] * padded[1] + _mirrored(columns, x, size[1])
+        for y in (-step, 0, step)
+        for x in (-step, 0, step)
+        if (x and y if is_corner else bool(x) != bool(y))
+    ]
+    return torch.stack(indices).flatten(1).to(device)
 
 
 def _mirrored(indices: Tensor, step: int, length: int) -> Tensor:
@@ -187,14 +197,13 @@ class Inside:
         return zeros.index_copy_(1, self.places, values)
 
 
-def factorized_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
+def factorized_order(num_groups: int, size: tuple[int, int]) -> list[Group]:
     return [Lattice(stride=1)]
 
 
-def lattice_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
+def lattice_order(num_groups: int, size: tuple[int, int]) -> list[Group]:
     """The coarsest lattice, then each halving of its stride: diagonal, horizontal, vertical."""
-    assert config.num_groups is not None  # the config sees to it
-    halvings = config.num_groups // 3
+    halvings = num_groups // 3
     groups: list[Group] = [Lattice(2**halvings)]
     for half in (2**k for k in reversed(range(halvings))):
         stride = 2 * half
@@ -202,19 +211,36 @@ def lattice_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> l
     return groups
 
 
-def masked_order(config: ProgressiveVAELevelConfig, size: tuple[int, int]) -> list[Group]:
+def masked_order(num_groups: int, size: tuple[int, int]) -> list[Group]:
     """A random order that is the same for ever, few positions first.
 
     The share that is known after group t of T is 1 − cos(π t / 2T) (MaskGIT, Chang et al. 2022).
     Unlike there the order does not depend on what was drawn, so the likelihood is exact.
     """
-    count, groups = math.prod(size), config.num_groups or 1
+    count = math.prod(size)
     order = torch.from_numpy(np.random.RandomState(0).permutation(count))  # a frozen stream
-    ends = [round(count * (1 - math.cos(math.pi * t / (2 * groups)))) for t in range(groups + 1)]
+    ends = [
+        round(count * (1 - math.cos(math.pi * t / (2 * num_groups)))) for t in range(num_groups + 1)
+    ]
     parts = (order[a:b].sort().values for a, b in zip(ends[:-1], ends[1:], strict=True))
     return [Scattered(part) for part in parts]
 
 
-# Of a padded grid's size (H, W) the groups in their order: always so many of them, of strides that
-# are powers of two and never rise.
+# Of so many groups, and a padded grid's size (H, W), the groups in their order, whose strides are
+# powers of two and never rise.
 ORDERS = {"factorized": factorized_order, "lattice": lattice_order, "masked": masked_order}
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # of what is walked a gradient may be asked later
+def route(
+    order: str,
+    num_groups: int,
+    size: tuple[int, int],
+    padded: tuple[int, int],
+    device: torch.device,
+) -> list[tuple[Group, Inside]]:
+    """The groups of a padded grid in their order, and which places of each lie in the true one."""
+    with torch.device("cpu"):
+        index, groups = index_grid(size, padded), ORDERS[order](num_groups, padded)
+        return [(group, Inside(group.take(index), device)) for group in groups]

@@ -9,7 +9,7 @@ from transformers import initialization as init
 from .configuration import ProgressiveVAELevelConfig
 from .distributions import Categorical, Distribution, PixelMixture
 from .groups import Group
-from .networks import PixelEmbedding, ZeroLinear
+from .networks import PixelEmbedding, ZeroLinear, constant
 
 
 class Blind(nn.Module):
@@ -109,7 +109,7 @@ class PixelLogistics(Head):
             means = guesses + offsets.clamp(-6, 6).sinh()  # fine near the guess, coarse far away
             if misses is not None:
                 means = means + (1 + slopes) * misses
-            start = torch.tensor(self.LOG_SCALES, device=features.device)
+            start = constant(self.LOG_SCALES, features.device)
             log_scales = (log_scales + start[:, None, None]).clamp(-3, 5)
             return PixelMixture(weights.softmax(0), means, (-log_scales).exp(), self.num_values)
 
@@ -147,7 +147,7 @@ class GuidedLogistics(PixelLogistics):
         assert picture is not None  # the level sees to it
         expected, known = group.take(picture), group.near(picture, size)
         if known is None:  # apart from each other where their scales are alike, lest they stay so
-            steps = expected.new_tensor([-36, -12, 12, 36, 0, 0, 0, 0, 3, -3])
+            steps = constant((-36, -12, 12, 36, 0, 0, 0, 0, 3, -3), expected.device)
             return expected + steps[:, None, None, None]
         guesses = super().guesses(group, grid, size)
         missed = (guesses[:4] - known).mean(0)
@@ -170,7 +170,7 @@ class Look(nn.Linear):
 
 def soft_differences(differences: Tensor) -> Tensor:
     """Differences of pixel values, to which small ones matter most: (...) -> (..., 3)."""
-    scales = torch.tensor([1.0, 6.0, 36.0], device=differences.device)
+    scales = constant((1.0, 6.0, 36.0), differences.device)
     return (differences[..., None] / scales).tanh()
 
 

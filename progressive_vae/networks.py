@@ -1,11 +1,20 @@
 """Convolution nets on (B, C, H, W) in channels_last."""
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+
+
+@lru_cache
+@torch.inference_mode(False)  # of what is made with it a gradient may be asked later
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers as float32 on a device, where they stay: a copy each time would make the host wait
+    for all that the device has yet to do."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -61,11 +61,12 @@ def train_for(
 ) -> int:
     """AdamW with a cosine over the clock; the number of steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
+    device = next(model.parameters()).device
     start, steps = time.perf_counter(), 0
     while (share := (time.perf_counter() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (steps + 1) / 100) * (1 + math.cos(math.pi * share)) / 2
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             loss = step()
         optimizer.zero_grad()
         loss.backward()
@@ -78,9 +79,17 @@ def train_for(
 class Afternoon:
     """A `FlatVAE` and a causal transformer over its codes, with the class as first token."""
 
-    def __init__(self, num_channels: int, num_classes: int, size: tuple[int, int], seed: int):
+    def __init__(
+        self,
+        num_channels: int,
+        num_classes: int,
+        size: tuple[int, int],
+        seed: int,
+        device: torch.device,
+    ):
         torch.manual_seed(seed)
-        self.vae, self.size = FlatVAE(num_channels), size
+        self.size, self.device = size, device
+        self.vae = FlatVAE(num_channels).to(device)
         self.codebook_size = len(self.vae.quantizer.codebook)
         self.num_classes = num_classes
         self.prior = LlamaForCausalLM(
@@ -95,33 +104,36 @@ class Afternoon:
                 eos_token_id=None,
                 pad_token_id=None,
             )
-        )
+        ).to(device)
 
     def fit(self, train: GridDataset, seconds: float, dtype: torch.dtype) -> dict[str, float]:
-        """Half of the time for the autoencoder, half for its prior, on the CPU; images a second of
-        each. `dtype`: of the products, float32 or bfloat16."""
+        """Half of the time for the autoencoder, half for its prior; images a second of each.
+        `dtype`: of the products, float32 or bfloat16."""
         batches = train.random_batches(64)
-        first = as_pixel_values(torch.cat([next(batches)[0] for _ in range(30)]))
+
+        def inputs(images: Tensor) -> Tensor:
+            return as_pixel_values(images.to(self.device))
+
+        first = inputs(torch.cat([next(batches)[0] for _ in range(30)]))
         with torch.no_grad():
             latents = self.vae.encoder(first).movedim(1, -1).flatten(0, -2)
         self.vae.quantizer.initialize(latents, torch.Generator().manual_seed(0))
 
         def vae_step() -> Tensor:
-            loss, codes, latents = self.vae(as_pixel_values(next(batches)[0]))
+            loss, codes, latents = self.vae(inputs(next(batches)[0]))
             self.vae.quantizer.after_step(latents, codes, lambda tensor: tensor)
             return loss
 
         steps = train_for(seconds / 2, self.vae, vae_step, 1e-3, dtype)
         with torch.no_grad():
             encoded = [
-                (self.vae(as_pixel_values(images))[1], labels)
-                for images, labels in train.batches(500)
+                (self.vae(inputs(images))[1], labels) for images, labels in train.batches(500)
             ]
         codes, labels = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         tokens = torch.cat([self.prompt(labels), codes.flatten(1)], 1)
 
         def prior_step() -> Tensor:
-            rows = tokens[torch.randint(len(tokens), (128,))]
+            rows = tokens[torch.randint(len(tokens), (128,)).to(self.device)]
             return self.prior(rows, labels=rows, use_cache=False).loss
 
         prior_steps = train_for(seconds / 2, self.prior, prior_step, 1e-3, dtype)
@@ -129,7 +141,7 @@ class Afternoon:
         return {"vae": 64 * steps / half, "prior": 128 * prior_steps / half}
 
     def prompt(self, labels: Tensor) -> Tensor:
-        return (labels + self.codebook_size)[:, None]
+        return (labels.to(self.device) + self.codebook_size)[:, None]
 
     @torch.no_grad()
     def draw(self, labels: Tensor, use_cache: bool) -> Tensor:
@@ -151,7 +163,7 @@ class Afternoon:
         """uint8 images and their labels, the classes in turn."""
         torch.manual_seed(seed)
         for labels in (torch.arange(num_images) % self.num_classes).split(250):
-            yield of_unit(self.draw(labels, use_cache=True)), labels
+            yield of_unit(self.draw(labels, use_cache=True)).cpu(), labels
 
     def parts(self) -> dict[str, nn.Module]:
         return {"vae": self.vae, "prior": self.prior}

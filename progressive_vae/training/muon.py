@@ -43,40 +43,56 @@ class Muon(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            if group["momentum"] is None:
-                continue
-            for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                state = self.state[matrix]
-                if not state:  # AdamW wants to find a step in every state
-                    state |= {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
-                state["step"] += 1
-                state["momentum"].lerp_(matrix.grad, 1 - group["momentum"])
-                ahead = matrix.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
-                update = orthogonal(ahead.flatten(1))
-                size = group["lr"] * self.scale * max(update.shape) ** 0.5
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(update.view_as(matrix).to(matrix), alpha=size)
-                matrix.grad = None  # AdamW leaves it alone
+            matrices = [each for each in group["params"] if each.grad is not None]
+            if group["momentum"] is not None and matrices:
+                self._follow_momentum(matrices, **group)
         super().step()
         return loss
 
+    def _follow_momentum(
+        self,
+        matrices: list[nn.Parameter],
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        **of_adamw,
+    ):
+        for matrix in matrices:
+            if not self.state[matrix]:  # AdamW wants to find a step in every state
+                zeros = {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
+                self.state[matrix] |= zeros
+            self.state[matrix]["step"] += 1
+        gradients = [matrix.grad for matrix in matrices]
+        means = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov's
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, matrix in enumerate(matrices):
+            by_shape.setdefault(matrix.flatten(1).shape, []).append(i)
+            matrix.grad = None  # AdamW leaves it alone
+        for shape, places in by_shape.items():  # together, as a GPU's time goes into small products
+            updates = orthogonal(torch.stack([ahead[i].flatten(1) for i in places]))
+            size = lr * self.scale * max(shape) ** 0.5
+            for i, update in zip(places, updates, strict=True):
+                matrices[i].sub_(update.view_as(matrices[i]).to(matrices[i]), alpha=size)
 
-def orthogonal(matrix: Tensor, num_iterations: int = 5) -> Tensor:
-    """U Vᵀ of a matrix U S Vᵀ, roughly: singular values come out near 1 (between 0.7 and 1.2).
+
+def orthogonal(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+    """U Vᵀ of matrices U S Vᵀ (..., m, n), roughly: singular values come out near 1 (between 0.7
+    and 1.2).
 
     Newton–Schulz iterations X ← a X + (b A + c A²) X with A = X Xᵀ, in bf16 where that is quick.
     """
-    x = matrix.bfloat16() if has_bf16(matrix.device) else matrix.float()
-    is_tall = len(x) > x.shape[1]
-    x = x.T if is_tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    x = matrices.bfloat16() if has_bf16(matrices.device) else matrices.float()
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     a, b, c = COEFFICIENTS
     for _ in range(num_iterations):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if is_tall else x
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
 
 
 def matrices_and_others(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -84,8 +84,11 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
 
     train, classes, count = run.pixels["train"], len(run.class_names), min(len(test), 5000)
     measures: dict[str, Callable[[], Any]] = {}
+    device = run.accelerator.device
     if classes and (
-        classifier := attempt("classifier", lambda: train_classifier(train, classes, seed=seed))
+        classifier := attempt(
+            "classifier", lambda: train_classifier(train, classes, seed=seed, device=device)
+        )
     ):
         measures["label_accuracy"] = lambda: label_accuracy(pipe, classifier, test, seed)
         measures["frechet_distance"] = lambda: distance_of_samples(

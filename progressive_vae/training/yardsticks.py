@@ -22,7 +22,10 @@ from .streaming import PixelStream
 
 class Classifier(nn.Sequential):
     """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick.
-    That of coloured images, which are harder to tell apart, is deeper, with batch norm."""
+    That of coloured images, which are harder to tell apart, is deeper, with batch norm.
+
+    Images may come from any device; logits are on the CPU.
+    """
 
     def __init__(self, num_channels: int, num_classes: int):
         if num_channels == 1:
@@ -38,6 +41,14 @@ class Classifier(nn.Sequential):
         )
         if num_channels > 1:
             self.to(memory_format=torch.channels_last)  # a quarter quicker on CPUs
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return super().forward(_beside(self, pixel_values)).cpu()
+
+
+def _beside(module: nn.Module, images: Tensor) -> Tensor:
+    """Images on the device of a network."""
+    return images.to(next(module.parameters()).device)
 
 
 def _grey_layers() -> list[nn.Module]:
@@ -65,6 +76,7 @@ def train_classifier(
     num_classes: int,
     max_train_steps: int = 1000,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Classifier:
     """Fit the yardstick on a training split in batches of 128, for at most 20 epochs."""
     num_steps = max_train_steps
@@ -73,7 +85,7 @@ def train_classifier(
         num_steps = min(num_steps, 20 * max(1, count // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(dataset.manifest.shape[0], num_classes)
+        model = Classifier(dataset.manifest.shape[0], num_classes).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
         batches = islice(dataset.random_batches(128), num_steps)
@@ -87,7 +99,11 @@ def train_classifier(
 
 
 def cached_classifier(
-    path: str | Path, dataset: GridDataset, max_train_steps: int, seed: int = 0
+    path: str | Path,
+    dataset: GridDataset,
+    max_train_steps: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Classifier:
     """What `train_classifier` made of this data set, read from the safetensors file `path`; it is
     written there first where there is none, or that of another data set, length, seed or network.
@@ -106,8 +122,8 @@ def cached_classifier(
             is_same = set(file.keys()) == set(classifier.state_dict())
             if is_same and (file.metadata() or {}).get("identity") == identity:
                 classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
-                return classifier.eval()
-    classifier = train_classifier(dataset, num_classes, max_train_steps, seed)
+                return classifier.eval().to(device)
+    classifier = train_classifier(dataset, num_classes, max_train_steps, seed, device)
     temporary = Path(path).with_suffix(".incomplete")
     weights = {key: value.contiguous() for key, value in classifier.state_dict().items()}
     save_file(weights, temporary, {"identity": identity})
@@ -117,7 +133,7 @@ def cached_classifier(
 
 class ClassifierFeatures(nn.Module):
     """The last features of a classifier, averaged over the picture: images (B, C, H, W) in [0, 1]
-    -> (B, F)."""
+    -> (B, F) on the CPU."""
 
     def __init__(self, classifier: Classifier):
         super().__init__()
@@ -126,7 +142,7 @@ class ClassifierFeatures(nn.Module):
         self.layers = nn.Sequential(*modules[:pool])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images * 2 - 1).mean((2, 3))
+        return self.layers(_beside(self, images * 2 - 1)).mean((2, 3)).cpu()
 
 
 class Inception(torch.nn.Module):
