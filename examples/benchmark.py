@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.entries import as_pixel_values, as_unit
 from progressive_vae.images import from_pixel_values
-from progressive_vae.pictures import picture_grid
+from progressive_vae.pictures import has_previews, picture_grid
 from progressive_vae.saved import read_json, write_json
 from progressive_vae.training import train
 from progressive_vae.training.afternoon import Afternoon
@@ -130,10 +130,14 @@ def drawn_by(
 
 
 def drawn_by_ours(
-    arguments: Arguments, name: str, pipe: ProgressiveVAEPipeline, count: int
+    arguments: Arguments,
+    name: str,
+    pipe: ProgressiveVAEPipeline,
+    count: int,
+    preview: bool = False,
 ) -> GridDataset:
-    factors = [getattr(pipe, factor) for factor in pipe.factor_names]
-    draw = partial(draw_labelled, pipe)
+    factors, name = [getattr(pipe, each) for each in pipe.factor_names], name + "_preview" * preview
+    draw = partial(draw_labelled, pipe, preview=preview)
     return drawn_by(arguments, name, factors, pipe.image_shape, draw, count)
 
 
@@ -209,6 +213,13 @@ def speeds_of_ours(
     of_products = matrix_rate(torch.float32, pipe.device)
     figures["share of the rate of fp32 products, drawing"] = share / of_products
     return figures
+
+
+def speeds_of_previews(pipe: ProgressiveVAEPipeline, count: int) -> dict[str, float]:
+    def draw(count: int):
+        return pipe(num_images_per_prompt=count, batch_size=count, preview=True, output_type="pt")
+
+    return {f"drawn, batch {size}": rate(partial(draw, size), size) for size in (1, count)}
 
 
 def picture_of(models: list[GridDataset], num_classes: int, columns: int) -> Image:
@@ -297,6 +308,9 @@ def compare(arguments: Arguments):
             as_unit(part) for part in sample.split(BATCH_SIZE)
         ),
     }  # fmt: skip
+    if has_previews(pipe):  # which are expected pictures, as the other's are
+        columns["its previews"] = yardstick.of_drawn(partial(ours, preview=True))
+        columns["its previews"] |= speeds_of_previews(pipe, len(images))
     if arguments.model is not None:
         other = loaded(arguments.model, device)
         columns[Path(arguments.model).name] = {
@@ -315,8 +329,9 @@ def compare(arguments: Arguments):
     )
     write_json(output_dir / "benchmark.json", columns)
     (output_dir / "benchmark.md").write_text(text)
-    if per_class := min(8, yardstick.num_drawn // len(names)):
-        drawn = [model(yardstick.num_drawn) for model in (ours, theirs)]
+    if per_class := min(6, yardstick.num_drawn // len(names)):
+        models = [ours, *([partial(ours, preview=True)] if has_previews(pipe) else []), theirs]
+        drawn = [model(yardstick.num_drawn) for model in models]
         picture_of(drawn, len(names), per_class).save(output_dir / "samples.png")
     print(text)
 

@@ -24,7 +24,8 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> T
     with a list, row b is drawn with generator b alone."""
     if isinstance(generator, list):
         rows = [torch.rand(shape[1:], generator=g, device=g.device) for g in generator]
-        return torch.stack([row.to(device) for row in rows])
+        # One copy for all: a device waits for each.
+        return torch.stack([row.to(rows[0].device) for row in rows]).to(device)
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
 

@@ -159,16 +159,18 @@ def test_benchmark_of_coloured_images_and_encoders_that_learn_first(tmp_path, mo
     flags = ["--config", str(recipe), "--train_data_dir", str(coloured), "--output_dir", str(out)]
     flags += ["--train_minutes", "0.02", "--num_drawn", "40", "--num_drawn_to_learn_from", "20"]
     script.main([*flags, "--classifier_steps", "3"])
-    ours, theirs, real = json.loads((out / "benchmark.json").read_text()).values()
+    figures = json.loads((out / "benchmark.json").read_text())
+    ours, theirs, real, previews = figures.values()
     name = "bf16" if speed.has_bf16(torch.device("cpu")) else "fp32"
     for phase in ("encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"):
         assert 0 < ours[f"share of the rate of {name} products, training {phase}"] < 1
-    for each in (ours, theirs):
+    assert list(figures)[3] == "its previews" and previews["drawn, batch 1"] > 0
+    for each in (ours, theirs, previews):
         assert 0 <= each["accuracy on drawn images, of the class asked for"] <= 1
         assert 0 <= each["accuracy on test images, learned from 20 drawn ones"] <= 1
         assert each["distance of patches, scale 1"] > real["distance of patches, scale 1"] > 0
-    picture = PIL.Image.open(out / "samples.png")  # two classes: of each eight images and eight
-    assert picture.mode == "RGB" and picture.width == 8 * picture.height
+    picture = PIL.Image.open(out / "samples.png")  # two classes: of each six images of three kinds
+    assert picture.mode == "RGB" and picture.width == 9 * picture.height
     assert f"trained in {name}" in (out / "benchmark.md").read_text()
 
 

@@ -203,10 +203,14 @@ def precision_recall(real: Tensor, drawn: Tensor, num_neighbours: int = 3) -> di
 
 
 def draw_labelled(
-    pipe: ProgressiveVAEPipeline, num_images: int, seed: int = 0, batch_size: int = 250
+    pipe: ProgressiveVAEPipeline,
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 250,
+    preview: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Drawn uint8 images and their labels, spread evenly over the classes; −1 where there are
-    none. For `codes.write_cache`."""
+    """Drawn uint8 images, or previews of drawn codes, and their labels, spread evenly over the
+    classes; −1 where there are none. For `codes.write_cache`."""
     num_classes, generator = len(pipe.labels), torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, num_images, batch_size), desc="draw"):
         numbers = torch.arange(start, min(start + batch_size, num_images))
@@ -218,6 +222,7 @@ def draw_labelled(
             generator=generator,
             output_type="pt",
             batch_size=batch_size,
+            preview=preview,
         )
         yield of_unit(drawn.images), labels
 
