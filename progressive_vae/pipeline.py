@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .calls import (
     Call,
-    CallingPipeline,
     changed_codes,
     check_batches,
     check_outputs,
     factor_controls,
 )
 from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
+from .codec import CodingPipeline
 from .fingerprint import check_fingerprints
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
@@ -40,7 +40,7 @@ class ProgressiveVAEPipelineOutput(BaseOutput):
     codes: list[Tensor]
 
 
-class ProgressiveVAEPipeline(CallingPipeline):
+class ProgressiveVAEPipeline(CodingPipeline):
     """`P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)`.
 
     Lists over levels start with the coarsest: `codes[i - 1]` is z_i. Wherever images come in they

@@ -1,0 +1,359 @@
+"""Images as bytes, as few as the model says: a range coder walks over the factors, coarse to fine.
+
+    | bytes | |
+    |---|---|
+    | 1 | format; 128 more where a class follows |
+    | 2 | hash of the weights |
+    | 1 | hash of the arithmetic: device, kind of processor, precision, torch, images at a time |
+    | 4 | CRC-32 of the pixels |
+    | … | the class, seven bits a byte, if there is one |
+    | … | z_1, z_2 … z_N and s, in words of 32 bits |
+
+Bytes and images are one to one only where both sides compute the same probabilities to the last
+digit, which networks of floating-point numbers do not promise. So both walk alike, over batches of
+one size, whatever the number of images; another machine may do otherwise, and then the checksum is
+wrong, and there is an error in place of a wrong image.
+"""
+
+import functools
+import hashlib
+import struct
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .calls import CallingPipeline
+from .distributions import Distribution
+from .entries import as_values, of_unit
+from .groups import Choose, Place
+from .images import Images, pixel_value_batches
+from .labels import Labels, known_labels, label_ids
+
+FORMAT = 1
+HAS_CLASS = 128  # added to the format
+WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
+TOTAL = 2**24  # of the counts of all values, each one or more
+SLACK = 64  # so that counts do not add up to more, whose probabilities are rounded: all sums exact
+MAX_IMAGES, MAX_PIXELS = 64, 2**15  # at a time, and of them together
+
+
+def _coder() -> Any:
+    try:
+        import constriction
+    except ImportError as error:
+        raise ImportError(
+            "compress and decompress take the range coder of constriction: "
+            'pip install "progressive-vae[codec]"'
+        ) from error
+    return constriction.stream
+
+
+@functools.cache
+def _family() -> Any:
+    """Tables that are taken as they come."""
+    return _coder().model.Categorical(perfect=False)
+
+
+def frequencies(distribution: Distribution, count: int) -> np.ndarray:
+    """Whole numbers (count, n, V) that add up to 2²⁴ − V, in proportion to the probabilities of the
+    first examples: to each the coder adds one. As they are whole, no sum of them is rounded."""
+    logits = distribution.logits[:count].float()
+    whole = TOTAL - logits.shape[-1]
+    counts = logits.softmax(-1).mul_(whole - SLACK).floor_()
+    missing = whole - counts.sum(-1, keepdim=True)  # for the most probable value
+    return counts.scatter_add_(-1, logits.argmax(-1, keepdim=True), missing).cpu().numpy()
+
+
+class Writer:
+    """A `Choose` that follows known grids, and writes down each of the first examples.
+
+    Args:
+        count: of the examples that are written.
+    """
+
+    def __init__(self, count: int):
+        self.coders = [_coder().queue.RangeEncoder() for _ in range(count)]
+        self.values = torch.empty(0)
+
+    def follow(self, values: Tensor) -> Choose:
+        """Of the factor that comes next, int64 (B, C, H, W)."""
+        self.values = values.flatten(2)
+        return self
+
+    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
+        values = self.values[:, place.colour].index_select(1, place.positions)
+        tables = frequencies(distribution, len(self.coders))
+        if tables.shape[-1] > 1:  # else there is nothing to say
+            symbols = values.cpu().numpy().astype(np.int32)
+            for coder, row, table in zip(self.coders, symbols, tables, strict=False):
+                coder.encode(row, _family(), table)
+        return values
+
+    def words(self) -> list[bytes]:
+        return [coder.get_compressed().astype(">u4").tobytes() for coder in self.coders]
+
+
+class Reader:
+    """A `Choose` that reads what a `Writer` wrote; examples beyond that are as the last one.
+
+    A stream that ends early is read twice, as if zeros or as if ones followed: as long as both say
+    the same, what follows does not matter.
+
+    Args:
+        batch_size: of the distributions.
+        first: the number of the first stream, in errors.
+        may_end: streams may end early, as not all of them is asked for.
+    """
+
+    def __init__(self, streams: list[bytes], batch_size: int, first: int, may_end: bool):
+        self.batch_size, self.first = batch_size, first
+        ends = (b"\x00", b"\xff") if may_end else (b"\x00",)
+        self.coders = [[_decoder(stream, end) for end in ends] for stream in streams]
+
+    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
+        tables = frequencies(distribution, len(self.coders))
+        symbols = np.zeros(tables.shape[:2], np.int32)
+        if tables.shape[-1] > 1:
+            for i, (coders, table) in enumerate(zip(self.coders, tables, strict=True)):
+                symbols[i] = self._read(coders, table, self.first + i)
+        rows = torch.from_numpy(symbols).long().to(place.positions.device)
+        return torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows), -1)])
+
+    def _read(self, coders: list[Any], table: np.ndarray, number: int) -> np.ndarray:
+        try:
+            read, *others = [coder.decode(_family(), table) for coder in coders]
+        except AssertionError as error:
+            raise ValueError(f"expected stream {number} of this model, got one that is damaged or "
+                             "ends too early") from error  # fmt: skip
+        if any((other != read).any() for other in others):
+            raise ValueError(f"expected stream {number} to hold all levels that are asked for, got "
+                             "one that ends before")  # fmt: skip
+        return read
+
+
+def _decoder(stream: bytes, end: bytes) -> Any:
+    """It reads words of zeros beyond the last one."""
+    whole = stream + end * (WORD * NUM_WORDS_BEYOND - len(stream) % WORD)
+    return _coder().queue.RangeDecoder(np.frombuffer(whole, ">u4").astype(np.uint32))
+
+
+@dataclass
+class Header:
+    """What stands before the code of an image, but for the class's own bytes as in the table."""
+
+    weights: bytes
+    arithmetic: bytes
+    checksum: int
+    label: int | None = None
+    length: int = field(default=0, compare=False)
+
+    def to_bytes(self) -> bytes:
+        kind = FORMAT + (0 if self.label is None else HAS_CLASS)
+        start = struct.pack("<B2s1sI", kind, self.weights, self.arithmetic, self.checksum)
+        return start if self.label is None else start + _as_varint(self.label)
+
+    @classmethod
+    def from_bytes(cls, stream: bytes, which: str) -> "Header":
+        """Of a stream's first bytes, `length` of them.
+
+        Raises:
+            ValueError: too few bytes, or a format that is none or of a later version.
+        """
+        start = struct.Struct("<B2s1sI")
+        if len(stream) < start.size:
+            raise ValueError(f"expected {which} of {start.size} bytes or more, got {len(stream)}")
+        kind, weights, arithmetic, checksum = start.unpack_from(stream)
+        if kind % HAS_CLASS != FORMAT:
+            raise ValueError(f"expected {which} of format {FORMAT}, got {kind % HAS_CLASS}: it is "
+                             "damaged, no such stream, or of a later version")  # fmt: skip
+        header = cls(weights, arithmetic, checksum, None, start.size)
+        if kind >= HAS_CLASS:
+            header.label, read = _of_varint(stream[start.size :], which)
+            header.length += read
+        return header
+
+
+def _as_varint(number: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last have 128 added."""
+    rest, byte = divmod(number, 128)
+    return bytes([byte + 128]) + _as_varint(rest) if rest else bytes([byte])
+
+
+def _of_varint(stream: bytes, which: str) -> tuple[int, int]:
+    """A number below 2²⁸, and its bytes."""
+    number = 0
+    for i, byte in enumerate(stream[:4]):
+        number += byte % 128 << 7 * i
+        if byte < 128:
+            return number, i + 1
+    raise ValueError(f"expected {which} with a class in its header, got {stream[:4]!r}")
+
+
+class CodingPipeline(CallingPipeline):
+    """A pipeline whose images are bytes, as many as its bits per dimension say."""
+
+    @torch.no_grad()
+    def compress(self, images: Images, class_labels: Labels = None) -> list[bytes]:
+        """One stream of bytes for each image, whose length is `log_prob` in bits, rounded up to
+        words of 32 bits, and eight bytes (with a class, nine or more).
+
+        A stream is the same whatever images are beside it, but not on all machines: one that was
+        made elsewhere may turn out not to be readable, which is then an error.
+
+        Args:
+            images: of the pipeline's size.
+            class_labels: of the class-conditional factors, one for each image; they are in the
+                streams. `None` is the null class.
+
+        Raises:
+            ValueError: a pipeline without a prior, or images or labels that are none.
+            ImportError: the extra `codec` is not installed.
+        """
+        self._require_prior()
+        size, streams = self._images_at_a_time, list[bytes]()
+        count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
+        labels = label_ids(class_labels, self._class_config, count)
+        weights, arithmetic = self._weights_hash(), _hash(self._arithmetic, 1)
+        batches = pixel_value_batches(images, self.image_shape, size)
+        for given, batch in zip(labels.split(size), batches, strict=True):
+            padded, shown = _padded(batch, size), _padded(given, size)
+            grids, writer = self._climb(padded, None), Writer(len(batch))
+            with torch.autocast(self._execution_device.type, enabled=False):
+                for factor, grid in enumerate(grids):
+                    values = as_values(grid) if grid.ndim == 4 else grid[:, None]
+                    self._walk(factor, grids[:factor], shown, writer.follow(values))
+            pixels = as_values(batch).to(torch.uint8)
+            for label, image, words in zip(given.tolist(), pixels, writer.words(), strict=True):
+                checksum = zlib.crc32(image.numpy().tobytes())
+                label = None if class_labels is None else label
+                header = Header(weights, arithmetic, checksum, label)
+                streams.append(header.to_bytes() + words)
+        self.maybe_free_model_hooks()
+        return streams
+
+    @torch.no_grad()
+    def decompress(self, data: bytes | list[bytes], num_levels: int | None = None) -> Tensor:
+        """The very images that were compressed, uint8 (B, C, H, W).
+
+        Args:
+            data: a stream, or a list of them.
+            num_levels: k: read no more than z_1 … z_k, and show what the auxiliary decoders expect
+                to see of them, or where there are none the most probable values. Streams may end
+                early then: their first bytes are a picture. No checksum tells whether it is right.
+
+        Raises:
+            ValueError: streams that end too early, were made by another model, are damaged, or
+                cannot be read with the arithmetic of this machine; a `num_levels` that is none.
+            ImportError: the extra `codec` is not installed.
+        """
+        self._require_prior()
+        given = [data] if isinstance(data, (bytes, bytearray, memoryview)) else list(data)
+        if not given or not all(isinstance(x, (bytes, bytearray, memoryview)) for x in given):
+            raise ValueError(f"expected data of bytes or a list of them, got {data!r:.80}")
+        if num_levels is not None and not 1 <= num_levels <= self.num_levels:
+            raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
+        streams = [bytes(stream) for stream in given]
+        headers = [Header.from_bytes(stream, f"stream {i}") for i, stream in enumerate(streams)]
+        self._check(headers)
+        size, batches = self._images_at_a_time, list[Tensor]()
+        for start in range(0, len(streams), size):
+            part = slice(start, start + size)
+            batches.append(self._read(headers[part], streams[part], start, num_levels))
+        self.maybe_free_model_hooks()
+        return torch.cat(batches)
+
+    def _read(
+        self, headers: list[Header], streams: list[bytes], first: int, num_levels: int | None
+    ) -> Tensor:
+        """Images of as many streams as are read at a time, or fewer; `first` is the number of the
+        first one."""
+        null = self._class_config.num_classes
+        labels = [null if header.label is None else header.label for header in headers]
+        shown = _padded(torch.tensor(labels), self._images_at_a_time)
+        words = [s[h.length :] for h, s in zip(headers, streams, strict=True)]
+        reader = Reader(words, len(shown), first, may_end=num_levels is not None)
+        grids, count = list[Tensor](), len(streams)
+        with torch.autocast(self._execution_device.type, enabled=False):
+            for factor in range(self.num_levels + 1 if num_levels is None else num_levels):
+                grids.append(self._walk(factor, grids, shown, reader))
+        if num_levels is not None:
+            return self._shown(grids)[:count]
+        pixels = as_values(grids[-1][:count]).to(torch.uint8).cpu()
+        for i, (header, image) in enumerate(zip(headers, pixels, strict=True), first):
+            if zlib.crc32(image.numpy().tobytes()) != header.checksum:
+                raise ValueError(f"expected pixels with the checksum of stream {i}, got others: "
+                                 f"{self._reason(header)}")  # fmt: skip
+        return pixels
+
+    def _check(self, headers: list[Header]):
+        """Raise a `ValueError` unless they are of this model."""
+        weights, num_classes = self._weights_hash(), self._class_config.num_classes
+        for i, header in enumerate(headers):
+            if header.weights != weights:
+                raise ValueError(f"expected stream {i} of the weights {weights.hex()}, which this "
+                                 f"pipeline has, got one of {header.weights.hex()}")  # fmt: skip
+            if header.label is not None and header.label > num_classes:
+                raise ValueError(f"expected stream {i} of a class in 0 … {num_classes}, the last "
+                                 f"one the null class, got {header.label}")  # fmt: skip
+
+    def _reason(self, header: Header) -> str:
+        if header.arithmetic == _hash(self._arithmetic, 1):
+            return "the stream is damaged, or ends too early"
+        return ("it was made with other arithmetic (device, kind of processor, precision or "
+                f"version of torch) than that of this machine, {self._arithmetic}")  # fmt: skip
+
+    def _walk(
+        self, factor: int, before: list[Tensor], class_labels: Tensor, choose: Choose
+    ) -> Tensor:
+        """Over z_1 if `factor` is 0, else over z_{factor + 1} or s, given [z_1 … z_factor]."""
+        if factor == 0:
+            prior = self._require_prior()
+            known = known_labels(class_labels, prior.config)
+            return prior.walk(len(class_labels), choose, known)
+        level, size = self.levels[factor - 1], self.grid_sizes[factor]
+        known = known_labels(class_labels, level.config)
+        return level.walk(before[factor - 1], choose, known, finer_size=size)
+
+    def _shown(self, codes: list[Tensor]) -> Tensor:
+        """What z_1 … z_k alone say, uint8 (B, C, H, W)."""
+        codes = [grid.cpu() for grid in codes]
+        if all(level.auxiliary is not None for level in self.levels):
+            return of_unit(self.preview(codes, output_type="pt"))
+        return of_unit(self(codes=codes, num_levels=len(codes), output_type="pt").images)
+
+    @property
+    def _images_at_a_time(self) -> int:
+        """Always, with others for padding where there are fewer: what is computed of an image may
+        differ in its last digits between batches of other sizes."""
+        _, height, width = self.image_shape
+        return max(2, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
+
+    @property
+    def _arithmetic(self) -> str:
+        device, dtype = self._execution_device, next(self.levels[0].parameters()).dtype
+        kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+        version = ".".join(torch.__version__.split(".")[:2])
+        return f"{kind}, {dtype}, torch {version}, {self._images_at_a_time} images at a time"
+
+    def _weights_hash(self) -> bytes:
+        """Of all weights, as they are now."""
+        digest = hashlib.sha256()
+        for name in self.factor_names:
+            for key, value in sorted(getattr(self, name).state_dict().items()):
+                digest.update(f"{name}.{key} {tuple(value.shape)}".encode())
+                flat = value.detach().cpu().contiguous().flatten()
+                digest.update(flat.view(torch.uint8).numpy())
+        return digest.digest()[:2]
+
+
+def _hash(text: str, num_bytes: int) -> bytes:
+    return hashlib.sha256(text.encode()).digest()[:num_bytes]
+
+
+def _padded(batch: Tensor, size: int) -> Tensor:
+    """The last example repeated."""
+    return torch.cat([batch, batch[-1:].expand(size - len(batch), *batch.shape[1:])])

@@ -1,0 +1,194 @@
+"""Images as bytes and back: lossless, as long as the model says, and an error where that fails."""
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_level, tiny_pipeline, tiny_prior
+from test_auxiliary import ALONE, AUXILIARY, pipeline_of
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.choices import GUESSING, GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
+from progressive_vae.codec import TOTAL, Header, frequencies
+from progressive_vae.distributions import Categorical
+from progressive_vae.entries import of_unit
+
+SIZES = [(1, 1), (5, 7), (65, 33)]
+KINDS = [
+    *({"decoder_order": order} for order in ("factorized", "lattice", "masked", "raster")),
+    ALONE,
+    *({"quantizer": kind} for kind in QUANTIZERS),
+    *({"pixel_distribution": kind} for kind in PIXEL_DISTRIBUTIONS),
+]
+
+
+def pipeline(size, num_classes=0, **kind):
+    """N = 2, coloured images; z_1 is small enough for a prior and z_2 for the raster order."""
+    raster = {"decoder_order": "raster"} if kind.get("decoder_order") == "raster" else {}
+    finest = {**kind, **({"decoder_order": "lattice"} if raster else {})}
+    if kind.get("pixel_distribution") in GUIDED:
+        finest["auxiliary_hidden_size"] = 8
+    classes = {"num_classes": num_classes}
+    of_symbols = {k: v for k, v in kind.items() if k != "pixel_distribution"}
+    fsq = {"codebook_dim": 1} if kind.get("quantizer") == "fsq" else {}
+    levels = [
+        tiny_level(1, num_symbols=4, downsample=8, codebook_size=4, **of_symbols, **fsq),
+        tiny_level(2, num_channels=3, downsample=8, codebook_size=4, **finest, **fsq),
+    ]
+    grid_size = [-(-n // 64) for n in size]
+    prior = tiny_prior(grid_size=grid_size, codebook_size=levels[0].config.codebook_size, **classes)
+    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, size)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(count, size, channels=3):
+    """Noise and flat colours, first and last values among them."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(256, (count, channels, *size), generator=generator, dtype=torch.uint8)
+    noise[0], noise[-1] = 0, 255
+    return noise
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_images_come_back_in_as_many_bytes_as_the_model_says(kind, size):
+    pipe = pipeline(size, **kind)
+    drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
+    images = torch.cat([pictures(3, size), of_unit(drawn)])
+    streams = pipe.compress(images)
+    assert torch.equal(pipe.decompress(streams), images)
+    bits = -sum(pipe.log_prob(images).values()) / math.log(2)
+    lengths = torch.tensor([8 * len(stream) for stream in streams])
+    assert (lengths <= 1.01 * bits + 8 * 12).all()
+    # No value costs more than 24 bits, as some of these odd distributions' would.
+    assert (lengths[3:] >= 0.9 * bits[3:]).all()
+
+
+def test_a_stream_is_the_same_whatever_is_beside_it():
+    pipe, images = tiny_pipeline(), pictures(70, (5, 7))  # more than are coded at a time
+    streams = pipe.compress(images)
+    for part in (slice(0, 1), slice(3, 5), slice(60, 70)):
+        assert pipe.compress(images[part]) == streams[part]
+        assert torch.equal(pipe.decompress(streams[part]), images[part])
+    assert torch.equal(pipe.decompress(streams[::-1]), images.flip(0))
+    assert torch.equal(pipe.decompress(streams[7]), images[7:8])  # one, by itself
+    assert streams[3] in pipe.compress(images[3:4]) and streams[3] not in streams[4:]
+
+
+def test_the_class_is_in_the_stream():
+    pipe, images = tiny_pipeline(), pictures(3, (5, 7))
+    streams = pipe.compress(images, [1, 0, 2])  # the last is the null class
+    plain = pipe.compress(images)
+    assert [len(a) - len(b) for a, b in zip(streams, plain, strict=True)] == [1, 1, 1]
+    assert torch.equal(pipe.decompress([*streams, *plain]), torch.cat([images, images]))
+    header = Header.from_bytes(streams[0], "a stream")
+    assert header.label == 1 and Header.from_bytes(plain[0], "a stream").label is None
+    many = Header(b"ab", b"c", 7, 99_999)
+    assert Header.from_bytes(many.to_bytes() + b"more", "a stream") == many
+    with pytest.raises(ValueError, match="stream 1 of a class in 0 … 2, .* got 3"):
+        pipe.decompress([plain[0], Header(header.weights, b"c", 7, 3).to_bytes()])
+    assert all(not stream.startswith(plain[0][:1]) for stream in streams)
+
+
+@pytest.mark.parametrize("kind", [AUXILIARY, {}])
+def test_the_first_bytes_are_a_picture(kind):
+    pipe, images = pipeline_of(**kind), pictures(4, (5, 7))
+    streams, codes = pipe.compress(images), pipe.encode(images)
+    lengths = []
+    for k in (1, 2):
+        shown = pipe.decompress(streams, num_levels=k)
+        if kind:
+            expected = pipe.preview(codes[:k], output_type="pt")
+        else:  # the most probable values, as there is no auxiliary decoder
+            expected = pipe(codes=codes[:k], num_levels=k, output_type="pt").images
+        assert (shown - 255 * expected).abs().max() <= 0.51 and shown.dtype == torch.uint8
+        for stream, view in zip(streams, shown, strict=True):
+            ends = range(8, 64)
+            enough = [n for n in ends if _reads(pipe, stream[:n], k)]
+            assert enough == [n for n in ends if n >= enough[0]]  # from some length on
+            assert torch.equal(pipe.decompress(stream[: enough[0]], num_levels=k)[0], view)
+            lengths.append(enough[0])
+    assert all(a <= b for a, b in zip(lengths[:4], lengths[4:], strict=True))
+    with pytest.raises(ValueError, match="expected stream 0 to hold all levels that are asked for"):
+        pipe.decompress(streams[0][:9], num_levels=2)
+
+
+def _reads(pipe, stream, num_levels):
+    try:
+        return pipe.decompress(stream, num_levels=num_levels) is not None
+    except ValueError:
+        return False
+
+
+def test_what_is_no_stream_of_the_model_is_an_error(monkeypatch):
+    pipe, images = tiny_pipeline(), pictures(2, (5, 7))
+    stream, second = pipe.compress(images)
+    other = tiny_pipeline()
+    other.level_2.decoder.stem.weight.data.mul_(1.5)
+    with pytest.raises(ValueError, match="expected stream 0 of the weights .* got one of"):
+        other.decompress(stream)
+    with pytest.raises(ValueError, match="expected stream 1 of format 1, got 2: .* later version"):
+        pipe.decompress([stream, b"\x02" + stream[1:]])
+    with pytest.raises(ValueError, match="expected stream 0 of 8 bytes or more, got 7"):
+        pipe.decompress(stream[:7])
+    with pytest.raises(ValueError, match="with a class in its header, got"):
+        pipe.decompress(bytes([129]) + stream[1:8] + 4 * b"\xff")
+    with pytest.raises(ValueError, match="checksum of stream 1, got others: .* ends too early"):
+        pipe.decompress([stream, second[:-4]])
+    for data in ([], "text", [stream, 3], None):
+        with pytest.raises((ValueError, TypeError), match="expected data of bytes|not iterable"):
+            pipe.decompress(data)
+    for k in (0, 4):
+        with pytest.raises(ValueError, match="expected num_levels in 1 … 3, got"):
+            pipe.decompress(stream, num_levels=k)
+    # Other arithmetic that comes to the same is none the worse for it; what fails is told.
+    elsewhere = bytes([stream[0]]) + stream[1:3] + bytes([stream[3] ^ 1]) + stream[4:]
+    assert torch.equal(pipe.decompress(elsewhere), images[:1])
+    damaged = elsewhere[:10] + bytes([elsewhere[10] ^ 1]) + elsewhere[11:]
+    with pytest.raises(ValueError, match="made with other arithmetic .* than that of this machine"):
+        pipe.decompress(damaged)
+    without = ProgressiveVAEPipeline.from_levels(None, pipe.levels, [5, 7])
+    for call in (lambda: without.compress(images), lambda: without.decompress(stream)):
+        with pytest.raises(ValueError, match="expected a pipeline with a prior"):
+            call()
+    with pytest.raises(ValueError, match="expected images of"):
+        pipe.compress(images[..., :4])
+
+
+def test_whole_numbers_in_proportion():
+    generator = torch.Generator().manual_seed(0)
+    for num_values in (2, 3, 64, 256, 16_384):
+        logits = torch.randn(2, 5, num_values, generator=generator) * 8
+        logits[0, 0], logits[1, 1, 1:] = 0, -1e4  # uniform, and certain
+        counts = torch.from_numpy(frequencies(Categorical(logits), 2)).double()
+        assert (counts >= 0).all() and (counts == counts.round()).all()
+        assert (counts.sum(-1) == TOTAL - num_values).all()
+        bits = -((counts + 1) / TOTAL).log2()
+        probabilities = logits.double().softmax(-1)
+        lost = (probabilities * (bits + probabilities.clamp(min=1e-300).log2())).sum(-1)
+        assert (lost < 1e-4 * bits.max() + 0.005).all() and (lost > -1e-6).all()
+
+
+def test_half_precision_and_other_devices(images):
+    pipe = tiny_pipeline().to(torch.bfloat16)
+    streams = pipe.compress(images)
+    assert torch.equal(pipe.decompress(streams), images)
+    with torch.autocast("cpu", torch.bfloat16):  # of others, which it does not see
+        assert tiny_pipeline().compress(images) == tiny_pipeline().compress(images)
+        whole = tiny_pipeline()
+        inside = whole.compress(images)
+    assert inside == whole.compress(images)
+    assert torch.equal(whole.decompress(inside), images)
+
+
+def test_without_the_coder_the_remedy_is_named(images, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    with pytest.raises(ImportError, match=r'pip install "progressive-vae\[codec\]"'):
+        tiny_pipeline().compress(images)
+
+
+def test_every_pixel_distribution_is_among_the_kinds():
+    assert set(GUESSING) | set(GUIDED) <= set(PIXEL_DISTRIBUTIONS)
