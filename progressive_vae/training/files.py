@@ -64,17 +64,21 @@ def file_figures(name: str, arrays: list[np.ndarray], options: dict) -> tuple[fl
     """Bits/dim, and the mean squared error of the pixels that are read again."""
     bits = squares = 0.0
     for array in arrays:
-        if name == "JPEG-XL":
-            import imagecodecs
-
-            file = imagecodecs.jpegxl_encode(array, **{"effort": 7, **options})
-            seen = imagecodecs.jpegxl_decode(file)
-        else:
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(array).save(buffer, name, **options)
-            file = buffer.getvalue()
-            seen = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))
+        file, seen = as_file(name, array, options)
         bits += 8 * len(file)
-        squares += float(((seen.reshape(array.shape) - array.astype(float)) ** 2).sum())
+        squares += float(((seen.astype(float) - array) ** 2).sum())
     count = sum(array.size for array in arrays)
     return bits / count, squares / count
+
+
+def as_file(name: str, array: np.ndarray, options: dict) -> tuple[bytes, np.ndarray]:
+    """A picture's file, and the pixels that are read again, uint8 of the same shape."""
+    if name == "JPEG-XL":
+        import imagecodecs
+
+        file = imagecodecs.jpegxl_encode(array, **{"effort": 7, **options})
+        return file, imagecodecs.jpegxl_decode(file).reshape(array.shape)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(array).save(buffer, name, **options)
+    seen = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))
+    return buffer.getvalue(), seen.reshape(array.shape)

@@ -1,0 +1,331 @@
+"""A folder of pictures, or a data set, as one file without a loss, and back.
+
+    python examples/compress.py pack pictures pictures.parquet --model you/pictures
+    python examples/compress.py unpack pictures.parquet again --model you/pictures
+    python examples/compress.py grow picture.png growing.png --model you/pictures
+
+Pictures of any size are cut into tiles of the model's. The file is a table with a row for each
+picture: its name, its size, and the streams of `pipe.compress`, tile by tile. What was done before
+an interruption is not done again. Pictures that cannot be read, or have colours that the model does
+not know, are named and left out.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import PIL.ImageDraw
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.saved import read_json, write_json
+from progressive_vae.training.data import decode
+from progressive_vae.training.evaluation import psnr_of
+from progressive_vae.training.files import LOSSLESS, LOSSY, as_file, file_figures
+
+MODEL = str(Path(__file__).parent / "fashion_mnist")
+MODES = {1: ("L", "1"), 3: ("RGB", "L", "1")}  # from which the first is made without a loss
+SCHEMA = pa.schema(
+    {"name": pa.string(), "height": pa.int32(), "width": pa.int32(), "tiles": pa.list_(pa.binary())}
+)
+LEFT_OUT = b"left_out"  # names, among what a part says of itself
+TILES_AT_A_TIME = 256  # in memory, and from one move of the progress bar to the next
+
+
+def pack(
+    source: str,
+    file: str,
+    model: str = MODEL,
+    split: str = "test",
+    max_pictures: int | None = None,
+    pictures_per_part: int = 100,
+    beside_files: bool = True,
+):
+    """Pictures into one file; its size is printed beside those of PNG, WebP and JPEG-XL files.
+
+    Args:
+        source: a folder of pictures, or a data set: a folder of parquet files, or a name.
+        file: to write, a table in parquet.
+        model: a pipeline's folder, or its repository on the Hub.
+        split: of a data set.
+        max_pictures: so many of the first ones at most.
+        pictures_per_part: so many are done again at most after an interruption.
+        beside_files: whether other files are made to compare with, which takes longest.
+    """
+    if Path(file).exists():
+        raise ValueError(f"expected a file to write that is not there yet, got {file}")
+    pipe, named = loaded(model), named_pictures(source, split, max_pictures)
+    parts, paths = Path(f"{file}.parts"), []
+    made = {"source": source, "split": split, "model": model, "pictures": len(named),
+            "pictures_per_part": pictures_per_part}  # fmt: skip
+    settings = parts / "settings.json"
+    if settings.is_file() and (found := read_json(settings, "delete its folder")) != made:
+        raise ValueError(f"expected parts of {made} in {parts}, got those of {found}: delete them")
+    parts.mkdir(parents=True, exist_ok=True)
+    write_json(settings, made)
+    with tqdm(total=len(named), desc="pack") as progress:
+        for start in range(0, len(named), pictures_per_part):
+            paths.append(parts / f"{start:08d}.parquet")
+            some = named.select(range(start, min(start + pictures_per_part, len(named))))
+            if paths[-1].is_file():
+                progress.update(len(some))
+            else:
+                write_table(packed(pipe, some, progress), paths[-1])
+    tables = [pq.read_table(path) for path in paths]
+    whole = pa.concat_tables([table.replace_schema_metadata() for table in tables])
+    if not len(whole):
+        raise ValueError(f"expected pictures of colours {MODES[pipe.image_shape[0]]} in {source}")
+    write_table(whole, Path(file))
+    shutil.rmtree(parts)
+    for name in sum((json.loads(table.schema.metadata[LEFT_OUT]) for table in tables), []):
+        print(f"left out {name}")
+    print(sizes(pipe, whole, Path(file), named if beside_files else None))
+
+
+def unpack(file: str, output_dir: str, model: str = MODEL):
+    """The pictures of a file into a folder, as PNG files; those that are there stay as they are.
+
+    Args:
+        file: that `pack` has written.
+        output_dir: to write to.
+        model: the pipeline that packed it.
+    """
+    pipe, table = loaded(model), pq.read_table(file)
+    if not table.schema.equals(SCHEMA):
+        raise ValueError(f"expected {file} of pictures, got a table of {table.schema.names}")
+    folder, rows = Path(output_dir), []
+    for row in table.to_pylist():
+        row["path"] = folder / (row["name"] + (not row["name"].endswith(".png")) * ".png")
+        if not row["path"].resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"expected names inside of a folder in {file}, got {row['name']!r}")
+        if not row["path"].is_file():
+            rows.append(row)
+    with tqdm(total=len(table), initial=len(table) - len(rows), desc="unpack") as progress:
+        for group in together(rows):
+            tiles = pipe.decompress([tile for row in group for tile in row["tiles"]])
+            counts = [len(row["tiles"]) for row in group]
+            for row, part in zip(group, tiles.split(counts), strict=True):
+                save(joined(part, row["height"], row["width"]), row["path"])
+            progress.update(len(group))
+    print(f"wrote {len(table)} pictures to {output_dir}")
+
+
+def grow(picture: str, file: str, model: str = MODEL):
+    """What the first bytes of a picture's stream show, beside the smallest lossy files.
+
+    Args:
+        picture: of the model's size.
+        file: the image to write.
+        model: a pipeline's folder, or its repository on the Hub.
+    """
+    pipe = loaded(model)
+    array = pixels_of({"bytes": None, "path": picture}, pipe.image_shape[0])
+    if array is None:
+        raise ValueError(f"expected a picture of {MODES[pipe.image_shape[0]]}, got {picture}")
+    stream, views = pipe.compress(array[None])[0], dict[str, np.ndarray]()
+    for k in range(1, pipe.num_levels + 1):
+        length = shortest(pipe, stream, k)
+        name = f"z_1: {length} bytes" if k == 1 else f"z_1 … z_{k}: {length} bytes"
+        views[name] = as_array(pipe.decompress(stream[:length], k)[0])
+    views[f"all: {len(stream)} bytes"] = as_array(pipe.decompress(stream)[0])
+    for name, qualities in LOSSY.items():
+        with suppress(ImportError):  # imagecodecs is not there
+            options = ({"distance" if name == "JPEG-XL" else "quality": q} for q in qualities)
+            files = [as_file(name, array.squeeze(), each) for each in options]
+            contents, seen = min(files, key=lambda found: len(found[0]))
+            views[f"{name}: {len(contents)} bytes"] = seen.reshape(array.shape)
+    errors = {name: np.square(view - array.astype(float)).mean() for name, view in views.items()}
+    quality = {name: f"{psnr_of(e):.1f} dB" if e else "no loss" for name, e in errors.items()}
+    told = {f"{name}, {quality[name]}": view for name, view in views.items()}
+    side_by_side(told).save(file, "PNG")
+    print("\n".join(told))
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+
+def named_pictures(source: str, split: str, max_pictures: int | None) -> datasets.Dataset:
+    """Rows of "name" and "image", whose files are not read yet."""
+    folder = Path(source)
+    if folder.is_dir() and not list(folder.rglob("*.parquet")):
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        table = datasets.Dataset.from_dict(
+            {
+                "name": [str(path.relative_to(folder)) for path in files],
+                "image": [{"bytes": None, "path": str(path)} for path in files],
+            }
+        )
+    else:
+        table = datasets.load_dataset(source, split=split)
+        images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+        if not images:
+            raise ValueError(f"expected a data set of images, got columns {table.column_names}")
+        table = table.select_columns(images[:1]).rename_column(images[0], "image")
+        table = table.cast_column("image", datasets.Image(decode=False))
+        table = table.add_column("name", [f"{i:08d}" for i in range(len(table))])
+    if not len(table):
+        raise ValueError(f"expected pictures in {source}, got none")
+    return table.select(range(min(len(table), max_pictures or len(table))))
+
+
+def pixels_of(image: dict, num_channels: int) -> np.ndarray | None:
+    """uint8 (H, W, C), or `None` of what cannot be read, or not without a loss."""
+    found, modes = decode(image), MODES.get(num_channels, ())
+    if found is None or found.mode not in modes or "transparency" in found.info:
+        return None
+    array = np.array(found.convert(modes[0]))
+    return array.reshape(found.height, found.width, num_channels)
+
+
+def as_array(image: Tensor) -> np.ndarray:
+    return image.movedim(0, -1).numpy()
+
+
+def as_pil(array: np.ndarray) -> PIL.Image.Image:
+    return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
+
+
+def save(array: np.ndarray, path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.incomplete")
+    as_pil(array).save(temporary, "PNG")
+    temporary.replace(path)
+
+
+def side_by_side(views: dict[str, np.ndarray], scale: int = 3) -> PIL.Image.Image:
+    """Each with its name below it."""
+    height, width = (scale * n for n in next(iter(views.values())).shape[:2])
+    width, margin = max(width, 190), 22
+    whole = PIL.Image.new("RGB", (len(views) * (width + 8), height + margin), "white")
+    for i, (name, view) in enumerate(views.items()):
+        cell = as_pil(view)
+        cell = cell.resize((scale * cell.width, scale * cell.height), PIL.Image.Resampling.NEAREST)
+        whole.paste(cell, (i * (width + 8), 0))
+        PIL.ImageDraw.Draw(whole).text((i * (width + 8), height + 4), name, "black")
+    return whole
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+
+def tiles_of(picture: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """uint8 (H, W, C) -> (n, C, h, w), row by row; what is beyond the border repeats it."""
+    ends = [(0, -n % side) for n, side in zip(picture.shape[:2], size, strict=True)]
+    padded = torch.from_numpy(np.pad(picture, [*ends, (0, 0)], "edge"))
+    rows = padded.unflatten(0, (-1, size[0])).unflatten(2, (-1, size[1]))  # (R, h, S, w, C)
+    return rows.permute(0, 2, 4, 1, 3).flatten(0, 1)
+
+
+def joined(tiles: Tensor, height: int, width: int) -> np.ndarray:
+    """The reverse: uint8 (H, W, C)."""
+    rows = tiles.unflatten(0, (-1, -(-width // tiles.shape[-1])))  # (R, S, C, h, w)
+    whole = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
+    return whole[:height, :width].numpy()
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def packed(pipe: ProgressiveVAEPipeline, some: datasets.Dataset, progress: tqdm) -> pa.Table:
+    """The rows of some pictures."""
+    rows, waiting, left_out = list[dict](), list[Tensor](), list[str]()
+
+    def flush():
+        streams = iter(pipe.compress(torch.cat(waiting)) if waiting else [])
+        for row, tiles in zip(rows[len(rows) - len(waiting) :], waiting, strict=True):
+            row["tiles"] = [next(streams) for _ in tiles]
+        progress.update(len(waiting))
+        waiting.clear()
+
+    for name, image in zip(some["name"], some["image"], strict=True):
+        picture = pixels_of(image, pipe.image_shape[0])
+        if picture is None:
+            left_out.append(name)
+            progress.update()
+            continue
+        waiting.append(tiles_of(picture, pipe.image_shape[1:]))
+        rows.append({"name": name, "height": picture.shape[0], "width": picture.shape[1]})
+        if sum(map(len, waiting)) >= TILES_AT_A_TIME:
+            flush()
+    flush()
+    return pa.Table.from_pylist(rows, SCHEMA.with_metadata({LEFT_OUT: json.dumps(left_out)}))
+
+
+def together(rows: list[dict]) -> Iterator[list[dict]]:
+    """Rows in groups of tiles that are many enough to be read at once."""
+    group: list[dict] = []
+    for row in rows:
+        group.append(row)
+        if sum(len(each["tiles"]) for each in group) >= TILES_AT_A_TIME:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def write_table(table: pa.Table, path: Path):
+    temporary = path.with_name(f"{path.name}.incomplete")
+    pq.write_table(table, temporary, compression="zstd")
+    temporary.replace(path)
+
+
+def loaded(model: str) -> ProgressiveVAEPipeline:
+    pipe = ProgressiveVAEPipeline.from_pretrained(model)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    return pipe
+
+
+def shortest(pipe: ProgressiveVAEPipeline, stream: bytes, num_levels: int) -> int:
+    """The least number of a stream's first bytes that hold z_1 … z_k."""
+    lowest, highest = 0, len(stream)
+    while lowest < highest:
+        middle = (lowest + highest) // 2
+        try:
+            pipe.decompress(stream[:middle], num_levels)
+            highest = middle
+        except ValueError:
+            lowest = middle + 1
+    return lowest
+
+
+def sizes(
+    pipe: ProgressiveVAEPipeline, table: pa.Table, file: Path, named: datasets.Dataset | None
+) -> str:
+    """Bytes, and bits of a colour of a pixel, beside those of other files of the same pictures."""
+    rows = table.to_pylist()
+    count = sum(row["height"] * row["width"] for row in rows) * pipe.image_shape[0]
+    streams = sum(len(tile) for row in rows for tile in row["tiles"])
+    found = {f"{file.name}": file.stat().st_size, "its streams": streams}
+    if named is not None:
+        kept = {row["name"] for row in rows}
+        arrays = [pixels_of(image, pipe.image_shape[0]) for name, image in
+                  zip(named["name"], named["image"], strict=True) if name in kept]  # fmt: skip
+        for name, options in LOSSLESS.items():
+            with suppress(ImportError):  # imagecodecs is not there
+                flat = [array.squeeze(-1) if array.shape[-1] == 1 else array for array in arrays]
+                found[f"{name} files"] = round(file_figures(name, flat, options)[0] * count / 8)
+    lines = [f"| {name} | {size} | {8 * size / count:.4f} |" for name, size in found.items()]
+    title = f"| {len(rows)} pictures | bytes | bits/dim |"
+    return "\n".join([title, "|---|---|---|", *lines])
+
+
+def main(words: list[str]):
+    auto_cli([pack, unpack, grow], args=words)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")
