@@ -49,7 +49,7 @@ def pack(
     model: str = MODEL,
     split: str = "test",
     max_pictures: int | None = None,
-    pictures_per_part: int = 100,
+    pictures_per_part: int = 1024,
     beside_files: bool = True,
 ):
     """Pictures into one file; its size is printed beside those of PNG, WebP and JPEG-XL files.
@@ -171,7 +171,9 @@ def named_pictures(source: str, split: str, max_pictures: int | None) -> dataset
         images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
         if not images:
             raise ValueError(f"expected a data set of images, got columns {table.column_names}")
-        table = table.select_columns(images[:1]).rename_column(images[0], "image")
+        table = table.select_columns(images[:1])
+        if images[0] != "image":
+            table = table.rename_column(images[0], "image")
         table = table.cast_column("image", datasets.Image(decode=False))
         table = table.add_column("name", [f"{i:08d}" for i in range(len(table))])
     if not len(table):

@@ -38,7 +38,7 @@ HAS_CLASS = 128  # added to the format
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
 TOTAL = 2**24  # of the counts of all values, each one or more
 SLACK = 64  # so that counts do not add up to more, whose probabilities are rounded: all sums exact
-MAX_IMAGES, MAX_PIXELS = 64, 2**15  # at a time, and of them together
+MAX_IMAGES, MAX_PIXELS = 64, 2**16  # at a time, and of them together
 
 
 def _coder() -> Any:
@@ -328,9 +328,11 @@ class CodingPipeline(CallingPipeline):
     @property
     def _images_at_a_time(self) -> int:
         """Always, with others for padding where there are fewer: what is computed of an image may
-        differ in its last digits between batches of other sizes."""
+        differ in its last digits between batches of other sizes. A power of two, which divides
+        round numbers of images."""
         _, height, width = self.image_shape
-        return max(2, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
+        number = max(2, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
+        return 1 << (number.bit_length() - 1)
 
     @property
     def _arithmetic(self) -> str:

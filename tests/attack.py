@@ -1,7 +1,7 @@
-"""Attack what stands: damaged images, random flags, tampered pipelines, and kills; count what
-became of each.
+"""Attack what stands: damaged images and streams, random flags, tampered pipelines, and kills;
+count what became of each.
 
-    python tests/attack.py --images 10000 --flags 500 --pipelines 200 --kills 40
+    python tests/attack.py --images 10000 --streams 10000 --flags 500 --pipelines 200 --kills 40
 
 Whatever is tried either goes well, is left out and counted, or is refused by one `ValueError` in
 plain words. What escapes (another error, a crash, a minute's wait) or is silently wrong (a run that
@@ -250,6 +250,56 @@ def attack_pipelines(count: int) -> list[Outcome]:
     return outcomes
 
 
+# ---- damaged streams -----------------------------------------------------------------------------
+
+
+def damaged_stream(streams: list[bytes], foreign: list[bytes], draws: random.Random) -> bytes:
+    """Of a codec: other bits, other lengths, other models, other arithmetic, a later version."""
+    stream = draws.choice(streams)
+    match draws.randrange(6):
+        case 0:
+            return draws.randbytes(draws.randint(0, 80))
+        case 1:
+            return stream[:8] + draws.randbytes(draws.randint(0, 80))
+        case 2:
+            return draws.choice(foreign)
+        case 3:
+            return stream[:3] + draws.randbytes(1) + stream[4:]
+        case 4:
+            return bytes([draws.randrange(256)]) + stream[1:]
+    return damage(bytearray(stream), draws)
+
+
+def attack_streams(count: int) -> list[Outcome]:
+    generator, outcomes = torch.Generator().manual_seed(0), list[Outcome]()
+    images = torch.randint(256, (8, 3, 5, 7), generator=generator, dtype=torch.uint8)
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    with torch.no_grad():
+        other.level_3.decoder.stem.weight.mul_(1.01)
+    streams, foreign = pipe.compress(images), other.compress(images)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in tqdm(range(count), desc="streams"):
+        draws = random.Random(number)
+        stream = damaged_stream(streams, foreign, draws)
+        num_levels = draws.choice([None, None, None, 1, 2, 3])
+        words, begun = f"stream {number} to level {num_levels}", time.perf_counter()
+        try:
+            image = pipe.decompress(stream, num_levels)[0]
+            # The first levels alone cannot be verified; they are some picture.
+            is_right = num_levels is not None or any(torch.equal(image, x) for x in images)
+            outcome = (WELL, words) if is_right else (WRONG, f"{words}: another image")
+        except ValueError as error:
+            is_ours = str(error).startswith("expected ")
+            outcome = (REFUSED, words) if is_ours else (WRONG, f"{words}: {error!r}")
+        except BaseException as error:
+            outcome = WRONG, f"{words}: {error!r}"
+        if (seconds := time.perf_counter() - begun) > 1:
+            outcome = WRONG, f"{outcome[1]} took {seconds:.1f} s"
+        outcomes.append(outcome)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
+    return [*outcomes, (WRONG, f"streams took {grown:.0f} MB")] if grown > 100 else outcomes
+
+
 # ---- kills ---------------------------------------------------------------------------------------
 
 
@@ -273,6 +323,7 @@ def attack_by_kills(count: int, seed: int = 0) -> list[Outcome]:
 
 ATTACKS = {
     "images": ("damaged image files of eight formats", attack_images),
+    "streams": ("damaged streams of the codec", attack_streams),
     "flags": ("random sets of flags of `examples/train.py`", attack_flags),
     "pipelines": ("tampered pipelines", attack_pipelines),
     "kills": ("kills of a run that is then resumed", attack_by_kills),
@@ -287,7 +338,8 @@ def row(what: str, outcomes: list[Outcome], seconds: float) -> str:
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, count in {"images": 10_000, "flags": 500, "pipelines": 200, "kills": 40}.items():
+    sizes = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
+    for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     counts, wrong = vars(parser.parse_args(words)), []
     print("| attack | tried | went well | left out, named | refused, in words | wrong | seconds |")

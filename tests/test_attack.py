@@ -3,7 +3,7 @@
 import attack
 import pytest
 
-SIZES = {"images": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
+SIZES = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
 
 
 @pytest.mark.slow
@@ -12,7 +12,9 @@ def test_at_size(name, count):
     assert [words for kind, words in attack.ATTACKS[name][1](count) if kind == attack.WRONG] == []
 
 
-@pytest.mark.parametrize(("name", "count"), {"images": 200, "flags": 8, "pipelines": 60}.items())
+@pytest.mark.parametrize(
+    ("name", "count"), {"images": 200, "streams": 200, "flags": 8, "pipelines": 60}.items()
+)
 def test_small(name, count):
     outcomes = attack.ATTACKS[name][1](count)
     assert [words for kind, words in outcomes if kind == attack.WRONG] == []
