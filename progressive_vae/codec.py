@@ -37,7 +37,7 @@ FORMAT = 1
 HAS_CLASS = 128  # added to the format
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
 TOTAL = 2**24  # of the counts of all values, each one or more
-SLACK = 64  # so that counts do not add up to more, whose probabilities are rounded: all sums exact
+SLACK = 64  # lest counts of rounded probabilities add up to more; and so all sums are exact
 MAX_IMAGES, MAX_PIXELS = 64, 2**16  # at a time, and of them together
 
 
@@ -61,11 +61,12 @@ def _family() -> Any:
 def frequencies(distribution: Distribution, count: int) -> np.ndarray:
     """Whole numbers (count, n, V) that add up to 2²⁴ − V, in proportion to the probabilities of the
     first examples: to each the coder adds one. As they are whole, no sum of them is rounded."""
-    logits = distribution.logits[:count].float()
-    whole = TOTAL - logits.shape[-1]
-    counts = logits.softmax(-1).mul_(whole - SLACK).floor_()
-    missing = whole - counts.sum(-1, keepdim=True)  # for the most probable value
-    return counts.scatter_add_(-1, logits.argmax(-1, keepdim=True), missing).cpu().numpy()
+    probabilities = distribution.probabilities(count)
+    whole = TOTAL - probabilities.shape[-1]
+    counts = probabilities.mul_(whole - SLACK).floor_()
+    missing = whole - counts.sum(-1, keepdim=True)
+    most = counts.argmax(-1, keepdim=True)
+    return counts.scatter_add_(-1, most, missing).cpu().numpy()
 
 
 class Writer:

@@ -1,9 +1,11 @@
 """What a decoder says of the entries of one group: distributions over values 0 … V − 1.
 
-Each has three verbs, and nobody asks which one it is:
+Each has four verbs, and nobody asks which one it is:
 
 - `log_prob(values)`: in nats and fp32, (B, n);
-- `logits`: of all values, (B, n, V), for those who change them and for coders;
+- `logits`: of all values, (B, n, V), for those who change them;
+- `probabilities(count)`: of all values, in fp32, for coders: (count, n, V) of the first examples,
+  none less than 0, each and their sum right to a millionth;
 - `quantiles(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
   (B, n). With uniform shares these are draws.
 """
@@ -13,6 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ENTRIES_AT_A_TIME = 512
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,9 @@ class Categorical:
     def log_prob(self, values: Tensor) -> Tensor:
         logits = self.logits.flatten(0, 1).float()
         return -F.cross_entropy(logits, values.flatten(), reduction="none").view(values.shape)
+
+    def probabilities(self, count: int) -> Tensor:
+        return self.logits[:count].float().softmax(-1)
 
     def quantiles(self, shares: Tensor) -> Tensor:
         cumulative = self.logits.float().softmax(-1).cumsum(-1)
@@ -67,6 +74,23 @@ class PixelMixture:
         for weight, mean, precision in zip(self.weights, self.means, self.precisions, strict=False):
             probs = probs + weight * _between((edges - mean) * precision)
         return probs.log().movedim(0, -1)
+
+    def probabilities(self, count: int) -> Tensor:
+        """As differences of what lies below, which in the tails says less than `logits`, in a third
+        of the time; so many entries at a time that a processor keeps them at hand."""
+        kept = (x[:, :count].flatten(1) for x in (self.weights, self.means, self.precisions))
+        weights, means, precisions = (x[..., None] for x in kept)  # (K, count · n, 1)
+        edges = torch.arange(1, self.num_values, device=means.device) - 0.5
+        found = torch.zeros(means.shape[1], self.num_values + 1, device=means.device)
+        found[:, -1] = 1 - weights[-1, :, 0]
+        for start in range(0, len(found), ENTRIES_AT_A_TIME):
+            part = slice(start, start + ENTRIES_AT_A_TIME)
+            below = found[part, 1:-1]
+            for weight, mean, precision in zip(weights, means, precisions, strict=False):
+                x = (edges - mean[part]).mul_(precision[part]).sigmoid_()
+                below.addcmul_(x, weight[part])
+        masses = found.diff(dim=1).clamp_(min=0).add_(weights[-1] / self.num_values)
+        return masses.unflatten(0, (count, -1))
 
     def quantiles(self, shares: Tensor) -> Tensor:
         """Found by halving: in eight steps for 256 values."""

@@ -77,7 +77,7 @@ def as_file(name: str, array: np.ndarray, options: dict) -> tuple[bytes, np.ndar
         import imagecodecs
 
         file = imagecodecs.jpegxl_encode(array, **{"effort": 7, **options})
-        return file, imagecodecs.jpegxl_decode(file).reshape(array.shape)
+        return bytes(file), imagecodecs.jpegxl_decode(file).reshape(array.shape)
     buffer = io.BytesIO()
     PIL.Image.fromarray(array).save(buffer, name, **options)
     seen = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))

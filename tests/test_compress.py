@@ -1,0 +1,150 @@
+"""`examples/compress.py`: pictures of any size into one file, and back to the byte."""
+
+import re
+
+import datasets
+import numpy as np
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import load_script, tiny_pipeline
+from test_auxiliary import AUXILIARY, pipeline_of
+
+SIZES = [(7, 5), (1, 1), (20, 11), (6, 17), (7, 5)]
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load_script("compress")
+
+
+@pytest.fixture
+def model(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of pictures of several sizes and kinds, and of what cannot be packed."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for i, (width, height) in enumerate(SIZES):
+        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+        PIL.Image.fromarray(pixels).save(folder / ("more/" * (i % 2) + f"{i}.png"))
+    PIL.Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
+    PIL.Image.fromarray(pixels).save(folder / "0.bmp")  # beside 0.png
+    PIL.Image.new("RGBA", (3, 3)).save(folder / "glass.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def colours(path):
+    return np.asarray(PIL.Image.open(path).convert("RGB"))
+
+
+def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys, monkeypatch):
+    file, again = tmp_path / "all.parquet", tmp_path / "again"
+    words = ["pack", str(folder), str(file), "--model", model, "--pictures_per_part", "2"]
+    script.main(words)
+    said = capsys.readouterr().out
+    assert re.findall("left out (.*)", said) == ["glass.png", "notes.txt"]
+    assert f"| all.parquet | {file.stat().st_size} |" in said and "| PNG files |" in said
+    table = pq.read_table(file)
+    streams = sum(len(tile.as_py()) for tiles in table["tiles"] for tile in tiles)
+    count = 3 * (sum(width * height for width, height in SIZES) + 2 * 35)
+    assert f"| its streams | {streams} | {8 * streams / count:.4f} |" in said
+    with pytest.raises(ValueError, match="expected a file to write that is not there yet"):
+        script.main(words)
+    script.main(["unpack", str(file), str(again), "--model", model])
+    written = sorted(str(path.relative_to(again)) for path in again.rglob("*.*"))
+    names = ["0.bmp.png", "0.png", "2.png", "4.png", "grey.png", "more/1.png", "more/3.png"]
+    assert written == names
+    for name in names:
+        source = folder / name.removesuffix(".png") if "bmp" in name else folder / name
+        assert np.array_equal(colours(again / name), colours(source))
+    # What is there stays, what is not is made.
+    (again / "0.png").unlink()
+    (again / "2.png").write_text("mine")
+    script.main(["unpack", str(file), str(again), "--model", model])
+    assert np.array_equal(colours(again / "0.png"), colours(folder / "0.png"))
+    assert (again / "2.png").read_text() == "mine"
+
+
+def test_what_was_done_before_an_interruption_is_kept(script, model, folder, tmp_path, monkeypatch):
+    file = tmp_path / "all.parquet"
+    words = ["pack", str(folder), str(file), "--model", model, "--pictures_per_part", "3"]
+    packed, calls = script.packed, []
+
+    def stops(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return packed(*arguments)
+
+    monkeypatch.setattr(script, "packed", stops)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(words)
+    assert not file.exists()
+    with pytest.raises(ValueError, match="expected parts of .*got those of"):
+        script.main([*words[:-1], "4"])
+    script.main(words)
+    assert len(calls) == 4  # three parts, of which one was begun twice
+    assert sorted(pq.read_table(file)["name"].to_pylist()) == sorted(
+        ["0.bmp", "0.png", "2.png", "4.png", "grey.png", "more/1.png", "more/3.png"]
+    )
+    assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.incomplete"))
+
+
+def test_a_data_set(script, model, tmp_path, capsys):
+    data, file = tmp_path / "data", tmp_path / "all.parquet"
+    pictures = [PIL.Image.new("RGB", (7, 5), (i, i, i)) for i in range(3)]
+    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"picture": pictures, "label": [0, 1, 2]}, features)
+    data.mkdir()
+    table.to_parquet(data / "test.parquet")
+    words = ["--model", model, "--max_pictures", "2", "--beside_files", "false"]
+    script.main(["pack", str(data), str(file), *words])
+    assert "PNG" not in capsys.readouterr().out
+    assert pq.read_table(file)["name"].to_pylist() == ["00000000", "00000001"]
+    script.main(["unpack", str(file), str(tmp_path / "again"), "--model", model])
+    assert (colours(tmp_path / "again" / "00000001.png") == 1).all()
+
+
+def test_bad_files(script, model, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="expected pictures in .*empty, got none"):
+        script.main(["pack", str(tmp_path / "empty"), str(tmp_path / "x"), "--model", model])
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"of pictures, got a table of \['a'\]"):
+        script.main(["unpack", str(tmp_path / "other.parquet"), str(tmp_path), "--model", model])
+    row = {"name": "../outside", "height": 1, "width": 1, "tiles": [b""]}
+    pq.write_table(pa.Table.from_pylist([row], script.SCHEMA), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match="expected names inside of a folder"):
+        script.main(
+            ["unpack", str(tmp_path / "bad.parquet"), str(tmp_path / "y"), "--model", model]
+        )
+
+
+def test_a_picture_that_grows(script, folder, tmp_path, capsys):
+    pipeline_of(**AUXILIARY).save_pretrained(tmp_path / "model")
+    words = [str(folder / "0.png"), str(tmp_path / "out.png"), "--model", str(tmp_path / "model")]
+    script.main(["grow", *words])
+    lines = capsys.readouterr().out.splitlines()
+    sizes = [int(re.search(r": (\d+) bytes", line)[1]) for line in lines]
+    assert sizes[0] <= sizes[1] <= sizes[2] and lines[2].endswith("no loss")
+    assert {line.split(":")[0] for line in lines} >= {"z_1", "z_1 … z_2", "all", "JPEG", "WebP"}
+    picture = PIL.Image.open(tmp_path / "out.png")
+    assert picture.width > picture.height
+    with pytest.raises(ValueError, match="expected a picture of"):
+        script.main(["grow", str(folder / "notes.txt"), *words[1:]])
+
+
+def test_tiles_are_joined_again(script):
+    picture = np.random.default_rng(0).integers(0, 256, (11, 20, 3), np.uint8)
+    tiles = script.tiles_of(picture, (5, 7))
+    assert tiles.shape == (9, 3, 5, 7) and tiles.dtype == torch.uint8
+    assert np.array_equal(script.joined(tiles, 11, 20), picture)
+    assert torch.equal(tiles[0], torch.from_numpy(picture[:5, :7]).movedim(-1, 0))
