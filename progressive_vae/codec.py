@@ -2,9 +2,9 @@
 
     | bytes | |
     |---|---|
-    | 1 | format; 128 more where a class follows |
+    | 1 | format; 128 more where a class follows, 64 more in whole numbers |
     | 2 | hash of the weights |
-    | 1 | hash of the arithmetic: device, kind of processor, precision, torch, images at a time |
+    | 1 | hash of what floats depend on: device, kind of processor, torch, images at a time |
     | 4 | CRC-32 of the pixels |
     | … | the class, seven bits a byte, if there is one |
     | … | z_1, z_2 … z_N and s, in words of 32 bits |
@@ -12,13 +12,16 @@
 Bytes and images are one to one only where both sides compute the same probabilities to the last
 digit, which networks of floating-point numbers do not promise. So both walk alike, over batches of
 one size, whatever the number of images; another machine may do otherwise, and then the checksum is
-wrong, and there is an error in place of a wrong image.
+wrong, and there is an error in place of a wrong image. In whole numbers (`whole.py`) all machines
+are alike, and take longer.
 """
 
 import functools
 import hashlib
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +35,14 @@ from .entries import as_values, of_unit
 from .groups import Choose, Place
 from .images import Images, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
+from .whole import whole_numbers
 
-FORMAT = 1
-HAS_CLASS = 128  # added to the format
+FORMAT, IS_WHOLE, HAS_CLASS = 1, 64, 128  # to the first the others are added
+ARITHMETICS = ("float", "integer")
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
 TOTAL = 2**24  # of the counts of all values, each one or more
 SLACK = 64  # lest counts of rounded probabilities add up to more; and so all sums are exact
-MAX_IMAGES, MAX_PIXELS = 64, 2**16  # at a time, and of them together
+MIN_IMAGES, MAX_IMAGES, MAX_PIXELS = 16, 64, 2**16  # at a time, and of them together
 
 
 def _coder() -> Any:
@@ -61,9 +65,10 @@ def _family() -> Any:
 def frequencies(distribution: Distribution, count: int) -> np.ndarray:
     """Whole numbers (count, n, V) that add up to 2²⁴ − V, in proportion to the probabilities of the
     first examples: to each the coder adds one. As they are whole, no sum of them is rounded."""
-    probabilities = distribution.probabilities(count)
+    # Of all of them: some functions say another last digit in a batch of another size.
+    probabilities = distribution.probabilities()
     whole = TOTAL - probabilities.shape[-1]
-    counts = probabilities.mul_(whole - SLACK).floor_()
+    counts = probabilities[:count].mul_(whole - SLACK).floor_()
     missing = whole - counts.sum(-1, keepdim=True)
     most = counts.argmax(-1, keepdim=True)
     return counts.scatter_add_(-1, most, missing).cpu().numpy()
@@ -106,12 +111,12 @@ class Reader:
 
     Args:
         batch_size: of the distributions.
-        first: the number of the first stream, in errors.
+        numbers: of the streams, in errors.
         may_end: streams may end early, as not all of them is asked for.
     """
 
-    def __init__(self, streams: list[bytes], batch_size: int, first: int, may_end: bool):
-        self.batch_size, self.first = batch_size, first
+    def __init__(self, streams: list[bytes], batch_size: int, numbers: list[int], may_end: bool):
+        self.batch_size, self.numbers = batch_size, numbers
         ends = (b"\x00", b"\xff") if may_end else (b"\x00",)
         self.coders = [[_decoder(stream, end) for end in ends] for stream in streams]
 
@@ -119,8 +124,9 @@ class Reader:
         tables = frequencies(distribution, len(self.coders))
         symbols = np.zeros(tables.shape[:2], np.int32)
         if tables.shape[-1] > 1:
-            for i, (coders, table) in enumerate(zip(self.coders, tables, strict=True)):
-                symbols[i] = self._read(coders, table, self.first + i)
+            rows = zip(self.coders, tables, self.numbers, strict=True)
+            for i, (coders, table, number) in enumerate(rows):
+                symbols[i] = self._read(coders, table, number)
         rows = torch.from_numpy(symbols).long().to(place.positions.device)
         return torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows), -1)])
 
@@ -150,10 +156,11 @@ class Header:
     arithmetic: bytes
     checksum: int
     label: int | None = None
+    is_whole: bool = False
     length: int = field(default=0, compare=False)
 
     def to_bytes(self) -> bytes:
-        kind = FORMAT + (0 if self.label is None else HAS_CLASS)
+        kind = FORMAT + IS_WHOLE * self.is_whole + HAS_CLASS * (self.label is not None)
         start = struct.pack("<B2s1sI", kind, self.weights, self.arithmetic, self.checksum)
         return start if self.label is None else start + _as_varint(self.label)
 
@@ -168,10 +175,11 @@ class Header:
         if len(stream) < start.size:
             raise ValueError(f"expected {which} of {start.size} bytes or more, got {len(stream)}")
         kind, weights, arithmetic, checksum = start.unpack_from(stream)
-        if kind % HAS_CLASS != FORMAT:
-            raise ValueError(f"expected {which} of format {FORMAT}, got {kind % HAS_CLASS}: it is "
+        if (found := kind % IS_WHOLE) != FORMAT:
+            raise ValueError(f"expected {which} of format {FORMAT}, got {found}: it is "
                              "damaged, no such stream, or of a later version")  # fmt: skip
-        header = cls(weights, arithmetic, checksum, None, start.size)
+        is_whole = bool(kind & IS_WHOLE)
+        header = cls(weights, arithmetic, checksum, None, is_whole, start.size)
         if kind >= HAS_CLASS:
             header.label, read = _of_varint(stream[start.size :], which)
             header.length += read
@@ -198,32 +206,41 @@ class CodingPipeline(CallingPipeline):
     """A pipeline whose images are bytes, as many as its bits per dimension say."""
 
     @torch.no_grad()
-    def compress(self, images: Images, class_labels: Labels = None) -> list[bytes]:
+    def compress(
+        self, images: Images, class_labels: Labels = None, arithmetic: str = "float"
+    ) -> list[bytes]:
         """One stream of bytes for each image, whose length is `log_prob` in bits, rounded up to
         words of 32 bits, and eight bytes (with a class, nine or more).
 
-        A stream is the same whatever images are beside it, but not on all machines: one that was
-        made elsewhere may turn out not to be readable, which is then an error.
+        A stream is the same whatever images are beside it. Of floats it is not the same on all
+        machines, and one that was made elsewhere may turn out not to be readable, which is then an
+        error; in whole numbers it is, for several times the time and hardly a bit.
 
         Args:
             images: of the pipeline's size.
             class_labels: of the class-conditional factors, one for each image; they are in the
                 streams. `None` is the null class.
+            arithmetic: "float", or "integer", in whole numbers.
 
         Raises:
-            ValueError: a pipeline without a prior, or images or labels that are none.
+            ValueError: a pipeline without a prior, images, labels or arithmetic that are none, or
+                a backbone that does what cannot be done in whole numbers.
             ImportError: the extra `codec` is not installed.
         """
         self._require_prior()
-        size, streams = self._images_at_a_time, list[bytes]()
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"expected arithmetic among {ARITHMETICS}, got {arithmetic!r}")
+        is_whole, size, streams = arithmetic == "integer", self._images_at_a_time, list[bytes]()
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
         labels = label_ids(class_labels, self._class_config, count)
-        weights, arithmetic = self._weights_hash(), _hash(self._arithmetic, 1)
+        weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole), 1)
         batches = pixel_value_batches(images, self.image_shape, size)
         for given, batch in zip(labels.split(size), batches, strict=True):
             padded, shown = _padded(batch, size), _padded(given, size)
             grids, writer = self._climb(padded, None), Writer(len(batch))
-            with torch.autocast(self._execution_device.type, enabled=False):
+            if is_whole:
+                grids, shown = [grid[: len(batch)] for grid in grids], given
+            with self._computing(is_whole):
                 for factor, grid in enumerate(grids):
                     values = as_values(grid) if grid.ndim == 4 else grid[:, None]
                     self._walk(factor, grids[:factor], shown, writer.follow(values))
@@ -231,7 +248,7 @@ class CodingPipeline(CallingPipeline):
             for label, image, words in zip(given.tolist(), pixels, writer.words(), strict=True):
                 checksum = zlib.crc32(image.numpy().tobytes())
                 label = None if class_labels is None else label
-                header = Header(weights, arithmetic, checksum, label)
+                header = Header(weights, made, checksum, label, is_whole)
                 streams.append(header.to_bytes() + words)
         self.maybe_free_model_hooks()
         return streams
@@ -260,31 +277,38 @@ class CodingPipeline(CallingPipeline):
         streams = [bytes(stream) for stream in given]
         headers = [Header.from_bytes(stream, f"stream {i}") for i, stream in enumerate(streams)]
         self._check(headers)
-        size, batches = self._images_at_a_time, list[Tensor]()
-        for start in range(0, len(streams), size):
-            part = slice(start, start + size)
-            batches.append(self._read(headers[part], streams[part], start, num_levels))
+        images = torch.empty(len(streams), *self.image_shape, dtype=torch.uint8)
+        for is_whole in (False, True):
+            alike = [i for i, header in enumerate(headers) if header.is_whole == is_whole]
+            for start in range(0, len(alike), self._images_at_a_time):
+                numbers = alike[start : start + self._images_at_a_time]
+                images[numbers] = self._read(headers, streams, numbers, num_levels, is_whole)
         self.maybe_free_model_hooks()
-        return torch.cat(batches)
+        return images
 
     def _read(
-        self, headers: list[Header], streams: list[bytes], first: int, num_levels: int | None
+        self,
+        headers: list[Header],
+        streams: list[bytes],
+        numbers: list[int],
+        num_levels: int | None,
+        is_whole: bool,
     ) -> Tensor:
-        """Images of as many streams as are read at a time, or fewer; `first` is the number of the
-        first one."""
-        null = self._class_config.num_classes
+        """The images of some streams, no more than are read at a time."""
+        null, count = self._class_config.num_classes, len(numbers)
+        headers = [headers[number] for number in numbers]
         labels = [null if header.label is None else header.label for header in headers]
-        shown = _padded(torch.tensor(labels), self._images_at_a_time)
-        words = [s[h.length :] for h, s in zip(headers, streams, strict=True)]
-        reader = Reader(words, len(shown), first, may_end=num_levels is not None)
-        grids, count = list[Tensor](), len(streams)
-        with torch.autocast(self._execution_device.type, enabled=False):
+        shown = _padded(torch.tensor(labels), count if is_whole else self._images_at_a_time)
+        words = [streams[number][h.length :] for number, h in zip(numbers, headers, strict=True)]
+        reader = Reader(words, len(shown), numbers, may_end=num_levels is not None)
+        grids = list[Tensor]()
+        with self._computing(is_whole):
             for factor in range(self.num_levels + 1 if num_levels is None else num_levels):
                 grids.append(self._walk(factor, grids, shown, reader))
         if num_levels is not None:
             return self._shown(grids)[:count]
         pixels = as_values(grids[-1][:count]).to(torch.uint8).cpu()
-        for i, (header, image) in enumerate(zip(headers, pixels, strict=True), first):
+        for i, header, image in zip(numbers, headers, pixels, strict=True):
             if zlib.crc32(image.numpy().tobytes()) != header.checksum:
                 raise ValueError(f"expected pixels with the checksum of stream {i}, got others: "
                                  f"{self._reason(header)}")  # fmt: skip
@@ -302,10 +326,17 @@ class CodingPipeline(CallingPipeline):
                                  f"one the null class, got {header.label}")  # fmt: skip
 
     def _reason(self, header: Header) -> str:
-        if header.arithmetic == _hash(self._arithmetic, 1):
+        here = self._arithmetic(header.is_whole)
+        if header.arithmetic == _hash(here, 1):
             return "the stream is damaged, or ends too early"
         return ("it was made with other arithmetic (device, kind of processor, precision or "
-                f"version of torch) than that of this machine, {self._arithmetic}")  # fmt: skip
+                f"version of torch) than that of this machine, {here}")  # fmt: skip
+
+    @contextmanager
+    def _computing(self, is_whole: bool) -> Iterator[None]:
+        with torch.autocast(self._execution_device.type, enabled=False):
+            with whole_numbers() if is_whole else nullcontext():
+                yield
 
     def _walk(
         self, factor: int, before: list[Tensor], class_labels: Tensor, choose: Choose
@@ -329,15 +360,17 @@ class CodingPipeline(CallingPipeline):
     @property
     def _images_at_a_time(self) -> int:
         """Always, with others for padding where there are fewer: what is computed of an image may
-        differ in its last digits between batches of other sizes. A power of two, which divides
-        round numbers of images."""
+        differ in its last digits between batches of other sizes, and between places in a batch
+        whose numbers do not fill the registers of a processor. A power of two, and not a small one,
+        as those of registers are."""
         _, height, width = self.image_shape
-        number = max(2, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
+        number = max(MIN_IMAGES, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
         return 1 << (number.bit_length() - 1)
 
-    @property
-    def _arithmetic(self) -> str:
+    def _arithmetic(self, is_whole: bool) -> str:
         device, dtype = self._execution_device, next(self.levels[0].parameters()).dtype
+        if is_whole:
+            return f"whole numbers, {dtype}"
         kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
         version = ".".join(torch.__version__.split(".")[:2])
         return f"{kind}, {dtype}, torch {version}, {self._images_at_a_time} images at a time"

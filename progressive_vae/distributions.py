@@ -4,8 +4,8 @@ Each has four verbs, and nobody asks which one it is:
 
 - `log_prob(values)`: in nats and fp32, (B, n);
 - `logits`: of all values, (B, n, V), for those who change them;
-- `probabilities(count)`: of all values, in fp32, for coders: (count, n, V) of the first examples,
-  none less than 0, each and their sum right to a millionth;
+- `probabilities()`: of all values, in fp32, for coders: (B, n, V), none less than 0, each and
+  their sum right to a millionth;
 - `quantiles(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
   (B, n). With uniform shares these are draws.
 """
@@ -29,8 +29,8 @@ class Categorical:
         logits = self.logits.flatten(0, 1).float()
         return -F.cross_entropy(logits, values.flatten(), reduction="none").view(values.shape)
 
-    def probabilities(self, count: int) -> Tensor:
-        return self.logits[:count].float().softmax(-1)
+    def probabilities(self) -> Tensor:
+        return self.logits.float().softmax(-1)
 
     def quantiles(self, shares: Tensor) -> Tensor:
         cumulative = self.logits.float().softmax(-1).cumsum(-1)
@@ -75,11 +75,11 @@ class PixelMixture:
             probs = probs + weight * _between((edges - mean) * precision)
         return probs.log().movedim(0, -1)
 
-    def probabilities(self, count: int) -> Tensor:
+    def probabilities(self) -> Tensor:
         """As differences of what lies below, which in the tails says less than `logits`, in a third
         of the time; so many entries at a time that a processor keeps them at hand."""
-        kept = (x[:, :count].flatten(1) for x in (self.weights, self.means, self.precisions))
-        weights, means, precisions = (x[..., None] for x in kept)  # (K, count · n, 1)
+        flat = (x.flatten(1)[..., None] for x in (self.weights, self.means, self.precisions))
+        weights, means, precisions = flat  # (K, B · n, 1)
         edges = torch.arange(1, self.num_values, device=means.device) - 0.5
         found = torch.zeros(means.shape[1], self.num_values + 1, device=means.device)
         found[:, -1] = 1 - weights[-1, :, 0]
@@ -90,7 +90,7 @@ class PixelMixture:
                 x = (edges - mean[part]).mul_(precision[part]).sigmoid_()
                 below.addcmul_(x, weight[part])
         masses = found.diff(dim=1).clamp_(min=0).add_(weights[-1] / self.num_values)
-        return masses.unflatten(0, (count, -1))
+        return masses.unflatten(0, self.means.shape[1:])
 
     def quantiles(self, shares: Tensor) -> Tensor:
         """Found by halving: in eight steps for 256 values."""

@@ -33,6 +33,15 @@ class ZeroLinear(nn.Linear):
     """A linear map that starts at zero."""
 
 
+class EvenLinear(nn.Linear):
+    """A linear map of a number of features that need not be even: libraries of matrix products say
+    another last digit in other rows where it is not divisible by 4."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = (0, -self.in_features % 4)
+        return F.linear(F.pad(x, missing), F.pad(self.weight, missing), self.bias)
+
+
 class ZeroEmbedding(nn.Embedding):
     """A table of vectors that start at zero."""
 

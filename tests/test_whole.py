@@ -1,0 +1,128 @@
+"""Networks in whole numbers: what floats say, and the same in any batch and on any machine."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from test_codec import KINDS, pictures, pipeline
+from torch.nn import functional as F
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.whole import whole_numbers
+
+ROOT = Path(__file__).parents[1]
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4
+
+
+OF_ONE = ["exp", "sin", "cos", "sigmoid", "tanh", "sinh"]
+
+
+@pytest.mark.parametrize("name", OF_ONE)
+def test_functions_of_one_number(name):
+    x = torch.cat([numbers(1000), torch.tensor([0.0, -0.0, 1e-30, 700.0, -700.0, -1e4])]).double()
+    function = getattr(torch, name)
+    with whole_numbers():
+        found, single = function(x), function(x.float())
+        assert x.clone().sigmoid_().equal(torch.sigmoid(x))
+    assert found.dtype == torch.float64 and single.dtype == torch.float32
+    # Near its zeros a sine is only as good as π.
+    assert torch.allclose(found, function(x), rtol=1e-11, atol=1e-12)
+
+
+def test_functions_of_many():
+    x, weight, bias = numbers(3, 5, 6, 7), numbers(4, 5, 3, 3), numbers(4)
+    q, k = numbers(2, 3, 5, 8), numbers(2, 3, 9, 8).flip(0)
+    matrix, row = numbers(4, 7), numbers(7)
+
+    def functions():
+        yield F.conv2d(x, weight, bias, stride=2, padding=1)
+        yield F.linear(x, matrix, bias)
+        yield x @ matrix.T
+        yield F.layer_norm(x, (7,), row, row)
+        yield x.softmax(1)
+        yield F.scaled_dot_product_attention(q, k, k, is_causal=False)
+        yield F.scaled_dot_product_attention(k, k, k, is_causal=True)
+        yield F.silu(x)
+        yield x.mean((1, 3), keepdim=True) + x.sum(2, keepdim=True)
+        yield x.pow(2).mean() * torch.rsqrt(x.abs() + 1)
+        yield x.cumsum(2) + torch.arange(7).cumsum(0)
+        yield torch.addcmul(x, x, x)
+
+    expected = [*functions()]
+    with whole_numbers():
+        found = [*functions()]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)  # 18 bits of a factor
+
+
+def test_a_sum_does_not_depend_on_its_order():
+    x, order = numbers(300, 400), torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    with whole_numbers():
+        assert torch.equal(x[:, order] @ x[:, order].T, x @ x.T)
+        assert torch.equal(x[:, order].sum(1), x.sum(1))
+        assert torch.equal(x[:, order].softmax(1)[:, order.argsort()], x.softmax(1))
+        assert torch.equal((x @ x.T)[7:8], x[7:8] @ x.T)  # nor a row on the others
+    assert not torch.equal(x[:, order].sum(1), x.sum(1))  # as it does in floats
+
+
+def test_what_cannot_be_exact_is_refused():
+    x, picture = numbers(3), numbers(1, 1, 3, 3)
+    for call in (lambda: torch.erf(x), lambda: x.pow(0.5), lambda: torch.add(x, x, alpha=2),
+                 lambda: F.conv_transpose2d(picture, picture)):  # fmt: skip
+        with whole_numbers(), pytest.raises(ValueError, match="in whole numbers"):
+            call()
+    with pytest.raises(ValueError, match=r"arithmetic among \('float', 'integer'\), got 'exact'"):
+        tiny_pipeline().compress(pictures(1, (5, 7)), arithmetic="exact")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_streams_in_whole_numbers(kind):
+    pipe, images = pipeline((5, 7), **kind), pictures(3, (5, 7))
+    streams, floats = pipe.compress(images, arithmetic="integer"), pipe.compress(images)
+    assert torch.equal(pipe.decompress(streams), images)
+    mixed = [floats[0], streams[1], floats[2], streams[0]]
+    assert torch.equal(pipe.decompress(mixed), images[[0, 1, 2, 0]])
+    for ours, theirs in zip(streams, floats, strict=True):
+        assert len(ours) <= 1.002 * len(theirs) + 4
+    assert pipe.compress(images[1:2], arithmetic="integer") == streams[1:2]
+
+
+OTHER = """
+import sys, torch
+torch.set_num_threads(3)
+torch.backends.mkldnn.enabled = False
+from progressive_vae import ProgressiveVAEPipeline
+pipe = ProgressiveVAEPipeline.from_pretrained(sys.argv[1])
+streams = torch.load(sys.argv[2], weights_only=True)
+capability = torch.backends.cpu.get_cpu_capability()
+images = torch.cat([pipe.decompress(stream) for stream in streams])
+assert torch.equal(images, torch.load(sys.argv[3], weights_only=True)), "other images"
+print(capability, pipe.compress(images, arithmetic="integer") == streams)
+"""
+
+
+def test_another_kind_of_machine_reads_them(tmp_path):
+    """Other kernels of torch, other libraries, other threads, other batches."""
+    folder = ROOT / "examples" / "fashion_mnist"
+    pipe = ProgressiveVAEPipeline.from_pretrained(folder)
+    images = (pipe(num_images_per_prompt=3, output_type="pt").images * 255).round().to(torch.uint8)
+    streams = pipe.compress(images, arithmetic="integer")
+    torch.save(streams, tmp_path / "streams")
+    torch.save(images, tmp_path / "images")
+    words = [sys.executable, "-c", OTHER, str(folder), tmp_path / "streams", tmp_path / "images"]
+    environment = os.environ | {
+        "ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == "True"
+    if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
+        assert done.stdout.split()[0] in ("DEFAULT", "NO")  # the kernels were others
