@@ -42,7 +42,7 @@ ARITHMETICS = ("float", "integer")
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
 TOTAL = 2**24  # of the counts of all values, each one or more
 SLACK = 64  # lest counts of rounded probabilities add up to more; and so all sums are exact
-MIN_IMAGES, MAX_IMAGES, MAX_PIXELS = 16, 64, 2**16  # at a time, and of them together
+MIN_IMAGES, MAX_IMAGES, MAX_PIXELS = 8, 64, 2**16  # at a time, and of them together
 
 
 def _coder() -> Any:
@@ -69,9 +69,8 @@ def frequencies(distribution: Distribution, count: int) -> np.ndarray:
     probabilities = distribution.probabilities()
     whole = TOTAL - probabilities.shape[-1]
     counts = probabilities[:count].mul_(whole - SLACK).floor_()
-    missing = whole - counts.sum(-1, keepdim=True)
-    most = counts.argmax(-1, keepdim=True)
-    return counts.scatter_add_(-1, most, missing).cpu().numpy()
+    counts[..., 0] += whole - counts.sum(-1)  # what rounding has left, somewhere
+    return counts.cpu().numpy()
 
 
 class Writer:
@@ -214,7 +213,7 @@ class CodingPipeline(CallingPipeline):
 
         A stream is the same whatever images are beside it. Of floats it is not the same on all
         machines, and one that was made elsewhere may turn out not to be readable, which is then an
-        error; in whole numbers it is, for several times the time and hardly a bit.
+        error. In whole numbers it is, for several times the time and hardly a bit.
 
         Args:
             images: of the pipeline's size.
@@ -236,11 +235,10 @@ class CodingPipeline(CallingPipeline):
         weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole), 1)
         batches = pixel_value_batches(images, self.image_shape, size)
         for given, batch in zip(labels.split(size), batches, strict=True):
-            padded, shown = _padded(batch, size), _padded(given, size)
-            grids, writer = self._climb(padded, None), Writer(len(batch))
-            if is_whole:
-                grids, shown = [grid[: len(batch)] for grid in grids], given
+            size, writer = len(batch) if is_whole else size, Writer(len(batch))
+            shown = _padded(given, size)
             with self._computing(is_whole):
+                grids = self._climb(_padded(batch, size), None)
                 for factor, grid in enumerate(grids):
                     values = as_values(grid) if grid.ndim == 4 else grid[:, None]
                     self._walk(factor, grids[:factor], shown, writer.follow(values))

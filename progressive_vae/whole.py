@@ -159,6 +159,12 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     return found.to(torch.float32 if half_to_float else x.dtype)
 
 
+def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    away = x.double() - x.double().amax(dim, keepdim=True)
+    found = away - log(_sum(exp(away), dim, True))
+    return found.to(torch.float32 if half_to_float else x.dtype)
+
+
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     nothing = (x == -math.inf).all(dim, keepdim=True)
     return _softmax(x, dim).masked_fill(nothing, 0.0).to(dtype or x.dtype)
@@ -189,6 +195,17 @@ def exp(x: Tensor) -> Tensor:
         series = _polynomial(rest, [1 / math.factorial(n) for n in range(10, -1, -1)])
         into.copy_(series.mul_(_power_of_two(power)).masked_fill_(part < -708, 0.0))
     return found
+
+
+def log(x: Tensor) -> Tensor:
+    """By the series of artanh, of numbers between √½ and √2."""
+    fraction, power = torch.frexp(x.double())
+    is_low = fraction < 0.5**0.5
+    fraction, power = torch.where(is_low, 2 * fraction, fraction), power - is_low.int()
+    ratio = (fraction - 1) / (fraction + 1)
+    series = _polynomial(ratio * ratio, [2 / (2 * n + 1) for n in range(10, -1, -1)])
+    found = power * LN_2[0] + (power * LN_2[1] + ratio * series)
+    return torch.where(x == 0, -math.inf, torch.where(x < 0, math.nan, found))
 
 
 def _sine(x: Tensor, quarters: int) -> Tensor:
@@ -242,8 +259,10 @@ REPLACED: dict[str, Callable] = {
     "native_layer_norm": _layer_norm,
     "_softmax": _softmax,
     "_safe_softmax": _safe_softmax,
+    "_log_softmax": _log_softmax,
     "addcmul": lambda x, a, b, *, value=1: x + a * b * value,
     "exp": _of_one(exp),
+    "log": _of_one(log),
     "sin": _of_one(lambda x: _sine(x, 0)),
     "cos": _of_one(lambda x: _sine(x, 1)),
     "sigmoid": _of_one(_sigmoid),
