@@ -161,7 +161,7 @@ class Look(EvenLinear):
     def __init__(self, channels: int, num_guesses: int, width: int):
         super().__init__(3 * channels * (num_guesses - 4), width)
 
-    def forward(self, state: Tensor, group: Group, guesses: Tensor) -> Tensor:
+    def forward(self, state: Tensor, group: Group, guesses: Tensor) -> Tensor:  # type: ignore[override]
         near, mean, more = guesses[:4], guesses[4], guesses[8:]
         differences = torch.cat([near, more]) - mean
         steps = soft_differences(differences).permute(1, 3, 0, 2, 4).flatten(2).to(state)

@@ -201,7 +201,7 @@ def log(x: Tensor) -> Tensor:
     """By the series of artanh, of numbers between √½ and √2."""
     fraction, power = torch.frexp(x.double())
     is_low = fraction < 0.5**0.5
-    fraction, power = torch.where(is_low, 2 * fraction, fraction), power - is_low.int()
+    fraction, power = torch.where(is_low, 2 * fraction, fraction), (power - is_low.int()).double()
     ratio = (fraction - 1) / (fraction + 1)
     series = _polynomial(ratio * ratio, [2 / (2 * n + 1) for n in range(10, -1, -1)])
     found = power * LN_2[0] + (power * LN_2[1] + ratio * series)
