@@ -10,11 +10,16 @@ an interruption is not done again. Pictures that cannot be read, or have colours
 not know, are named and left out.
 """
 
+import hashlib
 import json
+import math
 import shutil
 import sys
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 
 import datasets
@@ -30,14 +35,20 @@ from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.saved import read_json, write_json
-from progressive_vae.training.data import decode
+from progressive_vae.training.data import decode, file_of
 from progressive_vae.training.evaluation import psnr_of
-from progressive_vae.training.files import LOSSLESS, LOSSY, as_file, file_figures
+from progressive_vae.training.files import LOSSLESS, LOSSY, as_file
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 MODES = {1: ("L", "1"), 3: ("RGB", "L", "1")}  # from which the first is made without a loss
 SCHEMA = pa.schema(
-    {"name": pa.string(), "height": pa.int32(), "width": pa.int32(), "tiles": pa.list_(pa.binary())}
+    {
+        "name": pa.string(),
+        "height": pa.int32(),
+        "width": pa.int32(),
+        "crc": pa.uint32(),  # of the pixels
+        "tiles": pa.list_(pa.binary()),
+    }
 )
 LEFT_OUT = b"left_out"  # names, among what a part says of itself
 TILES_AT_A_TIME = 256  # in memory, and from one move of the progress bar to the next
@@ -50,6 +61,7 @@ def pack(
     split: str = "test",
     max_pictures: int | None = None,
     pictures_per_part: int = 1024,
+    arithmetic: str = "float",
     beside_files: bool = True,
 ):
     """Pictures into one file; its size is printed beside those of PNG, WebP and JPEG-XL files.
@@ -61,13 +73,16 @@ def pack(
         split: of a data set.
         max_pictures: so many of the first ones at most.
         pictures_per_part: so many are done again at most after an interruption.
+        arithmetic: "float", which this kind of machine reads again, or "integer", which takes
+            several times as long and is read by others too.
         beside_files: whether other files are made to compare with, which takes longest.
     """
     if Path(file).exists():
         raise ValueError(f"expected a file to write that is not there yet, got {file}")
-    pipe, named = loaded(model), named_pictures(source, split, max_pictures)
     parts, paths = Path(f"{file}.parts"), []
-    made = {"source": source, "split": split, "model": model, "pictures": len(named),
+    pipe, named = loaded(model), named_pictures(source, split, max_pictures, parts)
+    names = hashlib.sha256("\n".join(targets(named["name"])).encode()).hexdigest()
+    made = {"source": source, "split": split, "model": pipe.stream_id(arithmetic), "names": names,
             "pictures_per_part": pictures_per_part}  # fmt: skip
     settings = parts / "settings.json"
     if settings.is_file() and (found := read_json(settings, "delete its folder")) != made:
@@ -81,11 +96,11 @@ def pack(
             if paths[-1].is_file():
                 progress.update(len(some))
             else:
-                write_table(packed(pipe, some, progress), paths[-1])
+                write_table(packed(pipe, some, arithmetic, progress), paths[-1])
     tables = [pq.read_table(path) for path in paths]
     whole = pa.concat_tables([table.replace_schema_metadata() for table in tables])
     if not len(whole):
-        raise ValueError(f"expected pictures of colours {MODES[pipe.image_shape[0]]} in {source}")
+        raise ValueError(f"expected pictures of {modes_of(pipe)} in {source}, got none")
     write_table(whole, Path(file))
     shutil.rmtree(parts)
     for name in sum((json.loads(table.schema.metadata[LEFT_OUT]) for table in tables), []):
@@ -104,19 +119,25 @@ def unpack(file: str, output_dir: str, model: str = MODEL):
     pipe, table = loaded(model), pq.read_table(file)
     if not table.schema.equals(SCHEMA):
         raise ValueError(f"expected {file} of pictures, got a table of {table.schema.names}")
-    folder, rows = Path(output_dir), []
-    for row in table.to_pylist():
-        row["path"] = folder / (row["name"] + (not row["name"].endswith(".png")) * ".png")
+    folder, whole = Path(output_dir), table.to_pylist()
+    for row, target in zip(whole, targets(table["name"].to_pylist()), strict=True):
+        row["path"] = folder / target
         if not row["path"].resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"expected names inside of a folder in {file}, got {row['name']!r}")
-        if not row["path"].is_file():
-            rows.append(row)
+        sides = zip((row["height"], row["width"]), pipe.image_shape[1:], strict=True)
+        if math.prod(-(-n // side) for n, side in sides) != len(row["tiles"]) or not row["tiles"]:
+            raise ValueError(f"expected {row['name']!r} in tiles of {pipe.image_shape[1:]}, got "
+                             f"{len(row['tiles'])} of {row['height']}×{row['width']}")  # fmt: skip
+    rows = [row for row in whole if not row["path"].is_file()]
     with tqdm(total=len(table), initial=len(table) - len(rows), desc="unpack") as progress:
         for group in together(rows):
             tiles = pipe.decompress([tile for row in group for tile in row["tiles"]])
             counts = [len(row["tiles"]) for row in group]
             for row, part in zip(group, tiles.split(counts), strict=True):
-                save(joined(part, row["height"], row["width"]), row["path"])
+                picture = joined(part, row["height"], row["width"])
+                if zlib.crc32(picture.tobytes()) != row["crc"]:
+                    raise ValueError(f"expected the pixels of {row['name']!r}, got others")
+                save(picture, row["path"])
             progress.update(len(group))
     print(f"wrote {len(table)} pictures to {output_dir}")
 
@@ -132,7 +153,7 @@ def grow(picture: str, file: str, model: str = MODEL):
     pipe = loaded(model)
     array = pixels_of({"bytes": None, "path": picture}, pipe.image_shape[0])
     if array is None:
-        raise ValueError(f"expected a picture of {MODES[pipe.image_shape[0]]}, got {picture}")
+        raise ValueError(f"expected a picture of {modes_of(pipe)}, got {picture}")
     stream, views = pipe.compress(array[None])[0], dict[str, np.ndarray]()
     for k in range(1, pipe.num_levels + 1):
         length = shortest(pipe, stream, k)
@@ -155,11 +176,15 @@ def grow(picture: str, file: str, model: str = MODEL):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def named_pictures(source: str, split: str, max_pictures: int | None) -> datasets.Dataset:
-    """Rows of "name" and "image", whose files are not read yet."""
+def named_pictures(
+    source: str, split: str, max_pictures: int | None, parts: Path
+) -> datasets.Dataset:
+    """Rows of "name" and "image", whose files are not read yet; what is written is none of them."""
+    if max_pictures is not None and max_pictures < 1:
+        raise ValueError(f"expected max_pictures >= 1, got {max_pictures}")
     folder = Path(source)
-    if folder.is_dir() and not list(folder.rglob("*.parquet")):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(x for x in folder.rglob("*") if x.is_file() and parts not in x.parents)
+    if folder.is_dir() and not any(path.suffix == ".parquet" for path in files):
         table = datasets.Dataset.from_dict(
             {
                 "name": [str(path.relative_to(folder)) for path in files],
@@ -181,11 +206,27 @@ def named_pictures(source: str, split: str, max_pictures: int | None) -> dataset
     return table.select(range(min(len(table), max_pictures or len(table))))
 
 
+def modes_of(pipe: ProgressiveVAEPipeline) -> tuple[str, ...]:
+    return MODES.get(pipe.image_shape[0], ())
+
+
+def targets(names: list[str]) -> list[str]:
+    """What pictures are called that come back."""
+    found = [name if name.endswith(".png") else f"{name}.png" for name in names]
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
+        raise ValueError(f"expected names that stay apart as PNG files, got {twice[:5]} twice")
+    return found
+
+
 def pixels_of(image: dict, num_channels: int) -> np.ndarray | None:
-    """uint8 (H, W, C), or `None` of what cannot be read, or not without a loss."""
+    """uint8 (H, W, C), or `None` of what cannot be read, or not without a loss: what has an alpha
+    channel, more than 8 bits, or more than one picture."""
     found, modes = decode(image), MODES.get(num_channels, ())
     if found is None or found.mode not in modes or "transparency" in found.info:
         return None
+    with PIL.Image.open(BytesIO(file_of(image))) as file:
+        if getattr(file, "n_frames", 1) > 1 or ";16" in str(file.tile):
+            return None
     array = np.array(found.convert(modes[0]))
     return array.reshape(found.height, found.width, num_channels)
 
@@ -239,12 +280,15 @@ def joined(tiles: Tensor, height: int, width: int) -> np.ndarray:
 # ---- files ---------------------------------------------------------------------------------------
 
 
-def packed(pipe: ProgressiveVAEPipeline, some: datasets.Dataset, progress: tqdm) -> pa.Table:
+def packed(
+    pipe: ProgressiveVAEPipeline, some: datasets.Dataset, arithmetic: str, progress: tqdm
+) -> pa.Table:
     """The rows of some pictures."""
     rows, waiting, left_out = list[dict](), list[Tensor](), list[str]()
 
     def flush():
-        streams = iter(pipe.compress(torch.cat(waiting)) if waiting else [])
+        found = pipe.compress(torch.cat(waiting), arithmetic=arithmetic) if waiting else []
+        streams = iter(found)
         for row, tiles in zip(rows[len(rows) - len(waiting) :], waiting, strict=True):
             row["tiles"] = [next(streams) for _ in tiles]
         progress.update(len(waiting))
@@ -257,7 +301,8 @@ def packed(pipe: ProgressiveVAEPipeline, some: datasets.Dataset, progress: tqdm)
             progress.update()
             continue
         waiting.append(tiles_of(picture, pipe.image_shape[1:]))
-        rows.append({"name": name, "height": picture.shape[0], "width": picture.shape[1]})
+        crc, (height, width) = zlib.crc32(picture.tobytes()), picture.shape[:2]
+        rows.append({"name": name, "height": height, "width": width, "crc": crc})
         if sum(map(len, waiting)) >= TILES_AT_A_TIME:
             flush()
     flush()
@@ -311,19 +356,25 @@ def sizes(
     found = {f"{file.name}": file.stat().st_size, "its streams": streams}
     if named is not None:
         kept = {row["name"] for row in rows}
-        arrays = [pixels_of(image, pipe.image_shape[0]) for name, image in
-                  zip(named["name"], named["image"], strict=True) if name in kept]  # fmt: skip
-        for name, options in LOSSLESS.items():
-            with suppress(ImportError):  # imagecodecs is not there
-                flat = [array.squeeze(-1) if array.shape[-1] == 1 else array for array in arrays]
-                found[f"{name} files"] = round(file_figures(name, flat, options)[0] * count / 8)
+        for row in named:
+            if row["name"] in kept:
+                array = pixels_of(row["image"], pipe.image_shape[0])
+                assert array is not None
+                flat = array.squeeze(-1) if array.shape[-1] == 1 else array
+                for name, options in LOSSLESS.items():
+                    with suppress(ImportError):  # imagecodecs is not there
+                        size = len(as_file(name, flat, options)[0])
+                        found[f"{name} files"] = found.get(f"{name} files", 0) + size
     lines = [f"| {name} | {size} | {8 * size / count:.4f} |" for name, size in found.items()]
     title = f"| {len(rows)} pictures | bytes | bits/dim |"
     return "\n".join([title, "|---|---|---|", *lines])
 
 
 def main(words: list[str]):
-    auto_cli([pack, unpack, grow], args=words)
+    try:
+        auto_cli([pack, unpack, grow], args=words)
+    except OSError as error:  # a file or a data set that is not there
+        raise ValueError(f"expected files that can be read and written, got {error}") from error
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@
 | `hub.py` | a pipeline as a repository: saved, pushed, found again |
 | `calls.py` | what one call of a pipeline is told, on its thread |
 | `whole.py` | arithmetic in whole numbers, which comes to the same on every machine |
+| `header.py` | what stands before the code of an image |
 | `codec.py` | images as bytes, as few as the model says, and as images again |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `pictures.py` | images side by side: drawn ones, and what each level says |

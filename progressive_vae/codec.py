@@ -1,14 +1,5 @@
 """Images as bytes, as few as the model says: a range coder walks over the factors, coarse to fine.
 
-    | bytes | |
-    |---|---|
-    | 1 | format; 128 more where a class follows, 64 more in whole numbers |
-    | 2 | hash of the weights |
-    | 1 | hash of what floats depend on: device, kind of processor, torch, images at a time |
-    | 4 | CRC-32 of the pixels |
-    | … | the class, seven bits a byte, if there is one |
-    | … | z_1, z_2 … z_N and s, in words of 32 bits |
-
 Bytes and images are one to one only where both sides compute the same probabilities to the last
 digit, which networks of floating-point numbers do not promise. So both walk alike, over batches of
 one size, whatever the number of images; another machine may do otherwise, and then the checksum is
@@ -18,11 +9,10 @@ are alike, and take longer.
 
 import functools
 import hashlib
-import struct
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,18 +21,18 @@ from torch import Tensor
 
 from .calls import CallingPipeline
 from .distributions import Distribution
-from .entries import as_values, of_unit
+from .entries import as_pixel_values, as_values, of_unit
 from .groups import Choose, Place
+from .header import Header
 from .images import Images, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .whole import whole_numbers
 
-FORMAT, IS_WHOLE, HAS_CLASS = 1, 64, 128  # to the first the others are added
 ARITHMETICS = ("float", "integer")
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
 TOTAL = 2**24  # of the counts of all values, each one or more
-SLACK = 64  # lest counts of rounded probabilities add up to more; and so all sums are exact
 MIN_IMAGES, MAX_IMAGES, MAX_PIXELS = 8, 64, 2**16  # at a time, and of them together
+_ALONE = threading.RLock()  # which kernels torch takes is a switch that all threads share
 
 
 def _coder() -> Any:
@@ -67,9 +57,14 @@ def frequencies(distribution: Distribution, count: int) -> np.ndarray:
     first examples: to each the coder adds one. As they are whole, no sum of them is rounded."""
     # Of all of them: some functions say another last digit in a batch of another size.
     probabilities = distribution.probabilities()
-    whole = TOTAL - probabilities.shape[-1]
-    counts = probabilities[:count].mul_(whole - SLACK).floor_()
-    counts[..., 0] += whole - counts.sum(-1)  # what rounding has left, somewhere
+    num_values = probabilities.shape[-1]
+    # Less than all, lest rounded ones add up to more: so no sum of theirs is rounded again.
+    whole, slack = TOTAL - num_values, 64 + num_values // 8
+    counts = probabilities[:count].mul_(whole - slack).floor_()
+    counts[..., 0] += whole - counts.sum(-1)  # what is left, somewhere
+    if not (counts[..., 0] >= 0).all():  # which NaN is not
+        raise ValueError("expected probabilities that add up to 1, got others: a weight is not "
+                         "finite, or too large")  # fmt: skip
     return counts.cpu().numpy()
 
 
@@ -133,8 +128,9 @@ class Reader:
         try:
             read, *others = [coder.decode(_family(), table) for coder in coders]
         except AssertionError as error:
-            raise ValueError(f"expected stream {number} of this model, got one that is damaged or "
-                             "ends too early") from error  # fmt: skip
+            raise ValueError(f"expected stream {number} of this model and machine, got one that is "
+                             "damaged, ends too early, or was made with other arithmetic"
+                             ) from error  # fmt: skip
         if any((other != read).any() for other in others):
             raise ValueError(f"expected stream {number} to hold all levels that are asked for, got "
                              "one that ends before")  # fmt: skip
@@ -147,63 +143,10 @@ def _decoder(stream: bytes, end: bytes) -> Any:
     return _coder().queue.RangeDecoder(np.frombuffer(whole, ">u4").astype(np.uint32))
 
 
-@dataclass
-class Header:
-    """What stands before the code of an image, but for the class's own bytes as in the table."""
-
-    weights: bytes
-    arithmetic: bytes
-    checksum: int
-    label: int | None = None
-    is_whole: bool = False
-    length: int = field(default=0, compare=False)
-
-    def to_bytes(self) -> bytes:
-        kind = FORMAT + IS_WHOLE * self.is_whole + HAS_CLASS * (self.label is not None)
-        start = struct.pack("<B2s1sI", kind, self.weights, self.arithmetic, self.checksum)
-        return start if self.label is None else start + _as_varint(self.label)
-
-    @classmethod
-    def from_bytes(cls, stream: bytes, which: str) -> "Header":
-        """Of a stream's first bytes, `length` of them.
-
-        Raises:
-            ValueError: too few bytes, or a format that is none or of a later version.
-        """
-        start = struct.Struct("<B2s1sI")
-        if len(stream) < start.size:
-            raise ValueError(f"expected {which} of {start.size} bytes or more, got {len(stream)}")
-        kind, weights, arithmetic, checksum = start.unpack_from(stream)
-        if (found := kind % IS_WHOLE) != FORMAT:
-            raise ValueError(f"expected {which} of format {FORMAT}, got {found}: it is "
-                             "damaged, no such stream, or of a later version")  # fmt: skip
-        is_whole = bool(kind & IS_WHOLE)
-        header = cls(weights, arithmetic, checksum, None, is_whole, start.size)
-        if kind >= HAS_CLASS:
-            header.label, read = _of_varint(stream[start.size :], which)
-            header.length += read
-        return header
-
-
-def _as_varint(number: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last have 128 added."""
-    rest, byte = divmod(number, 128)
-    return bytes([byte + 128]) + _as_varint(rest) if rest else bytes([byte])
-
-
-def _of_varint(stream: bytes, which: str) -> tuple[int, int]:
-    """A number below 2²⁸, and its bytes."""
-    number = 0
-    for i, byte in enumerate(stream[:4]):
-        number += byte % 128 << 7 * i
-        if byte < 128:
-            return number, i + 1
-    raise ValueError(f"expected {which} with a class in its header, got {stream[:4]!r}")
-
-
 class CodingPipeline(CallingPipeline):
     """A pipeline whose images are bytes, as many as its bits per dimension say."""
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def compress(
         self, images: Images, class_labels: Labels = None, arithmetic: str = "float"
@@ -230,11 +173,12 @@ class CodingPipeline(CallingPipeline):
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"expected arithmetic among {ARITHMETICS}, got {arithmetic!r}")
         is_whole, size, streams = arithmetic == "integer", self._images_at_a_time, list[bytes]()
-        count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
+        count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else 1
         labels = label_ids(class_labels, self._class_config, count)
         weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole), 1)
         batches = pixel_value_batches(images, self.image_shape, size)
         for given, batch in zip(labels.split(size), batches, strict=True):
+            batch = as_pixel_values(as_values(batch).cpu())
             size, writer = len(batch) if is_whole else size, Writer(len(batch))
             shown = _padded(given, size)
             with self._computing(is_whole):
@@ -251,6 +195,7 @@ class CodingPipeline(CallingPipeline):
         self.maybe_free_model_hooks()
         return streams
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def decompress(self, data: bytes | list[bytes], num_levels: int | None = None) -> Tensor:
         """The very images that were compressed, uint8 (B, C, H, W).
@@ -267,10 +212,13 @@ class CodingPipeline(CallingPipeline):
             ImportError: the extra `codec` is not installed.
         """
         self._require_prior()
-        given = [data] if isinstance(data, (bytes, bytearray, memoryview)) else list(data)
-        if not given or not all(isinstance(x, (bytes, bytearray, memoryview)) for x in given):
+        kinds = (bytes, bytearray, memoryview)
+        given = [data] if isinstance(data, kinds) else data
+        is_list = isinstance(given, (list, tuple)) and all(isinstance(x, kinds) for x in given)
+        if not is_list or not given:
             raise ValueError(f"expected data of bytes or a list of them, got {data!r:.80}")
-        if num_levels is not None and not 1 <= num_levels <= self.num_levels:
+        is_number = isinstance(num_levels, int) and 1 <= num_levels <= self.num_levels
+        if num_levels is not None and not is_number:
             raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
         streams = [bytes(stream) for stream in given]
         headers = [Header.from_bytes(stream, f"stream {i}") for i, stream in enumerate(streams)]
@@ -326,13 +274,13 @@ class CodingPipeline(CallingPipeline):
     def _reason(self, header: Header) -> str:
         here = self._arithmetic(header.is_whole)
         if header.arithmetic == _hash(here, 1):
-            return "the stream is damaged, or ends too early"
+            return "the stream is damaged, or ends too early, or torch was set otherwise"
         return ("it was made with other arithmetic (device, kind of processor, precision or "
                 f"version of torch) than that of this machine, {here}")  # fmt: skip
 
     @contextmanager
     def _computing(self, is_whole: bool) -> Iterator[None]:
-        with torch.autocast(self._execution_device.type, enabled=False):
+        with _ALONE, torch.autocast(self._execution_device.type, enabled=False):
             with whole_numbers() if is_whole else nullcontext():
                 yield
 
@@ -370,14 +318,21 @@ class CodingPipeline(CallingPipeline):
         if is_whole:
             return f"whole numbers, {dtype}"
         kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+        kind = torch.cuda.get_device_name(device) if kind == "cuda" else kind
         version = ".".join(torch.__version__.split(".")[:2])
         return f"{kind}, {dtype}, torch {version}, {self._images_at_a_time} images at a time"
 
+    def stream_id(self, arithmetic: str = "float") -> str:
+        """What all streams have in common that this pipeline makes on this machine."""
+        return (self._weights_hash() + _hash(self._arithmetic(arithmetic == "integer"), 1)).hex()
+
     def _weights_hash(self) -> bytes:
-        """Of all weights, as they are now."""
+        """Of all weights, as they are now, and of what networks have computed when they were made:
+        tables of rotary positions, which another machine may round otherwise."""
         digest = hashlib.sha256()
         for name in self.factor_names:
-            for key, value in sorted(getattr(self, name).state_dict().items()):
+            part = getattr(self, name)
+            for key, value in sorted({**part.state_dict(), **dict(part.named_buffers())}.items()):
                 digest.update(f"{name}.{key} {tuple(value.shape)}".encode())
                 flat = value.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy())

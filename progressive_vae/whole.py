@@ -19,9 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FACTOR_BITS = 18  # beside the sign: 2¹⁷ products of them add up to no more than 2⁵³
+FACTOR_BITS = 18  # beside the sign; of more than 2¹⁷ products that are added up fewer
 NUMBERS_AT_A_TIME = 2**15  # which a processor keeps at hand
-TERM_BITS = 35  # of what is added up by itself, 2¹⁸ of them at most
+EXACT_BITS = 53  # of whole numbers in float64
 
 # They move, compare or round numbers, or do one thing to two.
 EXACT = set(
@@ -34,7 +34,7 @@ EXACT = set(
     logical_or logical_xor lt masked_fill masked_select max maximum min minimum mul ne neg
     new_empty new_full new_ones new_zeros nonzero ones ones_like permute pixel_shuffle
     pixel_unshuffle reciprocal relu remainder repeat roll round rsub scalar_tensor scatter
-    scatter_add select sign slice sort split split_with_sizes sqrt squeeze stack sub t transpose
+    select sign slice split split_with_sizes sqrt squeeze stack sub t transpose
     tril triu trunc unbind unfold unsqueeze view where zero zeros zeros_like
     """.split()
 )
@@ -58,8 +58,12 @@ class _Whole(TorchDispatchMode):
         if plain not in EXACT and name not in EXACT:
             raise ValueError(f"expected networks of operations that can be done in whole numbers, "
                              f"got {name}")  # fmt: skip
-        if kwargs.get("alpha", 1) != 1:
-            raise ValueError(f"expected no alpha={kwargs['alpha']} of {name} in whole numbers")
+        is_scaled = plain in ("add", "sub", "rsub") and (len(args) > 2 or "alpha" in kwargs)
+        if is_scaled or kwargs.get("accumulate") or (plain == "index_put" and len(args) > 3):
+            raise ValueError(f"expected a plain {name} in whole numbers, got alpha or accumulate")
+        if plain == "div" and not isinstance(args[1], Tensor):  # else a GPU takes the reciprocal
+            kind = torch.result_type(*args[:2])
+            args = (args[0], torch.tensor(args[1], dtype=kind, device=args[0].device))
         return func(*args, **kwargs)
 
 
@@ -79,10 +83,16 @@ def _whole(x: Tensor, dims: int | list[int], bits: int) -> tuple[Tensor, Tensor]
 # ---- sums ----------------------------------------------------------------------------------------
 
 
+def _factor_bits(count: int) -> int:
+    """Of factors of so many products, whose sum has to be exact."""
+    return min(FACTOR_BITS, (EXACT_BITS - count.bit_length()) // 2)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """(…, m, k) times (…, k, n), in float64."""
-    rows, row_scale = _whole(a, -1, FACTOR_BITS)
-    columns, column_scale = _whole(b, -2, FACTOR_BITS)
+    bits = _factor_bits(a.shape[-1])
+    rows, row_scale = _whole(a, -1, bits)
+    columns, column_scale = _whole(b, -2, bits)
     return (rows @ columns) * (row_scale * column_scale)
 
 
@@ -108,8 +118,9 @@ def _convolution(
     """By products of matrices, which libraries of convolutions may leave for other ways."""
     if transposed or groups != 1 or weight.ndim != 4:
         raise ValueError("expected plain convolutions of pictures in whole numbers, got others")
-    images, image_scale = _whole(x, [1, 2, 3], FACTOR_BITS)
-    kernels, kernel_scale = _whole(weight, [1, 2, 3], FACTOR_BITS)
+    bits = _factor_bits(weight[0].numel())
+    images, image_scale = _whole(x, [1, 2, 3], bits)
+    kernels, kernel_scale = _whole(weight, [1, 2, 3], bits)
     with torch.backends.cudnn.flags(enabled=False):
         found = conv2d(images, kernels, None, stride, padding, dilation)
     found = found * (image_scale * kernel_scale.view(1, -1, 1, 1))
@@ -117,25 +128,32 @@ def _convolution(
     return found.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
+def _terms(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Whole numbers that add up exactly along `dims`, and their scale."""
+    count = math.prod(x.shape[dim] for dim in dims)
+    return _whole(x, dims, min(EXACT_BITS - 18, EXACT_BITS - count.bit_length()))
+
+
 def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     dims = list(range(x.ndim)) if dim is None else dim
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not x.is_floating_point():
         return x.sum(dims, keepdim, dtype=dtype)
-    terms, scale = _whole(x, dims, TERM_BITS)
+    terms, scale = _terms(x, dims)
     total = terms.sum(dims, keepdim=True) * scale
     return (total if keepdim else total.squeeze(dims)).to(dtype or x.dtype)
 
 
 def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
     total = _sum(x.double(), dim, keepdim)
-    return (total / (x.numel() // max(1, total.numel()))).to(dtype or x.dtype)
+    count = x.numel() // max(1, total.numel())
+    return (total / torch.full_like(total, count)).to(dtype or x.dtype)
 
 
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     if not x.is_floating_point():
         return x.cumsum(dim, dtype=dtype)
-    terms, scale = _whole(x, dim, TERM_BITS)
+    terms, scale = _terms(x, [dim])
     return (terms.cumsum(dim) * scale).to(dtype or x.dtype)
 
 
@@ -190,7 +208,7 @@ def exp(x: Tensor) -> Tensor:
     parts = x.flatten().split(NUMBERS_AT_A_TIME)
     for part, into in zip(parts, found.view(-1).split(NUMBERS_AT_A_TIME), strict=True):
         kept = part.double().clamp(-708, 709)
-        power = (kept / (LN_2[0] + LN_2[1])).round_()
+        power = (kept * (1 / (LN_2[0] + LN_2[1]))).round_()
         rest = kept.sub_(power * LN_2[0]).sub_(power * LN_2[1])
         series = _polynomial(rest, [1 / math.factorial(n) for n in range(10, -1, -1)])
         into.copy_(series.mul_(_power_of_two(power)).masked_fill_(part < -708, 0.0))
@@ -210,7 +228,7 @@ def log(x: Tensor) -> Tensor:
 
 def _sine(x: Tensor, quarters: int) -> Tensor:
     """sin(x + quarters · π/2), by Taylor's series between −π/4 and π/4."""
-    quarter = (x / (HALF_PI[0] + HALF_PI[1])).round()
+    quarter = (x * (1 / (HALF_PI[0] + HALF_PI[1]))).round()
     rest = x - quarter * HALF_PI[0]
     rest = rest - quarter * HALF_PI[1]
     square = rest * rest
@@ -229,11 +247,11 @@ def _sigmoid(x: Tensor) -> Tensor:
 
 def _sinh(x: Tensor) -> Tensor:
     high = exp(x)
-    return (high - 1 / high) / 2
+    return (high - 1 / high) * 0.5
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
-    if exponent not in (2, 3, 4):
+    if isinstance(exponent, Tensor) or exponent not in (2, 3, 4):
         raise ValueError(f"expected powers of 2 to 4 in whole numbers, got {exponent}")
     found = x
     for _ in range(int(exponent) - 1):
@@ -243,6 +261,8 @@ def _power(x: Tensor, exponent: float) -> Tensor:
 
 def _of_one(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def replaced(x: Tensor, *more: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(f"expected functions of tensors in whole numbers, got one of {x}")
         return function(x.double(), *more).to(x.dtype)
 
     return replaced

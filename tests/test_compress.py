@@ -1,6 +1,8 @@
 """`examples/compress.py`: pictures of any size into one file, and back to the byte."""
 
 import re
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -12,6 +14,13 @@ import torch
 from conftest import load_script, tiny_pipeline
 from test_auxiliary import AUXILIARY, pipeline_of
 
+# One pixel of 16 bits a colour, which Pillow reads as one of 8.
+_CHUNKS = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),
+           (b"IDAT", zlib.compress(b"\0" + b"\x12\x34" * 3)), (b"IEND", b"")]  # fmt: skip
+DEEP = b"\x89PNG\r\n\x1a\n" + b"".join(
+    struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for kind, data in _CHUNKS
+)
 SIZES = [(7, 5), (1, 1), (20, 11), (6, 17), (7, 5)]
 
 
@@ -37,6 +46,9 @@ def folder(tmp_path):
     PIL.Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
     PIL.Image.fromarray(pixels).save(folder / "0.bmp")  # beside 0.png
     PIL.Image.new("RGBA", (3, 3)).save(folder / "glass.png")
+    pages = [PIL.Image.new("RGB", (3, 3), (i, 0, 0)) for i in range(2)]
+    pages[0].save(folder / "pages.tif", save_all=True, append_images=pages[1:])
+    (folder / "deep.png").write_bytes(DEEP)
     (folder / "notes.txt").write_text("no picture")
     return folder
 
@@ -48,9 +60,12 @@ def colours(path):
 def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys, monkeypatch):
     file, again = tmp_path / "all.parquet", tmp_path / "again"
     words = ["pack", str(folder), str(file), "--model", model, "--pictures_per_part", "2"]
+    words += ["--arithmetic", "integer"]
     script.main(words)
     said = capsys.readouterr().out
-    assert re.findall("left out (.*)", said) == ["glass.png", "notes.txt"]
+    assert re.findall("left out (.*)", said) == [
+        "deep.png", "glass.png", "notes.txt", "pages.tif",
+    ]  # fmt: skip
     assert f"| all.parquet | {file.stat().st_size} |" in said and "| PNG files |" in said
     table = pq.read_table(file)
     streams = sum(len(tile.as_py()) for tiles in table["tiles"] for tile in tiles)
@@ -91,7 +106,7 @@ def test_what_was_done_before_an_interruption_is_kept(script, model, folder, tmp
     with pytest.raises(ValueError, match="expected parts of .*got those of"):
         script.main([*words[:-1], "4"])
     script.main(words)
-    assert len(calls) == 4  # three parts, of which one was begun twice
+    assert len(calls) == 5  # four parts, of which one was begun twice
     assert sorted(pq.read_table(file)["name"].to_pylist()) == sorted(
         ["0.bmp", "0.png", "2.png", "4.png", "grey.png", "more/1.png", "more/3.png"]
     )
