@@ -34,11 +34,11 @@ class ZeroLinear(nn.Linear):
 
 
 class EvenLinear(nn.Linear):
-    """A linear map of a number of features that need not be even: libraries of matrix products say
-    another last digit in other rows where it is not divisible by 4."""
+    """A linear map of any number of features: libraries of matrix products say another last digit
+    in other rows where it does not fill the registers of a processor."""
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = (0, -self.in_features % 4)
+        missing = (0, -self.in_features % 16)
         return F.linear(F.pad(x, missing), F.pad(self.weight, missing), self.bias)
 
 
