@@ -218,12 +218,12 @@ def masked_order(num_groups: int, size: tuple[int, int]) -> list[Group]:
     Unlike there the order does not depend on what was drawn, so the likelihood is exact.
     """
     count = math.prod(size)
-    order = torch.from_numpy(np.random.RandomState(0).permutation(count))  # a frozen stream
+    order = np.random.RandomState(0).permutation(count)  # a frozen stream
     ends = [
         round(count * (1 - math.cos(math.pi * t / (2 * num_groups)))) for t in range(num_groups + 1)
     ]
-    parts = (order[a:b].sort().values for a, b in zip(ends[:-1], ends[1:], strict=True))
-    return [Scattered(part) for part in parts]
+    parts = (np.sort(order[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))
+    return [Scattered(torch.from_numpy(part)) for part in parts]
 
 
 # Of so many groups, and a padded grid's size (H, W), the groups in their order, whose strides are
