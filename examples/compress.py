@@ -80,7 +80,8 @@ def pack(
     if Path(file).exists():
         raise ValueError(f"expected a file to write that is not there yet, got {file}")
     parts, paths = Path(f"{file}.parts"), []
-    pipe, named = loaded(model), named_pictures(source, split, max_pictures, parts)
+    written = [parts, Path(f"{file}.incomplete")]
+    pipe, named = loaded(model), named_pictures(source, split, max_pictures, written)
     names = hashlib.sha256("\n".join(targets(named["name"])).encode()).hexdigest()
     made = {"source": source, "split": split, "model": pipe.stream_id(arithmetic), "names": names,
             "pictures_per_part": pictures_per_part}  # fmt: skip
@@ -177,13 +178,14 @@ def grow(picture: str, file: str, model: str = MODEL):
 
 
 def named_pictures(
-    source: str, split: str, max_pictures: int | None, parts: Path
+    source: str, split: str, max_pictures: int | None, written: list[Path]
 ) -> datasets.Dataset:
     """Rows of "name" and "image", whose files are not read yet; what is written is none of them."""
     if max_pictures is not None and max_pictures < 1:
         raise ValueError(f"expected max_pictures >= 1, got {max_pictures}")
     folder = Path(source)
-    files = sorted(x for x in folder.rglob("*") if x.is_file() and parts not in x.parents)
+    found = (path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in found if not {path, *path.parents} & set(written))
     if folder.is_dir() and not any(path.suffix == ".parquet" for path in files):
         table = datasets.Dataset.from_dict(
             {

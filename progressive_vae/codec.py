@@ -170,8 +170,7 @@ class CodingPipeline(CallingPipeline):
             ImportError: the extra `codec` is not installed.
         """
         self._require_prior()
-        if arithmetic not in ARITHMETICS:
-            raise ValueError(f"expected arithmetic among {ARITHMETICS}, got {arithmetic!r}")
+        self._check_arithmetic(arithmetic)
         is_whole, size, streams = arithmetic == "integer", self._images_at_a_time, list[bytes]()
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else 1
         labels = label_ids(class_labels, self._class_config, count)
@@ -323,8 +322,18 @@ class CodingPipeline(CallingPipeline):
         return f"{kind}, {dtype}, torch {version}, {self._images_at_a_time} images at a time"
 
     def stream_id(self, arithmetic: str = "float") -> str:
-        """What all streams have in common that this pipeline makes on this machine."""
+        """What all streams have in common that this pipeline makes on this machine, in hexadecimal.
+
+        Args:
+            arithmetic: as in `compress`.
+        """
+        self._check_arithmetic(arithmetic)
         return (self._weights_hash() + _hash(self._arithmetic(arithmetic == "integer"), 1)).hex()
+
+    @staticmethod
+    def _check_arithmetic(arithmetic: str):
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"expected arithmetic among {ARITHMETICS}, got {arithmetic!r}")
 
     def _weights_hash(self) -> bytes:
         """Of all weights, as they are now, and of what networks have computed when they were made:

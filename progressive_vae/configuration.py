@@ -120,7 +120,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     """
 
     model_type = "progressive_vae_level"
-    has_no_defaults_at_init: ClassVar[bool] = True  # transformers before 5.19 would try them
+    has_no_defaults_at_init: ClassVar[bool] = True  # some versions of transformers would try them
     sub_configs = {"backbone_config": AutoConfig}  # where attn_implementation and dtype go on to
 
     num_channels: int | None = None

@@ -23,7 +23,7 @@ from .groups import ORDERS, Choose, Place, Teacher, ask, route
 from .heads import Blind, FreeLogits, make_head
 from .networks import (
     Downsample,
-    EvenLinear,
+    PaddedLinear,
     PixelEmbedding,
     Upsample,
     ZeroConv2d,
@@ -101,7 +101,7 @@ class Stage(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.logits = nn.ModuleList(heads)
         # Later colours see the earlier ones of the same pixel.
-        self.colours = nn.ModuleList(EvenLinear(known_dim, width) for _ in range(channels - 1))
+        self.colours = nn.ModuleList(PaddedLinear(known_dim, width) for _ in range(channels - 1))
         if not is_final:
             self.take_in = nn.Conv2d(channels * known_dim, width, 3, padding=1)
 

@@ -4,8 +4,8 @@ Each has four verbs, and nobody asks which one it is:
 
 - `log_prob(values)`: in nats and fp32, (B, n);
 - `logits`: of all values, (B, n, V), for those who change them;
-- `probabilities()`: of all values, in fp32, for coders: (B, n, V), none less than 0, each and
-  their sum right to a millionth;
+- `probabilities()`: of all values, in fp32, for coders: (B, n, V), none less than 0; they add up
+  to 1 but for rounding, which is a thousandth of what a large codebook's values have together;
 - `quantiles(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
   (B, n). With uniform shares these are draws.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ENTRIES_AT_A_TIME = 512
+ENTRIES_AT_A_TIME = 512  # of a mixture's tables, which a processor keeps at hand
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class PixelMixture:
         return probs.log().movedim(0, -1)
 
     def probabilities(self) -> Tensor:
-        """As differences of what lies below, which in the tails says less than `logits`, in a third
-        of the time; so many entries at a time that a processor keeps them at hand."""
+        """As differences of what lies below, which in the tails says less than `logits`, in a fifth
+        of the time."""
         flat = (x.flatten(1)[..., None] for x in (self.weights, self.means, self.precisions))
         weights, means, precisions = flat  # (K, B · n, 1)
         edges = torch.arange(1, self.num_values, device=means.device) - 0.5
@@ -89,7 +89,7 @@ class PixelMixture:
             for weight, mean, precision in zip(weights, means, precisions, strict=False):
                 x = (edges - mean[part]).mul_(precision[part]).sigmoid_()
                 below.addcmul_(x, weight[part])
-        masses = found.diff(dim=1).clamp_(min=0).add_(weights[-1] / self.num_values)
+        masses = found.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
         return masses.unflatten(0, self.means.shape[1:])
 
     def quantiles(self, shares: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class Lattice:
         return grid[..., self.offset[0] :: self.stride, self.offset[1] :: self.stride]
 
 
-@lru_cache(maxsize=256)  # in numbers they are half of what a walk asks of a device
+@lru_cache(maxsize=256)  # a fifth of the operations that a walk would ask of a device
 @torch.inference_mode(False)  # of which a gradient may be asked later
 def _near(
     lattice: Lattice, padded: tuple[int, int], size: tuple[int, int], device: torch.device

@@ -9,7 +9,7 @@ from transformers import initialization as init
 from .configuration import ProgressiveVAELevelConfig
 from .distributions import Categorical, Distribution, PixelMixture
 from .groups import Group
-from .networks import EvenLinear, PixelEmbedding, ZeroLinear, constant
+from .networks import PaddedLinear, PixelEmbedding, ZeroLinear, constant
 
 
 class Blind(nn.Module):
@@ -154,7 +154,7 @@ class GuidedLogistics(PixelLogistics):
         return torch.cat([guesses, torch.stack([expected, expected + missed])])
 
 
-class Look(EvenLinear):
+class Look(PaddedLinear):
     """Adds to a state how all guesses but their plain mean differ from it: those around a pixel,
     and those of a picture."""
 

@@ -33,7 +33,7 @@ class ZeroLinear(nn.Linear):
     """A linear map that starts at zero."""
 
 
-class EvenLinear(nn.Linear):
+class PaddedLinear(nn.Linear):
     """A linear map of any number of features: libraries of matrix products say another last digit
     in other rows where it does not fill the registers of a processor."""
 
