@@ -354,7 +354,8 @@ class ProgressiveVAELevel(SavedModel):
         for name in ("encoder", "quantizer", "auxiliary"):
             if (part := getattr(level, name)) is not None:
                 part.load_state_dict(getattr(self, name).state_dict())
-                part.requires_grad_(False)
+                if part is not level.conditional:
+                    part.requires_grad_(False)
         old, new = self.decoder, level.decoder
         if old is None or new is None or from_scratch:
             return level
