@@ -280,8 +280,11 @@ def convert(
             nothing is written.
     """
     config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_order="auxiliary")
-    with torch.device("meta"):  # shapes alone: the config may ask for more than there is
-        expected = ProgressiveVAELevel(config).state_dict()
+    try:
+        with torch.device("meta"):  # shapes alone: the config may ask for more than there is
+            expected = ProgressiveVAELevel(config).state_dict()
+    except (*LIBRARY_ERRORS, ValueError) as error:
+        raise ValueError(f"expected a config of networks that can be built, got {error}") from error
     own = {key for key in expected if key.startswith(OUR_OWN)}
     check_table(table, {key: value for key, value in expected.items() if key not in own})
     dtype = choose_dtype(arguments, table)
@@ -290,7 +293,9 @@ def convert(
     if arguments.dry_run:
         show(table)
         return
-    level = ProgressiveVAELevel(config).to(dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of what is our own: the same source makes the same files
+        level = ProgressiveVAELevel(config).to(dtype)
     fill(level, table)
     write(arguments, level)
 
