@@ -4,9 +4,8 @@
         a folder with `encoder.pt` and `decoder.pt`, or `.safetensors`, of the weights alone.
 
 OpenAI's `encoder.pkl` and `decoder.pkl` are pickled modules, which are code, and not loaded. Where
-you trust them, and `dall_e` is installed, this makes the files:
-`torch.save(dall_e.load_model("encoder.pkl").state_dict(), "dalle/encoder.pt")`, and the same of the
-decoder (torch from 2.6 on wants `weights_only=False` in its `load_model`).
+you trust them, and `dall_e` is installed, this makes the files, here that of the encoder:
+`torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "dalle/encoder.pt")`.
 """
 
 import re

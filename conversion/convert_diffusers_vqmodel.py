@@ -18,7 +18,6 @@ import torch
 from diffusers import VQModel
 from foreign import (
     ADVICE,
-    OUR_OWN,
     VQ_SLOTS,
     Arguments,
     by_prefix,
@@ -30,6 +29,7 @@ from foreign import (
     make_table,
     parse,
     read_checkpoint,
+    shorten,
     show,
     write,
 )
@@ -82,7 +82,8 @@ def locate(source: str) -> tuple[str, str | None]:
     beside = Path(source).resolve().parent / INDEX
     if Path(source).is_dir() and beside.is_file():
         index = read_json(beside, ADVICE)
-        if index.get(Path(source).resolve().name, [])[1:] == ["VQModel"]:
+        part = index.get(Path(source).resolve().name)
+        if isinstance(part, list) and part[1:] == ["VQModel"]:
             return "", str(index.get("_class_name"))
     return "", None
 
@@ -124,13 +125,13 @@ def to_vqmodel(arguments: VQModelArguments):
             f"expected a level with a 'vq_model' in tokenizer_config in "
             f"{arguments.checkpoint_path}, got {level.config.tokenizer_config}"
         )
-    if not fields.pop("do_normalize"):
+    if not fields.pop("do_normalize", True):
         print("its images are in [0, 1], which a VQModel's config cannot say")
     ours = {new: old for old, new in VQ_SLOTS.items()}
     state = level.state_dict()
     kept = {key: state[key] for key in state if by_prefix(key, ours) is not None}
-    if left := sorted({key.rpartition(".")[0] for key in state if key not in kept}):
-        print(f"left out: what is not of the tokenizer, {OUR_OWN}* and {len(left)} layers in all")
+    if left := [key for key in state if key not in kept]:
+        print(f"left out: {len(left)} weights that are not the tokenizer's: {shorten(left)}")
     table = make_table(kept, lambda key: by_prefix(key, ours))
     model = VQModel(**fields).to(choose_dtype(arguments, table)).eval()
     check_table(table, model.state_dict())

@@ -38,7 +38,7 @@ NAMES = [
 ]
 FIRST_STAGE = "first_stage_model."
 LEFT_OUT = ("loss.", "model_ema.", "colorize")  # of training, and a picture's colours
-TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel", "VQSegmentationModel")
+TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel")
 
 # What says nothing of the network: `params` has these beside what is read.
 UNREAD = {"lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels", "monitor",

@@ -26,6 +26,7 @@ from progressive_vae.saved import LIBRARY_ERRORS, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OUR_OWN = "auxiliary.scales."  # learned around the tokenizer's picture, and never theirs
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADVICE = "download it anew"
 
 # A `VQModel`'s or a `JanusVQVAE`'s parts in a level that holds one.
@@ -156,12 +157,18 @@ def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
     wrong = [
         str(key)
         for key, value in contents.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor) and value.is_floating_point())
+        if not (isinstance(key, str) and _is_weight(value))
     ]
     if wrong or not contents:
         shown = f"others: {shorten(wrong)}" if wrong else "none"
         raise ValueError(f"expected names and tensors of floats in {path}, got {shown}")
     return {key: value.detach() for key, value in contents.items()}
+
+
+def _is_weight(value: Any) -> bool:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return value.dtype in FLOATS and value.device.type == "cpu"
 
 
 def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -214,15 +221,13 @@ def make_table(weights: dict[str, Tensor], name: Callable[[str], str | None]) ->
         name: theirs → ours, or `None` for what has no place.
 
     Raises:
-        ValueError: weights that have no place or are not finite, or that take the same one.
+        ValueError: weights that have no place, or that take the same one.
     """
     named = {key: name(key) for key in weights}
     if nowhere := [key for key, ours in named.items() if ours is None]:
         raise ValueError(
             f"expected the weights of a tokenizer, got {len(nowhere)} left over: {shorten(nowhere)}"
         )
-    if wrong := [key for key, weight in weights.items() if not weight.isfinite().all()]:
-        raise ValueError(f"expected finite weights, got others in {shorten(wrong)}")
     table = [Row(key, str(ours), weights[key]) for key, ours in named.items()]
     if twice := [ours for ours, count in Counter(row.ours for row in table).items() if count > 1]:
         keys = [row.theirs for row in table if row.ours in twice]
@@ -231,7 +236,8 @@ def make_table(weights: dict[str, Tensor], name: Callable[[str], str | None]) ->
 
 
 def check_table(table: Iterable[Row], expected: dict[str, Tensor]):
-    """Raise a `ValueError` unless the table fills all that is `expected`, and in its shapes."""
+    """Raise a `ValueError` unless the table fills all that is `expected`, in its shapes and with
+    finite numbers."""
     theirs = {row.ours: row for row in table}
     found = {
         "missing": [key for key in expected if key not in theirs],
@@ -245,6 +251,8 @@ def check_table(table: Iterable[Row], expected: dict[str, Tensor]):
     if any(found.values()):
         shown = [f"{len(keys)} {word}: {shorten(keys)}" for word, keys in found.items() if keys]
         raise ValueError(f"expected the weights that the config describes, got {'; '.join(shown)}")
+    if wrong := [row.theirs for row in theirs.values() if not row.weight.isfinite().all()]:
+        raise ValueError(f"expected finite weights, got others in {shorten(wrong)}")
 
 
 def shorten(keys: Sequence[str]) -> str:
@@ -309,7 +317,7 @@ def choose_dtype(arguments: Arguments, table: Sequence[Row]) -> torch.dtype:
     if arguments.dtype is not None:
         return getattr(torch, arguments.dtype)
     dtypes = {row.weight.dtype for row in table}
-    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.float16, torch.bfloat16}:
+    if len(dtypes) != 1 or torch.float64 in dtypes:
         raise ValueError(
             f"expected dtype to be given for weights of {sorted(map(str, dtypes))}, got none"
         )

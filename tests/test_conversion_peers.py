@@ -64,8 +64,12 @@ class Taming(nn.Module):
     {}, {"attn_resolutions": []}, {"attn_resolutions": [16, 4], "num_res_blocks": 2},
     {"ch_mult": [1, 2], "attn_resolutions": [8]}, {"in_channels": 1, "out_ch": 1},
     {"resolution": 18, "attn_resolutions": [18, 8]},  # which the decoder meets elsewhere
+    {"attn_type": "none"},
 ], ids=str)  # fmt: skip
-def test_a_vqgan(tmp_path, changes):
+def test_a_vqgan(tmp_path, changes, monkeypatch):
+    (nets,) = need("taming.modules.diffusionmodules.model")
+    if changes.get("attn_type") == "none":  # as latent diffusion has it
+        monkeypatch.setattr(nets, "AttnBlock", lambda channels: nn.Identity())
     model = shake(Taming({**DDCONFIG, **changes}, **SIZES))
     write_yaml(tmp_path / "model.yaml", ddconfig=changes, monitor="val/rec_loss")
     state = {**model.state_dict(), "loss.discriminator.main.0.weight": torch.ones(2, 2)}
