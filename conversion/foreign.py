@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import HfArgumentParser
@@ -291,8 +292,9 @@ def convert(
     try:
         with torch.device("meta"):  # shapes alone: the config may ask for more than there is
             expected = ProgressiveVAELevel(config).state_dict()
-    except (*LIBRARY_ERRORS, ValueError) as error:
-        raise ValueError(f"expected a config of networks that can be built, got {error}") from error
+    except (*LIBRARY_ERRORS, StrictDataclassError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"expected a config of networks that can be built, got {said}") from error
     own = {key for key in expected if key.startswith(OUR_OWN)}
     check_table(table, {key: value for key, value in expected.items() if key not in own})
     dtype = choose_dtype(arguments, table)
@@ -305,6 +307,7 @@ def convert(
         torch.manual_seed(0)  # of what is our own: the same source makes the same files
         level = ProgressiveVAELevel(config).to(dtype)
     fill(level, table)
+    check_runs(level)
     write(arguments, level)
 
 
@@ -333,6 +336,17 @@ def fill(model: torch.nn.Module, table: Sequence[Row]):
             f"expected weights that {next(iter(state.values())).dtype} holds, got larger ones in "
             f"{shorten(wrong)}"
         )
+
+
+def check_runs(level: ProgressiveVAELevel):
+    """Raise a `ValueError` unless it shows a small picture: weights do not tell of all that a
+    config says."""
+    size = 4 * level.config.downsample
+    try:
+        level.eval().expect(level.encode(torch.zeros(1, level.config.num_channels, size, size)))
+    except (*LIBRARY_ERRORS, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"expected a config of networks that run, got {said}") from error
 
 
 def write(arguments: Arguments, model: Any):

@@ -290,6 +290,9 @@ def test_a_janus_vqvae(tmp_path):
     config["vq_config"] = {**fields, "double_latent": True}
     (whole / "config.json").write_text(json.dumps(config))
     assert_refused("expected double_latent=False", *flags, output=tmp_path / "no")
+    config["vq_config"] = {**fields, "base_channels": "many"}
+    (whole / "config.json").write_text(json.dumps(config))
+    assert_refused("can be built, got .*base_channels", *flags, output=tmp_path / "no")
     config["vq_config"] = fields
     (whole / "config.json").write_text(json.dumps(config))
     (whole / "model-00002-of-00002.safetensors").unlink()

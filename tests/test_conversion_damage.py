@@ -107,6 +107,8 @@ def test_files_that_are_missing_or_others(tmp_path):
     assert_refused("config of a VQModel .* got 'AutoencoderKL'", *flags, output=target)
     with_config(norm_num_groups=3)
     assert_refused("networks that can be built, got .*num_groups", *flags, output=target)
+    with_config(norm_num_groups=-1)
+    assert_refused("networks that run, got ", *flags, output=target)
     with_config(down_block_types=["NoBlock2D"] * 2)
     assert_refused("networks that can be built, got .*NoBlock2D", *flags, output=target)
     with_config(num_vq_embeddings=25)
