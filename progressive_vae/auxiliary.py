@@ -19,7 +19,7 @@ from .networks import ChannelNorm, Upsample, residual_blocks
 FLOOR = 1e-3  # the share of the uniform distribution, so that no pixel is impossible
 
 
-class AuxiliaryDecoder(nn.Module):
+class Auxiliary(nn.Module):
     """`P(finer | z) = ∏ P(entry | z)`: logistics around a picture, or probabilities of symbols.
 
     It has the verbs of a `Decoder`, of which it is the simplest, and
@@ -33,24 +33,12 @@ class AuxiliaryDecoder(nn.Module):
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
-        width, self.config = config.auxiliary_hidden_size, config
-        assert width is not None  # the config sees to it
-        self.num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
-        layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
-        for _ in range(int(math.log2(config.downsample))):
-            layers.append(
-                residual_blocks(width, config.auxiliary_num_layers, config.block_kernel_size)
-            )
-            layers.append(Upsample(width))
-        self.layers = nn.Sequential(*layers)
-        self.out = nn.Sequential(
-            ChannelNorm(width), nn.Conv2d(width, self.num_outputs, 3, padding=1)
-        )
+        self.config = config
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """What it says, float32 (B, num_outputs, H, W)."""
-        x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
-        return self.out(x)[..., : size[0], : size[1]].float()
+        """What it says, float32: of symbols their logits, (B, V, H, W); of a picture its colours,
+        then the logarithms of their scales, (B, 2C, H, W)."""
+        raise NotImplementedError
 
     def expectation(self, said: Tensor) -> Tensor:
         if self.config.is_finest:
@@ -96,3 +84,25 @@ class AuxiliaryDecoder(nn.Module):
         return PixelMixture(
             weights, (mean[None] + 1) * half, precision[None], self.config.num_values
         )
+
+
+class AuxiliaryDecoder(Auxiliary):
+    """A net of our own, as small as the config says."""
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__(config)
+        width = config.auxiliary_hidden_size
+        assert width is not None  # the config sees to it
+        num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
+        layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
+        for _ in range(int(math.log2(config.downsample))):
+            layers.append(
+                residual_blocks(width, config.auxiliary_num_layers, config.block_kernel_size)
+            )
+            layers.append(Upsample(width))
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, num_outputs, 3, padding=1))
+
+    def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
+        x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
+        return self.out(x)[..., : size[0], : size[1]].float()

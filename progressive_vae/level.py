@@ -9,7 +9,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .auxiliary import AuxiliaryDecoder
+from .auxiliary import Auxiliary, AuxiliaryDecoder
 from .chain import check_codes, grid_sizes
 from .configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
 from .decoders import Condition, Decoder, make_decoder
@@ -21,6 +21,7 @@ from .labels import Labels, drop_labels, label_ids
 from .networks import init_weights
 from .quantizer import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
+from .tokenizers import make_tokenizer
 from .weights import SavedModel
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
@@ -71,9 +72,13 @@ class ProgressiveVAELevel(SavedModel):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.entries = make_entries(config)
-        self.encoder = make_encoder(config)
-        self.quantizer = make_quantizer(config)
-        self.auxiliary = AuxiliaryDecoder(config) if config.auxiliary_hidden_size else None
+        self.auxiliary: Auxiliary | None = None
+        if config.tokenizer_config is not None:
+            self.encoder, self.quantizer, self.auxiliary = make_tokenizer(config)
+        else:
+            self.encoder, self.quantizer = make_encoder(config), make_quantizer(config)
+            if config.auxiliary_hidden_size:
+                self.auxiliary = AuxiliaryDecoder(config)
         self.decoder = make_decoder(config)
         self.post_init()
 
@@ -84,7 +89,7 @@ class ProgressiveVAELevel(SavedModel):
             module.init_weights()
 
     @property
-    def conditional(self) -> Decoder | AuxiliaryDecoder:
+    def conditional(self) -> Decoder | Auxiliary:
         """P_Θ(z_{i+1} | z_i): the decoder, or as long as there is none the auxiliary one."""
         decoder = self.auxiliary if self.decoder is None else self.decoder
         assert decoder is not None  # the config sees to it
@@ -382,6 +387,8 @@ class ProgressiveVAELevel(SavedModel):
                 with torch.no_grad():
                     expected = self.auxiliary.expect(quantized, size)
             picture = on_value_scale(expected.detach())  # its decoder learns for itself
+        if self.decoder is not None:
+            quantized = self.quantizer.standardized(quantized)
         return Condition(quantized, labels, corruption, picture)
 
     def _check_pair(self, codes: Tensor, values: Tensor):
