@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import HfArgumentParser
@@ -289,12 +288,8 @@ def convert(
             nothing is written.
     """
     config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_order="auxiliary")
-    try:
-        with torch.device("meta"):  # shapes alone: the config may ask for more than there is
-            expected = ProgressiveVAELevel(config).state_dict()
-    except (*LIBRARY_ERRORS, StrictDataclassError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"expected a config of networks that can be built, got {said}") from error
+    with torch.device("meta"):  # shapes alone: the config may ask for more than there is
+        expected = ProgressiveVAELevel(config).state_dict()
     own = {key for key in expected if key.startswith(OUR_OWN)}
     check_table(table, {key: value for key, value in expected.items() if key not in own})
     dtype = choose_dtype(arguments, table)

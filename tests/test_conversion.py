@@ -225,6 +225,9 @@ def test_weights_of_16_bits(tmp_path):
     assert {weight.dtype for weight in halves.values()} == {torch.float16}
     found = level.quantizer.quantize.embedding.weight
     assert torch.equal(found.half(), model.quantize.embedding.weight.half())
+    codes = level.half().encode(pixels())
+    assert (codes == vqmodel_says(model, pixels())[0]).float().mean() > 0.9
+    assert level.expect(codes).isfinite().all()
     model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")  # what is there stays as it is
     converted(*flags, output=tmp_path / "same")
     load_script("convert_diffusers_vqmodel", "conversion").main(
@@ -292,7 +295,9 @@ def test_a_janus_vqvae(tmp_path):
     assert_refused("expected double_latent=False", *flags, output=tmp_path / "no")
     config["vq_config"] = {**fields, "base_channels": "many"}
     (whole / "config.json").write_text(json.dumps(config))
-    assert_refused("can be built, got .*base_channels", *flags, output=tmp_path / "no")
+    assert_refused(
+        "of a network of 'janus_vqgan', got .*base_channels", *flags, output=tmp_path / "no"
+    )
     config["vq_config"] = fields
     (whole / "config.json").write_text(json.dumps(config))
     (whole / "model-00002-of-00002.safetensors").unlink()

@@ -117,7 +117,7 @@ def test_the_first_stage_of_a_latent_diffusion(tmp_path, capsys):
     ({"ddconfig": {"ch_mult": 3}}, "expected ch_mult to be a list of numbers"),
     ({"ddconfig": {"depth": 3}}, r"in ddconfig of .* got \['depth'\], too"),
     ({"ddconfig": {"ch": None}}, "expected ch to be a number in .*, got None"),
-    ({"ddconfig": {"ch": 33}}, "networks that can be built, got .*num_groups"),
+    ({"ddconfig": {"ch": 33}}, "tokenizer_config of a network of 'vq_model', got .*num_groups"),
     ({"target": "taming.models.vqgan.GumbelVQ"}, "got taming.models.vqgan.GumbelVQ"),
     ({"target": "ldm.models.autoencoder.AutoencoderKL"}, "got ldm.*AutoencoderKL"),
     ({"remap": "used.npy"}, "expected no remap in"),
