@@ -161,12 +161,12 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
+        if self.tokenizer_config is not None:
+            take_shape(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
                       num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS,
                       auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
-        if self.tokenizer_config is not None:
-            take_shape(self)
         if self.codebook_dim is None:
             is_fsq = self.quantizer == "fsq"
             self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8

@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from .auxiliary import Auxiliary
@@ -104,7 +106,9 @@ class NearestCode(TokenizerQuantizer):
         return F.normalize(weight, dim=-1) if self.is_normalized else weight
 
     def _codes(self, latents: Tensor) -> Tensor:
-        found = self.quantize(latents)[-1]  # diffusers has the codes last in a tuple of its own
+        # As all distances, in fp32; diffusers has the codes last in a tuple of its own.
+        weights = {"embedding.weight": self.quantize.embedding.weight.float()}
+        found = functional_call(self.quantize, weights, latents.float())[-1]
         found = found[-1] if isinstance(found, tuple) else found
         return found.view(len(latents), *latents.shape[-2:])
 
@@ -183,7 +187,7 @@ def make_tokenizer(
     tokenizer = read_tokenizer(config.tokenizer_config)
     try:
         return _MAKERS[tokenizer.kind](config, tokenizer)
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError, ValueError) as error:
         raise ValueError(
             f"expected tokenizer_config of a network of {tokenizer.kind!r}, got {error!r}"
         ) from error
