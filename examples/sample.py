@@ -31,6 +31,9 @@ class Arguments:
     guidance_scale: float = field(default=1.0, metadata={"help": "above 1: more like the class"})
     temperature: float = 1.0
     top_p: float | None = None
+    preview: bool = field(
+        default=False, metadata={"help": "draw the codes, and show what pixels they expect"}
+    )
     seed: int = 0
     output: str = "samples.png"
 
@@ -54,6 +57,7 @@ def main(words: list[str]):
         guidance_scale=arguments.guidance_scale,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
+        preview=arguments.preview,
         generator=[torch.Generator().manual_seed(arguments.seed + i) for i in range(count)],
     ).images
     seconds = time.perf_counter() - start

@@ -1,11 +1,15 @@
 """Levels that hold somebody else's tokenizer: its codes and pictures, probabilities of ours."""
 
+import shlex
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import HUB
+from conftest import HUB, load_script
+from diffusers import VQModel
+from test_training import SMALL, readme_commands
 
 from progressive_vae import (
     ProgressiveVAELevel,
@@ -183,7 +187,7 @@ BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
             "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
 FEW = {"max_train_steps": 3}
 RECIPE = {
-    "num_levels": 3,
+    "num_levels": 2,
     "levels": {"hidden_size": 8, "num_layers": 1, "codebook_size": 6, "auxiliary_hidden_size": 8,
                "encoder_fit": FEW, "fit": FEW},
     "prior": {"backbone_config": BACKBONE, "fit": FEW},
@@ -193,7 +197,7 @@ RECIPE = {
 
 
 def test_from_a_tokenizer_to_samples(tmp_path):
-    """Two levels and a prior above it, its scales, a repository; then a strong decoder of it."""
+    """A level and a prior above it, its scales, a repository; then a strong decoder of it."""
     tokenizer = level_with(VQ_MODEL)
     tokenizer.save_pretrained(tmp_path / "converted")
     rng = np.random.default_rng(0)
@@ -203,22 +207,43 @@ def test_from_a_tokenizer_to_samples(tmp_path):
     pipe = train({**RECIPE, **run}, pictures, tmp_path / "run")
     for name, value in tokenizer.state_dict().items():
         is_ours = name.startswith("auxiliary.scales.")
-        assert is_ours or torch.equal(value, pipe.level_3.state_dict()[name]), name
-    assert pipe.level_3.auxiliary.scales[3].weight.abs().max() > 0  # they have learned
-    assert pipe.grid_sizes == [(2, 2), (3, 4), (5, 8), (9, 16)]
+        assert is_ours or torch.equal(value, pipe.level_2.state_dict()[name]), name
+    assert pipe.level_2.auxiliary.scales[3].weight.abs().max() > 0  # they have learned
+    assert pipe.grid_sizes == [(3, 4), (5, 8), (9, 16)]
     pipe.push_to_hub("org/on-a-tokenizer")
     again = ProgressiveVAEPipeline.from_pretrained("org/on-a-tokenizer")
-    assert "level_3/model.safetensors" in HUB.files("org/on-a-tokenizer")
+    assert "level_2/model.safetensors" in HUB.files("org/on-a-tokenizer")
     assert again.preview(pictures[:2], level=1)[0].size == (16, 9)
     drawn = again(num_images_per_prompt=2, generator=torch.Generator().manual_seed(0)).images
     bits = again.bits_per_dim(drawn)
-    assert [*bits] == ["prior", "level_1", "level_2", "level_3", "total"]
+    assert [*bits] == ["prior", "level_1", "level_2", "total"]
     assert again.decompress(again.compress(drawn)).shape == (2, 3, 9, 16)
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert train({**RECIPE, **run}, pictures, tmp_path / "run").level_3  # nothing is trained again
-    refit = {"level_3": {"refit": {"decoder_order": "lattice", "fit": FEW}}}
+    assert train({**RECIPE, **run}, pictures, tmp_path / "run").level_2  # nothing is trained again
+    refit = {"level_2": {"refit": {"decoder_order": "lattice", "fit": FEW}}}
     AcceleratorState._reset_state(reset_partial_state=True)
     strong = train({**RECIPE, **run, **refit}, pictures, tmp_path / "strong")
-    assert strong.level_3.config.decoder_order == "lattice"
-    assert fingerprint([strong.level_3]) == fingerprint([tokenizer])
+    assert strong.level_2.config.decoder_order == "lattice"
+    assert fingerprint([strong.level_2]) == fingerprint([tokenizer])
+
+
+def test_the_lines_of_the_readme(tmp_path, monkeypatch):
+    """From a repository of a `VQModel` to drawn pictures, as they stand but at tiny size."""
+    fields = {name: value for name, value in VQ_MODEL.items() if name != "model_type"}
+    VQModel(**fields).push_to_hub("org/amused-256")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    rng = np.random.default_rng(0)
+    for i, x in enumerate(rng.integers(0, 256, (12, 8, 16, 3), np.uint8)):
+        PIL.Image.fromarray(x).save(tmp_path / "pictures" / f"{i}.png")
+    lines = readme_commands()
+    start = next(i for i, line in enumerate(lines) if "amused" in line)
+    convert, train_it, sample = (shlex.split(line) for line in lines[start : start + 3])
+    load_script("convert_diffusers_vqmodel", "conversion").main([w.replace("amused/", "org/") for w in convert[2:]])
+    more = shlex.split("--levels.encoder_fit.max_train_steps 2 --num_validation_images 2")
+    load_script("train").main([*train_it[3:], *SMALL, *more])
+    load_script("sample").main([*sample[2:], "--num_images_per_prompt", "2"])
+    assert PIL.Image.open("samples.png").width > 2 * 16
+    pipe = ProgressiveVAEPipeline.from_pretrained("runs/above")
+    assert pipe.num_levels == 3 and pipe.level_3.config.tokenizer_config["model_type"] == "vq_model"

@@ -175,7 +175,7 @@ def readme_commands():
 
 def test_every_launch_line_of_the_readme_parses(script):
     launches = [c.split(" && ")[-1] for c in readme_commands() if "accelerate launch" in c]
-    assert len(launches) == 10
+    assert len(launches) == 11
     documented = re.findall(
         r"^    (accelerate launch .*?)\n        \w", script.__doc__, re.M | re.S
     )
@@ -227,7 +227,7 @@ def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
 
 def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
     """The README's command for it, run as it stands but at tiny size."""
-    command = next(c for c in readme_commands() if "--train_data_dir" in c)
+    command = next(c for c in readme_commands() if "--center_crop" in c)
     flags = shlex.split(command)
     assert flags[:3] == ["accelerate", "launch", "examples/train.py"]
     flags[flags.index("--config") + 1] = str(ROOT / flags[flags.index("--config") + 1])
