@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition
-from .distributions import Categorical, Distribution, PixelMixture
+from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
 from .groups import Choose, Place, Teacher, ask
 from .networks import ChannelNorm, Upsample, residual_blocks
 
 FLOOR = 1e-3  # the share of the uniform distribution, so that no pixel is impossible
 
 
-class AuxiliaryDecoder(nn.Module):
+class Auxiliary(nn.Module):
     """`P(finer | z) = ∏ P(entry | z)`: logistics around a picture, or probabilities of symbols.
 
     It has the verbs of a `Decoder`, of which it is the simplest, and
@@ -27,35 +27,28 @@ class AuxiliaryDecoder(nn.Module):
     - `expect(quantized, size)`: its expectation of a finer grid of `size` (H, W): a picture, float
       (B, C, H, W) in [−1, 1], or the probabilities of symbols (B, V, H, W).
 
-    One pass serves both: `said = auxiliary(quantized, size)`, `expectation(said)`, and the
-    log-probability of a finer grid in nats, `judge(said, finer)`, (B,).
+    One pass serves all: `said = auxiliary(quantized, size)`, the log-probability of a finer grid in
+    nats, `judge(said, finer)`, (B,), and `expectation(said, finer_codebook)`: a picture, or of
+    symbols the mean of their vectors in the finer level's codebook (V, D): (B, D, H, W).
+
+    A network says for a grid of `size`, in float32, (B, 2C, H, W): the colours of a picture in
+    [−1, 1] and the logarithms of their scales; or (B, ..., H, W), what `_symbols` reads.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
-        width, self.config = config.auxiliary_hidden_size, config
-        assert width is not None  # the config sees to it
-        self.num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
-        layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
-        for _ in range(int(math.log2(config.downsample))):
-            layers.append(
-                residual_blocks(width, config.auxiliary_num_layers, config.block_kernel_size)
-            )
-            layers.append(Upsample(width))
-        self.layers = nn.Sequential(*layers)
-        self.out = nn.Sequential(
-            ChannelNorm(width), nn.Conv2d(width, self.num_outputs, 3, padding=1)
-        )
+        self.config = config
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """What it says, float32 (B, num_outputs, H, W)."""
-        x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
-        return self.out(x)[..., : size[0], : size[1]].float()
+        """What it says."""
+        raise NotImplementedError
 
-    def expectation(self, said: Tensor) -> Tensor:
+    def expectation(self, said: Tensor, finer_codebook: Tensor | None = None) -> Tensor:
         if self.config.is_finest:
             return said[:, : self.config.value_channels].clamp(-1, 1)
-        return said.softmax(1)
+        assert finer_codebook is not None
+        vectors = self._symbols(said).mean(finer_codebook.to(said))  # (B, H·W, D)
+        return vectors.movedim(-1, 1).unflatten(2, said.shape[-2:])
 
     def judge(self, said: Tensor, finer: Tensor) -> Tensor:
         teacher = Teacher(finer)
@@ -63,7 +56,10 @@ class AuxiliaryDecoder(nn.Module):
         return torch.stack(teacher.terms).sum(0)
 
     def expect(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.expectation(self(quantized, size))
+        said = self(quantized, size)
+        if self.config.is_finest:
+            return self.expectation(said)
+        return self._symbols(said).probabilities().movedim(-1, 1).unflatten(2, size)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
         return self._walk(self(condition.quantized, size), choose)
@@ -87,7 +83,7 @@ class AuxiliaryDecoder(nn.Module):
 
     def _of_colour(self, said: Tensor, colour: int) -> Distribution:
         if not self.config.is_finest:
-            return Categorical(said.flatten(2).movedim(1, -1))
+            return self._symbols(said)
         half = (self.config.num_values - 1) / 2
         mean, log_scale = said.unflatten(1, (2, -1))[:, :, colour].flatten(2).unbind(1)  # (B, n)
         weights = torch.stack([torch.full_like(mean, 1 - FLOOR), torch.full_like(mean, FLOOR)])
@@ -96,3 +92,42 @@ class AuxiliaryDecoder(nn.Module):
         return PixelMixture(
             weights, (mean[None] + 1) * half, precision[None], self.config.num_values
         )
+
+    def _symbols(self, said: Tensor) -> Categorical | Factored:
+        """Logits are said, (B, V, H, W)."""
+        return Categorical(said.flatten(2).movedim(1, -1))
+
+
+class AuxiliaryDecoder(Auxiliary):
+    """A network of convolutions. Where symbols are many, it says fewer numbers than these, and a
+    table makes logits of them."""
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__(config)
+        width, rank = config.auxiliary_hidden_size, config.symbol_logit_rank
+        assert width is not None and rank is not None  # the config sees to it
+        self.num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
+        self.table = None
+        if rank and not config.is_finest:
+            self.num_outputs, self.table = rank, nn.Linear(rank, config.num_values)
+        layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
+        for _ in range(int(math.log2(config.downsample))):
+            layers.append(
+                residual_blocks(width, config.auxiliary_num_layers, config.block_kernel_size)
+            )
+            layers.append(Upsample(width))
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Sequential(
+            ChannelNorm(width), nn.Conv2d(width, self.num_outputs, 3, padding=1)
+        )
+
+    def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
+        """What it says, float32 (B, num_outputs, H, W)."""
+        x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
+        return self.out(x)[..., : size[0], : size[1]].float()
+
+    def _symbols(self, said: Tensor) -> Categorical | Factored:
+        if self.table is None:
+            return super()._symbols(said)
+        features = said.flatten(2).movedim(1, -1).to(self.table.weight)
+        return of_features(features, self.table.weight, self.table.bias)
