@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .configuration import MANY_SYMBOLS
 
-LOGITS_AT_A_TIME = 2**22  # of many values: 16 MB in fp32
+LOGITS_AT_A_TIME = 2**23  # of many values: 32 MB in fp32, which C libraries give back at once
 ENTRIES_AT_A_TIME = 512  # of a mixture's tables, which a processor keeps at hand
 
 
