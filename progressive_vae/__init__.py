@@ -7,6 +7,7 @@
 | `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
 | `strict.py` | configs whose every complaint is a `ValueError`, and what they may say |
 | `backbones.py` | configs of causal networks: any of transformers, or a small one |
+| `tokenizer_configs.py` | configs of tokenizers that others have trained |
 | `choices.py` | what the knobs of a level can be set to |
 | `configuration.py` | the two configs: every architectural knob, once |
 | `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
@@ -24,6 +25,8 @@
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
 | `auxiliary.py` | the auxiliary decoder, which makes codes carry the picture: previews |
 | `painter.py` | what auxiliary decoders of finer levels make of code vectors: pictures |
+| `dalle.py` | the nets of DALL-E's discrete VAE |
+| `tokenizers.py` | tokenizers that others have trained, as a finest level's parts |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
 | `fingerprint.py` | which codes a part was trained on |

@@ -30,9 +30,6 @@ class Auxiliary(nn.Module):
     One pass serves all: `said = auxiliary(quantized, size)`, the log-probability of a finer grid in
     nats, `judge(said, finer)`, (B,), and `expectation(said, finer_codebook)`: a picture, or of
     symbols the mean of their vectors in the finer level's codebook (V, D): (B, D, H, W).
-
-    A network says for a grid of `size`, in float32, (B, 2C, H, W): the colours of a picture in
-    [−1, 1] and the logarithms of their scales; or (B, ..., H, W), what `_symbols` reads.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -40,7 +37,8 @@ class Auxiliary(nn.Module):
         self.config = config
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """What it says."""
+        """What it says, float32: of a picture its colours, then the logarithms of their scales,
+        (B, 2C, H, W); of symbols what `_symbols` reads, (B, ..., H, W)."""
         raise NotImplementedError
 
     def expectation(self, said: Tensor, finer_codebook: Tensor | None = None) -> Tensor:
@@ -106,10 +104,10 @@ class AuxiliaryDecoder(Auxiliary):
         super().__init__(config)
         width, rank = config.auxiliary_hidden_size, config.symbol_logit_rank
         assert width is not None and rank is not None  # the config sees to it
-        self.num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
+        num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
         self.table = None
         if rank and not config.is_finest:
-            self.num_outputs, self.table = rank, nn.Linear(rank, config.num_values)
+            num_outputs, self.table = rank, nn.Linear(rank, config.num_values)
         layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
         for _ in range(int(math.log2(config.downsample))):
             layers.append(
@@ -117,12 +115,9 @@ class AuxiliaryDecoder(Auxiliary):
             )
             layers.append(Upsample(width))
         self.layers = nn.Sequential(*layers)
-        self.out = nn.Sequential(
-            ChannelNorm(width), nn.Conv2d(width, self.num_outputs, 3, padding=1)
-        )
+        self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, num_outputs, 3, padding=1))
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """What it says, float32 (B, num_outputs, H, W)."""
         x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
         return self.out(x)[..., : size[0], : size[1]].float()
 

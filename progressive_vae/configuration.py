@@ -19,14 +19,22 @@ from .choices import (
     STOCHASTIC,
     fsq_levels,
 )
-from .strict import check_limits, check_names, check_range, strict_config
+from .strict import (
+    check_classes,
+    check_limits,
+    check_names,
+    check_range,
+    name_classes,
+    strict_config,
+)
+from .tokenizer_configs import take_shape
 
 NUM_PIXEL_VALUES = 256  # of one colour of a pixel
 MANY_SYMBOLS = 2048  # more have logits through a table, and are not held for a whole grid
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # More is a damaged or a hostile file, and would fill the memory before anything else is looked at.
-MAX_CODES, MAX_CLASSES = 2**20, 100_000
+MAX_CODES = 2**20
 
 # What a refit may change; the rest decides what the codes are.
 DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logit_rank",
@@ -37,25 +45,6 @@ DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logi
 TRAINING_FIELDS = ("class_dropout", "picture_weight", "commitment_weight", "codebook_decay",
                    "restart_threshold", "gumbel_temperature", "gumbel_decay",
                    "corruption_kind")  # fmt: skip
-
-
-def _name_classes(config):
-    """Classes without names are called by their numbers."""
-    if not config.num_classes <= MAX_CLASSES:
-        raise ValueError(f"expected num_classes <= {MAX_CLASSES}, got {config.num_classes}")
-    if config.num_classes and config.id2label is None:
-        config.id2label = {i: str(i) for i in range(config.num_classes)}
-
-
-def _check_classes(config):
-    check_range(config, num_classes=0)
-    if not 0 <= config.class_dropout <= 1:
-        raise ValueError(f"expected class_dropout in [0, 1], got {config.class_dropout}")
-    if config.num_classes and len(config.id2label) != config.num_classes:
-        raise ValueError(
-            f"expected id2label with num_classes={config.num_classes} entries, "
-            f"got {len(config.id2label)}"
-        )
 
 
 @strict_config
@@ -119,6 +108,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             that is drawn for each example from 0 … corruption and told to the network.
         corruption_kind: what replaces a code: `"random"`, any other one, or `"near"`, one of the
             eight nearest in the codebook.
+        tokenizer_config: of the finest level, somebody else's tokenizer in place of its encoder,
+            codebook and auxiliary decoder: the fields of a `VQModel` of diffusers, a `JanusVQVAE`
+            of transformers or a `"dalle_dvae"`, with the `model_type` `"vq_model"`,
+            `"janus_vqgan"` or `"dalle_dvae"` (`tokenizer_configs.py`). It decides `num_channels`,
+            `codebook_size`, `codebook_dim` and `downsample`.
         finer_fingerprint: `fingerprint` of the finer levels on whose codes this part was trained; a
             pipeline refuses other ones. `None`: unchecked.
     """
@@ -157,6 +151,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     class_dropout: float = 0.1
     corruption: float = 0.0
     corruption_kind: str = "near"
+    tokenizer_config: dict | None = None
     finer_fingerprint: str | None = None
 
     @staticmethod
@@ -167,10 +162,14 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 f"expected a level of decoder_order='raster' in format_version >= 3, got {found}: "
                 "its network has changed, train it again"
             )
-        return {"block_kernel_size": 3, **fields} if found == 1 else fields  # not named then
+        if found < 6:  # not named then, nor was the next
+            fields = {"symbol_logit_rank": 0, **fields}
+        return {"block_kernel_size": 3, **fields} if found == 1 else fields
 
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
+        if self.tokenizer_config is not None:
+            take_shape(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
                       num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS,
                       auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
@@ -186,7 +185,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             self.backbone_config = causal_config(
                 self.backbone_config, self.num_values, MAX_RASTER_POSITIONS
             )
-        _name_classes(self)
+        name_classes(self)
         super().__post_init__(**kwargs)
 
     def with_decoder(self, **changes) -> "ProgressiveVAELevelConfig":
@@ -226,7 +225,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
         if not 0 <= self.corruption <= 1:
             raise ValueError(f"expected corruption in [0, 1], got {self.corruption}")
-        _check_classes(self)
+        check_classes(self)
 
     def validate_choices(self):
         for name, choices in (
@@ -244,7 +243,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 "expected decoder_order='lattice' for pixel_distribution="
                 f"{self.pixel_distribution!r}, got {self.decoder_order!r}"
             )
-        if self.is_guided and self.auxiliary_hidden_size is None:
+        if self.is_guided and not self.has_auxiliary:
             raise ValueError(
                 "expected auxiliary_hidden_size for pixel_distribution="
                 f"{self.pixel_distribution!r}, got None"
@@ -261,7 +260,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         return GROUP_NUMBERS[self.decoder_order](self.downsample) if is_known else [self.num_groups]
 
     def validate_auxiliary(self):
-        if self.decoder_order == "auxiliary" and self.auxiliary_hidden_size is None:
+        if self.decoder_order == "auxiliary" and not self.has_auxiliary:
             raise ValueError(
                 "expected auxiliary_hidden_size for decoder_order='auxiliary', got None"
             )
@@ -299,6 +298,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def is_finest(self) -> bool:
         return self.num_channels is not None
+
+    @property
+    def has_auxiliary(self) -> bool:
+        """Whether there is an auxiliary decoder, of its own or its tokenizer's."""
+        return self.auxiliary_hidden_size is not None or self.tokenizer_config is not None
 
     @property
     def is_guessing(self) -> bool:
@@ -366,7 +370,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
         check_names(self, kwargs)
         check_limits(vars(self), codebook_size=MAX_CODES)
         self.grid_size = list(self.grid_size)
-        _name_classes(self)
+        name_classes(self)
         if self.backbone_config is None:
             self.backbone_config = small_llama()
         self.backbone_config = causal_config(
@@ -376,7 +380,7 @@ class ProgressiveVAEPriorConfig(PreTrainedConfig):
 
     def validate_sizes(self):
         check_range(self, codebook_size=1)
-        _check_classes(self)
+        check_classes(self)
         if len(self.grid_size) != 2 or min(self.grid_size) < 1:
             raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")
 

@@ -22,6 +22,7 @@ from .networks import init_weights
 from .painter import Painter
 from .quantizer import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
+from .tokenizers import make_tokenizer
 from .weights import SavedModel
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
@@ -72,9 +73,13 @@ class ProgressiveVAELevel(SavedModel):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.entries = make_entries(config)
-        self.encoder = make_encoder(config)
-        self.quantizer = make_quantizer(config)
-        self.auxiliary = AuxiliaryDecoder(config) if config.auxiliary_hidden_size else None
+        self.auxiliary: Auxiliary | None = None
+        if config.tokenizer_config is not None:
+            self.encoder, self.quantizer, self.auxiliary = make_tokenizer(config)
+        else:
+            self.encoder, self.quantizer = make_encoder(config), make_quantizer(config)
+            if config.auxiliary_hidden_size:
+                self.auxiliary = AuxiliaryDecoder(config)
         self.decoder = make_decoder(config)
         self.post_init()
 
@@ -151,9 +156,8 @@ class ProgressiveVAELevel(SavedModel):
                 expected = self.auxiliary.expectation(said)
                 loss = loss + self.config.picture_weight * F.mse_loss(expected, finer)
             elif paint is not None:
-                picture = paint(self.auxiliary.expectation(said, paint.codebook))
-                error = F.mse_loss(picture, paint.of_codes(finer))
-                loss = loss + self.config.picture_weight * error
+                vectors = self.auxiliary.expectation(said, paint.codebook)
+                loss = loss + self.config.picture_weight * paint.error(vectors, finer)
         if self.decoder is not None:
             condition = self._condition(quantized, size, labels, corruption, expected)
             log_prob = self.decoder.log_prob(condition, values)
@@ -225,13 +229,9 @@ class ProgressiveVAELevel(SavedModel):
             pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
         """
         draw = Sampler(
-            len(codes),
-            generator,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            len(codes), generator, temperature=temperature, top_k=top_k, top_p=top_p,
             guidance_scale=guidance_scale,
-        )
+        )  # fmt: skip
         labels = self._labels(class_labels, len(codes))
         null = None if labels is None else torch.full_like(labels, self.config.num_classes)
         if labels is None or torch.equal(labels, null):
@@ -295,8 +295,7 @@ class ProgressiveVAELevel(SavedModel):
     ) -> Tensor:
         """What the auxiliary decoder expects of z_{i+1}, given code vectors (B, D, H_i, W_i) or
         means of some, with a gradient: a picture, float (B, C, H, W) in [−1, 1], or means of
-        symbols' vectors in the finer level's codebook (V, D'), (B, D', H_{i+1}, W_{i+1}).
-        """
+        symbols' vectors in the finer level's codebook (V, D'), (B, D', H_{i+1}, W_{i+1})."""
         auxiliary = self._require_auxiliary()
         return auxiliary.expectation(auxiliary(vectors.to(self.dtype), finer_size), finer_codebook)
 
@@ -356,7 +355,8 @@ class ProgressiveVAELevel(SavedModel):
         for name in ("encoder", "quantizer", "auxiliary"):
             if (part := getattr(level, name)) is not None:
                 part.load_state_dict(getattr(self, name).state_dict())
-                part.requires_grad_(False)
+                if part is not level.conditional:
+                    part.requires_grad_(False)
         old, new = self.decoder, level.decoder
         if old is None or new is None or from_scratch:
             return level
@@ -384,11 +384,12 @@ class ProgressiveVAELevel(SavedModel):
         decoder's picture may be known already."""
         picture = None
         if self.config.is_guided:
-            assert self.auxiliary is not None  # the config sees to it
             if expected is None:
                 with torch.no_grad():
-                    expected = self.auxiliary.expect(quantized, size)
+                    expected = self._require_auxiliary().expect(quantized, size)
             picture = on_value_scale(expected.detach())  # its decoder learns for itself
+        if self.decoder is not None:
+            quantized = self.quantizer.standardized(quantized)
         return Condition(quantized, labels, corruption, picture)
 
     def _check_pair(self, codes: Tensor, values: Tensor):

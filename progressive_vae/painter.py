@@ -42,3 +42,7 @@ class Painter:
         codebook = self.codebook  # of a level that may wait on another device
         vectors = F.embedding(codes.to(codebook.device), codebook).movedim(-1, 1)
         return self(vectors.to(codes.device))
+
+    def error(self, vectors: Tensor, codes: Tensor) -> Tensor:
+        """The mean squared one of the picture of vectors that are expected of codes, a scalar."""
+        return F.mse_loss(self(vectors), self.of_codes(codes))

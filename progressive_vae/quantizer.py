@@ -51,6 +51,10 @@ class Quantizer(nn.Module):
         """int64 (B, H, W) -> codebook[codes] (B, D, H, W)."""
         return F.embedding(codes, self.codebook).movedim(-1, 1)
 
+    def standardized(self, quantized: Tensor) -> Tensor:
+        """Code vectors as strong decoders see them: of a length that suits networks."""
+        return quantized
+
     def corrupt(
         self,
         codes: Tensor,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 __version__ = "0.1.0"
 
 # Raised when files are written that older versions would misread; a golden test holds the format.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 # What libraries raise for the contents of damaged files, as if it were a fault of the caller's.
 LIBRARY_ERRORS = (ArithmeticError, AttributeError, ImportError, IndexError, KeyError, RuntimeError,

@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig
 
 from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
 
+MAX_CLASSES = 100_000  # more is a damaged or a hostile file
+
 # Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them, and
 # what others leave there: the `Trainer` of transformers `use_cache`, its quantizers their config.
 _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
@@ -90,3 +92,22 @@ def check_limits(fields: dict[str, Any], **maxima):
         value = fields.get(name)
         if isinstance(value, int) and value > maximum:
             raise ValueError(f"expected {name} <= {maximum}, got {value}")
+
+
+def name_classes(config: PreTrainedConfig):
+    """Classes without names are called by their numbers."""
+    if not config.num_classes <= MAX_CLASSES:
+        raise ValueError(f"expected num_classes <= {MAX_CLASSES}, got {config.num_classes}")
+    if config.num_classes and config.id2label is None:
+        config.id2label = {i: str(i) for i in range(config.num_classes)}
+
+
+def check_classes(config: PreTrainedConfig):
+    check_range(config, num_classes=0)
+    if not 0 <= config.class_dropout <= 1:
+        raise ValueError(f"expected class_dropout in [0, 1], got {config.class_dropout}")
+    if config.num_classes and len(config.id2label) != config.num_classes:
+        raise ValueError(
+            f"expected id2label with num_classes={config.num_classes} entries, "
+            f"got {len(config.id2label)}"
+        )

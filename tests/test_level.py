@@ -325,6 +325,8 @@ def test_draws_of_many_symbols_do_not_depend_on_the_parts(monkeypatch):
 def test_few_symbols_have_free_logits_as_ever():
     assert tiny_level(num_symbols=2048).config.symbol_logit_rank == 0
     assert tiny_level(num_channels=1).config.symbol_logit_rank == 0
+    older = tiny_level(num_symbols=2049, auxiliary_hidden_size=8, format_version=5)
+    assert older.config.symbol_logit_rank == 0 and older.auxiliary.table is None
     names = tiny_level(num_symbols=2048, auxiliary_hidden_size=8).state_dict()
     assert names["decoder.stages.0.logits.0.weight"].shape == (2048, 8)
     assert names["auxiliary.out.1.weight"].shape[0] == 2048

@@ -118,7 +118,7 @@ def keep_recipe(
         "gradient_accumulation_steps": run.accelerator.gradient_accumulation_steps,
     }
     for i in given:
-        ours[f"level_{i}"] = {"refit": ours[f"level_{i}"]["refit"]}
+        ours[f"level_{i}"] = {name: ours[f"level_{i}"][name] for name in ("fit", "refit")}
     saved = None if phase is None and not _goes_on(run) else saved_sections(folder)
     if phase is None:
         for i in range(1, run.num_levels + 1):  # a refit on top of what the recipe says stays

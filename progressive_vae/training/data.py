@@ -16,7 +16,7 @@ import torch
 from datasets.utils.file_utils import xopen
 from torch import Tensor
 
-from ..configuration import MAX_CLASSES
+from ..strict import MAX_CLASSES
 from .settings import MAX_IMAGE_PIXELS, DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")

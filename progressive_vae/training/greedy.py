@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ from .report import (
 from .run import PHASES, Run, make_accelerator
 from .sources import open_source
 
+# How pixels lie around a given tokenizer's picture is soon learned.
+STEPS_OF_SCALES, SHARE_OF_SCALES = 500, 0.05
 MIN_FOR_DISTANCE = 2  # images whose features have a covariance
 BESIDE_THE_PIPELINE = ("cache/", "logs/", "validation/", "checkpoint-*/", "*.incomplete",
                        "*.replaced/", "history.json", PHASES, RECIPE, f"{LOCK}*",
@@ -181,7 +184,9 @@ def greedy_order(
     given: Mapping[int, Path],
 ) -> list[Phase]:
     """All phases of a recipe: the levels that are not given, the finest first, and of those that
-    learn their encoders first the decoders; the prior; the decoders that are fitted again."""
+    learn their encoders first the decoders; of a tokenizer that is given, unless it is to get a
+    stronger decoder, the scales around its picture; the prior; the decoders that are fitted again.
+    """
     indices = range(len(configs), 0, -1)
     order: list[Phase] = []
     for i in indices:
@@ -198,6 +203,14 @@ def greedy_order(
         if i not in given and level.encoder_fit is not None:
             changes = {name: getattr(config, name) for name in DECODER_FIELDS}
             order.append(RefitPhase(index=i, changes=changes, is_first=True, settings=level.fit))
+        is_tokenizer = config.tokenizer_config is not None and config.decoder_order == "auxiliary"
+        if i in given and is_tokenizer and level.refit is None:
+            short = replace(
+                level.fit,
+                max_train_steps=min(level.fit.max_train_steps, STEPS_OF_SCALES),
+                time_share=min(level.fit.time_share, SHARE_OF_SCALES),
+            )
+            order.append(RefitPhase(index=i, changes={}, is_first=True, settings=short))
     prior = recipe.prior_config(configs, image_size, class_names)
     order.append(PriorPhase(config=prior, settings=recipe.prior.fit))
     for i in indices:

@@ -323,7 +323,7 @@ LevelSection = _section(
     "LevelSection",
     ProgressiveVAELevelConfig,
     _own(ProgressiveVAELevelConfig, "num_channels", "num_symbols", "num_classes",
-         "finer_fingerprint", "corruption", "corruption_kind"),
+         "finer_fingerprint", "corruption", "corruption_kind", "tokenizer_config"),
     is_whole=True,
     class_conditional=(bool, False),
     encoder_fit=(FitSettings | None, None),

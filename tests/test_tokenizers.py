@@ -1,0 +1,224 @@
+"""Levels that hold somebody else's tokenizer: its codes and pictures, probabilities of ours."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import HUB
+
+from progressive_vae import (
+    ProgressiveVAELevel,
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPipeline,
+    tokenizers,
+)
+from progressive_vae.fingerprint import fingerprint
+from progressive_vae.training import train
+
+VQ_MODEL = {
+    "model_type": "vq_model", "block_out_channels": [4, 8], "layers_per_block": 1,
+    "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "latent_channels": 3, "num_vq_embeddings": 12, "norm_num_groups": 2,
+}  # fmt: skip
+JANUS = {
+    "model_type": "janus_vqgan", "base_channels": 32, "channel_multiplier": [1, 1, 1],
+    "num_res_blocks": 1, "latent_channels": 4, "embed_dim": 5, "num_embeddings": 12,
+}  # fmt: skip
+DALLE = {"model_type": "dalle_dvae", "vocab_size": 12, "n_hid": 4, "n_init": 6}
+SPATIAL = {**VQ_MODEL, "norm_type": "spatial", "block_out_channels": [32, 32],
+           "do_normalize": False}  # fmt: skip
+# The fields of a level that they decide: codebook_size, codebook_dim, downsample.
+TOKENIZERS = [(VQ_MODEL, 12, 3, 2), (JANUS, 12, 5, 4), (DALLE, 12, 6, 8), (SPATIAL, 12, 3, 2)]
+KINDS = pytest.mark.parametrize("tokenizer", [each[0] for each in TOKENIZERS])
+
+
+def level_with(tokenizer, seed: int = 0, **config) -> ProgressiveVAELevel:
+    config = {"decoder_order": "auxiliary", "hidden_size": 8, "num_layers": 1, **config}
+    torch.manual_seed(seed)
+    return ProgressiveVAELevel(
+        ProgressiveVAELevelConfig(tokenizer_config=tokenizer, **config)
+    ).eval()
+
+
+def pixels(count: int = 3, height: int = 11, width: int = 13):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, 3, height, width), generator=generator) / 127.5 - 1
+
+
+@pytest.mark.parametrize("tokenizer, size, dim, downsample", TOKENIZERS)
+def test_a_tokenizer_decides_what_a_level_is(tokenizer, size, dim, downsample):
+    level = level_with(tokenizer)
+    assert (level.config.codebook_size, level.config.codebook_dim) == (size, dim)
+    assert (level.config.downsample, level.config.num_channels) == (downsample, 3)
+    codes = level.encode(pixels())
+    assert codes.shape == (3, -(-11 // downsample), -(-13 // downsample))
+    assert 0 <= codes.min() and codes.max() < size
+    picture = level.expect(codes, (11, 13))
+    assert picture.shape == (3, 3, 11, 13) and picture.abs().max() <= 1
+    assert level.quantizer.lookup(codes).shape == (3, dim, *codes.shape[1:])
+
+
+@KINDS
+def test_pixels_have_probabilities(tokenizer):
+    level = level_with(tokenizer, seed=1)
+    torch.nn.init.normal_(level.auxiliary.scales[3].weight)
+    codes, asked = level.encode(pixels()), []
+
+    def choose(distribution, place):
+        masses = distribution.probabilities()
+        assert masses.shape == (3, len(place.positions), 256) and masses.min() >= 0
+        torch.testing.assert_close(masses.sum(-1), torch.ones_like(masses[..., 0]))
+        asked.append(place.colour)
+        return masses.argmax(-1)
+
+    level.walk(codes, choose, finer_size=(11, 13))
+    assert asked == [0, 1, 2]
+    drawn = level.sample(codes, generator=torch.Generator().manual_seed(0), finer_size=(11, 13))
+    assert drawn.shape == (3, 3, 11, 13)
+    assert torch.isfinite(level.log_prob(drawn, codes)).all()
+
+
+@KINDS
+def test_only_the_scales_learn(tokenizer):
+    level = level_with(tokenizer).train()
+    assert not any(
+        module.training
+        for part in (level.encoder, level.quantizer, level.auxiliary.decoder)
+        for module in part.modules()
+    )
+    names = [name for name, parameter in level.named_parameters() if parameter.requires_grad]
+    assert names and all(name.startswith("auxiliary.scales.") for name in names)
+    finer = pixels()
+    level(finer, level.encode(finer)).loss.backward()
+    grads = [p.grad for p in level.auxiliary.scales.parameters()]
+    assert any(grad.abs().sum() > 0 for grad in grads)
+
+
+@KINDS
+def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+    level = level_with(tokenizer)
+    level.save_pretrained(tmp_path)
+    again = ProgressiveVAELevel.from_pretrained(tmp_path)
+    assert again.config.tokenizer_config == tokenizer
+    for name, value in level.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    codes = level.encode(pixels())
+    assert torch.equal(codes, again.encode(pixels()))
+    # Libraries of matrix products look at where numbers lie, too, which is another place now.
+    torch.testing.assert_close(level.log_prob(pixels(), codes), again.log_prob(pixels(), codes))
+    assert not any(p.requires_grad for p in again.encoder.parameters())
+
+
+def test_a_stronger_decoder_of_the_same_codes():
+    level = level_with(VQ_MODEL)
+    strong = level.with_decoder(
+        decoder_order="lattice", num_groups=4, pixel_distribution="guided_logistics"
+    ).eval()
+    codes = level.encode(pixels())
+    assert torch.equal(strong.encode(pixels()), codes)
+    assert torch.equal(strong.expect(codes), level.expect(codes))
+    assert fingerprint([strong]) == fingerprint([level])
+    assert strong.log_prob(pixels(), codes).shape == (3,)
+    # Vectors of any length are of one length to the decoder.
+    rms = strong.quantizer.standardized(strong.quantizer.codebook).square().mean()
+    assert rms.item() == pytest.approx(1, rel=1e-4)
+
+
+def test_images_are_seen_as_the_source_saw_them():
+    """The same weights that see [0, 1] say of it what those that see [−1, 1] say of twice as much
+    less one."""
+    plain, halved = level_with(VQ_MODEL), level_with({**VQ_MODEL, "do_normalize": False})
+    halved.load_state_dict(plain.state_dict())
+    seen = pixels()
+    torch.testing.assert_close(halved.encoder(seen * 2 + 1), plain.encoder(seen + 1))
+    quantized = plain.quantizer.lookup(plain.encode(seen))
+    ours, theirs = (level.auxiliary(quantized, (12, 14))[:, :3] for level in (plain, halved))
+    torch.testing.assert_close(theirs, ours * 2 - 1)
+
+
+def test_large_batches_go_through_in_parts(monkeypatch):
+    level = level_with(JANUS)
+    codes = level.encode(pixels(5))
+    picture = level.expect(codes)
+    monkeypatch.setattr(tokenizers, "PIXELS_AT_A_TIME", 200)
+    monkeypatch.setattr(tokenizers, "DISTANCES_AT_A_TIME", 200)
+    assert torch.equal(level.encode(pixels(5)), codes)
+    torch.testing.assert_close(level.expect(codes), picture)
+
+
+@pytest.mark.parametrize(
+    "tokenizer, words",
+    [
+        ({}, "model_type among .*vq_model.* got None"),
+        ({**VQ_MODEL, "model_type": "vae"}, "model_type among .* got 'vae'"),
+        ({**VQ_MODEL, "width": 3}, r"got \['width'\]"),
+        ({**VQ_MODEL, "block_out_channels": 4}, "fields of a 'vq_model'"),
+        ({**VQ_MODEL, "block_out_channels": [4, 8, 8]}, "as many blocks down as up"),
+        ({**VQ_MODEL, "block_out_channels": [4, 2**20]}, "block_out_channels of a network"),
+        ({**VQ_MODEL, "layers_per_block": 10**6}, "expected layers_per_block <= "),
+        ({**VQ_MODEL, "norm_num_groups": 3}, "network of 'vq_model'"),
+        ({**VQ_MODEL, "num_vq_embeddings": 0}, "expected positive numbers"),
+        ({**VQ_MODEL, "out_channels": 1}, "as many colours as it sees, got 1 and 3"),
+        ({**JANUS, "double_latent": True}, "double_latent=False"),
+        ({**DALLE, "n_hid": 4.5}, "network of 'dalle_dvae'"),
+    ],
+)  # fmt: skip
+def test_what_is_no_tokenizer_is_an_error(tokenizer, words):
+    with pytest.raises(ValueError, match=words):
+        level_with(tokenizer)
+
+
+def test_fields_that_a_tokenizer_decides_cannot_be_others():
+    with pytest.raises(
+        ValueError, match="expected codebook_size=12, as tokenizer_config .* got 13"
+    ):
+        level_with(VQ_MODEL, codebook_size=13)
+    with pytest.raises(ValueError, match="num_channels .* num_symbols"):
+        level_with(VQ_MODEL, num_symbols=5)
+    assert level_with(VQ_MODEL, codebook_size=12, downsample=2).config.codebook_size == 12
+
+
+BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip
+FEW = {"max_train_steps": 3}
+RECIPE = {
+    "num_levels": 3,
+    "levels": {"hidden_size": 8, "num_layers": 1, "codebook_size": 6, "auxiliary_hidden_size": 8,
+               "encoder_fit": FEW, "fit": FEW},
+    "prior": {"backbone_config": BACKBONE, "fit": FEW},
+    "data": {"eval_fraction": 0.3},
+    "run": {"report_to": "none", "num_validation_images": 2},
+}  # fmt: skip
+
+
+def test_from_a_tokenizer_to_samples(tmp_path):
+    """Two levels and a prior above it, its scales, a repository; then a strong decoder of it."""
+    tokenizer = level_with(VQ_MODEL)
+    tokenizer.save_pretrained(tmp_path / "converted")
+    rng = np.random.default_rng(0)
+    pictures = [PIL.Image.fromarray(x) for x in rng.integers(0, 256, (12, 9, 16, 3), np.uint8)]
+    run = {"run": {**RECIPE["run"], "finest_level": str(tmp_path / "converted")}}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pipe = train({**RECIPE, **run}, pictures, tmp_path / "run")
+    for name, value in tokenizer.state_dict().items():
+        is_ours = name.startswith("auxiliary.scales.")
+        assert is_ours or torch.equal(value, pipe.level_3.state_dict()[name]), name
+    assert pipe.level_3.auxiliary.scales[3].weight.abs().max() > 0  # they have learned
+    assert pipe.grid_sizes == [(2, 2), (3, 4), (5, 8), (9, 16)]
+    pipe.push_to_hub("org/on-a-tokenizer")
+    again = ProgressiveVAEPipeline.from_pretrained("org/on-a-tokenizer")
+    assert "level_3/model.safetensors" in HUB.files("org/on-a-tokenizer")
+    assert again.preview(pictures[:2], level=1)[0].size == (16, 9)
+    drawn = again(num_images_per_prompt=2, generator=torch.Generator().manual_seed(0)).images
+    bits = again.bits_per_dim(drawn)
+    assert [*bits] == ["prior", "level_1", "level_2", "level_3", "total"]
+    assert again.decompress(again.compress(drawn)).shape == (2, 3, 9, 16)
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert train({**RECIPE, **run}, pictures, tmp_path / "run").level_3  # nothing is trained again
+    refit = {"level_3": {"refit": {"decoder_order": "lattice", "fit": FEW}}}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    strong = train({**RECIPE, **run, **refit}, pictures, tmp_path / "strong")
+    assert strong.level_3.config.decoder_order == "lattice"
+    assert fingerprint([strong.level_3]) == fingerprint([tokenizer])
