@@ -28,12 +28,11 @@ SCALES_WIDTH = 64
 
 
 class _Frozen(nn.Module):
-    """Never in training mode, and without gradients of its own."""
-
-    def freeze(self):
-        self.requires_grad_(False).eval()
+    """Never in training mode, and without gradients of its own: whoever makes or loads a model says
+    `eval()` or `train()` to it in the end."""
 
     def train(self, mode: bool = True):
+        self.requires_grad_(False)
         return super().train(False)
 
 
@@ -51,7 +50,7 @@ class TokenizerEncoder(_Frozen):
         self.see, self.downsample = see, downsample
         for name, part in parts.items():
             self.add_module(name, part)
-        self.freeze()
+        self.eval()
 
     @torch.no_grad()
     def forward(self, finer: Tensor) -> Tensor:
@@ -98,7 +97,7 @@ class NearestCode(TokenizerQuantizer):
     def __init__(self, quantize: nn.Module, is_normalized: bool):
         super().__init__()
         self.quantize, self.is_normalized = quantize, is_normalized
-        self.freeze()
+        self.eval()
 
     @property
     def codebook(self) -> Tensor:  # type: ignore[override]
@@ -119,7 +118,7 @@ class LargestLogit(TokenizerQuantizer):
     def __init__(self, input: nn.Conv2d):
         super().__init__()
         self.input = input
-        self.freeze()
+        self.eval()
 
     @property
     def codebook(self) -> Tensor:  # type: ignore[override]
@@ -149,7 +148,7 @@ class TokenizerDecoder(Auxiliary):
         super().__init__(config)
         self.show, self.is_spatial = show, is_spatial
         for name, part in parts.items():
-            self.add_module(name, part.requires_grad_(False).eval())
+            self.add_module(name, part)
         values = config.value_channels * config.downsample**2
         self.scales = nn.Sequential(
             nn.PixelUnshuffle(config.downsample),
@@ -158,11 +157,13 @@ class TokenizerDecoder(Auxiliary):
             ZeroConv2d(SCALES_WIDTH, values, 1),
             nn.PixelShuffle(config.downsample),
         )
+        self.train()
 
     def train(self, mode: bool = True):
         super().train(mode)
         for name, part in self.named_children():
-            part.train(mode and name == "scales")
+            if name != "scales":
+                part.requires_grad_(False).eval()
         return self
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:

@@ -104,7 +104,7 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
     for name in pipe.factor_names:
         getattr(pipe, name).requires_grad_(False)
     for name, (model, inputs) in calls.items():
-        model.train().requires_grad_(True)
+        model.requires_grad_(True).train()
         count = operations(partial(_one_step, model, inputs))
         model.eval().requires_grad_(False)
         figures[name] = count / (1e9 * len(images))
