@@ -13,7 +13,7 @@
 | `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
 | `chain.py` | what fits together: the grids of a chain of levels |
 | `entries.py` | what an entry of a grid is: a colour of a pixel, or a symbol |
-| `distributions.py` | what is said of values: free probabilities, or mixtures of logistics |
+| `distributions.py` | what is said of values: free probabilities, of few or many, or mixtures |
 | `groups.py` | orders of a grid's positions: lattices, scattered ones; where a walk stands |
 | `sampling.py` | draws from distributions, and their controls |
 | `labels.py` | class labels: numbers or names, as ids |
@@ -24,6 +24,7 @@
 | `quantizer.py` | from latents to codes, with a gradient: vector, finite scalar, Gumbel |
 | `decoders.py` | forms of `P(finer | z)`: one walk over groups, in several orders |
 | `auxiliary.py` | the auxiliary decoder, which makes codes carry the picture: previews |
+| `painter.py` | what auxiliary decoders of finer levels make of code vectors: pictures |
 | `dalle.py` | the nets of DALL-E's discrete VAE |
 | `tokenizers.py` | tokenizers that others have trained, as a finest level's parts |
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition
-from .distributions import Categorical, Distribution, PixelMixture
+from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
 from .groups import Choose, Place, Teacher, ask
 from .networks import ChannelNorm, Upsample, residual_blocks
 
@@ -27,8 +27,9 @@ class Auxiliary(nn.Module):
     - `expect(quantized, size)`: its expectation of a finer grid of `size` (H, W): a picture, float
       (B, C, H, W) in [−1, 1], or the probabilities of symbols (B, V, H, W).
 
-    One pass serves both: `said = auxiliary(quantized, size)`, `expectation(said)`, and the
-    log-probability of a finer grid in nats, `judge(said, finer)`, (B,).
+    One pass serves all: `said = auxiliary(quantized, size)`, the log-probability of a finer grid in
+    nats, `judge(said, finer)`, (B,), and `expectation(said, finer_codebook)`: a picture, or of
+    symbols the mean of their vectors in the finer level's codebook (V, D): (B, D, H, W).
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -36,14 +37,16 @@ class Auxiliary(nn.Module):
         self.config = config
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """What it says, float32: of symbols their logits, (B, V, H, W); of a picture its colours,
-        then the logarithms of their scales, (B, 2C, H, W)."""
+        """What it says, float32: of a picture its colours, then the logarithms of their scales,
+        (B, 2C, H, W); of symbols what `_symbols` reads, (B, ..., H, W)."""
         raise NotImplementedError
 
-    def expectation(self, said: Tensor) -> Tensor:
+    def expectation(self, said: Tensor, finer_codebook: Tensor | None = None) -> Tensor:
         if self.config.is_finest:
             return said[:, : self.config.value_channels].clamp(-1, 1)
-        return said.softmax(1)
+        assert finer_codebook is not None
+        vectors = self._symbols(said).mean(finer_codebook.to(said))  # (B, H·W, D)
+        return vectors.movedim(-1, 1).unflatten(2, said.shape[-2:])
 
     def judge(self, said: Tensor, finer: Tensor) -> Tensor:
         teacher = Teacher(finer)
@@ -51,7 +54,10 @@ class Auxiliary(nn.Module):
         return torch.stack(teacher.terms).sum(0)
 
     def expect(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        return self.expectation(self(quantized, size))
+        said = self(quantized, size)
+        if self.config.is_finest:
+            return self.expectation(said)
+        return self._symbols(said).probabilities().movedim(-1, 1).unflatten(2, size)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
         return self._walk(self(condition.quantized, size), choose)
@@ -75,7 +81,7 @@ class Auxiliary(nn.Module):
 
     def _of_colour(self, said: Tensor, colour: int) -> Distribution:
         if not self.config.is_finest:
-            return Categorical(said.flatten(2).movedim(1, -1))
+            return self._symbols(said)
         half = (self.config.num_values - 1) / 2
         mean, log_scale = said.unflatten(1, (2, -1))[:, :, colour].flatten(2).unbind(1)  # (B, n)
         weights = torch.stack([torch.full_like(mean, 1 - FLOOR), torch.full_like(mean, FLOOR)])
@@ -85,15 +91,23 @@ class Auxiliary(nn.Module):
             weights, (mean[None] + 1) * half, precision[None], self.config.num_values
         )
 
+    def _symbols(self, said: Tensor) -> Categorical | Factored:
+        """Logits are said, (B, V, H, W)."""
+        return Categorical(said.flatten(2).movedim(1, -1))
+
 
 class AuxiliaryDecoder(Auxiliary):
-    """A net of our own, as small as the config says."""
+    """A network of convolutions. Where symbols are many, it says fewer numbers than these, and a
+    table makes logits of them."""
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
-        width = config.auxiliary_hidden_size
-        assert width is not None  # the config sees to it
+        width, rank = config.auxiliary_hidden_size, config.symbol_logit_rank
+        assert width is not None and rank is not None  # the config sees to it
         num_outputs = 2 * config.value_channels if config.is_finest else config.num_values
+        self.table = None
+        if rank and not config.is_finest:
+            num_outputs, self.table = rank, nn.Linear(rank, config.num_values)
         layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
         for _ in range(int(math.log2(config.downsample))):
             layers.append(
@@ -106,3 +120,9 @@ class AuxiliaryDecoder(Auxiliary):
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
         x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
         return self.out(x)[..., : size[0], : size[1]].float()
+
+    def _symbols(self, said: Tensor) -> Categorical | Factored:
+        if self.table is None:
+            return super()._symbols(said)
+        features = said.flatten(2).movedim(1, -1).to(self.table.weight)
+        return of_features(features, self.table.weight, self.table.bias)

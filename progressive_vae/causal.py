@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from .distributions import Categorical
+from .distributions import Categorical, Factored
 from .groups import Choose, Place, ask
 from .saved import LIBRARY_ERRORS
 
@@ -34,7 +34,7 @@ class Causal:
     def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _read(self, output: ModelOutput) -> Categorical:
+    def _read(self, output: ModelOutput) -> Categorical | Factored:
         raise NotImplementedError
 
     def _steps(self, context: Tensor, length: int, choose: Choose) -> Tensor:

@@ -30,6 +30,7 @@ from .strict import (
 from .tokenizer_configs import take_shape
 
 NUM_PIXEL_VALUES = 256  # of one colour of a pixel
+MANY_SYMBOLS = 2048  # more have logits through a table, and are not held for a whole grid
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # More is a damaged or a hostile file, and would fill the memory before anything else is looked at.
@@ -74,6 +75,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table through which the
             logits of pixels are made, so that near values learn together; 0 for a free logit of
             every value, which is better for few images of few grey values.
+        symbol_logit_rank: of symbols, the rank of the table through which their logits are made,
+            those of the auxiliary decoder too; 0 for a free logit of every symbol; `None` stands
+            for 64 beyond 2,048 symbols and 0 else.
         decoder_order: how the finer grid is split into groups that are predicted in sequence.
             `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
             a fixed random order, few positions first. `"raster"`: one symbol at a time, on
@@ -130,6 +134,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     value_embed_dim: int = 16
     pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
+    symbol_logit_rank: int | None = None
     decoder_order: str = "lattice"
     num_groups: int | None = None
     backbone_config: dict | PreTrainedConfig | None = None
@@ -157,7 +162,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 f"expected a level of decoder_order='raster' in format_version >= 3, got {found}: "
                 "its network has changed, train it again"
             )
-        return {"block_kernel_size": 3, **fields} if found == 1 else fields  # not named then
+        if found < 6:  # not named then, nor was the next
+            fields = {"symbol_logit_rank": 0, **fields}
+        return {"block_kernel_size": 3, **fields} if found == 1 else fields
 
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
@@ -170,6 +177,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         if self.codebook_dim is None:
             is_fsq = self.quantizer == "fsq"
             self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
+        if self.symbol_logit_rank is None:
+            self.symbol_logit_rank = 64 if (self.num_symbols or 0) > MANY_SYMBOLS else 0
         if self.num_groups is None:
             self.num_groups = self._group_numbers()[0]
         if self.backbone_config is not None:
@@ -209,9 +218,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     def validate_sizes(self):
         check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
-                     value_embed_dim=1, pixel_logit_rank=0, auxiliary_hidden_size=1,
-                     auxiliary_num_layers=0, picture_weight=0, commitment_weight=0,
-                     codebook_decay=0, restart_threshold=0)  # fmt: skip
+                     value_embed_dim=1, pixel_logit_rank=0, symbol_logit_rank=0,
+                     auxiliary_hidden_size=1, auxiliary_num_layers=0, picture_weight=0,
+                     commitment_weight=0, codebook_decay=0, restart_threshold=0)  # fmt: skip
         if not self.codebook_decay < 1:
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
         if not 0 <= self.corruption <= 1:

@@ -18,9 +18,9 @@ from transformers.utils import ModelOutput
 
 from .causal import NUM_CHECKED, Causal, make_backbone
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
-from .distributions import Categorical
+from .distributions import Categorical, Factored
 from .groups import ORDERS, Choose, Place, Teacher, ask, route
-from .heads import Blind, FreeLogits, make_head
+from .heads import Blind, make_head, make_logits
 from .networks import (
     Downsample,
     PaddedLinear,
@@ -223,7 +223,7 @@ class RasterDecoder(Causal, Decoder):
         # z comes in at zero, or it would drown the backbone's embeddings, which start small.
         self.condition = ZeroConv2d(width, embed_dim, 1)
         self.backbone = make_backbone(AutoModel, config.raster_config)
-        self.logits = FreeLogits(embed_dim, config.num_values)
+        self.logits = make_logits(config, embed_dim)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
         """The groups are the positions, one by one."""
@@ -260,7 +260,7 @@ class RasterDecoder(Causal, Decoder):
             embedded = F.pad(embedded, (0, 0, 1, 0))
         return {"inputs_embeds": context[:, start : start + embedded.shape[1]] + embedded}
 
-    def _read(self, output: ModelOutput) -> Categorical:
+    def _read(self, output: ModelOutput) -> Categorical | Factored:
         return self.logits(output.last_hidden_state)
 
 

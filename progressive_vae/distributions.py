@@ -1,21 +1,31 @@
 """What a decoder says of the entries of one group: distributions over values 0 … V − 1.
 
-Each has four verbs, and nobody asks which one it is:
+Each has five verbs, and nobody asks which one it is:
 
 - `log_prob(values)`: in nats and fp32, (B, n);
 - `logits`: of all values, (B, n, V), for those who change them;
+- `parts()`: of fewer positions each, in order, whose logits take little memory: as a rule one part,
+  itself;
 - `probabilities()`: of all values, in fp32, for coders: (B, n, V), none less than 0; they add up
   to 1 but for rounding, which is a thousandth of what a large codebook's values have together;
 - `quantiles(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
   (B, n). With uniform shares these are draws.
+
+Free probabilities of symbols have a sixth, `mean(vectors)`: of one vector for each value, (V, D),
+the expected one, (B, n, D).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from .configuration import MANY_SYMBOLS
+
+LOGITS_AT_A_TIME = 2**23  # of many values: 32 MB in fp32, which C libraries give back at once
 ENTRIES_AT_A_TIME = 512  # of a mixture's tables, which a processor keeps at hand
 
 
@@ -29,8 +39,14 @@ class Categorical:
         logits = self.logits.flatten(0, 1).float()
         return -F.cross_entropy(logits, values.flatten(), reduction="none").view(values.shape)
 
+    def parts(self) -> "list[Categorical]":
+        return [self]
+
     def probabilities(self) -> Tensor:
         return self.logits.float().softmax(-1)
+
+    def mean(self, vectors: Tensor) -> Tensor:
+        return self.probabilities() @ vectors.float()
 
     def quantiles(self, shares: Tensor) -> Tensor:
         cumulative = self.logits.float().softmax(-1).cumsum(-1)
@@ -38,6 +54,66 @@ class Categorical:
         # Rounding must not carry it to the end, where a value of probability 0 may stand.
         threshold = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A free probability for each of many values, whose logits are never there all at once: they
+    are made for a few positions, asked, and forgotten, and for a gradient made again.
+
+    Args:
+        features: (B, n, r).
+        table, bias: the logits are `features @ table.T + bias`, of (V, r) and (V,).
+    """
+
+    features: Tensor
+    table: Tensor
+    bias: Tensor
+
+    @property
+    def logits(self) -> Tensor:
+        return F.linear(self.features, self.table, self.bias)
+
+    def parts(self) -> "list[Factored]":
+        count = LOGITS_AT_A_TIME // (len(self.features) * len(self.table))
+        parts = self.features.split(max(1, count), 1)
+        return [Factored(part, self.table, self.bias) for part in parts]
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        return self._in_parts(Categorical.log_prob, values)
+
+    def probabilities(self) -> Tensor:
+        return Categorical(self.logits).probabilities()
+
+    def mean(self, vectors: Tensor) -> Tensor:
+        return self._in_parts(lambda part: part.mean(vectors))
+
+    def quantiles(self, shares: Tensor) -> Tensor:
+        return self._in_parts(Categorical.quantiles, shares)
+
+    def _in_parts(self, ask: Callable[..., Tensor], *asked: Tensor) -> Tensor:
+        """What the parts answer, each asked as a `Categorical`, with its positions of `asked`,
+        (B, n)."""
+
+        def answer(features: Tensor, *asked: Tensor) -> Tensor:
+            return ask(Categorical(F.linear(features, self.table, self.bias)), *asked)
+
+        answers, stop = [], 0
+        for part in self.parts():
+            start, stop = stop, stop + part.features.shape[1]
+            rows = [x[:, start:stop] for x in asked]
+            if torch.is_grad_enabled():
+                answers.append(checkpoint(answer, part.features, *rows, use_reentrant=False,
+                                          preserve_rng_state=False))  # fmt: skip
+            else:
+                answers.append(answer(part.features, *rows))
+        return torch.cat(answers, 1)
+
+
+def of_features(features: Tensor, table: Tensor, bias: Tensor) -> Categorical | Factored:
+    """Logits `features @ table.T + bias`, (B, n, V): at once unless values are many."""
+    factored = Factored(features, table, bias)
+    return factored if len(table) > MANY_SYMBOLS else Categorical(factored.logits)
 
 
 @dataclass(frozen=True)
@@ -65,6 +141,9 @@ class PixelMixture:
         edges = torch.stack([lower, upper])[:, None]
         masses = _between((edges - self.means) * self.precisions)[0]
         return ((self.weights[:-1] * masses).sum(0) + self._floor).log()
+
+    def parts(self) -> "list[PixelMixture]":
+        return [self]
 
     @property
     def logits(self) -> Tensor:
@@ -124,4 +203,4 @@ def _between(edges: Tensor) -> Tensor:
     return torch.where(holds_middle, 1 - lower - upper, (lower - upper).abs())
 
 
-Distribution = Categorical | PixelMixture
+Distribution = Categorical | Factored | PixelMixture

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration import ProgressiveVAELevelConfig
-from .distributions import Categorical, Distribution, PixelMixture
+from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
 from .groups import Group
 from .networks import PaddedLinear, PixelEmbedding, ZeroLinear, constant
 
@@ -59,28 +59,37 @@ class Head(nn.Module):
 class FreeLogits(Head, ZeroLinear):
     """A logit of its own for every value: (B, n, width) -> (B, n, V)."""
 
-    def forward(self, features: Tensor, guesses=None, misses=None) -> Categorical:
-        return Categorical(F.linear(features, self.weight, self.bias))
+    def forward(self, features: Tensor, guesses=None, misses=None) -> Categorical | Factored:
+        return of_features(features, self.weight, self.bias)
 
 
-class PixelLogits(Head):
+class FactoredLogits(Head):
+    """Logits of many symbols, uniform at initialisation, through a table of lower rank than their
+    number: (B, n, width) -> (B, n, V)."""
+
+    Table = nn.Embedding
+
+    def __init__(self, width: int, rank: int, num_values: int):
+        super().__init__()
+        self.project = ZeroLinear(width, rank)
+        self.values = self.Table(num_values, rank)
+        self.bias = nn.Parameter(torch.zeros(num_values))
+
+    def forward(self, features: Tensor, guesses=None, misses=None) -> Categorical | Factored:
+        return of_features(self.project(features), self.values.weight, self.bias)
+
+    def init_weights(self):
+        init.zeros_(self.bias)
+
+
+class PixelLogits(FactoredLogits):
     """Logits of pixel values, uniform at initialisation; near values learn together.
 
     What one value teaches reaches its neighbours through the ordinal table, of lower rank than
     their number, but the distribution can take any shape: the table and the biases are learned too.
     """
 
-    def __init__(self, width: int, rank: int, num_values: int):
-        super().__init__()
-        self.project = ZeroLinear(width, rank)
-        self.values = PixelEmbedding(num_values, rank)
-        self.bias = nn.Parameter(torch.zeros(num_values))
-
-    def forward(self, features: Tensor, guesses=None, misses=None) -> Categorical:
-        return Categorical(F.linear(self.project(features), self.values.weight, self.bias))
-
-    def init_weights(self):
-        init.zeros_(self.bias)
+    Table = PixelEmbedding
 
 
 class PixelLogistics(Head):
@@ -181,6 +190,13 @@ def make_head(config: ProgressiveVAELevelConfig) -> Head:
         return GuidedLogistics(width, num_values)
     if config.is_guessing:
         return PixelLogistics(width, num_values)
+    return make_logits(config, width)
+
+
+def make_logits(config: ProgressiveVAELevelConfig, width: int) -> Head:
+    """A head of so wide features that gives each value a probability of its own."""
     if config.is_finest and config.pixel_logit_rank:
-        return PixelLogits(width, config.pixel_logit_rank, num_values)
-    return FreeLogits(width, num_values)
+        return PixelLogits(width, config.pixel_logit_rank, config.num_values)
+    if not config.is_finest and config.symbol_logit_rank:
+        return FactoredLogits(width, config.symbol_logit_rank, config.num_values)
+    return FreeLogits(width, config.num_values)

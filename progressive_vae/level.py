@@ -19,6 +19,7 @@ from .groups import Choose
 from .heads import Head
 from .labels import Labels, drop_labels, label_ids
 from .networks import init_weights
+from .painter import Painter
 from .quantizer import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
 from .tokenizers import make_tokenizer
@@ -105,7 +106,7 @@ class ProgressiveVAELevel(SavedModel):
         codes: Tensor | None = None,
         class_labels: Labels = None,
         generator: Generators = None,
-        paint: Callable[[Tensor], Tensor] | None = None,
+        paint: Painter | None = None,
         return_dict: bool | None = None,
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
@@ -120,8 +121,8 @@ class ProgressiveVAELevel(SavedModel):
                 decoder's alone, and in training mode the codes are corrupted as the config says.
             class_labels: of a class-conditional decoder; in training mode some are dropped.
             generator: of the noise of training, one for the batch, or one for each example.
-            paint: of a level of symbols, from probabilities (B, V, H, W) to the picture that finer
-                levels make of them: what the auxiliary decoder expects has to look like `finer`.
+            paint: of a level of symbols, the painter of the finer levels: what the auxiliary
+                decoder expects has to look like `finer`.
 
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
@@ -149,19 +150,14 @@ class ProgressiveVAELevel(SavedModel):
         loss = quantizer_loss + kl / count
         if self.auxiliary is not None and (latents is not None or self.decoder is None):
             said = self.auxiliary(quantized, size)
-            log_prob, expected = (
-                self.auxiliary.judge(said, values),
-                self.auxiliary.expectation(said),
-            )
+            log_prob = self.auxiliary.judge(said, values)
             loss = loss - log_prob / count
-            if self.config.is_finest or paint is not None:
-                shown, picture = expected, finer
-                if paint is not None:
-                    true = F.one_hot(values[:, 0], self.config.num_values).movedim(-1, 1)
-                    with torch.no_grad():
-                        picture = paint(true.to(shown))
-                    shown = paint(shown)
-                loss = loss + self.config.picture_weight * F.mse_loss(shown, picture)
+            if self.config.is_finest:
+                expected = self.auxiliary.expectation(said)
+                loss = loss + self.config.picture_weight * F.mse_loss(expected, finer)
+            elif paint is not None:
+                vectors = self.auxiliary.expectation(said, paint.codebook)
+                loss = loss + self.config.picture_weight * paint.error(vectors, finer)
         if self.decoder is not None:
             condition = self._condition(quantized, size, labels, corruption, expected)
             log_prob = self.decoder.log_prob(condition, values)
@@ -233,13 +229,9 @@ class ProgressiveVAELevel(SavedModel):
             pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
         """
         draw = Sampler(
-            len(codes),
-            generator,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            len(codes), generator, temperature=temperature, top_k=top_k, top_p=top_p,
             guidance_scale=guidance_scale,
-        )
+        )  # fmt: skip
         labels = self._labels(class_labels, len(codes))
         null = None if labels is None else torch.full_like(labels, self.config.num_classes)
         if labels is None or torch.equal(labels, null):
@@ -297,13 +289,15 @@ class ProgressiveVAELevel(SavedModel):
         values = self.conditional.walk(condition, size, choose)
         return self.entries.from_values(values)
 
-    def expectation(self, probabilities: Tensor, finer_size: tuple[int, int]) -> Tensor:
-        """`expect` of the probabilities of codes, (B, K, H_i, W_i), with a gradient."""
-        if self.auxiliary is None:
-            raise ValueError("expected a level with an auxiliary decoder, got none in its config")
-        codebook = self.quantizer.codebook.to(probabilities)
-        quantized = torch.einsum("bkhw,kd->bdhw", probabilities, codebook)
-        return self.auxiliary.expect(quantized, finer_size)
+    @apply_forward_hook
+    def expectation(
+        self, vectors: Tensor, finer_size: tuple[int, int], finer_codebook: Tensor | None = None
+    ) -> Tensor:
+        """What the auxiliary decoder expects of z_{i+1}, given code vectors (B, D, H_i, W_i) or
+        means of some, with a gradient: a picture, float (B, C, H, W) in [−1, 1], or means of
+        symbols' vectors in the finer level's codebook (V, D'), (B, D', H_{i+1}, W_{i+1})."""
+        auxiliary = self._require_auxiliary()
+        return auxiliary.expectation(auxiliary(vectors.to(self.dtype), finer_size), finer_codebook)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -318,11 +312,18 @@ class ProgressiveVAELevel(SavedModel):
         Raises:
             ValueError: a level without an auxiliary decoder, or `codes` that are none.
         """
-        height, width = (n * self.config.downsample for n in codes.shape[-2:])
-        if not codes.is_floating_point():
+        size = finer_size or tuple(n * self.config.downsample for n in codes.shape[-2:])
+        if codes.is_floating_point():
+            quantized = torch.einsum("bkhw,kd->bdhw", codes.to(self.dtype), self.quantizer.codebook)
+        else:
             check_codes(codes, self.config.codebook_size)
-            codes = F.one_hot(codes, self.config.codebook_size).movedim(-1, 1).to(self.dtype)
-        return self.expectation(codes, finer_size or (height, width))
+            quantized = self.quantizer.lookup(codes)
+        return self._require_auxiliary().expect(quantized, size)
+
+    def _require_auxiliary(self) -> Auxiliary:
+        if self.auxiliary is None:
+            raise ValueError("expected a level with an auxiliary decoder, got none in its config")
+        return self.auxiliary
 
     def check_causal(self):
         """Raise a `ValueError` unless what the decoder says step by step is what `log_prob` says:
@@ -383,10 +384,9 @@ class ProgressiveVAELevel(SavedModel):
         decoder's picture may be known already."""
         picture = None
         if self.config.is_guided:
-            assert self.auxiliary is not None  # the config sees to it
             if expected is None:
                 with torch.no_grad():
-                    expected = self.auxiliary.expect(quantized, size)
+                    expected = self._require_auxiliary().expect(quantized, size)
             picture = on_value_scale(expected.detach())  # its decoder learns for itself
         if self.decoder is not None:
             quantized = self.quantizer.standardized(quantized)

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .entries import as_pixel_values
 from .images import from_pixel_values
-from .level import ProgressiveVAELevel
 from .pipeline import ProgressiveVAEPipeline
 
 
@@ -39,22 +38,6 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
 def has_previews(pipe: ProgressiveVAEPipeline) -> bool:
     """Whether all levels have auxiliary decoders."""
     return all(level.auxiliary is not None for level in pipe.levels)
-
-
-def paint(
-    finer_levels: list[ProgressiveVAELevel], sizes: list[tuple[int, int]], probabilities: Tensor
-) -> Tensor:
-    """The picture, float (B, C, H, W) in [−1, 1], that auxiliary decoders make of probabilities
-    (B, V, H_{i+1}, W_{i+1}) of z_{i+1}, with a gradient.
-
-    Args:
-        finer_levels: [level_{i+1} … level_N].
-        sizes: (H, W) of the grids that they expect, the image's last.
-    """
-    expected = probabilities
-    for level, size in zip(finer_levels, sizes, strict=True):
-        expected = level.expectation(expected, size)
-    return expected
 
 
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:

@@ -24,6 +24,7 @@ from .fingerprint import check_fingerprints
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
+from .painter import Painter
 from .prior import ProgressiveVAEPrior
 from .sampling import Generators, per_factor
 
@@ -380,12 +381,11 @@ class ProgressiveVAEPipeline(CodingPipeline):
         level = len(codes) if level is None else level
         if not 1 <= level <= len(codes):
             raise ValueError(f"expected level in 1 … {len(codes)}, got {level}")
-        batches = []
-        for grid in codes[level - 1].split(batch_size):
-            expected = grid.to(self._execution_device)
-            for finer, size in zip(self.levels[level - 1 :], self.grid_sizes[level:], strict=True):
-                expected = finer.expect(expected, size)
-            batches.append(expected.cpu())
+        paint = Painter(self.levels[level - 1 :], self.grid_sizes[level:])
+        batches = [
+            paint.of_codes(grid.to(self._execution_device)).cpu()
+            for grid in codes[level - 1].split(batch_size)
+        ]
         self.maybe_free_model_hooks()
         return from_pixel_values(torch.cat(batches), output_type)
 

@@ -88,29 +88,43 @@ class Sampler:
         return self.guidance_scale != 1
 
     def __call__(self, logits: Tensor) -> Tensor:
+        rows = len(logits) // 2 if self.is_guided else len(logits)
+        shape = torch.Size((rows, *logits.shape[1:-1]))
+        return self._draw(logits, self._shares(shape, logits.device))
+
+    def choose(self, distribution: Distribution, place: Place) -> Tensor:
+        """The same at one step of a walk; all its values are looked at only where they change, of
+        many values at a few positions at a time."""
+        positions = place.positions
+        shape = torch.Size((self.batch_size, len(positions)))
+        shares = self._shares(shape, positions.device)
+        if not (shares is None or self.is_guided or self.warpers):
+            return distribution.quantiles(shares)
+        drawn, stop = [], 0
+        for part in distribution.parts():
+            logits = part.logits
+            start, stop = stop, stop + logits.shape[1]
+            drawn.append(self._draw(logits, None if shares is None else shares[:, start:stop]))
+        return torch.cat(drawn, 1)
+
+    def _shares(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Uniform ones, where there is anything to draw."""
+        return None if self.greedy else uniform(shape, self.generator, device)
+
+    def _draw(self, logits: Tensor, shares: Tensor | None) -> Tensor:
         logits = logits.float()
         if self.is_guided:
             given, null = logits.chunk(2)
-            values = self._draw(null + self.guidance_scale * (given - null))
+            values = self._of_logits(null + self.guidance_scale * (given - null), shares)
             return torch.cat([values, values])
-        return self._draw(logits)
+        return self._of_logits(logits, shares)
 
-    def choose(self, distribution: Distribution, place: Place) -> Tensor:
-        """The same at one step of a walk; all its values are looked at only where they change."""
-        if self.greedy or self.is_guided or self.warpers:
-            return self(distribution.logits)
-        positions = place.positions
-        shape = torch.Size((self.batch_size, len(positions)))
-        return distribution.quantiles(uniform(shape, self.generator, positions.device))
-
-    def _draw(self, logits: Tensor) -> Tensor:
-        if self.greedy:
+    def _of_logits(self, logits: Tensor, shares: Tensor | None) -> Tensor:
+        if shares is None:
             return logits.argmax(-1)
         if self.warpers:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
-        return Categorical(logits).quantiles(
-            uniform(logits.shape[:-1], self.generator, logits.device)
-        )
+        return Categorical(logits).quantiles(shares)
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:

@@ -14,8 +14,9 @@ from interruptions import weights
 from test_greedy import FEW, RECIPE, fresh_state, pictures  # noqa: F401
 from test_training import SMALL
 
-from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, distributions
 from progressive_vae.fingerprint import fingerprint
+from progressive_vae.painter import Painter
 from progressive_vae.training import train
 from progressive_vae.training.evaluation import psnr_of, rate_distortion
 
@@ -90,17 +91,43 @@ def test_a_level_of_symbols_learns_by_the_picture():
     coarsest, finest = pipe.level_1.train(), pipe.level_2.requires_grad_(False)
     finer = torch.randint(4, (2, 3, 4))
 
-    def paint(probabilities):
-        return finest.expectation(probabilities, (5, 7))
-
+    paint = Painter([finest], [(5, 7)])
     plain = coarsest(finer).loss
     told = coarsest(finer, paint=paint).loss
     assert told > plain
     gradient = torch.autograd.grad(told - plain, coarsest.encoder.out[1].weight)[0]
     assert gradient.abs().max() > 0
     # An expectation that is certain and right costs nothing.
+    assert torch.equal(paint.of_codes(finer), finest.expect(finer, (5, 7)))
     exact = torch.nn.functional.one_hot(finer, 4).movedim(-1, 1).float()
-    assert torch.equal(paint(exact), finest.expect(finer, (5, 7)))
+    assert torch.allclose(paint.of_codes(finer), finest.expect(exact, (5, 7)), atol=1e-6)
+
+
+@pytest.mark.parametrize("num_symbols", [5, 2100])
+def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
+    """They are what probabilities of all symbols would make, passed on from level to level."""
+    monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", 50_000)  # several parts
+    shared = {"decoder_order": "auxiliary", "auxiliary_hidden_size": 8}
+    levels = [
+        tiny_level(num_symbols=4, seed=1, **shared),
+        tiny_level(num_symbols=num_symbols, codebook_size=4, codebook_dim=3, seed=2, **shared),
+        tiny_level(num_channels=3, codebook_size=num_symbols, codebook_dim=2, seed=3, **shared),
+    ]
+    pipe = ProgressiveVAEPipeline.from_levels(None, levels, [13, 15])
+    codes = torch.randint(3, (6, 2, 2))
+    shown = codes
+    for level, size in zip(levels, pipe.grid_sizes[1:], strict=True):
+        shown = level.expect(shown, size)
+        if level is not levels[-1]:
+            assert shown.shape == (6, level.config.num_symbols, *size)
+            assert torch.allclose(shown.sum(1), torch.ones(6, *size), atol=1e-5)
+    preview = pipe.preview([codes], output_type="pt")
+    assert torch.allclose(preview * 2 - 1, shown, atol=1e-5)
+    paint = Painter(levels[1:], pipe.grid_sizes[2:])
+    vectors = levels[1].quantizer.codebook[torch.randint(4, (2, 4, 4))].movedim(-1, 1)
+    vectors.requires_grad_()
+    gradient = torch.autograd.grad(paint(vectors).square().sum(), vectors)[0]
+    assert gradient.abs().max() > 0
 
 
 def test_the_finest_level_learns_by_its_picture(images):

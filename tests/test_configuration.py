@@ -41,6 +41,8 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
         (dict(num_channels=1, corruption=1.5), r"corruption in \[0, 1\], got 1.5"),
         (dict(num_channels=1, corruption_kind="far"), "corruption_kind in"),
         (dict(num_channels=1, num_classes=2, id2label={0: "a"}), "num_classes=2 entries, got 1"),
+        (dict(num_symbols=3, symbol_logit_rank=-1), "symbol_logit_rank >= 0, got -1"),
+        (dict(num_symbols="3000"), "num_symbols"),
         (dict(num_channels=1, codebook_decay=1.0), "codebook_decay < 1"),
     ],
 )

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from progressive_vae.distributions import Categorical, PixelMixture
+from progressive_vae import distributions
+from progressive_vae.configuration import MANY_SYMBOLS
+from progressive_vae.distributions import Categorical, Factored, PixelMixture, of_features
+from progressive_vae.whole import whole_numbers
 
 
 def mixture(mean: float, precision: float, floor: float = 0.01) -> PixelMixture:
@@ -98,3 +101,59 @@ def test_every_value_of_a_mixture_can_be_drawn(num_values):
     mixture = PixelMixture(weights, ones, ones, num_values)
     shares = (torch.arange(num_values) + 0.5)[None] / num_values
     assert mixture.quantiles(shares).tolist() == [[*range(num_values)]]
+
+
+def factored(num_values: int = 40) -> tuple[Factored, list[torch.Tensor]]:
+    """Of 2×7 positions, and the three tensors that it is made of."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 7, 5), (num_values, 5), (num_values,)
+    made = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    return Factored(*made), made
+
+
+@pytest.mark.parametrize("positions_at_a_time", [0, 1, 3, 7, 100])
+def test_many_values_a_few_positions_at_a_time(positions_at_a_time, monkeypatch):
+    """Values, draws, means and gradients are those of all logits at once."""
+    monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", 2 * 40 * positions_at_a_time)
+    few, made = factored()
+    whole, vectors = Categorical(few.logits), torch.randn(40, 3)
+    assert torch.allclose(few.probabilities().sum(-1), torch.ones(2, 7), atol=1e-5)
+    assert torch.allclose(few.probabilities(), whole.probabilities(), atol=1e-6)
+    parts = few.parts()
+    assert torch.equal(torch.cat([part.features for part in parts], 1), few.features)
+    assert len(parts) == {0: 7, 1: 7, 3: 3}.get(positions_at_a_time, 1)
+    values, shares = torch.randint(40, (2, 7)), torch.rand(2, 7)
+    for asked in (lambda x: x.log_prob(values), lambda x: x.mean(vectors)):
+        ours, theirs = asked(few), asked(whole)
+        assert torch.allclose(ours, theirs, atol=1e-5)
+        weight = torch.rand_like(ours)
+        gradients = torch.autograd.grad((ours * weight).sum(), made, allow_unused=True)
+        expected = torch.autograd.grad((theirs * weight).sum(), made, retain_graph=True)
+        for one, other in zip(gradients, expected, strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(few.quantiles(shares), whole.quantiles(shares))
+        assert torch.allclose(few.log_prob(values), whole.log_prob(values), atol=1e-5)
+    with whole_numbers():
+        ours = few.probabilities(), few.mean(vectors)
+    assert torch.allclose(ours[0], whole.probabilities(), atol=1e-4)
+    assert torch.allclose(ours[1], whole.mean(vectors), atol=1e-3)
+
+
+def test_many_values_in_half_precision():
+    """The products are, the softmax of them is not."""
+    few, made = factored()
+    values = torch.randint(40, (2, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert few.logits.dtype == torch.bfloat16
+        nats = few.log_prob(values)
+    assert nats.dtype == torch.float32 and few.mean(torch.randn(40, 3)).dtype == torch.float32
+    assert torch.allclose(nats, few.log_prob(values), atol=0.1)
+    nats.sum().backward()  # made again as they were made
+    assert all(tensor.grad.dtype == torch.float32 for tensor in made)
+
+
+def test_only_many_values_are_looked_at_in_parts():
+    for num_values, kind in ((MANY_SYMBOLS, Categorical), (MANY_SYMBOLS + 1, Factored)):
+        table = torch.randn(num_values, 2)
+        assert type(of_features(torch.randn(1, 3, 2), table, torch.zeros(num_values))) is kind

@@ -2,10 +2,11 @@ import pytest
 import torch
 from conftest import tiny_level
 
-from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.distributions import Categorical, PixelMixture
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae.distributions import Categorical, Factored, PixelMixture
 from progressive_vae.groups import Lattice
 from progressive_vae.heads import (
+    FactoredLogits,
     FreeLogits,
     GuidedLogistics,
     PixelLogistics,
@@ -15,6 +16,9 @@ from progressive_vae.heads import (
 
 KINDS = [
     (dict(num_symbols=5), FreeLogits, Categorical),
+    (dict(num_symbols=5, symbol_logit_rank=2), FactoredLogits, Categorical),
+    (dict(num_symbols=2049), FactoredLogits, Factored),
+    (dict(num_symbols=2049, symbol_logit_rank=0), FreeLogits, Factored),
     (dict(num_channels=3, pixel_logit_rank=0), FreeLogits, Categorical),
     (dict(num_channels=3), PixelLogits, Categorical),
     (dict(num_channels=3, pixel_distribution="logistics"), PixelLogistics, PixelMixture),
@@ -80,3 +84,16 @@ def test_guided_guesses_are_the_picture_and_what_neighbours_correct_of_it():
 def test_a_guided_level_wants_an_auxiliary_decoder():
     with pytest.raises(ValueError, match="expected auxiliary_hidden_size .*got None"):
         ProgressiveVAELevelConfig(num_channels=3, pixel_distribution="guided_logistics")
+
+
+def test_a_head_of_many_symbols_is_uniform_at_first_and_learns():
+    level = ProgressiveVAELevel(
+        ProgressiveVAELevelConfig(num_symbols=2049, hidden_size=8, decoder_order="factorized")
+    )
+    head, features = level.decoder.stages[0].logits[0], torch.randn(2, 3, 8)
+    nats = head(features).log_prob(torch.randint(2049, (2, 3)))
+    assert torch.allclose(nats, -torch.tensor(2049.0).log().expand(2, 3), atol=1e-5)
+    nats.sum().backward()
+    assert head.project.weight.grad.abs().max() > 0 and head.bias.grad.abs().max() > 0
+    assert sorted(head.state_dict()) == ["bias", "project.bias", "project.weight", "values.weight"]
+    assert head.values.weight.shape == (2049, 64)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import all_grids, tiny_level, total_variation
 
-from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig, distributions
 from progressive_vae.fingerprint import fingerprint
 from progressive_vae.level import ProgressiveVAELevelOutput
 
@@ -271,3 +271,63 @@ def test_bad_codes(call, message):
 
 def test_output_has_the_loss_in_front():
     assert next(iter(ProgressiveVAELevelOutput(loss=torch.ones(()), codes=torch.ones(1)))) == "loss"
+
+
+@pytest.mark.parametrize("rank", [None, 0, 3])
+@pytest.mark.parametrize("order", ["lattice", "raster", "auxiliary"])
+def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", 4096 * 6)  # several parts
+    level = tiny_level(
+        num_symbols=4096, decoder_order=order, auxiliary_hidden_size=8, symbol_logit_rank=rank
+    )
+    finer = torch.randint(4096, (2, 5, 7), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW(level.train().parameters(), lr=1e-4)
+    losses = []
+    for _ in range(2):
+        output = level(finer)
+        losses.append(output.loss.item())
+        optimizer.zero_grad()
+        output.loss.backward()
+        assert all(p.grad is not None for p in level.parameters())
+        optimizer.step()
+    assert losses[1] < losses[0]
+    level.after_step(output, identity)
+    level.eval().save_pretrained(tmp_path)
+    loaded = ProgressiveVAELevel.from_pretrained(tmp_path).eval()
+    assert loaded.config.symbol_logit_rank == (64 if rank is None else rank)
+    codes = level.encode(finer)
+    with torch.no_grad():
+        assert torch.equal(level.log_prob(finer, codes), loaded.log_prob(finer, codes))
+    for controls in ({}, {"temperature": 0.5, "top_k": 9}, {"temperature": 0.0}):
+        drawn = [
+            each.sample(codes, generator=torch.Generator().manual_seed(0), finer_size=(5, 7),
+                        **controls)
+            for each in (level, loaded)
+        ]  # fmt: skip
+        assert torch.equal(*drawn) and drawn[0].shape == finer.shape
+    assert level.expect(codes, (5, 7)).shape == (2, 4096, 5, 7)
+    other = level.with_decoder(hidden_size=12, num_layers=2, decoder_order="masked")
+    assert torch.equal(other.expect(codes, (5, 7)), level.expect(codes, (5, 7)))
+
+
+def test_draws_of_many_symbols_do_not_depend_on_the_parts(monkeypatch):
+    """Nor those with controls, or guided by a class."""
+    level = tiny_level(num_symbols=2100, num_classes=2)
+    codes, drawn = torch.randint(3, (3, 2, 3)), []
+    for count in (2**23, 2100 * 6 * 2):
+        monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", count)
+        for controls in ({"top_p": 0.5}, {"guidance_scale": 2.0, "temperature": 0.7}):
+            generator = torch.Generator().manual_seed(0)
+            drawn.append(level.sample(codes, [0, 1, 0], generator=generator, **controls))
+    assert torch.equal(drawn[0], drawn[2]) and torch.equal(drawn[1], drawn[3])
+
+
+def test_few_symbols_have_free_logits_as_ever():
+    assert tiny_level(num_symbols=2048).config.symbol_logit_rank == 0
+    assert tiny_level(num_channels=1).config.symbol_logit_rank == 0
+    older = tiny_level(num_symbols=2049, auxiliary_hidden_size=8, format_version=5)
+    assert older.config.symbol_logit_rank == 0 and older.auxiliary.table is None
+    names = tiny_level(num_symbols=2048, auxiliary_hidden_size=8).state_dict()
+    assert names["decoder.stages.0.logits.0.weight"].shape == (2048, 8)
+    assert names["auxiliary.out.1.weight"].shape[0] == 2048
+    assert not [name for name in names if name.startswith("auxiliary.table")]

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 from ..chain import MAX_LEVELS, grid_sizes
 from ..configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
 from ..level import ProgressiveVAELevel
-from ..pictures import paint, reconstruction_grid, sample_grid
+from ..painter import Painter
+from ..pictures import reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
 from .checkpoints import Progress, is_sharded
@@ -182,7 +182,7 @@ class LevelPhase(Phase):
             run.drop_record(name)  # of the level that was there before
         told = {}
         if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
-            told["paint"] = _painter(run, finer_levels, self.index)
+            told["paint"] = _painter(run, finer_levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
             return {"finer": as_finer(batch["grid"], level), **_class_labels(batch, level), **told}
@@ -333,14 +333,12 @@ def initialize_codebook(
     level.quantizer.initialize(vectors, generator, weight)
 
 
-def _painter(
-    run: Run, finer_levels: list[ProgressiveVAELevel], index: int
-) -> Callable[[Tensor], Tensor]:
-    """From probabilities of z_{index + 1} to the picture that auxiliary decoders make of them."""
-    sizes = grid_sizes([level.config for level in finer_levels], run.image_shape[1:])[1:]
+def _painter(run: Run, finer_levels: list[ProgressiveVAELevel]) -> Painter:
+    """By what a level of symbols learns how they look."""
     for level in finer_levels:
         level.to(run.accelerator.device)
-    return partial(paint, finer_levels, sizes)
+    sizes = grid_sizes([level.config for level in finer_levels], run.image_shape[1:])[1:]
+    return Painter(finer_levels, sizes)
 
 
 def _level_validation(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..entries import as_pixel_values
-from ..pictures import has_previews, paint
+from ..painter import Painter
+from ..pictures import has_previews
 from ..pipeline import ProgressiveVAEPipeline
 
 TIMED_SECONDS = 2.0  # of each speed
@@ -90,8 +91,8 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
     calls["prior"] = pipe.prior, {"codes": grids[0]}
     for i, (level, codes, finer) in enumerate(triples, 1):
         can_paint = i < pipe.num_levels and has_previews(pipe)
-        finer_levels, sizes = pipe.levels[i:], pipe.grid_sizes[i + 1 :]
-        told = {"paint": partial(paint, finer_levels, sizes)} if can_paint else {}
+        paint = Painter(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
+        told = {"paint": paint} if can_paint else {}
         calls[f"level_{i}"] = level, {"finer": finer, **told}
         for name in (f"decoder_{i}", f"refit_level_{i}"):
             calls[name] = level, {"finer": finer, "codes": codes}
