@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import HUB, load_script
 from diffusers import VQModel
-from test_training import SMALL, readme_commands
+from test_training import ROOT, SMALL, readme_commands
 
 from progressive_vae import (
     ProgressiveVAELevel,
@@ -240,7 +240,9 @@ def test_the_lines_of_the_readme(tmp_path, monkeypatch):
     lines = readme_commands()
     start = next(i for i, line in enumerate(lines) if "amused" in line)
     convert, train_it, sample = (shlex.split(line) for line in lines[start : start + 3])
-    load_script("convert_diffusers_vqmodel", "conversion").main([w.replace("amused/", "org/") for w in convert[2:]])
+    monkeypatch.syspath_prepend(ROOT / "conversion")  # as of a script that is run
+    ours = [word.replace("amused/", "org/") for word in convert[2:]]  # of the Hub of these tests
+    load_script("convert_diffusers_vqmodel", "conversion").main(ours)
     more = shlex.split("--levels.encoder_fit.max_train_steps 2 --num_validation_images 2")
     load_script("train").main([*train_it[3:], *SMALL, *more])
     load_script("sample").main([*sample[2:], "--num_images_per_prompt", "2"])
