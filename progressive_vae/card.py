@@ -14,15 +14,16 @@ PICTURES = {
     "first row, from one level more in each next row, and the images themselves in the last.",
 }
 _BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
-_OF_THE_PROJECT = "## Decoders compared"  # from here on the template speaks of the package
+_METADATA = re.compile(r"\A---\n.*?\n---\n", re.S)
 
 
 def card_template() -> str:
-    """MODEL_CARD.md: package data of an installed wheel, the repository's own in a checkout."""
+    """MODEL_CARD.md without its metadata, which are those of the model that comes with the project:
+    package data of an installed wheel, the repository's own in a checkout."""
     packaged = resources.files("progressive_vae") / "MODEL_CARD.md"
-    if packaged.is_file():
-        return packaged.read_text(encoding="utf-8")
-    return (Path(__file__).parents[1] / "MODEL_CARD.md").read_text(encoding="utf-8")
+    own = Path(__file__).parents[1] / "MODEL_CARD.md"
+    text = (packaged if packaged.is_file() else own).read_text(encoding="utf-8")
+    return _METADATA.sub("", text)
 
 
 def model_card(
@@ -45,7 +46,7 @@ def model_card(
         **(_metadata(metrics) if metrics else {}),
     )
     before, rest = card_template().split(_BEGIN)
-    after = rest.split(_END)[1].split(_OF_THE_PROJECT)[0]
+    after = rest.split(_END)[1]
     parts = [f"![{name.partition('.')[0]}]({name})\n\n*{PICTURES[name]}*" for name in pictures]
     parts.append(_measured(metrics) if metrics else "No figures were saved with this pipeline; "
                  "`pipe.bits_per_dim(images)` states them, one for each factor.")  # fmt: skip
