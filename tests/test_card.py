@@ -66,7 +66,8 @@ def test_every_card_is_whole(metrics):
     assert ("datasets" in head) == (metrics is METRICS)  # "pictures" is no name on the Hub
     assert "pip install progressive-vae" in body.splitlines()[0]
     assert re.findall("^## (.*)", body, re.M) == [
-        "Model details", "Uses", "How to get started", "Training", "Evaluation", "Limits", "Changes",
+        "Model details", "Uses", "How to get started", "Training", "Evaluation", "Limits",
+        "Changes",
     ]  # fmt: skip
     # Neither a gap to fill in, nor figures of the project's own model, nor links into its checkout.
     assert not [words for words in ("TODO", "2.8787", "](examples/") if words in body]

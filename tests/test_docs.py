@@ -1,0 +1,88 @@
+"""Pages that are to be followed are followed: every command, every cell."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+from conftest import HUB, load_script
+from test_training import SHORT, SMALL, readme_commands
+
+from progressive_vae.training import speed
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "examples" / "YOUR_PICTURES.md").read_text()
+TINY = {
+    "train": [*SMALL, *SHORT, "--max_train_minutes", "0.01", "--report_to", "none"],
+    "evaluate": shlex.split("--num_drawn 8 --num_images_of_curve 2"),
+    "sample": ["--num_images_per_prompt", "2"],
+    "compress": [],
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+    return [line for block in blocks for line in block.replace("\\\n", " ").strip().splitlines()]
+
+
+def write_pictures(folder: Path, count: int = 20):
+    """Of several sizes, smooth enough to be small, and one broken file."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        width, height = rng.integers(64, 100, 2).tolist()
+        small = PIL.Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+        small.resize((width, height)).save(folder / f"{i}.png")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+
+
+@pytest.fixture
+def runs_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "TIMED_SECONDS", 0.02)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path
+
+
+def run(command: str):
+    """A line of the page: a script at tiny size in this process, or Python as it stands."""
+    words = shlex.split(command)
+    if words[:2] == ["python", "-c"]:
+        exec(words[2].replace("you/", "org/"), {})
+        return
+    place = words.index(next(word for word in words if word.endswith(".py")))
+    assert words[:place] in (["accelerate", "launch"], ["python"])
+    name, flags = Path(words[place]).stem, words[place + 1 :]
+    load_script(name).main([*flags, *TINY[name]])
+
+
+def test_your_own_pictures_in_one_hour(runs_here, capsys):
+    install, *lines = commands()
+    assert install in readme_commands() and len(lines) == 10
+    assert len(PAGE.splitlines()) <= 120
+    write_pictures(runs_here / "pictures")
+    training, resumed, *lines, refit = lines
+    with pytest.warns(UserWarning, match="left out 1 images .*broken.jpg"):
+        run(training)
+    folder = Path("runs/mine")
+    assert {path.name for path in (folder / "validation").iterdir()} == {
+        *(f"{kind}_{i}" for kind in ("encoder", "decoder") for i in (1, 2, 3)), "prior",
+    }  # fmt: skip
+    before = (folder / "level_3" / "model.safetensors").read_bytes()
+    for command in [resumed, *lines]:
+        run(command)
+    assert (folder / "level_3" / "model.safetensors").read_bytes() == before
+    assert {path.name for path in Path("runs/mine_measured").iterdir()} >= {"evaluation.md"}
+    assert all(Path(f"{name}.png").is_file() for name in ("drawn", "drafts", "calmer"))
+    assert len(list(Path("again").iterdir())) == 20
+    assert {"README.md", "samples.png", "metrics.json"} <= set(HUB.files("org/mine"))
+    assert HUB.repos["org/mine"].private
+    for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
+        exec(code.replace("you/", "org/"), {})
+    assert PIL.Image.open("one.png").size == (64, 64)
+    run(refit)
+    run(re.sub("--phase refit_level_3", "--phase evaluate", refit))
+    assert "refit_level_3" in json.loads((folder / "metrics.json").read_text())["phases"]
