@@ -1,5 +1,6 @@
 """Pages that are to be followed are followed: every command, every cell."""
 
+import ast
 import json
 import re
 import shlex
@@ -16,8 +17,12 @@ from progressive_vae.training import speed
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "examples" / "YOUR_PICTURES.md").read_text()
 TINY = {
-    "train": [*SMALL, *SHORT, "--max_train_minutes", "0.01", "--report_to", "none"],
-    "evaluate": shlex.split("--num_drawn 8 --num_images_of_curve 2"),
+    "train": [
+        *SMALL,
+        *SHORT,
+        *shlex.split("--resolution 16 --max_train_minutes 0.01 --report_to none"),
+    ],
+    "evaluate": shlex.split("--resolution 16 --num_drawn 8 --num_images_of_curve 2"),
     "sample": ["--num_images_per_prompt", "2"],
     "compress": [],
 }
@@ -33,7 +38,7 @@ def write_pictures(folder: Path, count: int = 20):
     folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(count):
-        width, height = rng.integers(64, 100, 2).tolist()
+        width, height = rng.integers(16, 25, 2).tolist()
         small = PIL.Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
         small.resize((width, height)).save(folder / f"{i}.png")
     (folder / "broken.jpg").write_bytes(b"no picture")
@@ -59,7 +64,7 @@ def run(command: str):
     load_script(name).main([*flags, *TINY[name]])
 
 
-def test_your_own_pictures_in_one_hour(runs_here, capsys):
+def test_your_own_pictures_in_one_hour(runs_here):
     install, *lines = commands()
     assert install in readme_commands() and len(lines) == 10
     assert len(PAGE.splitlines()) <= 120
@@ -82,7 +87,33 @@ def test_your_own_pictures_in_one_hour(runs_here, capsys):
     assert HUB.repos["org/mine"].private
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
         exec(code.replace("you/", "org/"), {})
-    assert PIL.Image.open("one.png").size == (64, 64)
+    assert PIL.Image.open("one.png").size == (16, 16)
     run(refit)
     run(re.sub("--phase refit_level_3", "--phase evaluate", refit))
     assert "refit_level_3" in json.loads((folder / "metrics.json").read_text())["phases"]
+
+
+def test_the_tour(runs_here):
+    """Cell by cell, in one namespace; a cell that ends in a picture shows it."""
+    notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    names: dict = {}
+    shown = []
+    for code in cells:
+        *lines, final = ast.parse(
+            code.replace("max_train_minutes=1", "max_train_minutes=0.05")
+        ).body
+        if isinstance(final, ast.Expr):
+            exec(compile(ast.Module(lines, []), "tour.ipynb", "exec"), names)
+            shown.append(eval(compile(ast.Expression(final.value), "tour.ipynb", "eval"), names))
+        else:
+            exec(compile(ast.Module([*lines, final], []), "tour.ipynb", "exec"), names)
+    pictures = [found for found in shown if found is not None]  # what print returns
+    assert len(pictures) == 7 and all(isinstance(x, PIL.Image.Image) for x in pictures)
+    errors = [
+        np.mean([(np.asarray(a, float) - np.asarray(b, float)) ** 2
+                 for a, b in zip(names["images"], names[drawn], strict=True)])
+        for drawn in ("from_z_2", "from_z_1")
+    ]  # fmt: skip
+    assert 0 < errors[0] < errors[1]  # the images were found, and z_2 says more of them
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
