@@ -37,6 +37,7 @@
 | `whole.py` | arithmetic in whole numbers, which comes to the same on every machine |
 | `header.py` | what stands before the code of an image |
 | `codec.py` | images as bytes, as few as the model says, and as images again |
+| `editing.py` | pictures drawn anew in part: inpainting, variations, what lies between two |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `pictures.py` | images side by side: drawn ones, and what each level says |
 

@@ -8,6 +8,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import PIL.Image
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .chain import check_grids
@@ -18,6 +20,18 @@ from .prior import ProgressiveVAEPrior
 from .sampling import Generators, per_factor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class ProgressiveVAEPipelineOutput(BaseOutput):
+    """
+    Args:
+        images: as `output_type` says; for `"latent"` the finest codes z_N.
+        codes: [z_1 … z_N], int64 (B, H_i, W_i) each.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    codes: list[Tensor]
 
 
 @dataclass
@@ -78,9 +92,10 @@ def factor_controls(
     return rows
 
 
-def check_batches(generator: Generators, count: int, batch_size: int):
-    """Raise a `ValueError` unless `count` images can be drawn so many at a time."""
-    if isinstance(generator, list) and len(generator) != count:
+def check_batches(generator: Generators, count: int | None, batch_size: int):
+    """Raise a `ValueError` unless `count` images, if that is known, can be drawn so many at a
+    time."""
+    if isinstance(generator, list) and count is not None and len(generator) != count:
         raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, got {batch_size}")
@@ -193,14 +208,19 @@ class CallingPipeline(HubPipeline):
             raise ValueError(
                 f"expected class_labels=None, as no drawn factor knows classes, got {class_labels}"
             )
+        count = len(given[0]) if given else None
+        labels = self._guided_labels(class_labels, guidance_scale, count)
+        labels = labels.repeat_interleave(num_images_per_prompt)
+        given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
+        return labels, given, len(labels)
+
+    def _guided_labels(self, class_labels, guidance_scale, count: int | None) -> Tensor:
+        """Ids (count,), if there are labels to be guided by."""
         if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
             raise ValueError(
                 f"expected guidance_scale=1 without class_labels, got {guidance_scale}"
             )
-        labels = label_ids(class_labels, self._class_config, len(given[0]) if given else None)
-        labels = labels.repeat_interleave(num_images_per_prompt)
-        given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
-        return labels, given, len(labels)
+        return label_ids(class_labels, self._class_config, count)
 
     def _require_prior(self) -> ProgressiveVAEPrior:
         if self.prior is None:

@@ -284,7 +284,12 @@ class CodingPipeline(CallingPipeline):
                 yield
 
     def _walk(
-        self, factor: int, before: list[Tensor], class_labels: Tensor, choose: Choose
+        self,
+        factor: int,
+        before: list[Tensor],
+        class_labels: Tensor,
+        choose: Choose,
+        corruption: float = 0.0,
     ) -> Tensor:
         """Over z_1 if `factor` is 0, else over z_{factor + 1} or s, given [z_1 … z_factor]."""
         if factor == 0:
@@ -293,7 +298,7 @@ class CodingPipeline(CallingPipeline):
             return prior.walk(len(class_labels), choose, known)
         level, size = self.levels[factor - 1], self.grid_sizes[factor]
         known = known_labels(class_labels, level.config)
-        return level.walk(before[factor - 1], choose, known, finer_size=size)
+        return level.walk(before[factor - 1], choose, known, corruption, size)
 
     def _shown(self, codes: list[Tensor]) -> Tensor:
         """What z_1 … z_k alone say, uint8 (B, C, H, W)."""

@@ -2,24 +2,22 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .calls import (
     Call,
+    ProgressiveVAEPipelineOutput,
     changed_codes,
     check_batches,
     check_outputs,
     factor_controls,
 )
 from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
-from .codec import CodingPipeline
+from .editing import EditingPipeline
 from .fingerprint import check_fingerprints
 from .images import Images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
@@ -29,19 +27,7 @@ from .prior import ProgressiveVAEPrior
 from .sampling import Generators, per_factor
 
 
-@dataclass
-class ProgressiveVAEPipelineOutput(BaseOutput):
-    """
-    Args:
-        images: as `output_type` says; for `"latent"` the finest codes z_N.
-        codes: [z_1 … z_N], int64 (B, H_i, W_i) each.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | Tensor
-    codes: list[Tensor]
-
-
-class ProgressiveVAEPipeline(CodingPipeline):
+class ProgressiveVAEPipeline(EditingPipeline):
     """`P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)`.
 
     Lists over levels start with the coarsest: `codes[i - 1]` is z_i. Wherever images come in they
@@ -348,9 +334,7 @@ class ProgressiveVAEPipeline(CodingPipeline):
 
         k = 1 shows what the coarsest codes alone say. Further keywords as in `__call__`.
         """
-        level = self.num_levels if level is None else level
-        if not 1 <= level <= self.num_levels:
-            raise ValueError(f"expected level in 1 … {self.num_levels}, got {level}")
+        level = self._checked(self.num_levels if level is None else level)
         batch = {"batch_size": controls["batch_size"]} if "batch_size" in controls else {}
         return self.decode(self.encode(images, **batch)[:level], output_type, generator, **controls)
 

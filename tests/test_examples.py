@@ -49,6 +49,24 @@ def test_sample_draws_a_row_for_each_class(trained, tmp_path, capsys):
     assert two.width == whole.width and two.height * 5 == whole.height
 
 
+def test_edit_draws_a_picture_of_all_it_can(trained, tmp_path, capsys):
+    script, path = load_script("edit"), tmp_path / "edited.png"
+    flags = ["--output", str(path), "--num_candidates", "4", "--num_images"]
+    script.main(["--model", str(trained), *flags, "4"])
+    assert "drew 10 rows of 4" in capsys.readouterr().out  # of two paths
+    size = PIL.Image.open(path).size
+    assert size[1] == 3 * size[0]  # twelve rows
+    with pytest.raises(ValueError, match="num_images >= 4, got 3"):
+        script.main(["--model", str(trained), *flags, "3"])
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(5):
+        PIL.Image.new("L", (8, 8), 50 * i).save(folder / f"{i}.png")
+    counts = ["--num_candidates", "4", "2", "1"]
+    script.main(["--model", str(trained), "--images", str(folder), *flags, "9", *counts])
+    assert "drew 10 rows of 5" in capsys.readouterr().out
+
+
 def test_evaluate_writes_every_figure(trained, tmp_path):
     script = load_script("evaluate")
     flags = ["--model", str(trained), "--dataset_name", "digits", "--output_dir", str(tmp_path)]

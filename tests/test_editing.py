@@ -1,0 +1,247 @@
+"""Pictures drawn anew in part: what is known stays, and what is drawn is of the posterior."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import (
+    all_grids,
+    generators,
+    level_of,
+    tiny_level,
+    tiny_prior,
+    total_variation,
+)
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.editing import filled
+
+KINDS = [
+    ("lattice", dict(decoder_order="lattice", num_channels=3)),
+    ("raster", dict(decoder_order="masked", num_groups=3, num_channels=1)),
+    ("masked", dict(decoder_order="factorized", num_channels=3)),
+    ("factorized", dict(num_channels=1, pixel_distribution="logistics")),
+    ("auxiliary", dict(decoder_order="auxiliary", auxiliary_hidden_size=8, num_channels=3)),
+]
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def two_levels(order, finest, **prior):
+    """Images of 7×10: grids of 4×5 and 2×3 codes."""
+    coarse = {"auxiliary_hidden_size": 8} if order == "auxiliary" else {}
+    levels = [tiny_level(num_symbols=4, decoder_order=order, seed=1, **coarse)]
+    levels.append(tiny_level(codebook_size=4, seed=2, **finest))
+    prior = tiny_prior(grid_size=[2, 3], **prior)
+    return quiet(ProgressiveVAEPipeline.from_levels(prior, levels, [7, 10]))
+
+
+def some_images(pipe, count, seed=0):
+    noise = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, *pipe.image_shape), generator=noise, dtype=torch.uint8)
+
+
+def some_masks(pipe, count, seed=0):
+    """Rectangles, bool (count, H, W)."""
+    noise, masks = np.random.default_rng(seed), torch.zeros(count, *pipe.image_shape[1:])
+    for mask in masks:
+        y, x = (sorted(noise.integers(0, n + 1, 2)) for n in mask.shape)
+        mask[y[0] : y[1], x[0] : x[1]] = 1
+    return masks.bool()
+
+
+def bytes_of(images):
+    return (images * 255).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize(("order", "finest"), KINDS)
+def test_known_pixels_stay_to_the_bit(order, finest):
+    pipe = two_levels(order, finest)
+    images, masks = some_images(pipe, 100), some_masks(pipe, 100)
+    output = pipe.inpaint(images, masks, num_candidates=2, output_type="pt")
+    drawn = bytes_of(output.images)
+    is_known = ~masks[:, None].expand_as(images)
+    assert torch.equal(drawn[is_known], images[is_known])
+    assert (drawn[~is_known] != images[~is_known]).float().mean() > 0.5
+    # Codes whose patches are known whole are kept: of the image with smooth colours in the hole.
+    pixels = images / 127.5 - 1
+    smooth = (filled(pixels, masks[:, None]) + 1) * 127.5
+    unknown = masks[:, None].float()
+    codes = pipe.encode(smooth.round().to(torch.uint8))
+    for z, found in reversed(list(zip(codes, output.codes, strict=True))):
+        padded = torch.nn.functional.pad(
+            unknown, (0, unknown.shape[-1] % 2, 0, unknown.shape[-2] % 2)
+        )
+        unknown = torch.nn.functional.max_pool2d(padded, 2)
+        assert torch.equal(found[unknown[:, 0] == 0], z[unknown[:, 0] == 0])
+        assert not torch.equal(found, z)
+
+
+def test_nothing_to_draw_and_everything(pipe, images):
+    none, every = np.zeros((5, 7), bool), PIL.Image.new("L", (7, 5), 255)
+    same = pipe.inpaint(images, none, output_type="pt")
+    assert torch.equal(bytes_of(same.images), images)
+    for ours, theirs in zip(same.codes, pipe.encode(images), strict=True):
+        assert torch.equal(ours, theirs)
+    for noise in (generators(4), generators(1)[0]), (generators(4, 9), generators(1, 9)[0]):
+        for generator in noise:
+            again = [g.clone_state() for g in noise[0]] if isinstance(generator, list) else (
+                generator.clone_state())  # fmt: skip
+            controls = dict(guidance_scale=2.0, temperature=0.9, output_type="pt")
+            drawn = pipe([0, 1, 0, 1], generator=generator, **controls)
+            filled_in = pipe.inpaint(images, every, [0, 1, 0, 1], generator=again, **controls)
+            assert torch.equal(drawn.images, filled_in.images)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipe, images):
+    masks = torch.zeros(4, 1, 5, 7)
+    masks[0], masks[1, :, 2:, 3:], masks[2, :, 4:, 6:] = 1, 1, 1
+    together = pipe.inpaint(images, masks, generator=generators(4), output_type="pt")
+    parts = pipe.inpaint(images, masks, generator=generators(4), output_type="pt", batch_size=1)
+    assert torch.equal(together.images, parts.images)
+    alone = pipe.inpaint(images[1:2], masks[1], generator=generators(1, 1), output_type="pt")
+    assert torch.equal(together.images[1:2], alone.images)
+    twice = pipe.inpaint(images[:2], masks[1], num_images_per_prompt=2, output_type="latent")
+    assert torch.equal(twice.images, twice.codes[-1]) and len(twice.images) == 4
+    pictures, codes = pipe.inpaint(images[:1], masks[1], return_dict=False)
+    assert pictures[0].size == (7, 5) and len(codes) == 3
+
+
+def posterior_of(pipe, image, mask, known):
+    """log P(z | what is known) over all z_1, z_2, and those; pixels are independent given z_2."""
+    z_1, z_2 = all_grids(2, 1, 2), all_grids(2, 2, 3)
+    pairs = torch.cartesian_prod(torch.arange(len(z_1)), torch.arange(len(z_2)))
+    z_1, z_2 = z_1[pairs[:, 0]], z_2[pairs[:, 1]]
+    nats = pipe.prior.log_prob(z_1) + pipe.level_1.log_prob(z_2, z_1)
+
+    def choose(distribution, place):
+        values = image.flatten()[place.positions].expand(len(z_2), -1)
+        said = distribution.log_prob(values)
+        nats.add_(said.masked_fill(mask.flatten()[place.positions], 0).sum(1))
+        return values
+
+    with torch.no_grad():
+        pipe.level_2.walk(z_2, choose, finer_size=tuple(image.shape))
+    for z, (values, trust) in zip((z_1, z_2), known, strict=True):
+        is_known = trust.flatten() == 1
+        differs = (z.flatten(1) != values.flatten()) & is_known
+        nats = nats.masked_fill(differs.any(1), -torch.inf)
+    return nats.log_softmax(0), torch.cat([z_1.flatten(1), z_2.flatten(1)], 1)
+
+
+def test_many_candidates_draw_from_the_posterior():
+    """Two levels whose codes can all be tried, a hole that leaves codes known, guessed and free."""
+    levels = [tiny_level(num_symbols=2, codebook_size=2, seed=5),
+              level_of("factorized", 2, None, num_channels=1, codebook_size=2, seed=6)]  # fmt: skip
+    prior = tiny_prior(grid_size=[1, 2], codebook_size=2)
+    pipe = quiet(ProgressiveVAEPipeline.from_levels(prior, levels, [4, 6]))
+    image, mask = some_images(pipe, 1, 3), torch.zeros(4, 6, dtype=torch.bool)
+    mask[2:, 1:4] = True
+    known = [(x.values[0], x.trust[0]) for x in pipe._known(image, mask, 1)]
+    shares = known[0][1].unique().tolist()
+    assert any(0 < share < 1 for share in shares) and 1 in known[1][1]
+    with torch.no_grad():
+        log_prob, grids = posterior_of(pipe, image[0, 0].long(), mask, known[:2])
+    distances = {}
+    for number in (1, 8, 64):
+        codes = pipe.inpaint(
+            image, mask, num_images_per_prompt=1000, num_candidates=number,
+            generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=2**13,
+        ).codes  # fmt: skip
+        drawn = torch.cat([z.flatten(1) for z in codes], 1)
+        distances[number] = total_variation(log_prob, grids[:, None], drawn[:, None])
+    assert distances[1] > 0.3 and distances[8] < 0.1 and distances[64] < 0.02
+
+
+def test_without_a_prior(pipe, images):
+    levels = [pipe.level_2, pipe.level_3]
+    view = quiet(ProgressiveVAEPipeline.from_levels(None, levels, [5, 7]))
+    mask = torch.zeros(5, 7)
+    mask[4:, 6:] = 1
+    with pytest.raises(ValueError, match="a pipeline with a prior"):
+        view.inpaint(images, mask)
+    wide = quiet(ProgressiveVAEPipeline(None, tiny_level(num_channels=3), image_size=[5, 7]))
+    with pytest.raises(ValueError, match="a pipeline with a prior"):
+        wide.inpaint(images, torch.ones(5, 7))
+    assert torch.equal(bytes_of(view.inpaint(images, mask * 0, output_type="pt").images), images)
+    assert len(view.variations(images).images) == len(images)
+    assert len(view.interpolate(images[:2], images[2:]).images) == 10
+
+
+def test_masks_in_any_form_are_the_same_masks(pipe, images):
+    mask = some_masks(pipe, 4, seed=5)
+    rgb = [PIL.Image.fromarray(m.numpy()).convert("RGB") for m in mask]
+    expected = pipe.inpaint(images, mask, generator=generators(4), output_type="pt").images
+    for form in (mask[:, None], mask.float(), mask.to(torch.uint8) * 255, mask.numpy(), rgb,
+                 mask[..., None].numpy(), mask.numpy() * 0.75, list(mask),
+                 list(mask.numpy())):  # fmt: skip
+        drawn = pipe.inpaint(images, form, generator=generators(4), output_type="pt").images
+        assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3])
+def test_variations_keep_coarser_codes(pipe, images, level):
+    output = pipe.variations(images, level, num_images_per_prompt=3, output_type="pt")
+    codes = pipe.encode(images)
+    for i, (ours, theirs) in enumerate(zip(output.codes, codes, strict=True), 1):
+        assert torch.equal(ours, theirs.repeat_interleave(3, 0)) == (i <= level)
+    assert len(output.images) == 12 and not torch.equal(output.images[0], output.images[1])
+
+
+@pytest.mark.parametrize("level", [1, 2, None])
+def test_interpolation_ends_in_the_pictures(pipe, images, level):
+    output = pipe.interpolate(images[:2], images[2:], level, steps=4, output_type="pt",
+                              generator=generators(2))  # fmt: skip
+    level = level or 3
+    codes, found = pipe.encode(images), [z.unflatten(0, (2, 4)) for z in output.codes]
+    for ours, theirs in zip(found[:level], codes, strict=False):
+        assert torch.equal(ours[:, 0], theirs[:2]) and torch.equal(ours[:, -1], theirs[2:])
+    codebook = getattr(pipe, f"level_{level}").quantizer.codebook
+    a, b = codebook[codes[level - 1][:2]], codebook[codes[level - 1][2:]]
+    middle = codebook[found[level - 1][:, 1]]
+    mixed = 2 / 3 * a + 1 / 3 * b
+    distance = (mixed[..., None, :] - codebook).square().sum(-1).min(-1).values
+    torch.testing.assert_close((middle - mixed).square().sum(-1), distance, atol=1e-5, rtol=1e-4)
+    # The noise is the same all the way: a picture on the way to itself does not change.
+    still = pipe.interpolate(images[:1], images[:1], level, output_type="pt").images
+    assert torch.equal(still, still[:1].expand_as(still))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p, x: p.inpaint(x, torch.ones(7, 5)), "mask_image: expected images of"),
+        (lambda p, x: p.inpaint(x, PIL.Image.new("L", (5, 7))), "mask_image: .* width 5"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7).long()), "mask_image: .* dtype uint8 or float"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7) * 2), r"mask_image: .* in \[0, 1\]"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7).byte()), "of uint8 in 0 … 255, got one in 0"),
+        (lambda p, x: p.inpaint(x, torch.ones(2, 5, 7)), "one mask_image or 4, got 2"),
+        (lambda p, x: p.inpaint(x, "mask.png"), "mask_image: .* got .'str'"),
+        (lambda p, x: p.inpaint(x[..., 1:], torch.ones(5, 7)), "expected images of"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), [1]), "expected 4 class_labels, got 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), guidance_scale=2.0), "without class_labels"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_candidates=0), "num_candidates >= 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_candidates=[1, 2]), "num_candidates to"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_images_per_prompt=0), "per_prompt >= 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), temperature=-1), "temperature >= 0"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), output_type="x"), "output_type in"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), batch_size=0), "batch_size >= 1"),
+        (
+            lambda p, x: p.inpaint(x, torch.ones(5, 7), generator=generators(3)),
+            "one generator or a list of 4, got 3",
+        ),
+        (lambda p, x: p.variations(x, 0), "level in 1 … 3, got 0"),
+        (lambda p, x: p.variations(x, 4), "level in 1 … 3, got 4"),
+        (lambda p, x: p.variations(x, 1, class_labels=[0]), "expected class_labels=None"),
+        (lambda p, x: p.interpolate(x, x[:1]), "other to be 4 images, got 1"),
+        (lambda p, x: p.interpolate(x, x, steps=1), "steps >= 2, got 1"),
+        (lambda p, x: p.interpolate(x, x, 9), "level in 1 … 3, got 9"),
+        (lambda p, x: p.interpolate(x, x, generator=generators(2)), "a list of 4, got 2"),
+    ],
+)  # fmt: skip
+def test_bad_input(pipe, images, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(pipe, images)
