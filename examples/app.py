@@ -50,7 +50,7 @@ NOT_READ = (
 )
 CSS = """
 .strip {display: flex; flex-wrap: wrap; gap: 10px; align-items: flex-start; margin: 4px 0 18px}
-.strip figure {margin: 0; max-width: 150px}
+.strip figure {margin: 0; max-width: 170px}
 .strip img {image-rendering: pixelated; border-radius: 4px; display: block}
 .strip figcaption {font-size: 12px; color: #64748b; margin-top: 4px}
 .said {font-size: 14px; margin: 0 0 4px; color: var(--body-text-color)}
@@ -155,14 +155,14 @@ class Page:
     def draw(self, label: str, count: int, seed: int | None, *controls: float) -> Iterator[str]:
         """Rows of pictures, coarse to fine, one more at each step: as `pipe(…)` samples, seen from
         the inside."""
-        pipe, number = self.pipe, self.pipe.num_levels + 1
+        pipe, number, count = self.pipe, self.pipe.num_levels + 1, int(count)
         asked = None if label == NO_CLASS else [label] * count
         labels = label_ids(asked, pipe._class_config, count)
         draws, grids, rows = generators(seed, count), list[Tensor](), list[str]()
         for i in range(number):
             part = pipe.levels[i - 1] if i else pipe._require_prior()
-            given = {"class_labels": known_labels(labels, part.config), "generator": draws,
-                     "temperature": controls[i], "guidance_scale": controls[number + i]}  # fmt: skip
+            given = {"class_labels": known_labels(labels, part.config), "generator": draws}
+            given |= {"temperature": controls[i], "guidance_scale": controls[number + i]}
             if i == 0:
                 grids.append(part.sample(count, **given))
             else:
@@ -255,7 +255,7 @@ class Page:
         """Eight pictures of the same z_1 … z_k."""
         if codes is None:
             raise gr.Error("Choose a picture first.", print_exception=False)
-        count = min(8, self.max_images)
+        count, k = min(8, self.max_images), min(k, len(codes))
         told_to = {"num_images_per_prompt": count, "generator": generators(seed, count)}
         images = self.pipe(codes=codes[:k], **told_to).images
         return self.images(images, f"{kept(k)} kept", "all that is finer drawn again")
@@ -293,7 +293,7 @@ def draw_tab(page: Page, demo: gr.Blocks, queue: dict):
             choices = [NO_CLASS, *page.pipe.labels]
             label = gr.Dropdown(choices, value=NO_CLASS, label="Class", visible=len(choices) > 1)
             most = page.max_images
-            count = gr.Slider(1, most, min(8, most), step=1, label="Pictures")
+            count = gr.Slider(1, max(2, most), min(8, most), step=1, label="Pictures")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
             again = gr.Button("Draw", variant="primary", elem_id="draw")
             other = gr.Button("Draw others", elem_id="other")
@@ -321,10 +321,11 @@ def look_tab(page: Page, queue: dict):
     codes = gr.State(time_to_live=SECONDS_KEPT)
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
-            file = gr.File(label="A picture: PNG, JPEG, WebP …", type="binary", height=150)
+            file = gr.File(label="A picture: PNG, JPEG, WebP …", type="binary", height=150,
+                           elem_id="file")  # fmt: skip
             one = gr.Button("Take a drawn one", elem_id="drawn_one", visible=bool(page.pipe.prior))
             most = page.pipe.num_levels
-            level = gr.Slider(1, most, 1, step=1, label="Levels to keep", visible=most > 1,
+            level = gr.Slider(1, max(2, most), 1, step=1, label="Levels to keep", visible=most > 1,
                               info="What is finer is drawn again.", elem_id="keep")  # fmt: skip
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31)
             rest = gr.Button("Draw the rest", variant="primary", elem_id="rest")
