@@ -352,7 +352,7 @@ def show(demo: gr.Blocks, **options):
     fonts = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     return demo.launch(
-        theme=theme, css=CSS, max_file_size=MAX_FILE_SIZE, ssr_mode=False, quiet=True,
+        theme=theme, css=CSS, max_file_size=MAX_FILE_SIZE, ssr_mode=False,
         state_session_capacity=1000, footer_links=[], **options,
     )  # fmt: skip
 

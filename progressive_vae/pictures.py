@@ -28,8 +28,8 @@ def symbol_picture(codes: Tensor) -> Image:
     hue = (codes * 0.618034) % 1.0  # neighbouring numbers far apart
     light = 0.55 + 0.45 * ((codes * 0.754878) % 1.0)
     hsv = torch.stack([hue, torch.full_like(hue, 0.55), light], -1)
-    array = (255 * hsv).round().to(torch.uint8).cpu().numpy()
-    return PIL.Image.fromarray(array, "HSV").convert("RGB")
+    bands = (255 * hsv).round().to(torch.uint8).movedim(-1, 0).cpu().numpy()
+    return PIL.Image.merge("HSV", [*map(PIL.Image.fromarray, bands)]).convert("RGB")
 
 
 def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
