@@ -17,10 +17,12 @@ again from the saved artefacts.
 """
 
 import argparse
+import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+from accelerate import PartialState
 from jsonargparse import ArgumentParser
 
 from progressive_vae.chain import MAX_LEVELS
@@ -67,7 +69,25 @@ def parse(words: list[str]) -> tuple[Recipe, dict]:
 
 def main(words: list[str]):
     recipe, arguments = parse(words)
-    train(recipe.sections, **arguments)
+    pipe = train(recipe.sections, **arguments)
+    if pipe is not None and PartialState().is_main_process:
+        print("\nnext: " + "\n      ".join(next_commands(recipe)))
+
+
+def next_commands(recipe: Recipe) -> list[str]:
+    """What one does with a trained pipeline, as commands."""
+    folder, data = shlex.quote(recipe.run.output_dir), recipe.data
+    given = {f.name: getattr(data, f.name) for f in fields(data)
+             if getattr(data, f.name) != f.default}  # fmt: skip
+    words = [[f"--{name}"] if value is True else [f"--{name}", str(value)]
+             for name, value in given.items()]  # fmt: skip
+    pictures = shlex.quote(data.train_data_dir or "PICTURES")
+    return [
+        f"python examples/sample.py --model {folder}",
+        f"python examples/evaluate.py --model {folder} {shlex.join(sum(words, []))}",
+        f"python examples/compress.py pack {pictures} pictures.parquet --model {folder}",
+        f"hf upload NAME {folder} .",
+    ]
 
 
 if __name__ == "__main__":

@@ -225,8 +225,9 @@ def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
         assert json.loads((output_dir / "metrics.json").read_text())["num_images"] == 30
 
 
-def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
-    """The README's command for it, run as it stands but at tiny size."""
+def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch, capsys):
+    """The README's command for it, run as it stands but at tiny size: it says which phase of how
+    many it is at, for how long, and what one does next."""
     command = next(c for c in readme_commands() if "--center_crop" in c)
     flags = shlex.split(command)
     assert flags[:3] == ["accelerate", "launch", "examples/train.py"]
@@ -240,6 +241,18 @@ def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch):
         picture = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         PIL.Image.fromarray(picture).resize((int(width), int(height))).save(folder / f"{i}.png")
     script.main([*flags[3:], *SMALL, *SHORT, "--max_train_minutes", "0.02"])
+    said = capsys.readouterr()
+    assert "encoder_3 (1 of 7)" in said.err and "prior (7 of 7)" in said.err
+    assert re.search(r"left='?\d+( of \d+)? min", said.err)
+    done = (
+        "encoder_3 (1 of 7) is done; held-out pictures by it: runs/colour_64/validation/encoder_3"
+    )
+    assert done in said.out
+    after = said.out.partition("next: ")[2].strip().splitlines()
+    assert [shlex.split(line)[1] for line in after] == [
+        "examples/sample.py", "examples/evaluate.py", "examples/compress.py", "upload"
+    ]  # fmt: skip
+    assert shlex.split(after[1])[4:] == [*flags[5:10], "--random_flip"]
     output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     assert pipe.level_3.config.pixel_distribution == "logistics"

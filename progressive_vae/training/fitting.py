@@ -64,6 +64,8 @@ def fit(
     logged_steps: int = 0,
     seconds: float | None = None,
     began: float | None = None,
+    title: str | None = None,
+    seconds_after: float = 0.0,
 ) -> Iterator[Progress]:
     """Minimise `model(**inputs).loss`; a generator that pauses for each validation.
 
@@ -80,6 +82,8 @@ def fit(
         seconds: how long it lasts, in place of `max_train_steps`; the last validation is among
             them, and after a resume all that came before the checkpoint.
         began: since when they pass, as `time.perf_counter()` tells; `None`: from now.
+        title: of the bar; the phase's name where not given.
+        seconds_after: what else is to be done then, of which the bar tells, too.
 
     Raises:
         FloatingPointError: the loss is no number any more.
@@ -124,7 +128,7 @@ def fit(
     bar = tqdm(
         total=settings.max_train_steps if seconds is None else None,
         initial=progress.step,
-        desc=name,
+        desc=title or name,
         disable=not accelerator.is_local_main_process,
     )
     clock, is_final = time.perf_counter(), False
@@ -167,7 +171,12 @@ def fit(
                 if not math.isfinite(loss):
                     raise FloatingPointError(_diverged(name, loss, step, checkpoints))
                 figures = {"loss": loss, "grad_norm": float(norm), "lr": scheduler.get_last_lr()[0]}
-                bar.set_postfix(loss=f"{loss:.4f}")
+                shown = {"loss": f"{loss:.4f}"}
+                if seconds is not None:
+                    left = max(0.0, seconds - progress.elapsed)
+                    minutes = [f"{each / 60:.0f}" for each in (left, left + seconds_after)]
+                    shown["left"] = f"{' of '.join(dict.fromkeys(minutes))} min"
+                bar.set_postfix(shown)
                 logged = {f"{name}/{k}": v for k, v in figures.items()}
                 accelerator.log(logged, step=logged_steps + step)
             if is_due or is_final:

@@ -119,6 +119,7 @@ def train(
                              f"{phase!r}; a refit needs its section")  # fmt: skip
         chosen = [each for each in order if phase in ("all", each.name)]
         share_out(order, read.run.max_train_minutes)
+        number(chosen)
         for each in chosen:
             if isinstance(each, RefitPhase):
                 each.on_top = phase != "all"
@@ -162,6 +163,9 @@ def train(
             each(run)
             if accelerator.is_main_process:
                 after_phase(run, repo_id, hub_private_repo)
+                pictures = folder / "validation" / each.name
+                shown = f"; held-out pictures by it: {pictures}" if pictures.is_dir() else ""
+                print(f"{each.name} ({each.place}) is done{shown}")
         pipe = measured(run, phase == "evaluate") if phase in ("all", "evaluate") else None
         if accelerator.is_main_process:
             if pipe is None:
@@ -233,6 +237,13 @@ def share_out(phases: list[Phase], minutes: float | None):
     for phase in phases:
         if minutes is not None:
             phase.seconds = round(60 * minutes * phase.settings.time_share / whole, 3)
+
+
+def number(phases: list[Phase]):
+    """Tell each phase that is to be run of its place among them."""
+    for i, phase in enumerate(phases):
+        phase.place = f"{i + 1} of {len(phases)}"
+        phase.seconds_after = sum(each.seconds or 0.0 for each in phases[i + 1 :])
 
 
 def check_fit(

@@ -52,10 +52,14 @@ class Phase:
     Args:
         settings: of the fit.
         seconds: how long it may take, in place of the steps that the settings say.
+        place: which of how many phases it is, for people.
+        seconds_after: how long those that follow may take.
     """
 
     settings: FitSettings
     seconds: float | None = None
+    place: str = ""
+    seconds_after: float = 0.0
 
     name: str = field(init=False)
     part: str = field(init=False)
@@ -126,6 +130,8 @@ class Phase:
             logged_steps=run.logged_steps,
             seconds=self.seconds,
             began=began,
+            title=f"{self.name} ({self.place})" if self.place else self.name,
+            seconds_after=self.seconds_after,
         ):
             if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
                 figures = validate(progress)
