@@ -255,7 +255,7 @@ class Page:
         """Eight pictures of the same z_1 … z_k."""
         if codes is None:
             raise gr.Error("Choose a picture first.", print_exception=False)
-        count, k = min(8, self.max_images), min(k, len(codes))
+        count, k = min(8, self.max_images), min(int(k), len(codes))
         told_to = {"num_images_per_prompt": count, "generator": generators(seed, count)}
         images = self.pipe(codes=codes[:k], **told_to).images
         return self.images(images, f"{kept(k)} kept", "all that is finer drawn again")

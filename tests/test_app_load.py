@@ -24,6 +24,11 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def is_open(port: int) -> bool:
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0
+
+
 def resident(pid: int) -> float:
     """MB."""
     status = Path(f"/proc/{pid}/status").read_text()
@@ -38,10 +43,9 @@ def served(folder: Path):
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(words, env=environ, stdout=log, stderr=log)
     try:
-        for _ in range(600):
-            with socket.socket() as found:
-                if found.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+        end = time.monotonic() + 300
+        while not is_open(port):
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", process.pid
     finally:
