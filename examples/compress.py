@@ -38,6 +38,7 @@ from progressive_vae.saved import read_json, write_json
 from progressive_vae.training.data import decode, file_of
 from progressive_vae.training.evaluation import psnr_of
 from progressive_vae.training.files import LOSSLESS, LOSSY, as_file
+from progressive_vae.training.growing import growing
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 MODES = {1: ("L", "1"), 3: ("RGB", "L", "1")}  # from which the first is made without a loss
@@ -156,10 +157,9 @@ def grow(picture: str, file: str, model: str = MODEL):
     if array is None:
         raise ValueError(f"expected a picture of {modes_of(pipe)}, got {picture}")
     stream, views = pipe.compress(array[None])[0], dict[str, np.ndarray]()
-    for k in range(1, pipe.num_levels + 1):
-        length = shortest(pipe, stream, k)
+    for k, (length, view) in enumerate(growing(pipe, array[None], stream), 1):
         name = f"z_1: {length} bytes" if k == 1 else f"z_1 … z_{k}: {length} bytes"
-        views[name] = as_array(pipe.decompress(stream[:length], k)[0])
+        views[name] = as_array(view)
     views[f"all: {len(stream)} bytes"] = as_array(pipe.decompress(stream)[0])
     for name, qualities in LOSSY.items():
         with suppress(ImportError):  # imagecodecs is not there
@@ -333,19 +333,6 @@ def loaded(model: str) -> ProgressiveVAEPipeline:
     pipe = ProgressiveVAEPipeline.from_pretrained(model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     return pipe
-
-
-def shortest(pipe: ProgressiveVAEPipeline, stream: bytes, num_levels: int) -> int:
-    """The least number of a stream's first bytes that hold z_1 … z_k."""
-    lowest, highest = 0, len(stream)
-    while lowest < highest:
-        middle = (lowest + highest) // 2
-        try:
-            pipe.decompress(stream[:middle], num_levels)
-            highest = middle
-        except ValueError:
-            lowest = middle + 1
-    return lowest
 
 
 def sizes(

@@ -33,6 +33,7 @@
 | `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
 | `card.py` | the model card |
 | `hub.py` | a pipeline as a repository: saved, pushed, found again |
+| `space.py` | a page over a pipeline as a Space of the Hub |
 | `calls.py` | what one call of a pipeline is told, on its thread |
 | `whole.py` | arithmetic in whole numbers, which comes to the same on every machine |
 | `header.py` | what stands before the code of an image |

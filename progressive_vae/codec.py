@@ -251,7 +251,7 @@ class CodingPipeline(CallingPipeline):
             for factor in range(self.num_levels + 1 if num_levels is None else num_levels):
                 grids.append(self._walk(factor, grids, shown, reader))
         if num_levels is not None:
-            return self._shown(grids)[:count]
+            return self._shown([grid[:count] for grid in grids])  # without the padding
         pixels = as_values(grids[-1][:count]).to(torch.uint8).cpu()
         for i, header, image in zip(numbers, headers, pixels, strict=True):
             if zlib.crc32(image.numpy().tobytes()) != header.checksum:

@@ -164,17 +164,25 @@ def figures(folder: Path) -> list[str]:
     return [METRICS, *(name for name in PICTURES if (folder / name).is_file())]
 
 
-def create_repository(repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+def create_repository(
+    repo_id: str,
+    private: bool | None = None,
+    token: str | None = None,
+    repo_type: str | None = None,
+    space_sdk: str | None = None,
+) -> str:
     """Make sure that the repository exists; its full name.
 
     Raises:
         ValueError: it exists with another visibility than asked for.
     """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    repo_id = api.create_repo(
+        repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=space_sdk
+    ).repo_id
     # `private` says nothing about a repository that was there before: nothing may be shown to the
     # public that was meant to be private.
-    if private is not None and api.repo_info(repo_id).private != private:
+    if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
         words = {True: "private", False: "public"}
         raise ValueError(
             f"expected {repo_id} to be {words[private]}, got a {words[not private]} repository: "

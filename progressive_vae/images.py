@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
@@ -88,6 +89,35 @@ def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if not (lowest >= 0 and highest <= 1):  # also catches NaN
         raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
     return as_pixel_values((images.float() * (NUM_PIXEL_VALUES - 1)).round())
+
+
+def fitted(
+    image: PIL.Image.Image, shape: tuple[int, int, int]
+) -> tuple[PIL.Image.Image, list[str]]:
+    """Any picture as one of a pipeline's (C, H, W), and what was done to it, in words.
+
+    Its middle is resized, glass is laid on white, and more than 8 bits become 8, over the range
+    that the picture has.
+    """
+    channels, height, width = shape
+    done, before, mode = [], image.size, "L" if channels == 1 else "RGB"
+    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
+        array = np.nan_to_num(np.asarray(image, np.float64))
+        array -= array.min()
+        image = PIL.Image.fromarray((255 * array / (array.max() or 1)).astype(np.uint8))
+        done.append("made one of 8 bits")
+    if "A" in image.getbands() or "transparency" in image.info:
+        glass = image.convert("RGBA")
+        image = PIL.Image.new("RGBA", glass.size, "white")
+        image.alpha_composite(glass)
+        done.append("laid on white")
+    if image.mode != mode:
+        image = image.convert(mode)
+        done.append("made grey" if channels == 1 else "made one of red, green and blue")
+    if image.size != (width, height):
+        image = PIL.ImageOps.fit(image, (width, height))
+        done.append(f"its middle resized from {before[0]}×{before[1]} to {width}×{height}")
+    return image, done
 
 
 def from_pixel_values(

@@ -23,6 +23,15 @@ def picture_grid(images: list[Image], columns: int) -> Image:
     return make_image_grid(cells, len(cells) // columns, columns)
 
 
+def symbol_picture(codes: Tensor) -> Image:
+    """A grid of codes, int64 (H_i, W_i), as a picture with a colour for each code."""
+    hue = (codes * 0.618034) % 1.0  # neighbouring numbers far apart
+    light = 0.55 + 0.45 * ((codes * 0.754878) % 1.0)
+    hsv = torch.stack([hue, torch.full_like(hue, 0.55), light], -1)
+    bands = (255 * hsv).round().to(torch.uint8).movedim(-1, 0).cpu().numpy()
+    return PIL.Image.merge("HSV", [*map(PIL.Image.fromarray, bands)]).convert("RGB")
+
+
 def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
     """Drawn images: a row for each class (at most 10), or 10 rows of an unconditional model."""
     assert pipe.prior is not None

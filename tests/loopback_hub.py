@@ -1,4 +1,4 @@
-"""A small Hub on the loopback: model repositories in memory, for tests of loading and pushing.
+"""A small Hub on the loopback: models and Spaces in memory, for tests of loading and pushing.
 
 It answers what huggingface_hub asks of the real one for creating repositories, committing (large
 files by LFS), reading at any revision, private visibility and pull requests. It does not have
@@ -61,8 +61,9 @@ class LoopbackHub:
     """Use as `hub = LoopbackHub()`, with `HF_ENDPOINT=hub.url` and `HF_TOKEN=hub.token` set before
     huggingface_hub is imported.
 
-    `repos` holds what is there. While `fail_on` is a regular expression, requests whose
-    "METHOD /path" it is found in are answered with an error, and `log` holds those that were not.
+    `repos` holds what is there, Spaces as "spaces/you/name". While `fail_on` is a
+    regular expression, requests whose "METHOD /path" it is found in are answered with an error, and
+    `log` holds those that were not.
     """
 
     token = TOKEN
@@ -97,7 +98,12 @@ class LoopbackHub:
         repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
         if repo_id.split("/")[0] not in (USER, "org"):
             raise Refusal(403, "Forbidden", "you have no right to create this repository")
-        answer = {"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        answer = {"name": repo_id, "id": repo_id}
+        if asked.get("type") == "space":
+            if asked.get("sdk") not in ("gradio", "docker", "static"):
+                raise Refusal(400, "BadRequest", "a Space needs an sdk")
+            repo_id = f"spaces/{repo_id}"
+        answer["url"] = f"{self.url}/{repo_id}"
         if repo_id in self.repos:
             raise Refusal(409, "RepoExists", "You already created this repository", answer)
         is_private = bool(asked.get("private")) or asked.get("visibility") == "private"
@@ -108,8 +114,9 @@ class LoopbackHub:
     def info(self, request, repo_id, revision="main"):
         repo = request.repo(repo_id)
         commit = repo.at(revision)
+        name = repo_id.removeprefix("spaces/")
         return {
-            "_id": repo_id, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0],
+            "_id": name, "id": name, "modelId": name, "author": name.split("/")[0],
             "sha": commit.oid, "lastModified": DATE, "createdAt": DATE, "private": repo.private,
             "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": [],
             "siblings": [{"rfilename": name} for name in sorted(commit.files)],
@@ -198,7 +205,7 @@ class LoopbackHub:
         """Organisations other than ours are read by us, and written by others."""
         request.need_token()
         request.repo(repo_id)
-        if repo_id.split("/")[0] not in (USER, "org"):
+        if repo_id.removeprefix("spaces/").split("/")[0] not in (USER, "org"):
             raise Refusal(403, "Forbidden", f"you have no right to write to {repo_id}")
         return {}
 
@@ -210,18 +217,19 @@ ROUTES = [
     ("GET", r"/api/whoami-v2", LoopbackHub.who_am_i),
     ("POST", r"/api/repos/create", LoopbackHub.create),
     ("POST", r"/api/validate-yaml", LoopbackHub.validate_card),
-    ("GET", r"/api/models/{repo}", LoopbackHub.info),
-    ("GET", r"/api/models/{repo}/auth-check/write", LoopbackHub.may_write),
-    ("GET", r"/api/models/{repo}/revision/(?P<revision>.+)", LoopbackHub.info),
-    ("POST", r"/api/models/{repo}/preupload/(?P<revision>.+)", LoopbackHub.preupload),
-    ("POST", r"/api/models/{repo}/commit/(?P<revision>.+)", LoopbackHub.commit),
-    ("POST", r"/api/models/{repo}/branch/(?P<name>.+)", LoopbackHub.branch),
-    ("POST", r"/api/models/{repo}/paths-info/(?P<revision>.+)", LoopbackHub.paths_info),
-    ("GET", r"/api/models/{repo}/tree/{revision}(?:/(?P<path>.*))?", LoopbackHub.tree),
+    ("GET", r"/api/{kind}{repo}", LoopbackHub.info),
+    ("GET", r"/api/{kind}{repo}/auth-check/write", LoopbackHub.may_write),
+    ("GET", r"/api/{kind}{repo}/revision/(?P<revision>.+)", LoopbackHub.info),
+    ("POST", r"/api/{kind}{repo}/preupload/(?P<revision>.+)", LoopbackHub.preupload),
+    ("POST", r"/api/{kind}{repo}/commit/(?P<revision>.+)", LoopbackHub.commit),
+    ("POST", r"/api/{kind}{repo}/branch/(?P<name>.+)", LoopbackHub.branch),
+    ("POST", r"/api/{kind}{repo}/paths-info/(?P<revision>.+)", LoopbackHub.paths_info),
+    ("GET", r"/api/{kind}{repo}/tree/{revision}(?:/(?P<path>.*))?", LoopbackHub.tree),
     ("POST", r"/{repo}\.git/info/lfs/objects/batch", LoopbackHub.lfs_batch),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", LoopbackHub.lfs_upload),
 ]
-_REPO, _REVISION = r"(?P<repo_id>[\w.-]+/[\w.-]+)", r"(?P<revision>refs/pr/\d+|[^/]+)"
+_KIND, _REPO = r"(?:models/|(?=spaces/))", r"(?P<repo_id>(?:spaces/)?[\w.-]+/[\w.-]+)"
+_REVISION = r"(?P<revision>refs/pr/\d+|[^/]+)"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -266,7 +274,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str):
         for method, pattern, answer in ROUTES:
-            pattern = pattern.replace("{repo}", _REPO).replace("{revision}", _REVISION)
+            for name, form in (("{kind}", _KIND), ("{repo}", _REPO), ("{revision}", _REVISION)):
+                pattern = pattern.replace(name, form)
             if method == self.command and (found := re.fullmatch(pattern, path)):
                 given = {name: value for name, value in found.groupdict().items() if value}
                 return self._send(200, json.dumps(answer(self.hub, self, **given)).encode(), {})

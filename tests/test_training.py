@@ -342,6 +342,6 @@ def test_a_loss_that_is_no_number_stops_the_phase(script, tmp_path):
 def test_commands_of_the_readme_and_ci_are_the_same():
     ci = (ROOT / ".ci" / "run").read_text()
     commands = [c for c in readme_commands() if c.startswith("pip install")]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         assert command in ci

@@ -17,6 +17,7 @@
 | `evaluation.py` | bits/dim per factor, code use, rate and distortion |
 | `speed.py` | images a second, and the arithmetic that they take |
 | `files.py` | what image files cost |
+| `growing.py` | what the first bytes of a picture's stream show |
 | `afternoon.py` | what one writes in an afternoon, to compare with |
 | `checkpoints.py` | a phase that was interrupted goes on where it was |
 | `lock.py` | one run at a time writes to a folder |

@@ -1,0 +1,328 @@
+"""`examples/app.py`, as a visitor's browser sees it.
+
+python tests/test_app.py examples/fashion_mnist/page.png
+    makes the README's picture of the page.
+"""
+
+import base64
+import io
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from conftest import HUB, load_script, tiny_level, tiny_pipeline, tiny_prior
+
+from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.images import fitted
+
+PIP = 'pip install -e ".[demo,codec]" && pip install selenium'
+gradio = pytest.importorskip("gradio", reason=PIP)
+ROOT = Path(__file__).parents[1]
+FLAGS = (
+    "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+    "disable-component-update disable-sync window-size=1280,900"
+)
+TINY_IMAGE = base64.b64decode("R0lGODlhAQABAAAAACw=")
+
+
+@pytest.fixture(scope="module")
+def app():
+    return load_script("app")
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipe = ProgressiveVAEPipeline.from_pretrained(ROOT / "examples" / "fashion_mnist")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures_of(html: str) -> list[np.ndarray]:
+    found = re.findall(r"base64,([^\"]+)", html)
+    return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
+
+
+def as_png(image: PIL.Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def bomb() -> bytes:
+    """A file of some kilobytes, and of 100 million pixels."""
+    return as_png(PIL.Image.new("1", (10_000, 10_000)))
+
+
+def photograph() -> PIL.Image.Image:
+    """Not of the model's size, colours or shape."""
+    x = np.linspace(0, 255, 120 * 80 * 3).reshape(80, 120, 3)
+    return PIL.Image.fromarray(x.astype(np.uint8))
+
+
+# ---- what it answers -----------------------------------------------------------------------------
+
+
+def test_levels_appear_as_the_pipeline_draws_them(app, shipped):
+    page = app.Page(shipped)
+    steps = list(page.draw("Bag", 2, 5, 1.0, 0.9, 0.8, 1.0, 1.5, 1.0))
+    assert [len(pictures_of(step)) for step in steps] == [2, 4, 6]
+    assert "drawing z₂ …" in steps[0] and "drawing" not in steps[-1]
+    draws = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    controls = {"temperature": [1.0, 0.9, 0.8], "guidance_scale": [1.0, 1.5, 1.0]}
+    images = shipped("Bag", num_images_per_prompt=2, generator=draws, **controls).images
+    for shown, image in zip(pictures_of(steps[-1])[-2:], images, strict=True):
+        assert np.array_equal(shown, image)
+
+
+def test_what_is_seen_in_a_picture(app, shipped):
+    page = app.Page(shipped)
+    *_, (found, bits, sizes, grown, codes) = page.look(as_png(photograph()))
+    assert "made grey, its middle resized from 120×80 to 28×28" in found
+    assert len(pictures_of(found)) == 3 + 2 and "of 1 kind" not in found
+    image = fitted(photograph(), shipped.image_shape)[0]
+    stated = shipped.bits_per_dim(image)
+    assert f"{stated['total']:.2f} bits/dim" in bits
+    stream = shipped.compress(image)[0]
+    assert f"{len(stream)} bytes" in sizes and "PNG" in sizes and "WebP" in sizes
+    lengths = [int(n) for n in re.findall(r">(\d+) bytes: z", grown)]
+    for k, length in enumerate(lengths, 1):
+        shipped.decompress(stream[:length], k)
+        with pytest.raises(ValueError):
+            shipped.decompress(stream[: length - 1], k)
+    redrawn = page.redraw(codes, 2, 3)
+    assert "z₁ … z₂ kept" in redrawn and len(pictures_of(redrawn)) == 8
+
+
+def test_pipelines_of_every_kind(app):
+    """Without classes, with auxiliary decoders, of one level, without a prior."""
+    auxiliary = {"auxiliary_hidden_size": 8}
+    levels = [tiny_level(num_symbols=3, seed=1, **auxiliary),
+              tiny_level(num_channels=3, seed=2, **auxiliary)]  # fmt: skip
+    plain = tiny_level(num_channels=1)
+    for pipe in (
+        tiny_pipeline(),
+        ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[4, 4]), levels),
+        ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[4, 4]), [plain]),
+        ProgressiveVAEPipeline.from_levels(None, [plain], image_size=[8, 8]),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        app.make_demo(pipe, "x")
+        page, number = app.Page(pipe), pipe.num_levels + 1
+        *_, (found, bits, _, grown, codes) = page.look(as_png(photograph()))
+        assert len(pictures_of(found)) == 1 + 2 * pipe.num_levels
+        assert len(pictures_of(page.redraw(codes, 1, 0))) == 8
+        if pipe.prior is None:
+            assert not bits and not grown
+            continue
+        assert len(pictures_of(grown)) == number
+        *_, drawn = page.draw(app.NO_CLASS, 2, 0, *[1.0] * 2 * number)
+        rows = number + pipe.num_levels * page.has_previews
+        assert len(pictures_of(drawn)) == 2 * rows
+        *_, (found, *_) = page.look_into_a_drawn_one()
+        assert "A drawn picture" in found
+
+
+@pytest.mark.parametrize("contents", [b"no picture", b"\x89PNG\r\n\x1a\n", TINY_IMAGE, bomb(),
+                                      as_png(photograph())[:300], b"", None])  # fmt: skip
+def test_wrong_files_are_told_in_words(app, shipped, contents):
+    with pytest.raises(gradio.Error, match="Choose a picture" if not contents else "not a picture"):
+        next(app.Page(shipped).look(contents))
+
+
+def test_any_picture_becomes_one_of_the_pipeline():
+    array = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    glass = PIL.Image.new("RGBA", (9, 9), (0, 0, 0, 0))
+    image, done = fitted(glass, (3, 4, 6))
+    assert image.size == (6, 4) and np.all(np.asarray(image) == 255)
+    assert done == ["laid on white", "made one of red, green and blue",
+                    "its middle resized from 9×9 to 6×4"]  # fmt: skip
+    image, done = fitted(PIL.Image.fromarray(array), (1, 8, 8))
+    assert done == ["made one of 8 bits"] and np.asarray(image).max() == 255
+    grey = PIL.Image.new("L", (8, 8), 3)
+    assert fitted(grey, (1, 8, 8)) == (grey, [])
+
+
+# ---- a Space of the Hub --------------------------------------------------------------------------
+
+
+def test_a_space_is_one_commit(app, tmp_path, capsys):
+    tiny_pipeline().save_pretrained(tmp_path / "mine")
+    local = ["--push_to_space", "org/page", "--model", str(tmp_path / "mine")]
+    app.main(local)
+    assert "org/page" in capsys.readouterr().out
+    repo, files = HUB.repos["spaces/org/page"], HUB.files("spaces/org/page")
+    assert len(repo.commits) == 2 and "org/page" not in HUB.repos
+    assert {"app.py", "requirements.txt", "README.md", "model/model_index.json"} <= set(files)
+    assert 'MODEL = str(Path(__file__).parent / "model")' in files["app.py"].decode()
+    for name, contents in files.items():
+        path = tmp_path / "space" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(contents)
+    assert ProgressiveVAEPipeline.from_pretrained(tmp_path / "space" / "model").num_levels == 3
+    card = yaml.safe_load(files["README.md"].decode().split("---")[1])
+    assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and "models" not in card
+    assert card["sdk_version"] == gradio.__version__ and card["license"] == "apache-2.0"
+    assert files["requirements.txt"] == b"progressive-vae[demo]\n"
+    named = ["--push_to_space", "org/page", "--model", "org/public", "--package", "x @ git+y"]
+    app.main(named)
+    files = HUB.files("spaces/org/page")
+    assert set(files) == {"app.py", "requirements.txt", "README.md"}
+    assert "\nMODEL = 'org/public'\n" in files["app.py"].decode()
+    assert yaml.safe_load(files["README.md"].decode().split("---")[1])["models"] == ["org/public"]
+    assert files["requirements.txt"] == b"x @ git+y\n" and len(repo.commits) == 3
+    with pytest.raises(ValueError, match="expected model to be a folder or a repository"):
+        app.main([*local[:3], str(tmp_path / "nothing")])
+    with pytest.raises(ValueError, match="expected org/page to be private, got a public"):
+        app.main([*named, "--private"])
+
+
+# ---- in a browser --------------------------------------------------------------------------------
+
+
+@contextmanager
+def browser():
+    chromium, driver = map(shutil.which, ("chromium", "chromedriver"))
+    if not (chromium and driver):
+        pytest.skip("apt-get install -y chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="pip install selenium")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for flag in (*FLAGS.split(), f"user-data-dir={folder}"):
+            options.add_argument(f"--{flag}")
+        started = webdriver.Chrome(options, Service(driver))
+        try:
+            yield started
+        finally:
+            started.quit()
+
+
+class Visitor:
+    def __init__(self, driver):
+        self.driver = driver
+
+    def find(self, css: str):
+        return self.driver.find_elements("css selector", css)
+
+    def wait(self, until, seconds: float = 30):
+        end = time.monotonic() + seconds
+        while not (found := until()):
+            assert time.monotonic() < end, self.driver.find_element("tag name", "body").text
+            time.sleep(0.1)
+        return found
+
+    def html(self, css: str) -> str:
+        return "".join(each.get_attribute("innerHTML") for each in self.find(css))
+
+    def pictures(self, css: str, count: int, unlike: str = "") -> str:
+        """Waits for so many of them, others than before."""
+
+        def there():
+            html = self.html(f"{css} .said, {css} .strip")
+            return html if html.count("<img") == count and html != unlike else ""
+
+        return self.wait(there)
+
+    def tab(self, name: str):
+        tabs = self.find("button[role=tab]")
+        next(tab for tab in tabs if name in tab.text).click()
+        self.wait(lambda: self.find("#found")[0].is_displayed())
+
+    def upload(self, path: Path):
+        self.find("input[type=file]")[0].send_keys(str(path))
+
+    def errors(self) -> list[str]:
+        return [entry["message"] for entry in self.driver.get_log("browser")
+                if entry["level"] == "SEVERE"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def address(app, shipped, tmp_path_factory):
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    demo = app.make_demo(shipped, "fashion_mnist")
+    threads = torch.get_num_threads()
+    url = app.show(demo, prevent_thread_lock=True)[1]
+    yield url
+    demo.close()
+    torch.set_num_threads(threads)
+    del os.environ["GRADIO_TEMP_DIR"]
+
+
+def test_a_visit(address, tmp_path):
+    photograph().save(tmp_path / "photograph.jpg")
+    (tmp_path / "notes.png").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no picture")
+    with browser() as driver:
+        visitor = Visitor(driver)
+        driver.get(address)
+        drawn = visitor.pictures("#drawn", 24)  # at once, for those who only look
+        visitor.find("#other")[0].click()
+        drawn = visitor.pictures("#drawn", 24, unlike=drawn)
+        visitor.tab("Look")
+        visitor.find("#rest")[0].click()
+        visitor.wait(lambda: "Choose a picture first" in visitor.html(".toast-wrap"))
+        visitor.upload(tmp_path / "photograph.jpg")
+        visitor.pictures("#grown", 3)
+        assert "120×80 to 28×28" in visitor.pictures("#found", 5)
+        assert "bits/dim" in visitor.html("#bits") and "PNG" in visitor.html("#sizes")
+        first = visitor.pictures("#redrawn", 8)
+        slider = visitor.find("#keep input[type=range]")[0]
+        slider.send_keys("\ue014")  # →
+        visitor.find("#rest")[0].click()
+        assert "z₁ … z₂ kept" in visitor.pictures("#redrawn", 8, unlike=first)
+        for name in ("notes.png", "notes.txt"):
+            for close in visitor.find("#file button[aria-label=Clear], #file [title=Clear]"):
+                close.click()
+            visitor.wait(lambda: visitor.find("input[type=file]"))
+            visitor.upload(tmp_path / name)
+            visitor.wait(lambda: "not a picture" in visitor.html(".toast-wrap"))
+            for close in visitor.find(".toast-close"):
+                close.click()
+            visitor.wait(lambda: "not a picture" not in visitor.html(".toast-wrap"))
+        assert visitor.errors() == []
+
+
+# ---- the README's picture ------------------------------------------------------------------------
+
+
+def screenshot(path: str):
+    app = load_script("app")
+    pipe = ProgressiveVAEPipeline.from_pretrained(app.MODEL)
+    pipe.set_progress_bar_config(disable=True)
+    demo = app.make_demo(pipe, "fashion_mnist")
+    url = app.show(demo, prevent_thread_lock=True)[1]
+    drawn = pipe("Ankle boot", generator=torch.Generator().manual_seed(3)).images[0]
+    with tempfile.TemporaryDirectory() as folder, browser() as driver:
+        visitor, file = Visitor(driver), Path(folder) / "boot.png"
+        drawn.save(file)
+        driver.get(url)
+        visitor.pictures("#drawn", 24)
+        visitor.tab("Look")
+        visitor.upload(file)
+        visitor.pictures("#grown", 3)
+        visitor.pictures("#redrawn", 8)
+        time.sleep(1)  # what moves comes to rest
+        height = driver.execute_script("return document.documentElement.scrollHeight")
+        driver.set_window_size(1280, height + 150)
+        time.sleep(1)
+        driver.save_screenshot(path)
+    demo.close()
+    image = PIL.Image.open(path).convert("RGB")
+    image.quantize(255, dither=PIL.Image.Dither.NONE).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    screenshot(sys.argv[1])
