@@ -85,6 +85,8 @@ def test_your_own_pictures_in_one_hour(runs_here):
     assert len(list(Path("again").iterdir())) == 20
     assert {"README.md", "samples.png", "metrics.json"} <= set(HUB.files("org/mine"))
     assert HUB.repos["org/mine"].private
+    flags = shlex.split(re.search(r"with `(--level_1.*?)`", PAGE)[1])  # named, not run
+    load_script("train").parse(flags)
     for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
         exec(code.replace("you/", "org/"), {})
     assert PIL.Image.open("one.png").size == (16, 16)
