@@ -29,7 +29,7 @@ SECTIONS: list[tuple[str, list[tuple[str, str]], str]] = [
         "The pipeline",
         [
             ("pipeline.py", "ProgressiveVAEPipeline"),
-            ("pipeline.py", "ProgressiveVAEPipelineOutput"),
+            ("calls.py", "ProgressiveVAEPipelineOutput"),
         ],
         """
 import torch
