@@ -245,7 +245,14 @@ def test_numbers_of_a_source_are_positive(wrong):
 def test_every_mode_of_8_bits_becomes_colour(mode):
     grey = PIL.Image.new("L", (4, 3), 255)
     first = PIL.Image.new("RGB", (4, 3))
-    images = table([first, grey.convert("RGB" if mode == "LA" else "L").convert(mode)])
+    last = grey.convert("RGB" if mode == "LA" else "L").convert(mode)
+    if mode == "YCbCr":  # as `datasets` keeps it
+        try:
+            last.save(file := io.BytesIO(), "TIFF")
+            PIL.Image.open(file).load()
+        except OSError as error:
+            pytest.skip(f"this Pillow does not read the picture that it writes: {error}")
+    images = table([first, last])
     (_, (array, _)) = read_images(images, "image", None, (3, 3, 4))
     assert array.dtype == np.uint8 and array.min() >= 254
 
