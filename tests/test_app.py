@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -217,12 +217,37 @@ class Visitor:
     def find(self, css: str):
         return self.driver.find_elements("css selector", css)
 
-    def wait(self, until, seconds: float = 30):
+    def wait(self, until, seconds: float = 60):
+        """What it finds or does, tried again while the page is redrawing what it touched."""
+        from selenium.common.exceptions import WebDriverException
+
         end = time.monotonic() + seconds
-        while not (found := until()):
+        while True:
+            with suppress(WebDriverException):
+                if found := until():
+                    return found
             assert time.monotonic() < end, self.driver.find_element("tag name", "body").text
             time.sleep(0.1)
-        return found
+
+    def click(self, css: str, text: str = ""):
+        def clicked():
+            found = next(each for each in self.find(css) if text in each.text)
+            return found.click() is None
+
+        self.wait(clicked)
+
+    def press(self, css: str, key: str):
+        self.wait(lambda: self.find(css)[0].send_keys(key) is None)
+
+    def dismiss(self, css: str):
+        """Clicks all of them, until there are none."""
+
+        def gone():
+            for each in self.find(css):
+                each.click()
+            return not self.find(css)
+
+        self.wait(gone)
 
     def html(self, css: str) -> str:
         return "".join(each.get_attribute("innerHTML") for each in self.find(css))
@@ -237,12 +262,11 @@ class Visitor:
         return self.wait(there)
 
     def tab(self, name: str):
-        tabs = self.find("button[role=tab]")
-        next(tab for tab in tabs if name in tab.text).click()
+        self.click("button[role=tab]", name)
         self.wait(lambda: self.find("#found")[0].is_displayed())
 
     def upload(self, path: Path):
-        self.find("input[type=file]")[0].send_keys(str(path))
+        self.press("input[type=file]", str(path))
 
     def errors(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")
@@ -269,28 +293,24 @@ def test_a_visit(address, tmp_path):
         visitor = Visitor(driver)
         driver.get(address)
         drawn = visitor.pictures("#drawn", 24)  # at once, for those who only look
-        visitor.find("#other")[0].click()
+        visitor.click("#other")
         drawn = visitor.pictures("#drawn", 24, unlike=drawn)
         visitor.tab("Look")
-        visitor.find("#rest")[0].click()
+        visitor.click("#rest")
         visitor.wait(lambda: "Choose a picture first" in visitor.html(".toast-wrap"))
         visitor.upload(tmp_path / "photograph.jpg")
         visitor.pictures("#grown", 3)
         assert "120×80 to 28×28" in visitor.pictures("#found", 5)
         assert "bits/dim" in visitor.html("#bits") and "PNG" in visitor.html("#sizes")
         first = visitor.pictures("#redrawn", 8)
-        slider = visitor.find("#keep input[type=range]")[0]
-        slider.send_keys("\ue014")  # →
-        visitor.find("#rest")[0].click()
+        visitor.press("#keep input[type=range]", "\ue014")  # →
+        visitor.click("#rest")
         assert "z₁ … z₂ kept" in visitor.pictures("#redrawn", 8, unlike=first)
         for name in ("notes.png", "notes.txt"):
-            for close in visitor.find("#file button[aria-label=Clear], #file [title=Clear]"):
-                close.click()
-            visitor.wait(lambda: visitor.find("input[type=file]"))
+            visitor.dismiss("#file button[aria-label=Clear], #file [title=Clear]")
             visitor.upload(tmp_path / name)
             visitor.wait(lambda: "not a picture" in visitor.html(".toast-wrap"))
-            for close in visitor.find(".toast-close"):
-                close.click()
+            visitor.dismiss(".toast-close")
             visitor.wait(lambda: "not a picture" not in visitor.html(".toast-wrap"))
         assert visitor.errors() == []
 
