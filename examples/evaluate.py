@@ -37,7 +37,7 @@ from progressive_vae.training.distances import BATCH_SIZE, distances, see, store
 from progressive_vae.training.evaluation import evaluate, label_accuracy, psnr_of, rate_distortion
 from progressive_vae.training.files import beside_files, image_files
 from progressive_vae.training.lock import locked
-from progressive_vae.training.settings import DataSettings
+from progressive_vae.training.settings import OF_TRAINING_IMAGES, DataSettings
 from progressive_vae.training.sources import open_source
 from progressive_vae.training.yardsticks import (
     Classifier,
@@ -217,7 +217,7 @@ def files_table(rows: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 def main(words: list[str]):
     parser = ArgumentParser(exit_on_error=False, description="All held-out figures of a pipeline.")
     parser.add_class_arguments(Arguments)
-    parser.add_class_arguments(DataSettings, skip={"random_flip", "max_train_samples", "streaming"})
+    parser.add_class_arguments(DataSettings, skip=set(OF_TRAINING_IMAGES))
     given = read_flags(parser, words)
     of_data = {f.name: given.pop(f.name) for f in fields(DataSettings) if f.name in given}
     arguments = Arguments(**given)

@@ -29,7 +29,7 @@ from progressive_vae.chain import MAX_LEVELS
 from progressive_vae.training import train
 from progressive_vae.training.command import read_flags
 from progressive_vae.training.recipe import SECTIONS, Recipe, add_sections, read_recipe
-from progressive_vae.training.settings import DataSettings, RunSettings
+from progressive_vae.training.settings import OF_TRAINING_IMAGES, DataSettings, RunSettings
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 OF_RECIPES = {"recipe", "dataset", "output_dir", "max_train_minutes", "accelerator"}
@@ -77,8 +77,8 @@ def main(words: list[str]):
 def next_commands(recipe: Recipe) -> list[str]:
     """What one does with a trained pipeline, as commands."""
     folder, data = shlex.quote(recipe.run.output_dir), recipe.data
-    given = {f.name: getattr(data, f.name) for f in fields(data)
-             if getattr(data, f.name) != f.default}  # fmt: skip
+    told = (f for f in fields(data) if f.name not in OF_TRAINING_IMAGES)
+    given = {f.name: getattr(data, f.name) for f in told if getattr(data, f.name) != f.default}
     words = [[f"--{name}"] if value is True else [f"--{name}", str(value)]
              for name, value in given.items()]  # fmt: skip
     pictures = shlex.quote(data.train_data_dir or "PICTURES")

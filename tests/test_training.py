@@ -12,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.fingerprint import fingerprint
@@ -252,7 +253,9 @@ def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch, capsys):
     assert [shlex.split(line)[1] for line in after] == [
         "examples/sample.py", "examples/evaluate.py", "examples/compress.py", "upload"
     ]  # fmt: skip
-    assert shlex.split(after[1])[4:] == [*flags[5:10], "--random_flip"]
+    words = shlex.split(after[1])[2:]
+    assert words[2:] == flags[5:10]  # and what is of training images alone is not said
+    load_script("evaluate").main([*words, *"--features none --num_drawn 4".split()])
     output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     assert pipe.level_3.config.pixel_distribution == "logistics"

@@ -7,6 +7,7 @@
 | file | purpose |
 |---|---|
 | `settings.py` | the knobs of training, once: of the data, of one fit, of a run |
+| `variants.py` | more training images than there are: turned, mirrored, in other colours |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
 | `streaming.py` | images read as they come, where a disk does not hold them |

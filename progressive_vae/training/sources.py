@@ -28,6 +28,7 @@ from .data import (
 )
 from .settings import DataSettings
 from .streaming import PixelStream
+from .variants import Variants
 
 STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
 
@@ -41,7 +42,7 @@ class Source:
         manifests: what the caches of their pixels hold.
         class_names: names of the classes, [] where there are none.
         options: of `read_images`.
-        random_flip: of the training split.
+        variants: of the training images.
         shuffle_buffer_size: images in the window of a stream; `None` if it is none.
         limit: images of the training split at most, where that was asked for.
     """
@@ -50,7 +51,7 @@ class Source:
     manifests: dict[str, Manifest]
     class_names: list[str]
     options: dict[str, Any]
-    random_flip: bool = False
+    variants: Variants = Variants()
     shuffle_buffer_size: int | None = None
     limit: int | None = None
 
@@ -73,7 +74,7 @@ class Source:
                 self.splits[split],
                 self.manifests[split],
                 **self.options,
-                random_flip=self.random_flip,
+                variants=self.variants,
                 buffer_size=self.shuffle_buffer_size,
                 limit=self.limit,
             )
@@ -93,9 +94,11 @@ class Source:
             share, before = split_dataset_by_node(table, rank, processes), 0
             if self.shuffle_buffer_size is None:
                 before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
-            images = read_images(share, shape=manifest.shape, first_index=before, **self.options)
-            is_flipped = self.random_flip and split == "train"
-            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
+            options = {**self.options, "shape": manifest.shape, "first_index": before}
+            if split == "train":
+                options["variants"] = self.variants
+            write_cache(folder, manifest, pixel_batches(read_images(share, **options)),
+                        accelerator.state)  # fmt: skip
         return GridDataset(folder, manifest)
 
 
@@ -141,6 +144,7 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
         raise ValueError(f"expected images in column {column!r}, got none that can be read")
     mode = "L" if image.mode in GREY_MODES else "RGB"
     shape = prepare_image(image, mode, *sizes).shape
+    variants = Variants.of_settings(settings)
     dataset, manifests = settings.dataset_name or settings.train_data_dir or "images", {}
     if Path(dataset).exists():  # however its path is written
         dataset = str(Path(dataset).resolve())
@@ -151,11 +155,13 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
             content = f"stream of {limits[split]}, {settings.dataset_config_name}, "
             content += f"{settings.train_split}, {settings.eval_split}, {settings.eval_fraction}, "
             content += f"{window}, {_first_files(table, column):08x}"
-        is_flipped = settings.random_flip and split == "train"
+        varied = f"{settings.random_flip and split == 'train'}"
+        if split == "train" and settings.num_variants > 1:
+            varied = f"{variants}"
         manifests[split] = Manifest(
             weights="",
             dataset=f"{dataset} ({content}; {column}, {label_name}, "
-            f"{settings.max_image_pixels}; {sizes[0]}, {sizes[1]}, {is_flipped})",
+            f"{settings.max_image_pixels}; {sizes[0]}, {sizes[1]}, {varied})",
             split=split,
             shape=shape,
             num_values=NUM_PIXEL_VALUES,
@@ -172,7 +178,7 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
         manifests,
         class_names,
         options,
-        settings.random_flip,
+        variants,
         window if streaming else None,
         limits["train"],
     )
