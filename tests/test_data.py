@@ -1,7 +1,6 @@
 import io
 import struct
 import zlib
-from itertools import permutations
 
 import datasets
 import numpy as np
@@ -21,7 +20,6 @@ from progressive_vae.training.data import (
 )
 from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.sources import open_source
-from progressive_vae.training.variants import Variants
 
 
 def table(images, **columns):
@@ -88,42 +86,8 @@ def test_pixels_are_those_of_the_images():
     grids, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert torch.equal(grids, torch.from_numpy(arrays.transpose(0, 3, 1, 2)).long())
     assert labels.tolist() == [4, 3, 2, 1, 0]
-    mirrored = read_images(data, "image", None, (3, 3, 4), variants=Variants(random_flip=True))
-    ((both, labels),) = pixel_batches(mirrored)
-    assert torch.equal(both[1::2], both[::2].flip(-1)) and labels.tolist() == [-1] * 10
-
-
-def test_versions_of_an_image_are_all_there_are_and_no_others():
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (3, 4, 4), dtype=np.uint8)
-
-    def versions(count, image=image, **kinds):
-        return list(Variants(count, **kinds).all(image, np.random.default_rng(5)))
-
-    found = versions(24, random_rotation=True, random_colours=True, random_flip=True)
-    assert np.array_equal(found[0], image) and np.array_equal(found[1], image[..., ::-1])
-    expected = {
-        np.rot90(image[list(order)], turns, (1, 2))[..., ::step].tobytes()
-        for order in permutations(range(3)) for turns in range(4) for step in (1, -1)
-    }  # fmt: skip
-    assert {each.tobytes() for each in found} == expected and len(expected) == len(found) == 48
-    again = versions(30, random_rotation=True, random_colours=True)  # more than there are
-    assert np.array_equal(again[24], again[0]) and len(again) == 30
-    wide = rng.integers(0, 256, (1, 4, 9), dtype=np.uint8)
-    assert {v.shape for v in versions(2, wide, random_rotation=True)} == {(1, 4, 9)}
-    cut = versions(40, wide, random_crop=True)
-    assert np.array_equal(cut[0], wide[..., 2:6])  # the middle
-    assert {v.tobytes() for v in cut} == {wide[..., i : i + 4].tobytes() for i in range(6)}
-    turned = {Variants(2, random_rotation=True).one(image, rng).tobytes() for _ in range(40)}
-    assert turned == {np.rot90(image, turns, (1, 2)).tobytes() for turns in range(4)}
-
-
-def test_versions_that_differ_in_nothing():
-    for wrong in (dict(num_variants=4), dict(random_colours=True), dict(num_variants=0)):
-        with pytest.raises(ValueError, match="num_variants"):
-            DataSettings(**wrong)
-    with pytest.raises(ValueError, match="random_crop with center_crop"):
-        DataSettings(random_crop=True, num_variants=2)
+    flipped = list(pixel_batches(read_images(data, "image", None, (3, 3, 4)), random_flip=True))
+    assert torch.equal(flipped[1][0], flipped[0][0].flip(-1)) and flipped[0][1].tolist() == [-1] * 5
 
 
 def test_resolution_and_crop_only_when_asked():

@@ -14,7 +14,6 @@ from progressive_vae.training.codes import GridDataset, Manifest
 from progressive_vae.training.data import find_labels, load_images, read_images
 from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.streaming import PixelStream
-from progressive_vae.training.variants import Variants
 
 COLUMNS = {"image_column": "image", "label_column": None}
 COUNT = 1437  # digits to train on, in 4 files
@@ -86,9 +85,7 @@ def test_a_stream_that_ends_before_it_begins(stream):
 
 def test_mirror_images(stream):
     table = load_images(DataSettings(dataset_name="digits", streaming=True))["train"].take(200)
-    mirrored = PixelStream(
-        table, stream.manifest, variants=Variants(random_flip=True), buffer_size=1, **COLUMNS
-    )
+    mirrored = PixelStream(table, stream.manifest, random_flip=True, buffer_size=1, **COLUMNS)
     plain = PixelStream(table, stream.manifest, buffer_size=1, **COLUMNS)
     seen, unseen = (
         next(iter(torch.utils.data.DataLoader(s, 200)))["grid"] for s in (mirrored, plain)

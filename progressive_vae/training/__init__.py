@@ -7,9 +7,9 @@
 | file | purpose |
 |---|---|
 | `settings.py` | the knobs of training, once: of the data, of one fit, of a run |
-| `variants.py` | more training images than there are: turned, mirrored, in other colours |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
+| `forms.py` | for the finest level more images than there are: turned, in other colours |
 | `streaming.py` | images read as they come, where a disk does not hold them |
 | `sources.py` | a data set, opened: its splits, columns and classes; their pixels |
 | `yardsticks.py` | how near drawn images are to real ones: a classifier, distances |

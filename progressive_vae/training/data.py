@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ..strict import MAX_CLASSES
 from .settings import MAX_IMAGE_PIXELS, DataSettings
-from .variants import Variants
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
@@ -296,6 +295,13 @@ def prepare_image(
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
+def random_square(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(C, H, W), cut along its longer side."""
+    side = min(array.shape[1:])
+    top, left = (rng.integers(n - side + 1) for n in array.shape[1:])
+    return array[:, top : top + side, left : left + side]
+
+
 def read_images(
     table: Table,
     image_column: str,
@@ -305,13 +311,12 @@ def read_images(
     center_crop: bool = False,
     first_index: int = 0,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
-    variants: Variants | None = None,
-    epoch: int | None = None,
+    num_crops: int = 1,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Each image, uint8 (C, H, W), and its label or −1.
 
-    With `variants` all versions of it follow each other, the same each time; with an `epoch` there
-    is one of them, another in another epoch.
+    With `num_crops` squares of it follow each other, the first from the middle and the others from
+    anywhere, the same each time.
 
     Images that cannot be read, that have more than `max_image_pixels`, or that have no label where
     the others have, are left out, and a warning counts and names them at the end, by their files
@@ -327,19 +332,15 @@ def read_images(
         if image is None or label is None:
             broken.append((value or {}).get("path") or f"index {index}")
             continue
-        is_cut = center_crop and not (variants and variants.random_crop)
-        arrays = [prepare_image(image, mode, resolution, is_cut)]
-        if variants is not None:
-            rng = np.random.default_rng(index if epoch is None else (epoch, index))
-            drawn = (
-                variants.all(arrays[0], rng) if epoch is None else [variants.one(arrays[0], rng)]
-            )
-            arrays = list(drawn)
+        arrays = [prepare_image(image, mode, resolution, center_crop)]
         if arrays[0].shape != shape:
             raise ValueError(
                 f"expected all images of (C, H, W) = {shape}, got {arrays[0].shape} at index "
                 f"{index}; --resolution and --center_crop make them one size"
             )
+        if num_crops > 1:
+            whole, rng = prepare_image(image, mode, resolution), np.random.default_rng(index)
+            arrays += [random_square(whole, rng) for _ in range(num_crops - 1)]
         yield from ((array, label) for array in arrays)
     if broken:
         shown = ", ".join(broken[:20]) + (", …" if len(broken) > 20 else "")
@@ -351,10 +352,17 @@ def read_images(
 
 
 def pixel_batches(
-    images: Iterator[tuple[np.ndarray, int]], batch_size: int = 1000
+    images: Iterator[tuple[np.ndarray, int]], random_flip: bool = False, batch_size: int = 1000
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (int64 (b, C, H, W) of 0 … 255, labels (b,)) of what `read_images` gives, for
-    `codes.write_cache`."""
+    `codes.write_cache`.
+
+    With `random_flip` the mirror image of each follows: a model trained on both sees every image
+    either way with probability ½.
+    """
     while batch := list(islice(images, batch_size)):
         arrays, labels = zip(*batch, strict=True)
-        yield torch.from_numpy(np.stack(arrays).astype(np.int64)), torch.tensor(labels)
+        grids = torch.from_numpy(np.stack(arrays).astype(np.int64))
+        yield grids, torch.tensor(labels)
+        if random_flip:
+            yield grids.flip(-1), torch.tensor(labels)

@@ -124,7 +124,9 @@ def train(
             if isinstance(each, RefitPhase):
                 each.on_top = phase != "all"
         check_fit(chosen, configs, size)
-        run = Run(read.run, accelerator, len(configs), {}, names, checkpoints=checkpoints)
+        run = Run(
+            read.run, accelerator, len(configs), {}, names, source.forms, checkpoints=checkpoints
+        )
         is_first = phase in ("all", names_of_all[0])
         given_parts = {
             # All are read before any is written: one may lie where another is to go.

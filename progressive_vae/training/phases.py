@@ -27,6 +27,7 @@ from ..prior import ProgressiveVAEPrior
 from .checkpoints import Progress, is_sharded
 from .codes import GridDataset, Manifest, PairedDataset
 from .fitting import fit
+from .forms import AS_THEY_ARE
 from .run import Run, as_finer
 from .settings import FitSettings
 from .streaming import PixelStream
@@ -80,6 +81,8 @@ class Phase:
             "seconds": self.seconds,
             **settings,
         }
+        if self.part == f"level_{run.num_levels}" and run.forms != AS_THEY_ARE:
+            identity["forms"] = asdict(run.forms)
         return json.loads(json.dumps(identity))
 
     def history(self, run: Run) -> list[dict[str, Any]]:
@@ -168,7 +171,7 @@ class LevelPhase(Phase):
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        began, train = time.perf_counter(), run.grids("train", self.source)
+        began, train = time.perf_counter(), run.examples(self.source)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(self.index + 1)
         identity = self.identity(run, config, _of_data(train, run))
@@ -241,8 +244,9 @@ class RefitPhase(Phase):
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
         began = time.perf_counter()
-        finer, codes = run.grids("train", self.index + 1), run.grids("train", self.index)
-        pairs = finer if isinstance(finer, PixelStream) else PairedDataset(finer, codes)
+        pairs, codes = run.examples(self.index + 1), run.grids("train", self.index)
+        if isinstance(pairs, GridDataset):
+            pairs = PairedDataset(pairs, codes)
         set_seed(run.settings.seed)
         old = run.level(self.index)
         level = old.with_decoder(self.from_scratch, **self.changes)
@@ -257,7 +261,7 @@ class RefitPhase(Phase):
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             finer, known = as_finer(batch["grid"], level), batch.get("codes")
-            shown = level.encode(finer) if known is None else known  # a stream has none beside it
+            shown = level.encode(finer) if known is None else known  # not in all forms, or streams
             return {"finer": finer, "codes": shown, **_class_labels(batch, level)}
 
         validate = _level_validation(run, self, level)

@@ -32,6 +32,7 @@ from ..level import ProgressiveVAELevel
 from ..saved import read_json, write_json
 from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
+from .forms import AS_THEY_ARE, Forms, FormsDataset
 from .lock import alone
 from .settings import RunSettings
 from .speed import has_bf16
@@ -50,6 +51,7 @@ class Run:
         pixels: for the splits "train" and "test" the cache of their images, or the stream of those
             to train on.
         class_names: names of the classes, [] where there are none.
+        forms: in which the finest level sees the pixels.
         checkpoints: of phases that may be interrupted; `None` for phases that start anew.
     """
 
@@ -58,6 +60,7 @@ class Run:
     num_levels: int
     pixels: dict[str, GridDataset | PixelStream] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
+    forms: Forms = AS_THEY_ARE
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
     logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
@@ -138,6 +141,15 @@ class Run:
             if count is not None:
                 self.record(f"encode_{split}_{index}", count, time.perf_counter() - start)
         return GridDataset(folder, manifest)
+
+    def examples(self, index: int) -> GridDataset | FormsDataset | PixelStream:
+        """What a level is fitted to: the training images' z_index, or for index = N + 1 their
+        pixels in all forms."""
+        grids = self.grids("train", index)
+        is_varied = index == self.num_levels + 1 and self.forms != AS_THEY_ARE
+        if is_varied and isinstance(grids, GridDataset):
+            return FormsDataset(grids, self.forms)
+        return grids
 
     def _encode(
         self, level: ProgressiveVAELevel, finer: GridDataset | PixelStream

@@ -13,8 +13,8 @@ SCHEDULERS = tuple(each.value for each in SchedulerType if each.value != "piecew
 PRECISIONS = ("no", "bf16", "fp16")
 # Of the data, what says nothing about held-out images.
 OF_TRAINING_IMAGES = frozenset(
-    "random_flip num_variants random_crop random_rotation random_colours max_train_samples "
-    "streaming shuffle_buffer_size".split()
+    "random_flip num_crops random_rotation random_colours max_train_samples streaming "
+    "shuffle_buffer_size".split()
 )
 MAX_IMAGE_PIXELS = 2**27  # of one file: the largest cameras' pictures, 403 MB of colours
 
@@ -42,11 +42,12 @@ class DataSettings:
         resolution: resize the shorter side; images keep their size without it.
         center_crop: to a square of the resolution.
         random_flip: train on mirror images too.
-        num_variants: versions of each training image to train on, the first itself; the others
-            differ from it as what follows says.
-        random_crop: squares from anywhere, where center_crop takes the one in the middle.
-        random_rotation: turned by quarters (by halves where images are no squares).
-        random_colours: with colours exchanged for each other.
+        num_crops: squares cut out of each training image, the first from the middle and the others
+            from anywhere; with center_crop.
+        random_rotation: the finest level learns from images turned by quarters, too (by halves
+            where they are no squares); what is coarser, and so what is drawn, from them as they
+            are.
+        random_colours: likewise, with colours exchanged for each other.
         max_train_samples: so many images at most, drawn at random.
         max_eval_samples: likewise, of the held-out images.
         max_image_pixels: images of more are left out, and named.
@@ -65,8 +66,7 @@ class DataSettings:
     resolution: int | None = None
     center_crop: bool = False
     random_flip: bool = False
-    num_variants: int = 1
-    random_crop: bool = False
+    num_crops: int = 1
     random_rotation: bool = False
     random_colours: bool = False
     max_train_samples: int | None = None
@@ -77,14 +77,16 @@ class DataSettings:
 
     def __post_init__(self):
         for name in ("resolution", "max_train_samples", "max_eval_samples", "max_image_pixels",
-                     "shuffle_buffer_size", "num_variants"):  # fmt: skip
+                     "shuffle_buffer_size", "num_crops"):  # fmt: skip
             value = getattr(self, name)
             check(self, name, value is None or value >= 1, ">= 1")
-        differ = self.random_crop or self.random_rotation or self.random_colours
-        expected = "> 1 with random_crop, random_rotation or random_colours, and 1 with none"
-        check(self, "num_variants", differ == (self.num_variants > 1), expected)
-        expected = "with center_crop, as held-out images are cut out of the middle"
-        check(self, "random_crop", self.center_crop or not self.random_crop, expected)
+        can_crop = self.center_crop and not self.streaming
+        check(
+            self,
+            "num_crops",
+            can_crop or self.num_crops == 1,
+            "1 without center_crop or of a stream",
+        )
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from .data import (
     prepare_image,
     read_images,
 )
+from .forms import AS_THEY_ARE, Forms
 from .settings import DataSettings
 from .streaming import PixelStream
-from .variants import Variants
 
 STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
 
@@ -42,7 +42,9 @@ class Source:
         manifests: what the caches of their pixels hold.
         class_names: names of the classes, [] where there are none.
         options: of `read_images`.
-        variants: of the training images.
+        random_flip: of the training split, as is
+        num_crops: squares out of each image.
+        forms: in which the finest level sees its images.
         shuffle_buffer_size: images in the window of a stream; `None` if it is none.
         limit: images of the training split at most, where that was asked for.
     """
@@ -51,7 +53,9 @@ class Source:
     manifests: dict[str, Manifest]
     class_names: list[str]
     options: dict[str, Any]
-    variants: Variants = Variants()
+    random_flip: bool = False
+    num_crops: int = 1
+    forms: Forms = AS_THEY_ARE
     shuffle_buffer_size: int | None = None
     limit: int | None = None
 
@@ -74,7 +78,8 @@ class Source:
                 self.splits[split],
                 self.manifests[split],
                 **self.options,
-                variants=self.variants,
+                random_flip=self.random_flip,
+                forms=self.forms,
                 buffer_size=self.shuffle_buffer_size,
                 limit=self.limit,
             )
@@ -96,9 +101,10 @@ class Source:
                 before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
             options = {**self.options, "shape": manifest.shape, "first_index": before}
             if split == "train":
-                options["variants"] = self.variants
-            write_cache(folder, manifest, pixel_batches(read_images(share, **options)),
-                        accelerator.state)  # fmt: skip
+                options["num_crops"] = self.num_crops
+            images = read_images(share, **options)
+            is_flipped = self.random_flip and split == "train"
+            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
         return GridDataset(folder, manifest)
 
 
@@ -144,7 +150,8 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
         raise ValueError(f"expected images in column {column!r}, got none that can be read")
     mode = "L" if image.mode in GREY_MODES else "RGB"
     shape = prepare_image(image, mode, *sizes).shape
-    variants = Variants.of_settings(settings)
+    if settings.random_colours and shape[0] == 1:
+        raise ValueError("expected random_colours=False of grey pictures, got True")
     dataset, manifests = settings.dataset_name or settings.train_data_dir or "images", {}
     if Path(dataset).exists():  # however its path is written
         dataset = str(Path(dataset).resolve())
@@ -156,8 +163,8 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
             content += f"{settings.train_split}, {settings.eval_split}, {settings.eval_fraction}, "
             content += f"{window}, {_first_files(table, column):08x}"
         varied = f"{settings.random_flip and split == 'train'}"
-        if split == "train" and settings.num_variants > 1:
-            varied = f"{variants}"
+        if split == "train" and settings.num_crops > 1:
+            varied += f", {settings.num_crops} crops"
         manifests[split] = Manifest(
             weights="",
             dataset=f"{dataset} ({content}; {column}, {label_name}, "
@@ -178,7 +185,9 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
         manifests,
         class_names,
         options,
-        variants,
+        settings.random_flip,
+        settings.num_crops,
+        Forms(settings.random_rotation, settings.random_colours),
         window if streaming else None,
         limits["train"],
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .codes import Manifest
 from .data import pixel_batches, read_images
-from .variants import Variants
+from .forms import AS_THEY_ARE, Forms, in_form
 
 
 class PixelStream(torch.utils.data.IterableDataset):
@@ -25,7 +25,8 @@ class PixelStream(torch.utils.data.IterableDataset):
         table: the stream. Its files are shared out among processes and the workers of their
             loaders; where their number is no multiple of that of the processes, each process reads
             all and leaves out what is not its own.
-        variants: of which an image is another in each pass.
+        random_flip: mirror each image with probability ½.
+        forms: in one of which each image comes; of `batches`, as they are.
         buffer_size: images in the window; they are held as encoded files.
         limit: images that the stream has at most, where that is known.
         options: further arguments of `read_images`.
@@ -37,12 +38,14 @@ class PixelStream(torch.utils.data.IterableDataset):
         self,
         table: datasets.IterableDataset,
         manifest: Manifest,
-        variants: Variants | None = None,
+        random_flip: bool = False,
+        forms: Forms = AS_THEY_ARE,
         buffer_size: int = 1000,
         limit: int | None = None,
         **options,
     ):
-        self.table, self.manifest, self.variants = table, manifest, variants
+        self.table, self.manifest, self.random_flip = table, manifest, random_flip
+        self.forms = forms
         self.options: dict[str, Any] = {"shape": manifest.shape, **options}
         self.buffer_size, self.limit, self.rank, self.seed = buffer_size, limit, 0, 0
 
@@ -61,30 +64,31 @@ class PixelStream(torch.utils.data.IterableDataset):
         """The first images in the order of a seed, `count` unless the stream has fewer: int64
         (b, C, H, W)."""
         shuffled = self.table.shuffle(seed=seed, buffer_size=max(count, self.buffer_size))
-        images = read_images(shuffled, **self.options, variants=self.variants, epoch=seed)
-        return next(pixel_batches(images, batch_size=count))[0]
+        return next(pixel_batches(read_images(shuffled, **self.options), batch_size=count))[0]
 
     def random_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in torch.utils.data.DataLoader(self, batch_size):
             yield batch["grid"], batch["label"]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        images = read_images(self.table, **self.options, variants=self.variants)
-        return pixel_batches(images, batch_size)
+        return pixel_batches(read_images(self.table, **self.options), self.random_flip, batch_size)
 
     def __iter__(self) -> Iterator[dict]:
         worker = torch.utils.data.get_worker_info()
         generator = torch.Generator().manual_seed(
             self.seed + 1000 * self.rank + (worker.id if worker else 0)
         )
-        epoch, is_empty = self.seed, False
+        epoch, is_empty, forms = self.seed, False, self.forms.of(self.manifest.shape)
         while not is_empty:
             is_empty = True
             table = self.table.shuffle(seed=epoch, buffer_size=self.buffer_size)
-            options = {**self.options, "variants": self.variants, "epoch": epoch}
-            for array, label in read_images(table, **options):
+            for array, label in read_images(table, **self.options):
                 is_empty = False
                 grid = torch.from_numpy(array.astype(np.int64))
+                if len(forms) > 1:
+                    grid = in_form(grid, forms[torch.randint(len(forms), (), generator=generator)])
+                if self.random_flip and torch.rand((), generator=generator) < 0.5:
+                    grid = grid.flip(-1)
                 index = int(torch.randint(2**62, (), generator=generator))
                 yield {"grid": grid, "label": label, "index": index}
             epoch += 1

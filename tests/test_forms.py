@@ -1,0 +1,128 @@
+"""More training images than there are: of the finest level in other forms, and crops."""
+
+from itertools import permutations
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from test_greedy import RECIPE, train
+
+from progressive_vae.training.codes import GridDataset, Manifest, write_cache
+from progressive_vae.training.data import load_images
+from progressive_vae.training.forms import Forms, FormsDataset
+from progressive_vae.training.settings import DataSettings
+from progressive_vae.training.sources import open_source
+from progressive_vae.training.streaming import PixelStream
+
+
+def coloured(count: int, height: int, width: int) -> list[PIL.Image.Image]:
+    rng = np.random.default_rng(0)
+    arrays = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    return [PIL.Image.fromarray(array) for array in arrays]
+
+
+def cached(folder, grids):
+    manifest = Manifest("", "x", "train", tuple(grids.shape[1:]), 256)
+    write_cache(folder, manifest, [(grids, torch.arange(len(grids)))])
+    return GridDataset(folder, manifest)
+
+
+def test_all_forms_of_a_square_and_no_others(tmp_path):
+    grids = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
+    found = FormsDataset(cached(tmp_path, grids), Forms(rotation=True, colours=True))
+    assert len(found) == 5 * 24
+    rows = found.__getitems__(list(range(len(found))))
+    assert [row["index"] for row in rows] == list(range(len(found)))
+    assert [row["label"] for row in rows] == 24 * list(range(5))
+    assert all(torch.equal(rows[i]["grid"], grids[i]) for i in range(5))  # as they are
+    expected = {
+        np.rot90(grids[3][list(order)], turns, (1, 2)).tobytes()
+        for order in permutations(range(3)) for turns in range(4)
+    }  # fmt: skip
+    assert {row["grid"].numpy().tobytes() for row in rows[3::5]} == expected and len(expected) == 24
+
+
+def test_what_is_no_square_keeps_its_shape(tmp_path):
+    grids = torch.randint(256, (2, 1, 3, 5), generator=torch.Generator().manual_seed(0))
+    found = FormsDataset(cached(tmp_path, grids), Forms(rotation=True))
+    assert len(found) == 4 and torch.equal(found[2]["grid"], grids[0].flip(-1, -2))
+
+
+def test_the_finest_level_alone_learns_from_them(tmp_path):
+    images = coloured(30, 8, 8)
+    recipe = {**RECIPE, "data": {"random_rotation": True, "random_colours": True}}
+    pipe = train(recipe, images, tmp_path)
+    codes = GridDataset(tmp_path / "cache" / "level_2" / "train")
+    pixels = GridDataset(tmp_path / "cache" / "pixels" / "train")
+    assert len(codes) == len(pixels) == 27  # what is coarser, from the images as they are
+    expected = pipe.level_2.encode(pixels.batch(slice(0, 27))[0].float() / 127.5 - 1)
+    assert torch.equal(codes.batch(slice(0, 27))[0], expected)
+    with pytest.raises(ValueError, match="forms"):
+        train({**RECIPE, "data": {"random_rotation": True}}, images, tmp_path)
+    before = (tmp_path / "level_2" / "model.safetensors").read_bytes()
+    plain = train(RECIPE, images, tmp_path / "plain")
+    assert plain.level_2.config == pipe.level_2.config
+    assert before != (tmp_path / "plain" / "level_2" / "model.safetensors").read_bytes()
+
+
+def test_a_decoder_of_codes_in_all_forms(tmp_path):
+    """Its codes are those of the form at hand, which no cache holds."""
+    levels = {**RECIPE["levels"], "auxiliary_hidden_size": 8, "encoder_fit": {"max_train_steps": 2}}
+    recipe = {**RECIPE, "levels": levels, "data": {"random_colours": True}}
+    train(recipe, coloured(20, 8, 8), tmp_path)
+    assert len(GridDataset(tmp_path / "cache" / "level_2" / "train")) == 18
+    train(recipe, coloured(20, 8, 8), tmp_path)  # all is done
+
+
+def test_a_stream_comes_in_forms(tmp_path):
+    for i, image in enumerate(coloured(20, 4, 4)):
+        image.save(tmp_path / f"{i}.png")
+    settings = DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.2)
+    table = load_images(settings)["train"]
+    manifest = Manifest("", "x", "train", (3, 4, 4), 256)
+    columns = {"image_column": "image", "label_column": None, "buffer_size": 1}
+    stream = PixelStream(table, manifest, forms=Forms(colours=True), **columns)
+    plain = next(iter(stream.batches(100)))[0]
+    assert torch.equal(plain, next(iter(PixelStream(table, manifest, **columns).batches(100)))[0])
+    orders = set()
+    for row, _ in zip(stream, range(200), strict=False):
+        (found,) = (
+            order for grid in plain for order in permutations(range(3))
+            if torch.equal(grid[list(order)], row["grid"])
+        )  # fmt: skip
+        orders.add(found)
+    assert len(orders) == 6
+
+
+def test_crops_of_each_training_image(tmp_path):
+    images = coloured(20, 6, 9)
+    settings = DataSettings(resolution=6, center_crop=True, num_crops=30, random_flip=True)
+    source = open_source(settings, images)
+    pixels = source.pixels(tmp_path, Accelerator(cpu=True))
+    assert len(pixels["test"]) == 2 and len(pixels["train"]) == 18 * 30 * 2
+    wholes = [np.asarray(row["image"]).transpose(2, 0, 1) for row in source.splits["train"]]
+    grids = pixels["train"].batch(slice(0, 30))[0].numpy()
+    assert np.array_equal(grids[0], wholes[0][..., 1:7])  # from the middle
+    places = {i for g in grids for i in range(4) if np.array_equal(g, wholes[0][..., i : i + 6])}
+    assert places == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(num_crops=4), "num_crops 1 without center_crop"),
+        (dict(num_crops=4, center_crop=True, streaming=True), "or of a stream"),
+        (dict(num_crops=0), "num_crops >= 1"),
+    ],
+)
+def test_crops_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DataSettings(**settings)
+
+
+def test_grey_pictures_have_no_other_colours():
+    grey = [image.convert("L") for image in coloured(4, 4, 4)]
+    with pytest.raises(ValueError, match="random_colours=False of grey pictures"):
+        open_source(DataSettings(random_colours=True), grey)
