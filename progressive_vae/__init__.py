@@ -32,6 +32,8 @@
 | `fingerprint.py` | which codes a part was trained on |
 | `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
 | `card.py` | the model card |
+| `bundled.py` | the package in one file, as a repository may hold it |
+| `remote.py` | code that a repository holds, for those who have not installed the package |
 | `hub.py` | a pipeline as a repository: saved, pushed, found again |
 | `space.py` | a page over a pipeline as a Space of the Hub |
 | `calls.py` | what one call of a pipeline is told, on its thread |

@@ -13,6 +13,24 @@ PICTURES = {
     "reconstructions.png": "Held-out images drawn again from their own codes: from z₁ alone in the "
     "first row, from one level more in each next row, and the images themselves in the last.",
 }
+# Passages of MODEL_CARD.md, and what stands in their place elsewhere.
+_CALL = re.compile(r'(ProgressiveVAEPipeline\.from_pretrained\()"([^"]*)"')
+_NEEDS = "Needs `pip install progressive-vae`; with that, and nothing else, the lines below run."
+_NEEDS_NOTHING = """\
+This repository holds its code: the lines below run without an installation, if you trust it.
+The other way is `pip install progressive-vae`; what is installed is used in its place."""
+_IMPORT = "from progressive_vae import ProgressiveVAEPipeline"
+_FROM_NOTHING = """\
+images = pipe(num_images_per_prompt=4, generator=torch.Generator().manual_seed(0)).images
+images[0].save("sample.png")
+codes = pipe.encode(images)  # [z_1 … z_N], the coarsest first
+"""
+_FROM_A_PICTURE = """\
+images = [PIL.Image.open("picture.png")]  # of the model's size; it has no prior to draw from
+codes = pipe.encode(images)  # [z_1 … z_N], the coarsest first
+again = pipe(codes=codes[:1], generator=torch.Generator().manual_seed(0)).images  # z_1 kept
+again[0].save("sample.png")
+"""
 _BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
 _METADATA = re.compile(r"\A---\n.*?\n---\n", re.S)
 
@@ -30,6 +48,8 @@ def model_card(
     repository: str,
     metrics: dict | None = None,
     pictures: Sequence[str] = (),
+    has_prior: bool = True,
+    variant: str | None = None,
 ) -> ModelCard:
     """The card of a pipeline.
 
@@ -37,6 +57,8 @@ def model_card(
         repository: what its usage passes to `from_pretrained`: a name on the Hub or a folder.
         metrics: the contents of `metrics.json`; without them the card states no figures.
         pictures: names among `PICTURES` of files beside the card.
+        has_prior: without one nothing is drawn from nothing, and the usage starts from a picture.
+        variant: of the weights, where there are none without a name.
     """
     data = ModelCardData(
         library_name="diffusers",
@@ -51,6 +73,12 @@ def model_card(
     parts.append(_measured(metrics) if metrics else "No figures were saved with this pipeline; "
                  "`pipe.bits_per_dim(images)` states them, one for each factor.")  # fmt: skip
     figures = "\n\n".join([_BEGIN, *parts, _END])
+    if not has_prior:
+        before = before.replace("```python\n", "```python\nimport PIL.Image\n", 1)
+        before = before.replace(_FROM_NOTHING, _FROM_A_PICTURE)
+    if variant is not None:
+        dtype = {"fp16": ", dtype=torch.float16", "bf16": ", dtype=torch.bfloat16"}.get(variant, "")
+        before = _CALL.sub(rf'\1"\2", variant="{variant}"{dtype}', before, count=1)
     text = f"---\n{data.to_yaml()}\n---\n{before}{figures}{after}".rstrip() + "\n"
     return ModelCard(for_repository(text, repository))
 
@@ -60,10 +88,17 @@ def is_generated(text: str) -> bool:
     return _BEGIN in text and _END in text
 
 
-def for_repository(text: str, repository: str) -> str:
-    """The card with its usage, the first such call in it, changed to another repository."""
-    call = re.compile(r'(ProgressiveVAEPipeline\.from_pretrained\()"[^"]*"')
-    return call.sub(lambda found: f'{found[1]}"{repository}"', text, count=1)
+def for_repository(text: str, repository: str, with_code: bool = False) -> str:
+    """The card with its usage, the first such call in it, changed to another repository: one that
+    needs no installation, where it holds the code."""
+    text = _CALL.sub(rf'\1"{repository}"', text, count=1)
+    if with_code:
+        text = text.replace(_NEEDS, _NEEDS_NOTHING).replace(
+            _IMPORT, "from diffusers import DiffusionPipeline"
+        )
+        call = f'DiffusionPipeline.from_pretrained("{repository}", trust_remote_code=True'
+        text = _CALL.sub(call, text, count=1)
+    return text
 
 
 def figures_table(metrics: dict) -> str:

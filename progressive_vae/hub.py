@@ -16,9 +16,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
+from . import remote
 from .card import PICTURES, for_repository, is_generated, model_card
 from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
-from .weights import is_weights
+from .weights import is_weights, variant_of
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
@@ -69,7 +70,9 @@ class HubPipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file):
         contents = read_json(json_file, _SAVE)
-        if not isinstance(name := contents.get("_class_name"), str):
+        name = contents.get("_class_name")
+        is_own = isinstance(name, list) and len(name) == 2 and isinstance(name[1], str)
+        if not (isinstance(name, str) or is_own):  # [file, class] where code lies beside
             raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
         return contents
 
@@ -91,6 +94,7 @@ class HubPipeline(DiffusionPipeline):
         private: bool | None = None,
         token: str | None = None,
         create_pr: bool = False,
+        with_code: bool = False,
     ):
         """Write the parts, `model_index.json` and a card, unless one written by hand is there.
 
@@ -107,7 +111,9 @@ class HubPipeline(DiffusionPipeline):
         write_card(folder)
         if push_to_hub:
             repo_id = repo_id or folder.resolve().name
-            push_folder(folder, repo_id, commit_message, private, token, create_pr, variant)
+            push_folder(
+                folder, repo_id, commit_message, private, token, create_pr, variant, with_code
+            )
 
     def push_to_hub(
         self,
@@ -118,11 +124,14 @@ class HubPipeline(DiffusionPipeline):
         create_pr: bool = False,
         safe_serialization: bool = True,
         variant: str | None = None,
+        with_code: bool = False,
     ) -> CommitInfo:
         """Push the pipeline as one commit; see `push_folder`."""
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
-            return push_folder(folder, repo_id, commit_message, private, token, create_pr, variant)
+            return push_folder(
+                folder, repo_id, commit_message, private, token, create_pr, variant, with_code
+            )
 
 
 def write_card(folder: str | Path):
@@ -135,13 +144,20 @@ def write_card(folder: str | Path):
     found = figures(folder)
     metrics = read_json(folder / METRICS, _MEASURE) if found else None
     pictures = [name for name in found if name != METRICS]
+    has_prior = (folder / "prior" / "config.json").is_file()
     try:
-        made = model_card(folder.as_posix(), metrics, pictures)
+        made = model_card(folder.as_posix(), metrics, pictures, has_prior, _only_variant(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"expected figures in {folder / METRICS}, got {error!r}: {_MEASURE}"
         ) from error
     made.save(card)
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant of the weights in a folder, if there are none without a name."""
+    variants = {variant_of(path.name) or "" for path in folder.glob("level_*/model*.safetensors")}
+    return min(variants, default="") or None
 
 
 def weights_digest(folder: Path) -> str:
@@ -236,6 +252,7 @@ def push_folder(
     token: str | None = None,
     create_pr: bool = False,
     variant: str | None = None,
+    with_code: bool = False,
 ) -> CommitInfo:
     """Push the pipeline in a folder as one commit: all of it or nothing becomes visible.
 
@@ -251,6 +268,8 @@ def push_folder(
         token: where not given, that of `hf auth login`.
         create_pr: open a pull request instead of writing to `main`.
         variant: only the weights of this variant are new: the card and figures there are kept.
+        with_code: the code of this package, too, for those who have not installed it. Everybody
+            loads the repository with `trust_remote_code=True` then.
 
     Raises:
         ValueError: no whole pipeline in the folder, or a repository of another visibility.
@@ -264,13 +283,18 @@ def push_folder(
         card = Path(api.hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8")
         if variant is not None or not is_generated(card):
             names.remove(CARD)
-    outdated = [name for name in there if _is_outdated(name, names, variant)]
+    files: dict[str, Path | bytes] = {name: folder / name for name in names}
+    if with_code:
+        configs = {
+            n: (folder / n).read_bytes() for n in names if n.endswith(("config.json", INDEX))
+        }
+        files |= remote.with_code(configs)
+    if CARD in names:
+        card = (folder / CARD).read_text(encoding="utf-8")
+        files[CARD] = for_repository(card, repo_id, with_code).encode()
+    outdated = [name for name in there if _is_outdated(name, list(files), variant)]
     operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
-    for name in names:
-        contents: Path | bytes = folder / name
-        if name == CARD:
-            contents = for_repository((folder / name).read_text(encoding="utf-8"), repo_id).encode()
-        operations.append(CommitOperationAdd(name, contents))
+    operations += [CommitOperationAdd(name, contents) for name, contents in files.items()]
     message = commit_message or "Upload ProgressiveVAEPipeline"
     return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr)
 
@@ -312,6 +336,8 @@ def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:
     """Whether a file of the repository belongs to an earlier state of the pipeline."""
     if name in names:
         return False
+    if remote.is_code(name):
+        return True
     if part := _PART.fullmatch(name):
         return f"{part[1]}/config.json" not in names or _weights_of(name, variant)
     return variant is None and name in (METRICS, *PICTURES)

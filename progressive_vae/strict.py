@@ -32,6 +32,7 @@ def strict_config(cls):
 
     def __init__(self, **kwargs):
         found = take_stamp(kwargs, cls.__name__)
+        kwargs.pop("auto_map", None)  # of a repository that holds code, to which it belongs
         if hasattr(cls, "of_format"):
             kwargs = cls.of_format(found, kwargs)
         try:

@@ -25,7 +25,7 @@ WEIGHTS_SEAL, CONFIG_SEAL = "weights_crc32", "config_crc32"  # in the header of 
 # What a config may say otherwise without a change of what the weights say.
 _FREE_FIELDS = {*TRAINING_FIELDS, "id2label", "label2id", "finer_fingerprint", "architectures",
                 "dtype", "transformers_version", "progressive_vae",
-                "format_version"}  # fmt: skip
+                "format_version", "auto_map"}  # fmt: skip
 _WHERE_FROM = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 _ADVICE = "save the model again, or download it anew"
 
@@ -101,8 +101,13 @@ class SavedModel(PreTrainedModel):
 
 def is_weights(name: str, variant: str | None) -> bool:
     """Whether a file holds weights of a variant: all of them, a shard, or the index of shards."""
+    return _WEIGHTS.fullmatch(name) is not None and variant_of(name) == variant
+
+
+def variant_of(name: str) -> str | None:
+    """The variant in the name of a weight file."""
     found = _WEIGHTS.fullmatch(name)
-    return found is not None and (found[1] or found[2]) == variant
+    return found and (found[1] or found[2])
 
 
 def seal(folder: str | Path, again: bool = False):

@@ -1,0 +1,128 @@
+"""Repositories that hold the package's code, loaded where the package is not installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HUB, tiny_pipeline
+from huggingface_hub import ModelCard, snapshot_download
+from transformers import AutoModel
+
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, __version__
+from progressive_vae.remote import bundle
+
+# Nothing of this project can be imported in there: not from a checkout, nor as it is installed.
+ELSEWHERE = """\
+import sys
+from importlib.machinery import PathFinder
+
+class Elsewhere(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name == "progressive_vae":
+            path = [entry for entry in sys.path if "progressive_vae-" in entry]
+        return PathFinder.find_spec(name, path, target)
+
+sys.meta_path[-1] = Elsewhere
+import importlib.util
+assert importlib.util.find_spec("progressive_vae") is None
+"""
+
+
+@pytest.fixture(scope="module")
+def with_code():
+    tiny_pipeline().push_to_hub("org/with-code", with_code=True)
+    return "org/with-code"
+
+
+def run_elsewhere(lines: str, tmp_path: Path, **environment) -> str:
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), **environment}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE + lines], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_pipeline_and_its_parts_without_the_package(with_code, images, tmp_path):
+    torch.save(images, tmp_path / "images.pt")
+    said = run_elsewhere(
+        f"""
+import torch
+from diffusers import DiffusionPipeline
+from transformers import AutoConfig, AutoModel
+
+pipe = DiffusionPipeline.from_pretrained({with_code!r}, trust_remote_code=True)
+print(pipe.bits_per_dim(torch.load("images.pt"))["total"])
+pipe.save_pretrained("saved")
+level = AutoModel.from_pretrained({with_code!r}, subfolder="level_1", trust_remote_code=True)
+prior = AutoModel.from_pretrained({with_code!r}, subfolder="prior", trust_remote_code=True)
+assert torch.equal(level.quantizer.codebook, pipe.level_1.quantizer.codebook)
+assert type(level) is type(pipe.level_1) and type(prior) is type(pipe.prior)
+config = AutoConfig.from_pretrained({with_code!r}, subfolder="level_2", trust_remote_code=True)
+assert type(config) is type(level.config)
+level.save_pretrained("level")
+""",
+        tmp_path,
+    )
+    total = tiny_pipeline().bits_per_dim(images)["total"]
+    assert float(said.split()[-1]) == pytest.approx(total, rel=1e-5)
+    saved = ProgressiveVAEPipeline.from_pretrained(tmp_path / "saved")
+    assert saved.bits_per_dim(images)["total"] == pytest.approx(total, rel=1e-5)
+    level = ProgressiveVAELevel.from_pretrained(tmp_path / "level")
+    assert torch.equal(level.quantizer.codebook, tiny_pipeline().level_1.quantizer.codebook)
+
+
+def test_a_downloaded_folder_without_the_package_and_without_a_network(with_code, tmp_path):
+    snapshot_download(with_code, local_dir=tmp_path / "folder")
+    run_elsewhere(
+        """
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True)
+assert len(pipe(num_images_per_prompt=2).images) == 2
+""",
+        tmp_path,
+        HF_HUB_OFFLINE="1",
+    )
+
+
+def test_the_package_is_used_where_it_is_installed(with_code, images):
+    pipe = ProgressiveVAEPipeline.from_pretrained(with_code, trust_remote_code=True)
+    assert type(pipe) is ProgressiveVAEPipeline and type(pipe.level_1) is ProgressiveVAELevel
+    assert pipe.bits_per_dim(images) == pytest.approx(
+        tiny_pipeline().bits_per_dim(images), rel=1e-5
+    )
+    auto = AutoModel.from_pretrained(with_code, subfolder="level_1")
+    assert type(auto) is ProgressiveVAELevel
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        ProgressiveVAEPipeline.from_pretrained(with_code)
+
+
+def test_another_version_says_so(tmp_path):
+    path = tmp_path / "pipeline.py"
+    path.write_text(bundle().replace(f"VERSION = {__version__!r}", "VERSION = '0.0.7'"))
+    with pytest.warns(UserWarning, match=f"code is progressive_vae 0.0.7; {__version__}"):
+        exec(compile(path.read_text(), path, "exec"), {"__file__": str(path), "__name__": "x"})
+
+
+def test_the_card_says_how_and_a_plain_push_takes_the_code_away(with_code):
+    content = ModelCard.load(with_code).content
+    call = f'DiffusionPipeline.from_pretrained("{with_code}", trust_remote_code=True)'
+    assert call in content and "from progressive_vae import" not in content.split("```")[1]
+    assert "without an installation" in content
+    files = HUB.repos[with_code].at("main").files
+    assert {"pipeline.py", "level_1/progressive_vae.py", "prior/progressive_vae.py"} <= set(files)
+    tiny_pipeline().push_to_hub("org/for-a-while", with_code=True)
+    tiny_pipeline().push_to_hub("org/for-a-while")
+    tiny_pipeline().push_to_hub("org/never")
+    assert HUB.repos["org/for-a-while"].at("main").files.keys() == (
+        HUB.repos["org/never"].at("main").files.keys()
+    )
+    for name in ("model_index.json", "level_1/config.json"):
+        assert (
+            HUB.repos["org/for-a-while"].at("main").files[name]
+            == (HUB.repos["org/never"].at("main").files[name])
+        )
