@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """The discrete VAE of DALL-E (8,192 codes, f = 8) as the finest level of a progressive VAE.
 
     python conversion/convert_dalle_dvae.py --checkpoint_path dalle --output_path runs/dalle

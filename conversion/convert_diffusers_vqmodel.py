@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """A `VQModel` of diffusers as the finest level of a progressive VAE, and back.
 
     python conversion/convert_diffusers_vqmodel.py \

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """A `JanusVQVAE` of transformers (LlamaGen's tokenizer) as the finest level of a progressive VAE.
 
     python conversion/convert_janus_vqvae.py \

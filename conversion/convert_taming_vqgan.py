@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """A VQGAN of taming-transformers, or a VQ first stage of latent diffusion, as the finest level.
 
     python conversion/convert_taming_vqgan.py \

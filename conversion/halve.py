@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """Store a pipeline in half the bytes: weights of 16 bits on the disk, of 32 bits once loaded.
 
     python conversion/halve.py runs/fashion_mnist examples/fashion_mnist

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """Quality and speed for the same training time, beside what one writes in an afternoon.
 
     python examples/benchmark.py --train_minutes 30

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """Compare decoder orders, group counts and quantizers in equal training time; print one table.
 
     python examples/compare_decoders.py --dataset_name zalando-datasets/fashion_mnist

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train,codec]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """A folder of pictures, or a data set, as one file without a loss, and back.
 
     python examples/compress.py pack pictures pictures.parquet --model you/pictures

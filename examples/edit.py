@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """Draw pictures anew in part, and save what came of it as one picture.
 
 python examples/edit.py

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """All held-out figures of a pipeline: bits, Fréchet distances, classes, rate and distortion.
 
     python examples/evaluate.py

@@ -1,3 +1,10 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
 """Train a progressive VAE level by level, and its prior; evaluate it; write the pipeline.
 
     accelerate launch examples/train.py

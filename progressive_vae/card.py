@@ -24,6 +24,7 @@ _FROM_NOTHING = """\
 images = pipe(num_images_per_prompt=4, generator=torch.Generator().manual_seed(0)).images
 images[0].save("sample.png")
 codes = pipe.encode(images)  # [z_1 … z_N], the coarsest first
+print(pipe.bits_per_dim(images))  # one figure for each factor, and their total
 """
 _FROM_A_PICTURE = """\
 images = [PIL.Image.open("picture.png")]  # of the model's size; it has no prior to draw from

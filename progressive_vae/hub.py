@@ -16,8 +16,8 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
-from . import remote
 from .card import PICTURES, for_repository, is_generated, model_card
+from .remote import files_with_code, is_code
 from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
 from .weights import is_weights, variant_of
 
@@ -229,14 +229,14 @@ def open_repository(repo_id: str, private: bool | None = None):
         warnings.warn(f"the Hub cannot be reached, training goes on: {error}", stacklevel=2)
 
 
-def push_or_warn(folder: str | Path, repo_id: str, private: bool | None = None):
-    """Push a pipeline in the course of a training, which is worth more than any error in here."""
+def push_or_warn(folder: str | Path, repo_id: str, **how):
+    """`push_folder` in the course of a training, which is worth more than any error in here."""
     folder = str(Path(folder).resolve())
     try:
-        print(f"pushed {push_folder(folder, repo_id, private=private)}")
+        print(f"pushed {push_folder(folder, repo_id, **how)}")
     except Exception as error:
-        later = "from progressive_vae.hub import push_folder; "
-        later += f"push_folder({folder!r}, {repo_id!r}, private={private})"
+        words = ", ".join([repr(folder), repr(repo_id), *(f"{k}={v!r}" for k, v in how.items())])
+        later = f"from progressive_vae.hub import push_folder; push_folder({words})"
         warnings.warn(
             f"not pushed to {repo_id}: {error}\nNothing is lost, the files are in {folder}. To "
             f"push them later: python -c {shlex.quote(later)}",
@@ -288,7 +288,7 @@ def push_folder(
         configs = {
             n: (folder / n).read_bytes() for n in names if n.endswith(("config.json", INDEX))
         }
-        files |= remote.with_code(configs)
+        files |= files_with_code(configs)
     if CARD in names:
         card = (folder / CARD).read_text(encoding="utf-8")
         files[CARD] = for_repository(card, repo_id, with_code).encode()
@@ -336,7 +336,7 @@ def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:
     """Whether a file of the repository belongs to an earlier state of the pipeline."""
     if name in names:
         return False
-    if remote.is_code(name):
+    if is_code(name):
         return True
     if part := _PART.fullmatch(name):
         return f"{part[1]}/config.json" not in names or _weights_of(name, variant)

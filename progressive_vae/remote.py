@@ -35,7 +35,7 @@ def bundle() -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_code(contents: dict[str, bytes]) -> dict[str, bytes]:
+def files_with_code(contents: dict[str, bytes]) -> dict[str, bytes]:
     """The files that a repository has then: the changed ones and those that are new.
 
     Args:

@@ -1,5 +1,6 @@
 """Every way out of the Hub into a program, over a Hub of our own on the loopback."""
 
+import os
 import re
 import subprocess
 import sys
@@ -91,6 +92,59 @@ def test_half_precision(repository, images, tmp_path):
     assert bits == pytest.approx(tiny_pipeline().bits_per_dim(images)["total"], rel=0.02)
     with pytest.raises(ValueError, match="variant=bf16"):
         load(variant="bf16")
+
+
+@pytest.mark.parametrize("from_hub", [True, False])
+@pytest.mark.parametrize(
+    "device_map", ["cpu", "balanced", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+def test_the_line_that_the_hub_prints(repository, tmp_path, images, device_map, from_hub):
+    name = repository
+    if not from_hub:
+        name = tmp_path
+        tiny_pipeline().save_pretrained(tmp_path)
+    loaded = diffusers.DiffusionPipeline.from_pretrained(
+        name, dtype=torch.bfloat16, device_map=device_map
+    )
+    assert type(loaded) is ProgressiveVAEPipeline
+    parts = [getattr(loaded, name) for name in loaded.factor_names]
+    assert {part.dtype for part in parts} == {torch.bfloat16}
+    device = "cuda" if device_map == "cuda" else "cpu"
+    assert {part.device.type for part in parts} == {device} and loaded.device.type == device
+    assert len(loaded(num_images_per_prompt=2).images) == 2
+    bits = tiny_pipeline().bits_per_dim(images)["total"]
+    assert loaded.bits_per_dim(images)["total"] == pytest.approx(bits, rel=0.1)
+
+
+def test_a_dtype_for_each_part(repository):
+    dtypes = {"level_3": torch.bfloat16, "default": torch.float32}
+    loaded = diffusers.DiffusionPipeline.from_pretrained(repository, dtype=dtypes)
+    assert loaded.level_3.dtype == torch.bfloat16 and loaded.level_2.dtype == torch.float32
+
+
+def test_offline_after_a_first_load(repository, tmp_path):
+    """In another process, with the Hub's own switch, and no Hub."""
+    code = f"""
+import sys
+from diffusers import DiffusionPipeline
+from transformers import AutoModel
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+for _ in range(2):
+    ProgressiveVAEPipeline.from_pretrained({repository!r})
+    DiffusionPipeline.from_pretrained({repository!r})
+    AutoModel.from_pretrained({repository!r}, subfolder="prior")
+    ProgressiveVAELevel.from_pretrained({repository!r}, subfolder="level_1")
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+
+    def run(**more):
+        return subprocess.run([sys.executable, "-c", code], env={**environment, **more},
+                              capture_output=True, text=True)  # fmt: skip
+
+    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert run(**offline).returncode != 0  # nothing is there yet
+    for done in (run(), run(**offline)):
+        assert done.returncode == 0, done.stderr
 
 
 def test_safetensors_offline_and_from_the_cache(repository, tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import PIL.Image
 import pytest
 import torch
 from conftest import HUB, assert_same, tiny_level, tiny_pipeline
@@ -159,8 +160,29 @@ def test_only_a_pipeline_can_be_pushed(tmp_path):
 
 
 def test_usage_in_the_card_runs_as_it_stands(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_usage(repository)
+    assert (tmp_path / "sample.png").is_file()
+
+
+def run_usage(repository):
     content = ModelCard.load(repository).content
     (usage,) = re.findall(r"```python\n(.*?)```", content, re.S)
-    monkeypatch.chdir(tmp_path)
     exec(usage, {})
-    assert (tmp_path / "sample.png").is_file()
+    return usage
+
+
+def test_usage_without_a_prior_starts_from_a_picture(tmp_path, monkeypatch):
+    levels = {name: getattr(tiny_pipeline(), name) for name in ("level_1", "level_2", "level_3")}
+    ProgressiveVAEPipeline(prior=None, **levels, image_size=[5, 7]).push_to_hub("org/no-prior")
+    monkeypatch.chdir(tmp_path)
+    PIL.Image.new("RGB", (7, 5), "red").save("picture.png")
+    assert "PIL.Image.open" in run_usage("org/no-prior") and (tmp_path / "sample.png").is_file()
+
+
+def test_usage_of_one_variant_alone_names_it(tmp_path, monkeypatch):
+    tiny_pipeline().to(torch.float16).push_to_hub("org/half", variant="fp16")
+    monkeypatch.chdir(tmp_path)
+    assert 'variant="fp16", dtype=torch.float16' in run_usage("org/half")
+    tiny_pipeline().push_to_hub("org/half")
+    assert "variant" not in run_usage("org/half")

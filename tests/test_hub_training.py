@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
 import warnings
@@ -56,7 +57,7 @@ def test_training_pushes_what_is_whole(trained):
 def test_training_goes_on_without_a_network(script, tmp_path, trained):
     output_dir = tmp_path / "digits"
     shutil.copytree(trained, output_dir)
-    flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/later"
+    flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/later --hub_with_code"
     flags += " --max_train_samples 300 --max_eval_samples 40 --phase"
     HUB.fail_on = ".*"
     with warnings.catch_warnings(record=True) as caught:
@@ -68,6 +69,7 @@ def test_training_goes_on_without_a_network(script, tmp_path, trained):
     HUB.fail_on = None
     later = re.findall(r"python -c (.*)", said)[-1]
     exec(shlex.split(later)[0])
+    assert "pipeline.py" in HUB.files("org/later")
     assert_same(
         ProgressiveVAEPipeline.from_pretrained(output_dir),
         ProgressiveVAEPipeline.from_pretrained("org/later"),
@@ -110,3 +112,17 @@ def test_the_hf_command_carries_the_folder(trained, tmp_path):
         ProgressiveVAEPipeline.from_pretrained(trained),
         ProgressiveVAEPipeline.from_pretrained(folder),
     )
+
+
+def test_figures_go_to_trackio(script, tmp_path):
+    """In another process, as trackio reads where it writes when it is imported."""
+    pytest.importorskip("trackio", reason="pip install trackio")
+    flags = [*SMALL, "--output_dir", "run", "--report_to", "trackio", "--phase", "level_2"]
+    done = subprocess.run(
+        [sys.executable, script.__file__, *flags], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with sqlite3.connect(tmp_path / "trackio" / "progressive_vae.db") as database:
+        rows = database.execute("select step, metrics from metrics order by step").fetchall()
+    assert [step for step, _ in rows if step in (2, 4, 6)] and "level_2/loss" in str(rows)

@@ -59,6 +59,7 @@ def train(
     push_to_hub: bool = False,
     hub_model_id: str | None = None,
     hub_private_repo: bool | None = None,
+    hub_with_code: bool = False,
     accelerator: Accelerator | None = None,
 ) -> ProgressiveVAEPipeline | None:
     """Train a progressive VAE greedily, measure it, and write its pipeline.
@@ -82,6 +83,8 @@ def train(
         push_to_hub: push the pipeline once it is whole, and when it changes.
         hub_model_id: the repository; the name of output_dir where not given.
         hub_private_repo: visibility of a new repository; else as your account has it by default.
+        hub_with_code: push the code, too, for those who have not installed the package: everybody
+            loads the pipeline with `trust_remote_code=True` then.
         accelerator: one that is set up already; by the section `run` where not given.
 
     Returns:
@@ -164,7 +167,7 @@ def train(
         for each in chosen:
             each(run)
             if accelerator.is_main_process:
-                after_phase(run, repo_id, hub_private_repo)
+                after_phase(run, repo_id, private=hub_private_repo, with_code=hub_with_code)
                 pictures = folder / "validation" / each.name
                 shown = f"; held-out pictures by it: {pictures}" if pictures.is_dir() else ""
                 print(f"{each.name} ({each.place}) is done{shown}")
@@ -176,7 +179,7 @@ def train(
                 print(f"wrote {folder}; what stands on it: --phase "
                       f"{', then '.join([*rest, 'evaluate'])}")  # fmt: skip
             elif repo_id is not None:
-                push_or_warn(folder, repo_id, hub_private_repo)
+                push_or_warn(folder, repo_id, private=hub_private_repo, with_code=hub_with_code)
     if its_own:
         accelerator.end_training()
     return pipe

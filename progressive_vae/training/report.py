@@ -125,7 +125,7 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
     return pipe
 
 
-def after_phase(run: Run, repo_id: str | None, private: bool | None):
+def after_phase(run: Run, repo_id: str | None, **how_to_push):
     """Figures and pictures of other weights are deleted; what makes a pipeline may be pushed."""
     if figures(run.output_dir):  # of these very weights: the phase was done before
         return
@@ -138,7 +138,7 @@ def after_phase(run: Run, repo_id: str | None, private: bool | None):
             assemble(run)
         except ValueError:  # not all parts are there, or not for one another
             return
-        push_or_warn(run.output_dir, repo_id, private)
+        push_or_warn(run.output_dir, repo_id, **how_to_push)
 
 
 def without_paths(text: str) -> str:
