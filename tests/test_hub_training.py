@@ -72,7 +72,7 @@ def test_training_goes_on_without_a_network(script, tmp_path, trained):
     assert "pipeline.py" in HUB.files("org/later")
     assert_same(
         ProgressiveVAEPipeline.from_pretrained(output_dir),
-        ProgressiveVAEPipeline.from_pretrained("org/later"),
+        ProgressiveVAEPipeline.from_pretrained("org/later", trust_remote_code=True),
     )
     assert "metrics.json" in HUB.files("org/later")
 
