@@ -9,6 +9,7 @@ are alike, and take longer.
 
 import functools
 import hashlib
+import math
 import threading
 import zlib
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from .whole import whole_numbers
 ARITHMETICS = ("float", "integer")
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
 TOTAL = 2**24  # of the counts of all values, each one or more
-MIN_IMAGES, MAX_IMAGES, MAX_PIXELS = 8, 64, 2**16  # at a time, and of them together
+MIN_IMAGES, MAX_IMAGES, MAX_VALUES = 8, 128, 2**18  # at a time, and of them together
 _ALONE = threading.RLock()  # which kernels torch takes is a switch that all threads share
 
 
@@ -171,10 +172,10 @@ class CodingPipeline(CallingPipeline):
         """
         self._require_prior()
         self._check_arithmetic(arithmetic)
-        is_whole, size, streams = arithmetic == "integer", self._images_at_a_time, list[bytes]()
+        is_whole, size, streams = arithmetic == "integer", self._at_a_time(), list[bytes]()
         count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else 1
         labels = label_ids(class_labels, self._class_config, count)
-        weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole), 1)
+        weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole, size), 1)
         batches = pixel_value_batches(images, self.image_shape, size)
         for given, batch in zip(labels.split(size), batches, strict=True):
             batch = as_pixel_values(as_values(batch).cpu())
@@ -223,11 +224,14 @@ class CodingPipeline(CallingPipeline):
         headers = [Header.from_bytes(stream, f"stream {i}") for i, stream in enumerate(streams)]
         self._check(headers)
         images = torch.empty(len(streams), *self.image_shape, dtype=torch.uint8)
-        for is_whole in (False, True):
-            alike = [i for i, header in enumerate(headers) if header.is_whole == is_whole]
-            for start in range(0, len(alike), self._images_at_a_time):
-                numbers = alike[start : start + self._images_at_a_time]
-                images[numbers] = self._read(headers, streams, numbers, num_levels, is_whole)
+        sizes, usual = self._sizes(), self._at_a_time()
+        made = [(header.is_whole, sizes.get(header.arithmetic, usual)) for header in headers]
+        for is_whole, size in sorted(set(made)):
+            alike = [i for i, kind in enumerate(made) if kind == (is_whole, size)]
+            for start in range(0, len(alike), size):
+                numbers = alike[start : start + size]
+                padded = len(numbers) if is_whole else size
+                images[numbers] = self._read(headers, streams, numbers, num_levels, padded)
         self.maybe_free_model_hooks()
         return images
 
@@ -237,17 +241,17 @@ class CodingPipeline(CallingPipeline):
         streams: list[bytes],
         numbers: list[int],
         num_levels: int | None,
-        is_whole: bool,
+        size: int,
     ) -> Tensor:
-        """The images of some streams, no more than are read at a time."""
+        """The images of some streams alike, padded to so many."""
         null, count = self._class_config.num_classes, len(numbers)
         headers = [headers[number] for number in numbers]
         labels = [null if header.label is None else header.label for header in headers]
-        shown = _padded(torch.tensor(labels), count if is_whole else self._images_at_a_time)
+        shown = _padded(torch.tensor(labels), size)
         words = [streams[number][h.length :] for number, h in zip(numbers, headers, strict=True)]
         reader = Reader(words, len(shown), numbers, may_end=num_levels is not None)
         grids = list[Tensor]()
-        with self._computing(is_whole):
+        with self._computing(headers[0].is_whole):
             for factor in range(self.num_levels + 1 if num_levels is None else num_levels):
                 grids.append(self._walk(factor, grids, shown, reader))
         if num_levels is not None:
@@ -271,8 +275,9 @@ class CodingPipeline(CallingPipeline):
                                  f"one the null class, got {header.label}")  # fmt: skip
 
     def _reason(self, header: Header) -> str:
-        here = self._arithmetic(header.is_whole)
-        if header.arithmetic == _hash(here, 1):
+        here = self._arithmetic(header.is_whole, self._at_a_time())
+        known = [_hash(here, 1)] if header.is_whole else self._sizes()
+        if header.arithmetic in known:
             return "the stream is damaged, or ends too early, or torch was set otherwise"
         return ("it was made with other arithmetic (device, kind of processor, precision or "
                 f"version of torch) than that of this machine, {here}")  # fmt: skip
@@ -307,24 +312,28 @@ class CodingPipeline(CallingPipeline):
             return of_unit(self.preview(codes, output_type="pt"))
         return of_unit(self(codes=codes, num_levels=len(codes), output_type="pt").images)
 
-    @property
-    def _images_at_a_time(self) -> int:
+    def _at_a_time(self) -> int:
         """Always, with others for padding where there are fewer: what is computed of an image may
         differ in its last digits between batches of other sizes, and between places in a batch
         whose numbers do not fill the registers of a processor. A power of two, and not a small one,
         as those of registers are."""
-        _, height, width = self.image_shape
-        number = max(MIN_IMAGES, min(MAX_IMAGES, MAX_PIXELS // (height * width)))
-        return 1 << (number.bit_length() - 1)
+        return _power_of_two(min(MAX_IMAGES, MAX_VALUES // math.prod(self.image_shape)))
 
-    def _arithmetic(self, is_whole: bool) -> str:
+    def _sizes(self) -> dict[bytes, int]:
+        """How many at a time by the hash in a header: of this version's streams in floats, and of
+        earlier ones'."""
+        before = _power_of_two(min(64, 2**16 // math.prod(self.image_shape[1:])))
+        sizes = (before, self._at_a_time())
+        return {_hash(self._arithmetic(False, size), 1): size for size in sizes}
+
+    def _arithmetic(self, is_whole: bool, images_at_a_time: int) -> str:
         device, dtype = self._execution_device, next(self.levels[0].parameters()).dtype
         if is_whole:
             return f"whole numbers, {dtype}"
         kind = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
         kind = torch.cuda.get_device_name(device) if kind == "cuda" else kind
         version = ".".join(torch.__version__.split(".")[:2])
-        return f"{kind}, {dtype}, torch {version}, {self._images_at_a_time} images at a time"
+        return f"{kind}, {dtype}, torch {version}, {images_at_a_time} images at a time"
 
     def stream_id(self, arithmetic: str = "float") -> str:
         """What all streams have in common that this pipeline makes on this machine, in hexadecimal.
@@ -333,7 +342,8 @@ class CodingPipeline(CallingPipeline):
             arithmetic: as in `compress`.
         """
         self._check_arithmetic(arithmetic)
-        return (self._weights_hash() + _hash(self._arithmetic(arithmetic == "integer"), 1)).hex()
+        made = self._arithmetic(arithmetic == "integer", self._at_a_time())
+        return (self._weights_hash() + _hash(made, 1)).hex()
 
     @staticmethod
     def _check_arithmetic(arithmetic: str):
@@ -355,6 +365,11 @@ class CodingPipeline(CallingPipeline):
 
 def _hash(text: str, num_bytes: int) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:num_bytes]
+
+
+def _power_of_two(number: int) -> int:
+    """The largest up to a number, and MIN_IMAGES at least."""
+    return 1 << (max(MIN_IMAGES, number).bit_length() - 1)
 
 
 def _padded(batch: Tensor, size: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_level, tiny_pipeline, tiny_prior
 from test_auxiliary import ALONE, pipeline_of
 
-from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae import ProgressiveVAEPipeline, codec
 from progressive_vae.choices import GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
 from progressive_vae.codec import TOTAL, frequencies
 from progressive_vae.distributions import Categorical
@@ -71,13 +71,32 @@ def test_images_come_back_in_as_many_bytes_as_the_model_says(kind, size):
 @pytest.mark.parametrize("distribution", PIXEL_DISTRIBUTIONS)
 def test_a_stream_is_the_same_whatever_is_beside_it(distribution):
     # More than are coded at a time, by networks whose rows fill registers, as real ones do.
-    pipe, images = pipeline((5, 7), pixel_distribution=distribution, **WIDE), pictures(70, (5, 7))
+    pipe, images = pipeline((5, 7), pixel_distribution=distribution, **WIDE), pictures(134, (5, 7))
     streams = pipe.compress(images)
-    for part in (slice(0, 1), slice(3, 5), slice(60, 70)):
+    for part in (slice(0, 1), slice(3, 5), slice(124, 134)):
         assert pipe.compress(images[part]) == streams[part]
         assert torch.equal(pipe.decompress(streams[part]), images[part])
     assert torch.equal(pipe.decompress(streams[::-1]), images.flip(0))
     assert torch.equal(pipe.decompress(streams[7]), images[7:8])  # one, by itself
+
+
+def test_streams_of_earlier_versions_are_read_as_many_at_a_time_as_they_were_made(monkeypatch):
+    pipe, images = pipeline((5, 7), **WIDE), pictures(70, (5, 7))
+    monkeypatch.setattr(codec, "MAX_IMAGES", 64)
+    older = pipe.compress(images)
+    monkeypatch.undo()
+    newer, sizes = pipe.compress(images), []
+    assert older[0][3] != newer[0][3]  # the header's byte for arithmetic
+
+    class Watched(codec.Reader):
+        def __init__(self, streams, batch_size, numbers, may_end):
+            super().__init__(streams, batch_size, numbers, may_end)
+            sizes.append((len(numbers), batch_size))
+
+    monkeypatch.setattr(codec, "Reader", Watched)
+    mixed = [*older[:66], *newer[66:]]
+    assert torch.equal(pipe.decompress(mixed), images)
+    assert sizes == [(64, 64), (2, 64), (4, 128)]
 
 
 def test_the_class_is_in_the_stream():
