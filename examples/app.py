@@ -360,7 +360,9 @@ def show(demo: gr.Blocks, **options):
     theme = gr.themes.Default(font=fonts, font_mono=["ui-monospace", "monospace"])
     return demo.launch(
         theme=theme, css=CSS, max_file_size=MAX_FILE_SIZE, ssr_mode=False,
-        state_session_capacity=1000, footer_links=[], **options,
+        state_session_capacity=1000, footer_links=[],
+        max_threads=2 * AT_A_TIME,  # each keeps memory of its own
+        **options,
     )  # fmt: skip
 
 
