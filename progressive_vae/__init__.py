@@ -9,7 +9,8 @@
 | `backbones.py` | configs of causal networks: any of transformers, or a small one |
 | `tokenizer_configs.py` | configs of tokenizers that others have trained |
 | `choices.py` | what the knobs of a level can be set to |
-| `configuration.py` | the two configs: every architectural knob, once |
+| `configuration.py` | the config of a level: every architectural knob, once |
+| `prior_configuration.py` | the config of the prior |
 | `weights.py` | weights on the disk: those of their config, whole and unchanged, or an error |
 | `chain.py` | what fits together: the grids of a chain of levels |
 | `entries.py` | what an entry of a grid is: a colour of a pixel, or a symbol |
@@ -50,10 +51,11 @@ What trains and measures is in `training/`, which nothing here imports.
 from transformers import AutoConfig, AutoModel
 
 from . import hub
-from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .configuration import ProgressiveVAELevelConfig
 from .level import ProgressiveVAELevel
 from .pipeline import ProgressiveVAEPipeline
 from .prior import ProgressiveVAEPrior
+from .prior_configuration import ProgressiveVAEPriorConfig
 from .saved import __version__
 
 AutoConfig.register("progressive_vae_level", ProgressiveVAELevelConfig)

@@ -14,7 +14,7 @@ from .configuration import ProgressiveVAELevelConfig
 from .decoders import Condition
 from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
 from .groups import Choose, Place, Teacher, ask
-from .networks import ChannelNorm, Upsample, residual_blocks
+from .networks import ChannelNorm, Upsample, dithered, residual_blocks
 
 FLOOR = 1e-3  # the share of the uniform distribution, so that no pixel is impossible
 
@@ -118,6 +118,7 @@ class AuxiliaryDecoder(Auxiliary):
         self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, num_outputs, 3, padding=1))
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
+        quantized = dithered(quantized, -self.config.dither)
         x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
         return self.out(x)[..., : size[0], : size[1]].float()
 

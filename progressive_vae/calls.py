@@ -13,10 +13,11 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .chain import check_grids
-from .configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from .configuration import ProgressiveVAELevelConfig
 from .hub import HubPipeline
 from .labels import label_ids
 from .prior import ProgressiveVAEPrior
+from .prior_configuration import ProgressiveVAEPriorConfig
 from .sampling import Generators, per_factor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

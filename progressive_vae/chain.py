@@ -6,11 +6,8 @@ import math
 import torch
 from torch import Tensor
 
-from .configuration import (
-    MAX_RASTER_POSITIONS,
-    ProgressiveVAELevelConfig,
-    ProgressiveVAEPriorConfig,
-)
+from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from .prior_configuration import ProgressiveVAEPriorConfig
 
 MAX_LEVELS = 8
 

@@ -1,11 +1,10 @@
-"""The two configs: every architectural knob, once."""
+"""The config of a level: every architectural knob, once."""
 
-import math
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .backbones import MAX_LAYERS, causal_config, check_causal_config, small_llama, small_opt
+from .backbones import MAX_LAYERS, causal_config, check_causal_config, small_opt
 from .choices import (
     CORRUPTIONS,
     DECODER_ORDERS,
@@ -95,6 +94,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         codebook_decay: 1 − γ of `"vq"`, the decay of the codebook's running k-means.
         restart_threshold: of `"vq"`: a code used less than this fraction of the mean use is
             restarted.
+        dither: of `"vq"`: root mean square of a pattern that the encoder adds to its latents and
+            decoders take away again, so that colours that are nearer to each other than codes
+            are can be told apart where they cover more than one code; 0 for none.
         gumbel_temperature: of `"gumbel"`: [at the start, at the end]; it anneals exponentially.
         gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied after each batch.
         auxiliary_hidden_size: width of the auxiliary decoder, by whose picture encoder and codebook
@@ -142,6 +144,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     commitment_weight: float = 0.25
     codebook_decay: float = 0.99
     restart_threshold: float = 0.03
+    dither: float = 0.0
     gumbel_temperature: list[float] | tuple[float, ...] = (1.0, 0.5)
     gumbel_decay: float = 0.999
     auxiliary_hidden_size: int | None = None
@@ -220,7 +223,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
                      value_embed_dim=1, pixel_logit_rank=0, symbol_logit_rank=0,
                      auxiliary_hidden_size=1, auxiliary_num_layers=0, picture_weight=0,
-                     commitment_weight=0, codebook_decay=0, restart_threshold=0)  # fmt: skip
+                     commitment_weight=0, codebook_decay=0, restart_threshold=0,
+                     dither=0)  # fmt: skip
         if not self.codebook_decay < 1:
             raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
         if not 0 <= self.corruption <= 1:
@@ -287,6 +291,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 f"scalars {fsq_levels(self.codebook_size)} of quantizer='fsq', "
                 f"got {self.codebook_dim}"
             )
+        if self.dither and (self.quantizer != "vq" or self.tokenizer_config is not None):
+            raise ValueError(
+                "expected dither=0 but for quantizer='vq' without a tokenizer, got "
+                f"dither={self.dither} and quantizer={self.quantizer!r}"
+            )
         temperature = self.gumbel_temperature
         if len(temperature) != 2 or not temperature[0] >= temperature[1] > 0:
             raise ValueError(
@@ -337,62 +346,3 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             return self.backbone_config
         default = small_opt(self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS)
         return causal_config(default, self.num_values, MAX_RASTER_POSITIONS)
-
-
-@strict_config
-class ProgressiveVAEPriorConfig(PreTrainedConfig):
-    """`P_Φ(z_1)`, optionally given a class.
-
-    Args:
-        codebook_size: K_1, the number of codes of the coarsest level.
-        grid_size: [H_1, W_1].
-        num_classes: number of class labels; 0 for an unconditional prior.
-        class_dropout: probability that training shows the null class in place of the label; at 0
-            the null class, whose bits are the headline, is never learned.
-        backbone_config: any causal-LM config of transformers, as a config or as a dict with its
-            `model_type`; its vocabulary is set to codes, classes and the null class. `None`
-            stands for a small Llama.
-        finer_fingerprint: `fingerprint` of the finer levels on whose codes this part was trained; a
-            pipeline refuses other ones. `None`: unchecked.
-    """
-
-    model_type = "progressive_vae_prior"
-    sub_configs = {"backbone_config": AutoConfig}  # where attn_implementation and dtype go on to
-
-    codebook_size: int = 64
-    grid_size: list[int] | tuple[int, ...] = (4, 4)
-    num_classes: int = 0
-    class_dropout: float = 0.1
-    backbone_config: dict | PreTrainedConfig | None = None
-    finer_fingerprint: str | None = None
-
-    def __post_init__(self, **kwargs):
-        check_names(self, kwargs)
-        check_limits(vars(self), codebook_size=MAX_CODES)
-        self.grid_size = list(self.grid_size)
-        name_classes(self)
-        if self.backbone_config is None:
-            self.backbone_config = small_llama()
-        self.backbone_config = causal_config(
-            self.backbone_config, self.vocab_size, self.sequence_length
-        )
-        super().__post_init__(**kwargs)
-
-    def validate_sizes(self):
-        check_range(self, codebook_size=1)
-        check_classes(self)
-        if len(self.grid_size) != 2 or min(self.grid_size) < 1:
-            raise ValueError(f"expected grid_size of two positive numbers, got {self.grid_size}")
-
-    def validate_backbone(self):
-        check_causal_config(self.backbone_config)
-
-    @property
-    def sequence_length(self) -> int:
-        """L_1 = H_1·W_1: the class token stands where a code token before the first would."""
-        return math.prod(self.grid_size)
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens: K_1 codes, then the classes, then the null class."""
-        return self.codebook_size + self.num_classes + 1

@@ -28,6 +28,7 @@ from .networks import (
     Upsample,
     ZeroConv2d,
     ZeroEmbedding,
+    dithered,
     residual_blocks,
 )
 
@@ -73,7 +74,7 @@ class Decoder(nn.Module):
     def start(self, condition: Condition) -> Tensor:
         """The state before the walk, (B, width, h, w)."""
         quantized, class_labels, corruption, _ = condition
-        state = self.stem(quantized)
+        state = self.stem(dithered(quantized, -self.config.dither))
         if self.config.num_classes:
             if class_labels is None:
                 class_labels = torch.full((len(state),), self.config.num_classes)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import ProgressiveVAELevelConfig
-from .networks import ChannelNorm, Downsample, residual_blocks
+from .networks import ChannelNorm, Downsample, dithered, residual_blocks
 
 
 class Encoder(nn.Module):
@@ -14,6 +14,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
+        self.dither = config.dither
         width = config.encoder_hidden_size or config.hidden_size
         blocks = config.encoder_num_layers, config.block_kernel_size
         if config.is_finest:
@@ -51,7 +52,8 @@ class Encoder(nn.Module):
             x = self.embed(finer).movedim(-1, 1)
         else:  # pixels stay float32 outside: 16-bit floats do not hold the 256 values
             x = finer.to(self.out[1].weight.dtype)
-        return self.out(self.layers(x.contiguous(memory_format=torch.channels_last)))
+        latents = self.out(self.layers(x.contiguous(memory_format=torch.channels_last)))
+        return dithered(latents, self.dither)
 
 
 def make_encoder(config: ProgressiveVAELevelConfig) -> Encoder:

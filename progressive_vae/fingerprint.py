@@ -20,7 +20,10 @@ def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
 
 
 def _digest(level: ProgressiveVAELevel) -> bytes:
-    digest = hashlib.sha256(f"{level.config.quantizer} {level.config.codebook_size}".encode())
+    config = level.config
+    digest = hashlib.sha256(f"{config.quantizer} {config.codebook_size}".encode())
+    if config.dither:
+        digest.update(f"dither {config.dither}".encode())
     parts = level.encoder.state_dict(prefix="encoder.")
     parts |= level.quantizer.state_dict(prefix="quantizer.")
     for name, value in sorted(parts.items()):

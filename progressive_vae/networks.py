@@ -3,6 +3,7 @@
 import math
 from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,27 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers as float32 on a device, where they stay: a copy each time would make the host wait
     for all that the device has yet to do."""
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def dithered(x: Tensor, scale: float) -> Tensor:
+    """(B, D, H, W) and a pattern of a period of 4×4, whose root mean square is `scale`.
+
+    Added before a quantizer and taken away after it (by −scale), it leaves sixteen different errors
+    where the same latent is found all over, and who sees the neighbours can take their mean:
+    subtractive dither (Roberts 1962, "Picture coding using pseudo-random noise").
+    """
+    if not scale:
+        return x
+    height, width = x.shape[-2:]
+    pattern = _pattern(x.shape[1], x.device).repeat(1, math.ceil(height / 4), math.ceil(width / 4))
+    return x + scale * pattern[:, :height, :width].to(x)
+
+
+@lru_cache
+@torch.inference_mode(False)  # of what is made with it a gradient may be asked later
+def _pattern(dim: int, device: torch.device) -> Tensor:
+    cell = np.random.RandomState(0).uniform(-1, 1, (dim, 4, 4))  # a frozen stream
+    return torch.from_numpy(cell / np.sqrt(np.mean(cell**2))).float().to(device)
 
 
 class ChannelNorm(nn.LayerNorm):

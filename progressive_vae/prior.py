@@ -10,10 +10,10 @@ from transformers.utils import ModelOutput
 
 from .causal import NUM_CHECKED, Causal, make_backbone
 from .chain import check_codes
-from .configuration import ProgressiveVAEPriorConfig
 from .distributions import Categorical
 from .groups import Choose
 from .labels import Labels, drop_labels, known_labels, label_ids
+from .prior_configuration import ProgressiveVAEPriorConfig
 from .sampling import Generators, Sampler
 from .weights import SavedModel
 

@@ -71,7 +71,7 @@ assert drawn.shape == pixel_values.shape and nats.shape == (4,)
         [
             ("prior.py", "ProgressiveVAEPrior"),
             ("prior.py", "ProgressiveVAEPriorOutput"),
-            ("configuration.py", "ProgressiveVAEPriorConfig"),
+            ("prior_configuration.py", "ProgressiveVAEPriorConfig"),
         ],
         """
 from progressive_vae import ProgressiveVAEPrior, ProgressiveVAEPriorConfig

@@ -19,6 +19,10 @@ def test_a_fingerprint_is_of_encoder_and_codebook_alone():
         next(level.encoder.parameters())[0, 0] *= -1
     assert fingerprint([level]) not in (before, changed)
     assert fingerprint([level, level]) != fingerprint([level])
+    level.config.dither = 0.5
+    told = fingerprint([level])
+    level.config.dither = 0.25
+    assert len({changed, told, fingerprint([level])}) == 3
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq", "gumbel"])

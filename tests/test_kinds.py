@@ -18,6 +18,8 @@ KINDS = [
     *({"decoder_order": order, "num_symbols": 5} for order in DECODER_ORDERS),
     *({"decoder_order": order, "num_channels": 3} for order in PIXEL_ORDERS),
     {"auxiliary_hidden_size": 8, "num_channels": 3},
+    {"auxiliary_hidden_size": 8, "num_channels": 3, "dither": 1.0},
+    *({"dither": 1.0, "num_symbols": 5, "decoder_order": order} for order in DECODER_ORDERS),
     *({"quantizer": kind, "num_channels": 1} for kind in QUANTIZERS),
     *({"pixel_distribution": kind, "num_channels": 3} for kind in PIXEL_DISTRIBUTIONS),
     *(

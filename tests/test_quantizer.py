@@ -5,6 +5,7 @@ import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
 from progressive_vae.choices import QUANTIZERS, fsq_levels
+from progressive_vae.networks import dithered
 from progressive_vae.quantizer import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
@@ -23,6 +24,37 @@ def test_nearest_is_the_arg_min_of_the_distance():
     module, latents = quantizer(), torch.randn(2, 4, 3, 5)
     distances = (latents.movedim(1, -1)[..., None, :] - module.codebook).square().sum(-1)
     assert torch.equal(module.encode(latents), distances.argmin(-1))
+
+
+def test_dither_tells_apart_what_is_nearer_than_codes_are():
+    # A latent that is the same all over, in cells of length 1: without dither all errors are one.
+    module = VectorQuantizer(21, 1, commitment_weight=0.5, decay=0.9, restart_threshold=0.1)
+    module.codebook.copy_(torch.arange(-10.0, 11.0)[:, None])
+    latents = torch.linspace(-3, 3, 97)[:, None, None, None].expand(-1, 1, 8, 12)
+
+    def error(scale: float) -> torch.Tensor:
+        """Of the mean over the grid of what decoders see, for each latent."""
+        codes = module.encode(dithered(latents, scale))
+        seen = dithered(module.lookup(codes), -scale)
+        assert (seen - latents).abs().max() <= 0.501  # no error is larger than without
+        return (seen - latents).mean((1, 2, 3)).abs()
+
+    plain, told = error(0.0), error(12**-0.5)  # the root mean square of a cell
+    assert plain.max() > 0.49
+    assert told.mean() < plain.mean() / 4 and told.max() < 0.2
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (9, 2)])
+def test_dither_is_a_pattern_of_the_grid_and_goes_again(size):
+    x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    assert dithered(x, 0.0) is x
+    with_it = dithered(x, 0.7)
+    assert torch.allclose(dithered(with_it, -0.7), x, atol=1e-6)
+    whole = dithered(torch.zeros(1, 3, 8, 8), 0.7)
+    assert torch.equal(whole[..., :4, :4], whole[..., 4:, 4:])
+    assert torch.allclose(whole.square().mean().sqrt(), torch.tensor(0.7))
+    assert torch.allclose((with_it - x)[0], whole.repeat(1, 1, 2, 1)[0, :, : size[0], : size[1]],
+                          atol=1e-6)  # fmt: skip
 
 
 def test_distances_are_fp32_under_autocast():

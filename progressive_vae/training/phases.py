@@ -18,12 +18,13 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from ..chain import MAX_LEVELS, grid_sizes
-from ..configuration import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from ..configuration import ProgressiveVAELevelConfig
 from ..level import ProgressiveVAELevel
 from ..painter import Painter
 from ..pictures import reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
+from ..prior_configuration import ProgressiveVAEPriorConfig
 from .checkpoints import Progress, is_sharded
 from .codes import GridDataset, Manifest, PairedDataset
 from .fitting import fit

@@ -21,11 +21,8 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ..chain import MAX_LEVELS, grid_sizes
-from ..configuration import (
-    DECODER_FIELDS,
-    ProgressiveVAELevelConfig,
-    ProgressiveVAEPriorConfig,
-)
+from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..prior_configuration import ProgressiveVAEPriorConfig
 from .command import in_words
 from .settings import DataSettings, FitSettings, PriorFitSettings, RunSettings
 
