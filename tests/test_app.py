@@ -302,10 +302,11 @@ def test_a_visit(address, tmp_path):
         visitor.pictures("#grown", 3)
         assert "120×80 to 28×28" in visitor.pictures("#found", 5)
         assert "bits/dim" in visitor.html("#bits") and "PNG" in visitor.html("#sizes")
-        first = visitor.pictures("#redrawn", 8)
+        assert "z₁ kept" in visitor.pictures("#redrawn", 8)
         visitor.press("#keep input[type=range]", "\ue014")  # →
+        visitor.wait(lambda: visitor.find("#keep input[type=range]")[0].get_property("value") == "2")
         visitor.click("#rest")
-        assert "z₁ … z₂ kept" in visitor.pictures("#redrawn", 8, unlike=first)
+        visitor.wait(lambda: "z₁ … z₂ kept" in visitor.pictures("#redrawn", 8))
         for name in ("notes.png", "notes.txt"):
             visitor.dismiss("#file button[aria-label=Clear], #file [title=Clear]")
             visitor.upload(tmp_path / name)
