@@ -303,8 +303,9 @@ def test_a_visit(address, tmp_path):
         assert "120×80 to 28×28" in visitor.pictures("#found", 5)
         assert "bits/dim" in visitor.html("#bits") and "PNG" in visitor.html("#sizes")
         assert "z₁ kept" in visitor.pictures("#redrawn", 8)
-        visitor.press("#keep input[type=range]", "\ue014")  # →
-        visitor.wait(lambda: visitor.find("#keep input[type=range]")[0].get_property("value") == "2")
+        slider = "#keep input[type=range]"
+        visitor.press(slider, "\ue014")  # →
+        visitor.wait(lambda: visitor.find(slider)[0].get_property("value") == "2")
         visitor.click("#rest")
         visitor.wait(lambda: "z₁ … z₂ kept" in visitor.pictures("#redrawn", 8))
         for name in ("notes.png", "notes.txt"):
