@@ -12,9 +12,10 @@ from .prior import ProgressiveVAEPrior
 def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
     """A hash of the encoders and codebooks of these levels: of all that decides the codes.
 
-    Only the signs of the weights count. Training flips some of them at every step, and rounding to
-    any float type flips none: a half-precision copy has the fingerprint of the original, whether
-    it was rounded once or twice. Decoders do not count, so a refit leaves it as it is.
+    Of the weights only the signs count, and of the config the kind of quantizer, K and the dither.
+    Training flips some signs at every step, and rounding to any float type flips none: a
+    half-precision copy has the fingerprint of the original, whether it was rounded once or twice.
+    Decoders do not count, so a refit leaves it as it is.
     """
     return _joined([_digest(level) for level in levels])
 
