@@ -243,8 +243,8 @@ class CodingPipeline(CallingPipeline):
         num_levels: int | None,
         size: int,
     ) -> Tensor:
-        """The images, uint8 (n, C, H, W), of streams that were made alike, n numbers of them, padded
-        to `size`."""
+        """The images, uint8 (n, C, H, W), of n streams that were made alike, by their numbers;
+        they are padded to `size`."""
         null, count = self._class_config.num_classes, len(numbers)
         headers = [headers[number] for number in numbers]
         labels = [null if header.label is None else header.label for header in headers]
