@@ -44,6 +44,10 @@ def files_with_code(contents: dict[str, bytes]) -> dict[str, bytes]:
     index = json.loads(contents[INDEX])
     own_class = [Path(CODE).stem, index["_class_name"]]
     found = {CODE: bundle().encode(), INDEX: _json(index | {"_class_name": own_class})}
+    # The same for all parts: diffusers puts each in the place of the last one, and Python takes two
+    # files of one size and second for one.
+    models = (classes["AutoModel"] for classes in _AUTO_CLASSES.values())
+    part_code = f"from {NAME} import {', '.join(models)}\n"
     for name in contents:
         part, _, file = name.rpartition("/")
         if file == CONFIG:
@@ -51,7 +55,7 @@ def files_with_code(contents: dict[str, bytes]) -> dict[str, bytes]:
             classes = _AUTO_CLASSES[config["model_type"]]
             own = {auto: f"{Path(CODE).stem}.{ours}" for auto, ours in classes.items()}
             found[name] = _json(config | {"auto_map": own})
-            found[f"{part}/{PART_CODE}"] = f"from {NAME} import {classes['AutoModel']}\n".encode()
+            found[f"{part}/{PART_CODE}"] = part_code.encode()
     return found
 
 

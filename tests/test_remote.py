@@ -39,7 +39,9 @@ def with_code():
 
 
 def run_elsewhere(lines: str, tmp_path: Path, **environment) -> str:
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), **environment}
+    # Bytecode is written and read, as it is for people, whatever is set where the tests run.
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "",
+                   **environment}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", ELSEWHERE + lines], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
