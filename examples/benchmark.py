@@ -21,7 +21,6 @@ there is not trained again. `--model` adds the figures of a saved pipeline.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +41,7 @@ from progressive_vae.saved import read_json, write_json
 from progressive_vae.training import train
 from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.codes import GridDataset
-from progressive_vae.training.command import read_flags
+from progressive_vae.training.command import read_flags, run_script
 from progressive_vae.training.distances import BATCH_SIZE, distances, see, stored
 from progressive_vae.training.lock import locked
 from progressive_vae.training.recipe import read_recipe
@@ -335,7 +334,7 @@ def compare(arguments: Arguments):
         f"{', '.join(rates)}\n"
     )
     write_json(output_dir / "benchmark.json", columns)
-    (output_dir / "benchmark.md").write_text(text)
+    (output_dir / "benchmark.md").write_text(text, encoding="utf-8")
     if per_class := min(6, yardstick.num_drawn // len(names)):
         models = [ours, *([partial(ours, preview=True)] if has_previews(pipe) else []), theirs]
         drawn = [model(yardstick.num_drawn) for model in models]
@@ -350,7 +349,4 @@ def loaded(folder: str | Path, device: torch.device) -> ProgressiveVAEPipeline:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -25,7 +25,6 @@ import dataclasses
 import json
 import math
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ from progressive_vae.entries import as_unit
 from progressive_vae.sampling import Sampler
 from progressive_vae.saved import write_json
 from progressive_vae.training.codes import GridDataset, cached
-from progressive_vae.training.command import read_flags
+from progressive_vae.training.command import read_flags, run_script
 from progressive_vae.training.data import pixel_batches, read_images
 from progressive_vae.training.evaluation import code_use
 from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
@@ -244,7 +243,7 @@ def main(words: list[str]):
     parser = ArgumentParser(exit_on_error=False, description="Rows trained in equal time.")
     parser.add_class_arguments(Arguments)
     arguments = Arguments(**read_flags(parser, words))
-    recipe = yaml.safe_load(Path(arguments.config).read_text())
+    recipe = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
     names = list(recipe["trials"])
     if unknown := sorted(set(arguments.trials or ()) - set(names)):
         raise ValueError(f"expected trials among {names}, got {unknown}")
@@ -262,7 +261,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

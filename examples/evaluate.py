@@ -24,7 +24,6 @@ split for evaluation, and after `--streaming` name images that it has not seen.
 """
 
 import math
-import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from progressive_vae.entries import as_unit
 from progressive_vae.pictures import has_previews
 from progressive_vae.saved import write_json
 from progressive_vae.training.codes import GridDataset, cached
-from progressive_vae.training.command import read_flags
+from progressive_vae.training.command import read_flags, run_script
 from progressive_vae.training.data import pixel_batches, read_images
 from progressive_vae.training.distances import BATCH_SIZE, distances, see, stored
 from progressive_vae.training.evaluation import evaluate, label_accuracy, psnr_of, rate_distortion
@@ -286,12 +285,9 @@ def measure(arguments: Arguments, images_of: DataSettings):
     metrics["curves"] = curves
     write_json(output_dir / "evaluation.json", metrics)
     plot(curves, output_dir / "rate_distortion.png")
-    (output_dir / "evaluation.md").write_text(report(metrics) + "\n")
+    (output_dir / "evaluation.md").write_text(report(metrics) + "\n", encoding="utf-8")
     print(f"{report(metrics)}\n\nwrote {output_dir}")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -25,7 +25,6 @@ again from the saved artefacts.
 
 import argparse
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -34,7 +33,7 @@ from jsonargparse import ArgumentParser
 
 from progressive_vae.chain import MAX_LEVELS
 from progressive_vae.training import train
-from progressive_vae.training.command import read_flags
+from progressive_vae.training.command import read_flags, run_script
 from progressive_vae.training.recipe import SECTIONS, Recipe, add_sections, read_recipe
 from progressive_vae.training.settings import OF_TRAINING_IMAGES, DataSettings, RunSettings
 
@@ -98,7 +97,4 @@ def next_commands(recipe: Recipe) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:  # of flags, data or files: what was expected, and what came
-        sys.exit(f"error: {error}")
+    run_script(main)

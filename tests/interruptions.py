@@ -32,7 +32,8 @@ FLAGS = (
 
 def start(output_dir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *FLAGS, *flags]
-    with open(f"{output_dir}.log", "w") as log:  # a pipe that nobody reads would fill up
+    # A pipe that nobody reads would fill up.
+    with open(f"{output_dir}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(
             [*command, "--output_dir", str(output_dir)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -43,7 +44,7 @@ def start(output_dir: Path, *flags: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, output_dir: Path):
     if process.wait():
-        said = Path(f"{output_dir}.log").read_text()
+        said = Path(f"{output_dir}.log").read_text(encoding="utf-8")
         raise RuntimeError(f"expected training to end well, got {said[-3000:]}")
 
 

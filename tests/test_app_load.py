@@ -31,7 +31,7 @@ def is_open(port: int) -> bool:
 
 def resident(pid: int) -> float:
     """MB."""
-    status = Path(f"/proc/{pid}/status").read_text()
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
@@ -40,7 +40,7 @@ def served(folder: Path):
     """The page as a process of its own: its address and pid."""
     port, environ = free_port(), {**os.environ, "GRADIO_TEMP_DIR": str(folder)}
     words = [sys.executable, str(ROOT / "examples" / "app.py"), "--port", str(port)]
-    with open(folder / "log", "w") as log:
+    with open(folder / "log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(words, env=environ, stdout=log, stderr=log)
     try:
         end = time.monotonic() + 300

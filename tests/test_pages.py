@@ -16,7 +16,7 @@ TOP = {"progressive_vae", "conversion", "examples", "tests", "pyproject.toml", "
 
 def prose(page: Path) -> str:
     """Without code, in which brackets are not links and # is no heading."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
     return re.sub(r"^    .*", "", text, flags=re.M)
 
 
@@ -56,7 +56,7 @@ def test_the_top_of_the_repository_is_short():
 
 def source_of(path: Path, name: str) -> list[str]:
     """The lines of a function, class or method, by its dotted name."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     node: ast.AST = ast.parse(text)
     for word in name.split("."):
         inside = {each.name: each for each in ast.iter_child_nodes(node)

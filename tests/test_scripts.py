@@ -1,11 +1,14 @@
 """Scripts that say what they need: `uv run examples/sample.py` in an environment of its own."""
 
+import io
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from progressive_vae.training.command import run_script
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 
@@ -46,3 +49,21 @@ def test_a_script_says_what_it_imports(path):
     imported = re.findall(r"^\s*(?:from|import) (\w+)", text.split('"""')[2], re.M)
     own = {each.stem for each in path.parent.glob("*.py")}
     assert {name.lower() for name in imported} - own <= names
+
+
+def test_a_console_shows_what_it_can(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["script.py", "Fréchet", "z₁"])
+    run_script(lambda words: print(*words))
+    stdout.flush()
+    assert stdout.buffer.getvalue() == b"Fr?chet z?\n"
+
+
+def test_what_is_wrong_is_one_line(monkeypatch):
+    def main(words: list[str]):
+        raise ValueError(f"expected no words, got {words}")
+
+    monkeypatch.setattr(sys, "argv", ["script.py", "a"])
+    with pytest.raises(SystemExit, match=r"^error: expected no words, got \['a'\]$"):
+        run_script(main)

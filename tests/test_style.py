@@ -17,7 +17,7 @@ def imports(path: Path) -> list[tuple[int, str]]:
     """(level, module) of the relative imports of a file: 1 for a neighbour, 2 for the house."""
     return [
         (node.level, node.module)
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.ImportFrom) and node.level
     ]
 

@@ -163,7 +163,7 @@ def read_recipe(
         if not Path(recipe).is_file():
             raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
         try:
-            recipe = yaml.safe_load(Path(recipe).read_text())
+            recipe = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             words = " ".join(str(error).split())
             raise ValueError(f"expected YAML in {where}, got {words}") from error
