@@ -10,7 +10,6 @@ import progressive_vae
 import progressive_vae.training
 
 PACKAGE = Path(progressive_vae.__file__).parent
-ROOT = Path(__file__).parents[1]
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
@@ -41,13 +40,3 @@ def test_what_is_used_does_not_need_what_makes_it():
         assert {level for level, _ in imports(path)} <= {1}, path
     for path in wing.glob("*.py"):
         assert {what for level, what in imports(path) if level == 2} <= set(used), path
-
-
-def test_no_file_is_long():
-    folders = [
-        PACKAGE,
-        PACKAGE / "training",
-        *(ROOT / name for name in ("conversion", "examples", "tests")),
-    ]
-    lengths = {p: len(p.read_text().splitlines()) for f in folders for p in f.glob("*.py")}
-    assert max(lengths.values()) <= 400, max(lengths, key=lengths.get)
