@@ -37,11 +37,11 @@ from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.entries import as_pixel_values
+from progressive_vae.image_files import open_image
 from progressive_vae.images import fitted, from_pixel_values
 from progressive_vae.labels import known_labels, label_ids
 from progressive_vae.pictures import has_previews, symbol_picture
 from progressive_vae.space import PACKAGE, push_space
-from progressive_vae.training.data import decode
 from progressive_vae.training.files import LOSSLESS, as_file
 from progressive_vae.training.growing import growing
 
@@ -195,9 +195,10 @@ class Page:
         """A file as a picture of the model's kind, and what was done to it."""
         if not contents:
             raise gr.Error("Choose a picture first.", print_exception=False)
-        image = decode({"bytes": contents, "path": None}, MAX_PICTURE_PIXELS)
-        if image is None:
-            raise gr.Error(NOT_READ, print_exception=False)
+        try:
+            image = open_image(contents, MAX_PICTURE_PIXELS).image
+        except ValueError as error:
+            raise gr.Error(f"{NOT_READ} ({error})", print_exception=False) from error
         image, done = fitted(image, self.pipe.image_shape)
         return image, f"Your picture, {', '.join(done) or 'as it is'}."
 

@@ -92,7 +92,7 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
     source, caches = open_source(settings), {}
     for split, table in source.splits.items():
         manifest = source.manifests[split]
-        images = read_images(table, shape=manifest.shape, **source.options)
+        images = read_images(table, shape=manifest.shape, **source.read_options(split))
         folder = Path(arguments.output_dir) / "pixels" / split
         caches[split] = cached(folder, manifest, pixel_batches(images))
     return caches

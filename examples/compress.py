@@ -13,20 +13,21 @@
 
 Pictures of any size are cut into tiles of the model's. The file is a table with a row for each
 picture: its name, its size, and the streams of `pipe.compress`, tile by tile. What was done before
-an interruption is not done again. Pictures that cannot be read, or have colours that the model does
-not know, are named and left out.
+an interruption is not done again. Pictures that cannot be read, or whose pixels the model cannot
+hold without a loss, are left out, with the reason. Color profiles are kept.
 """
 
+import glob
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 
 import datasets
@@ -41,14 +42,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.image_files import (
+    MODES,
+    convert_image,
+    image_array,
+    is_utf8,
+    list_files,
+    printable,
+)
 from progressive_vae.saved import read_json, write_json
-from progressive_vae.training.data import decode, file_of
+from progressive_vae.training.data import decode
 from progressive_vae.training.evaluation import psnr_of
 from progressive_vae.training.files import LOSSLESS, LOSSY, as_file
 from progressive_vae.training.growing import growing
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
-MODES = {1: ("L", "1"), 3: ("RGB", "L", "1")}  # from which the first is made without a loss
+COLOR_SPACES = {"L": b"GRAY", "RGB": b"RGB "}  # of ICC profiles, in bytes 16 to 20
 SCHEMA = pa.schema(
     {
         "name": pa.string(),
@@ -56,9 +65,12 @@ SCHEMA = pa.schema(
         "width": pa.int32(),
         "crc": pa.uint32(),  # of the pixels
         "tiles": pa.list_(pa.binary()),
+        "icc_profile": pa.binary(),
     }
 )
-LEFT_OUT = b"left_out"  # names, among what a part says of itself
+# Files that were written before color profiles were kept.
+SCHEMA_WITHOUT_PROFILES = pa.schema([field for field in SCHEMA if field.name != "icc_profile"])
+LEFT_OUT = b"left_out"  # names and reasons, in the metadata of a part
 TILES_AT_A_TIME = 256  # in memory, and from one move of the progress bar to the next
 
 
@@ -75,7 +87,8 @@ def pack(
     """Pictures into one file; its size is printed beside those of PNG, WebP and JPEG-XL files.
 
     Args:
-        source: a folder of pictures, or a data set: a folder of parquet files, or a name.
+        source: a folder of pictures, a picture, or a data set: a folder of parquet files alone, or
+            a name.
         file: to write, a table in parquet.
         model: a pipeline's folder, or its repository on the Hub.
         split: of a data set.
@@ -85,11 +98,13 @@ def pack(
             several times as long and is read by others too.
         beside_files: whether other files are made to compare with, which takes longest.
     """
+    file = os.path.expanduser(file)
     if Path(file).exists():
         raise ValueError(f"expected a file to write that is not there yet, got {file}")
     parts, paths = Path(f"{file}.parts"), []
     written = [parts, Path(f"{file}.incomplete")]
-    pipe, named = loaded(model), named_pictures(source, split, max_pictures, written)
+    pipe = loaded(model)
+    named, left_out = named_pictures(source, split, max_pictures, written)
     names = hashlib.sha256("\n".join(targets(named["name"])).encode()).hexdigest()
     made = {"source": source, "split": split, "model": pipe.stream_id(arithmetic), "names": names,
             "pictures_per_part": pictures_per_part}  # fmt: skip
@@ -109,10 +124,12 @@ def pack(
     tables = [pq.read_table(path) for path in paths]
     whole = pa.concat_tables([table.replace_schema_metadata() for table in tables])
     if not len(whole):
-        raise ValueError(f"expected pictures of {modes_of(pipe)} in {source}, got none")
+        raise ValueError(f"expected pictures of mode {mode_of(pipe)} in {source}, got none")
     write_table(whole, Path(file))
     shutil.rmtree(parts)
-    for name in sum((json.loads(table.schema.metadata[LEFT_OUT]) for table in tables), []):
+    for table in tables:
+        left_out += json.loads(table.schema.metadata[LEFT_OUT])
+    for name in left_out:
         print(f"left out {name}")
     print(sizes(pipe, whole, Path(file), named if beside_files else None))
 
@@ -125,11 +142,13 @@ def unpack(file: str, output_dir: str, model: str = MODEL):
         output_dir: to write to.
         model: the pipeline that packed it.
     """
-    pipe, table = loaded(model), pq.read_table(file)
-    if not table.schema.equals(SCHEMA):
+    pipe, table = loaded(model), pq.read_table(os.path.expanduser(file))
+    if not (table.schema.equals(SCHEMA) or table.schema.equals(SCHEMA_WITHOUT_PROFILES)):
         raise ValueError(f"expected {file} of pictures, got a table of {table.schema.names}")
-    folder, whole = Path(output_dir), table.to_pylist()
-    for row, target in zip(whole, targets(table["name"].to_pylist()), strict=True):
+    folder, whole = Path(output_dir).expanduser(), table.to_pylist()
+    # Earlier versions wrote names on Windows with backslashes.
+    names = [name.replace("\\", "/") for name in table["name"].to_pylist()]
+    for row, target in zip(whole, targets(names), strict=True):
         row["path"] = folder / target
         if not row["path"].resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"expected names inside of a folder in {file}, got {row['name']!r}")
@@ -146,7 +165,7 @@ def unpack(file: str, output_dir: str, model: str = MODEL):
                 picture = joined(part, row["height"], row["width"])
                 if zlib.crc32(picture.tobytes()) != row["crc"]:
                     raise ValueError(f"expected the pixels of {row['name']!r}, got others")
-                save(picture, row["path"])
+                save(picture, row["path"], row.get("icc_profile"))
             progress.update(len(group))
     print(f"wrote {len(table)} pictures to {output_dir}")
 
@@ -160,9 +179,12 @@ def grow(picture: str, file: str, model: str = MODEL):
         model: a pipeline's folder, or its repository on the Hub.
     """
     pipe = loaded(model)
-    array = pixels_of({"bytes": None, "path": picture}, pipe.image_shape[0])
-    if array is None:
-        raise ValueError(f"expected a picture of {modes_of(pipe)}, got {picture}")
+    picture = os.path.expanduser(picture)
+    try:
+        array, _ = pixels_of({"bytes": None, "path": picture}, pipe.image_shape[0])
+    except ValueError as error:
+        raise ValueError(f"expected a picture of mode {mode_of(pipe)}, got {picture}: {error}"
+                         ) from error  # fmt: skip
     stream, views = pipe.compress(array[None])[0], dict[str, np.ndarray]()
     for k, (length, view) in enumerate(growing(pipe, array[None], stream), 1):
         name = f"z_1: {length} bytes" if k == 1 else f"z_1 … z_{k}: {length} bytes"
@@ -186,37 +208,65 @@ def grow(picture: str, file: str, model: str = MODEL):
 
 def named_pictures(
     source: str, split: str, max_pictures: int | None, written: list[Path]
-) -> datasets.Dataset:
-    """Rows of "name" and "image", whose files are not read yet; what is written is none of them."""
+) -> tuple[datasets.Dataset, list[str]]:
+    """Rows of "name" and "image", whose files are not read yet, and names that cannot be stored,
+    with the reason.
+
+    Args:
+        written: files and folders that are no pictures, although they may lie among them.
+    """
     if max_pictures is not None and max_pictures < 1:
         raise ValueError(f"expected max_pictures >= 1, got {max_pictures}")
-    folder = Path(source)
-    found = (path for path in folder.rglob("*") if path.is_file())
-    files = sorted(path for path in found if not {path, *path.parents} & set(written))
-    if folder.is_dir() and not any(path.suffix == ".parquet" for path in files):
-        table = datasets.Dataset.from_dict(
-            {
-                "name": [str(path.relative_to(folder)) for path in files],
-                "image": [{"bytes": None, "path": str(path)} for path in files],
-            }
-        )
+    path = Path(source).expanduser()
+    folder, files = path, list[Path]()
+    if path.is_file():
+        folder, files = path.parent, [path]
+    elif path.is_dir():
+        files = [f for f in list_files(path, hidden=True) if not {f, *f.parents} & {*written}]
+    elif path.is_absolute() or source.startswith((".", "~")):
+        raise ValueError(f"expected source to be a folder, a picture or a data set, got {source!r},"
+                         " which is not there")  # fmt: skip
+    left_out = list[str]()
+    if any(file.suffix != ".parquet" for file in files):
+        reasons = {file: unusable_name(file.relative_to(folder)) for file in files}
+        left_out = [f"{printable(file.relative_to(folder))}: {reason}"
+                    for file, reason in reasons.items() if reason]  # fmt: skip
+        kept = [file for file in files if not reasons[file]]
+        columns = {
+            "name": [file.relative_to(folder).as_posix() for file in kept],
+            "image": [{"bytes": None, "path": str(file)} for file in kept],
+        }
+        table = datasets.Dataset.from_dict(columns)
     else:
-        table = datasets.load_dataset(source, split=split)
-        images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
-        if not images:
-            raise ValueError(f"expected a data set of images, got columns {table.column_names}")
-        table = table.select_columns(images[:1])
-        if images[0] != "image":
-            table = table.rename_column(images[0], "image")
-        table = table.cast_column("image", datasets.Image(decode=False))
-        table = table.add_column("name", [f"{i:08d}" for i in range(len(table))])
+        table = data_set(glob.escape(str(path)) if files else source, split)
     if not len(table):
         raise ValueError(f"expected pictures in {source}, got none")
-    return table.select(range(min(len(table), max_pictures or len(table))))
+    return table.select(range(min(len(table), max_pictures or len(table)))), left_out
 
 
-def modes_of(pipe: ProgressiveVAEPipeline) -> tuple[str, ...]:
-    return MODES.get(pipe.image_shape[0], ())
+def unusable_name(name: Path) -> str | None:
+    """Why a name cannot be stored."""
+    if not is_utf8(name):
+        return "its name is not UTF-8"
+    if os.sep == "/" and "\\" in str(name):
+        return "its name has a backslash, which separates folders elsewhere"
+    return None
+
+
+def data_set(name: str, split: str) -> datasets.Dataset:
+    table = datasets.load_dataset(name, split=split)
+    images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if not images:
+        raise ValueError(f"expected a data set of images, got columns {table.column_names}")
+    table = table.select_columns(images[:1])
+    if images[0] != "image":
+        table = table.rename_column(images[0], "image")
+    table = table.cast_column("image", datasets.Image(decode=False))
+    return table.add_column("name", [f"{i:08d}" for i in range(len(table))])
+
+
+def mode_of(pipe: ProgressiveVAEPipeline) -> str:
+    return MODES[pipe.image_shape[0]]
 
 
 def targets(names: list[str]) -> list[str]:
@@ -227,17 +277,21 @@ def targets(names: list[str]) -> list[str]:
     return found
 
 
-def pixels_of(image: dict, num_channels: int) -> np.ndarray | None:
-    """uint8 (H, W, C), or `None` of what cannot be read, or not without a loss: what has an alpha
-    channel, more than 8 bits, or more than one picture."""
-    found, modes = decode(image), MODES.get(num_channels, ())
-    if found is None or found.mode not in modes or "transparency" in found.info:
-        return None
-    with PIL.Image.open(BytesIO(file_of(image))) as file:
-        if getattr(file, "n_frames", 1) > 1 or ";16" in str(file.tile):
-            return None
-    array = np.array(found.convert(modes[0]))
-    return array.reshape(found.height, found.width, num_channels)
+def pixels_of(image: dict, num_channels: int) -> tuple[np.ndarray, bytes | None]:
+    """uint8 (H, W, C), and the color profile of the file.
+
+    Raises:
+        ValueError: it cannot be read, or not without a loss; the message is the reason.
+    """
+    opened, mode = decode(image), MODES[num_channels]
+    conversion = convert_image(opened.image, mode)
+    if opened.omissions or not conversion.is_lossless:
+        losses = [*opened.omissions, *conversion.steps]
+        raise ValueError(f"not without a loss: {', '.join(losses)}")
+    profile = opened.image.info.get("icc_profile") or None
+    if profile is not None and profile[16:20] != COLOR_SPACES[mode]:
+        raise ValueError(f"its color profile is not for pixels of mode {mode}")
+    return image_array(conversion.image).transpose(1, 2, 0), profile
 
 
 def as_array(image: Tensor) -> np.ndarray:
@@ -248,10 +302,10 @@ def as_pil(array: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
 
 
-def save(array: np.ndarray, path: Path):
+def save(array: np.ndarray, path: Path, profile: bytes | None):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.incomplete")
-    as_pil(array).save(temporary, "PNG")
+    as_pil(array).save(temporary, "PNG", icc_profile=profile)
     temporary.replace(path)
 
 
@@ -304,14 +358,16 @@ def packed(
         waiting.clear()
 
     for name, image in zip(some["name"], some["image"], strict=True):
-        picture = pixels_of(image, pipe.image_shape[0])
-        if picture is None:
-            left_out.append(name)
+        try:
+            picture, profile = pixels_of(image, pipe.image_shape[0])
+        except ValueError as reason:
+            left_out.append(f"{name}: {reason}")
             progress.update()
             continue
         waiting.append(tiles_of(picture, pipe.image_shape[1:]))
         crc, (height, width) = zlib.crc32(picture.tobytes()), picture.shape[:2]
-        rows.append({"name": name, "height": height, "width": width, "crc": crc})
+        row = {"name": name, "height": height, "width": width, "crc": crc, "icc_profile": profile}
+        rows.append(row)
         if sum(map(len, waiting)) >= TILES_AT_A_TIME:
             flush()
     flush()
@@ -354,8 +410,7 @@ def sizes(
         kept = {row["name"] for row in rows}
         for row in named:
             if row["name"] in kept:
-                array = pixels_of(row["image"], pipe.image_shape[0])
-                assert array is not None
+                array, _ = pixels_of(row["image"], pipe.image_shape[0])
                 flat = array.squeeze(-1) if array.shape[-1] == 1 else array
                 for name, options in LOSSLESS.items():
                     with suppress(ImportError):  # imagecodecs is not there

@@ -85,9 +85,10 @@ def cache(
 ) -> dict[str, GridDataset]:
     """The images of both splits, which have to be as the model's."""
     source, found = open_source(images), {}
+    print("\n".join(source.notes))
     for split, table in source.splits.items():
         manifest = replace(source.manifests[split], shape=pipe.image_shape)
-        rows = read_images(table, shape=pipe.image_shape, **source.options)
+        rows = read_images(table, shape=pipe.image_shape, **source.read_options(split))
         folder = Path(arguments.output_dir) / "cache" / split
         found[split] = cached(folder, manifest, pixel_batches(rows))
     return found
@@ -254,7 +255,7 @@ def measure(arguments: Arguments, images_of: DataSettings):
     }
     drawn = drawn_images(arguments, pipe, num_drawn)
     metrics["distances"] = distances_of(arguments, pipe, extractor, data, drawn)
-    if pipe.labels and arguments.features == "classifier":
+    if pipe.labels and arguments.features == "classifier" and test.has_labels:
         real = classifier_of(arguments, data["train"], "classifier")
         metrics["accuracy"] = {"learned from the training split": accuracy(real, test)}
         for name, share in label_accuracy(pipe, real, test, arguments.seed).items():

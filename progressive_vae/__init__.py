@@ -31,6 +31,7 @@
 | `level.py` | `ProgressiveVAELevel`: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)` |
 | `prior.py` | `ProgressiveVAEPrior`: `P_Φ(z_1)` |
 | `fingerprint.py` | which codes a part was trained on |
+| `image_files.py` | from a file to pixels: decoding, conversion to a model's mode, size |
 | `images.py` | what users hold (PIL, arrays, tensors) as pixel values |
 | `card.py` | the model card |
 | `bundled.py` | the package in one file, as a repository may hold it |

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from .configuration import NUM_PIXEL_VALUES
 from .entries import as_pixel_values, as_values
+from .image_files import MODES, convert_image, image_array, is_deep
 
 Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | list"
-
-# Conversions to the first mode that lose nothing.
-_MODES = {1: ("L", "1"), 3: ("RGB", "L", "1", "P")}
 
 
 def pixel_value_batches(
@@ -66,16 +64,20 @@ def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) 
 def _from_pil(image: PIL.Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     """uint8 (H, W, C)."""
     channels, height, width = shape
-    modes = _MODES.get(channels, ())
-    if image.mode not in modes:
-        raise ValueError(f"expected images of mode {modes}, got a PIL image of {image.mode!r}")
+    mode = MODES.get(channels)
+    conversion = convert_image(image, mode) if mode and not is_deep(image) else None
+    if conversion is None or not conversion.is_lossless:
+        steps = f" ({', '.join(conversion.steps)})" if conversion else ""
+        raise ValueError(
+            f"expected images whose pixels become {channels} channels of 8 bits without a loss, "
+            f"got a PIL image of mode {image.mode!r}{steps}"
+        )
     if image.size != (width, height):
         raise ValueError(
             f"expected images of (C, H, W) = {shape}, "
             f"got a PIL image of width {image.width} and height {image.height}"
         )
-    array = np.asarray(image.convert(modes[0]))
-    return array[..., None] if array.ndim == 2 else array
+    return image_array(conversion.image).transpose(1, 2, 0)
 
 
 def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -94,30 +96,18 @@ def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 def fitted(
     image: PIL.Image.Image, shape: tuple[int, int, int]
 ) -> tuple[PIL.Image.Image, list[str]]:
-    """Any picture as one of a pipeline's (C, H, W), and what was done to it, in words.
+    """Any image as one of a pipeline's (C, H, W), and what was done to it, in words.
 
-    Its middle is resized, glass is laid on white, and more than 8 bits become 8, over the range
-    that the picture has.
+    Its middle is resized, transparency is composited on white, and more than 8 bits become 8, over
+    the image's own range of values.
     """
     channels, height, width = shape
-    done, before, mode = [], image.size, "L" if channels == 1 else "RGB"
-    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits
-        array = np.nan_to_num(np.asarray(image, np.float64))
-        array -= array.min()
-        image = PIL.Image.fromarray((255 * array / (array.max() or 1)).astype(np.uint8))
-        done.append("made one of 8 bits")
-    if "A" in image.getbands() or "transparency" in image.info:
-        glass = image.convert("RGBA")
-        image = PIL.Image.new("RGBA", glass.size, "white")
-        image.alpha_composite(glass)
-        done.append("laid on white")
-    if image.mode != mode:
-        image = image.convert(mode)
-        done.append("made grey" if channels == 1 else "made one of red, green and blue")
-    if image.size != (width, height):
-        image = PIL.ImageOps.fit(image, (width, height))
-        done.append(f"its middle resized from {before[0]}×{before[1]} to {width}×{height}")
-    return image, done
+    size = image.size
+    converted, steps, _ = convert_image(image, MODES[channels], reduce_depth=True)
+    if size != (width, height):
+        converted = PIL.ImageOps.fit(converted, (width, height))
+        steps.append(f"its middle resized from {size[0]}×{size[1]} to {width}×{height}")
+    return converted, steps
 
 
 def from_pixel_values(

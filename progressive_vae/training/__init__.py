@@ -7,6 +7,8 @@
 | file | purpose |
 |---|---|
 | `settings.py` | the knobs of training, once: of the data, of one fit, of a run |
+| `classes.py` | the classes of a labeled data set: names, and the id of each label |
+| `image_folder.py` | a folder of image files as a data set: its splits and classes |
 | `data.py` | the images of a data set, as grids of 8-bit values |
 | `codes.py` | a data set's grids, cached on disk |
 | `forms.py` | for the finest level more images than there are: turned, in other colours |

@@ -23,6 +23,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
 from ..saved import read_json
+from .classes import NO_LABEL
 
 FORMAT = 2
 _REMADE = "the cache is damaged, delete its folder and it is made again"
@@ -146,6 +147,11 @@ class GridDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self.num_examples
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any image has a class id."""
+        return max(self.table.unique("label"), default=NO_LABEL) != NO_LABEL
 
     def batch(self, indices: slice | list[int]) -> tuple[Tensor, Tensor]:
         """(grids int64 (b, *shape), labels int64 (b,)).

@@ -12,6 +12,7 @@ from ..configuration import NUM_PIXEL_VALUES
 from ..entries import as_unit
 from ..pictures import has_previews
 from ..pipeline import ProgressiveVAEPipeline
+from .classes import NO_LABEL
 from .codes import GridDataset
 from .yardsticks import Classifier
 
@@ -74,13 +75,21 @@ def label_accuracy(
 ) -> dict[str, float]:
     """Accuracy of a classifier of real images on held-out images, and on the same images drawn
     again from their own z_1 … z_i, for each level i: whether the coarse codes say what it is.
-    `preview_of_level_i` is that on previews from z_i, where there are any."""
+    `preview_of_level_i` is that on previews from z_i, where there are any.
+
+    Raises:
+        ValueError: no image has a label.
+    """
     generator = torch.Generator().manual_seed(seed)
     right: Counter[str] = Counter()
+    count = 0
+    if not dataset.has_labels:
+        raise ValueError(f"expected labels in {dataset.folder}, got none")
     for grids, labels in dataset.batches(batch_size):
+        count += int((labels != NO_LABEL).sum())
         for name, shown in _views(pipe, grids.to(torch.uint8), generator):
             right[name] += int((classifier(shown * 2 - 1).argmax(1) == labels).sum())
-    return {name: count / len(dataset) for name, count in right.items()}
+    return {name: number / count for name, number in right.items()}
 
 
 def _views(

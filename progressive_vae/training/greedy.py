@@ -111,6 +111,7 @@ def train(
         # All configs are made, and all that is there is looked at, before any phase runs: a wrong
         # knob costs neither training nor what was trained before.
         source = open_source(read.data, images)
+        accelerator.print("\n".join(source.notes))
         pixels, names = source.manifests["train"], source.class_names
         given_configs = {i: ProgressiveVAELevelConfig.from_pretrained(p) for i, p in given.items()}
         configs = read.level_configs(pixels.shape[0], names, given_configs)

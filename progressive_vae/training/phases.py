@@ -26,6 +26,7 @@ from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
 from ..prior_configuration import ProgressiveVAEPriorConfig
 from .checkpoints import Progress, is_sharded
+from .classes import NO_LABEL
 from .codes import GridDataset, Manifest, PairedDataset
 from .fitting import fit
 from .forms import AS_THEY_ARE
@@ -393,4 +394,8 @@ def _of_data(train: GridDataset | PixelStream, run: Run) -> dict[str, Any]:
 
 
 def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    return {"class_labels": batch["label"]} if model.config.num_classes else {}
+    """The class ids, with the null class for images without a label."""
+    if not model.config.num_classes:
+        return {}
+    labels = batch["label"]
+    return {"class_labels": labels.where(labels != NO_LABEL, model.config.num_classes)}

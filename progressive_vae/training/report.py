@@ -90,7 +90,8 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
             "classifier", lambda: train_classifier(train, classes, seed=seed, device=device)
         )
     ):
-        measures["label_accuracy"] = lambda: label_accuracy(pipe, classifier, test, seed)
+        if test.has_labels:
+            measures["label_accuracy"] = lambda: label_accuracy(pipe, classifier, test, seed)
         measures["frechet_distance"] = lambda: distance_of_samples(
             pipe, classifier, test, count, seed
         )

@@ -7,6 +7,8 @@ from typing import Any
 from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 
+from ..image_files import MAX_IMAGE_PIXELS, MODES
+
 OPTIMIZERS = ("muon", "adamw")
 # The others need more than the names of this file say.
 SCHEDULERS = tuple(each.value for each in SchedulerType if each.value != "piecewise_constant")
@@ -16,7 +18,6 @@ OF_TRAINING_IMAGES = frozenset(
     "random_flip num_crops random_rotation random_colours max_train_samples streaming "
     "shuffle_buffer_size".split()
 )
-MAX_IMAGE_PIXELS = 2**27  # of one file: the largest cameras' pictures, 403 MB of colours
 
 
 def check(settings: Any, name: str, is_right: bool, expected: str):
@@ -50,6 +51,8 @@ class DataSettings:
         random_colours: likewise, with colours exchanged for each other.
         max_train_samples: so many images at most, drawn at random.
         max_eval_samples: likewise, of the held-out images.
+        image_mode: "L" for gray images or "RGB" for color; where not given, "RGB" if any of the
+            images that are looked at has color.
         max_image_pixels: images of more are left out, and named.
         streaming: read the training images as they come, never all of them to a disk.
         shuffle_buffer_size: images among which a stream is shuffled.
@@ -71,6 +74,7 @@ class DataSettings:
     random_colours: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
+    image_mode: str | None = None
     max_image_pixels: int = MAX_IMAGE_PIXELS
     streaming: bool = False
     shuffle_buffer_size: int = 1000
@@ -80,6 +84,8 @@ class DataSettings:
                      "shuffle_buffer_size", "num_crops"):  # fmt: skip
             value = getattr(self, name)
             check(self, name, value is None or value >= 1, ">= 1")
+        modes = tuple(MODES.values())
+        check(self, "image_mode", self.image_mode in (None, *modes), f"among {modes}, or null")
         can_crop = self.center_crop and not self.streaming
         check(
             self,

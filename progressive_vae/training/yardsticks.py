@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ..entries import as_pixel_values, as_unit, of_unit
 from ..pipeline import ProgressiveVAEPipeline
+from .classes import NO_LABEL
 from .codes import GridDataset, Manifest, cached
 from .streaming import PixelStream
 
@@ -90,7 +91,11 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=num_steps)
         batches = islice(dataset.random_batches(128), num_steps)
         for images, labels in tqdm(batches, total=num_steps, desc="classifier"):
-            loss = F.cross_entropy(model(as_pixel_values(images)), labels)
+            is_labeled = labels != NO_LABEL
+            if not is_labeled.any():
+                continue
+            logits = model(as_pixel_values(images[is_labeled]))
+            loss = F.cross_entropy(logits, labels[is_labeled])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -111,9 +116,9 @@ def cached_classifier(
     Raises:
         ValueError: a data set without labels.
     """
-    labels = dataset.table.unique("label")
-    if min(labels) < 0:
+    if not dataset.has_labels:
         raise ValueError(f"expected labels in {dataset.folder} for a classifier, got none")
+    labels = dataset.table.unique("label")
     identity = f"{dataset.manifest}, {max_train_steps} steps, seed {seed}"
     num_classes = max(labels) + 1
     if Path(path).is_file():
@@ -247,12 +252,18 @@ def cached_drawn(
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000) -> float:
-    """The share of images whose label a classifier of pixel values in [−1, 1] tells."""
-    right = sum(
-        int((classifier(as_pixel_values(images)).argmax(1) == labels).sum())
-        for images, labels in dataset.batches(batch_size)
-    )
-    return right / len(dataset)
+    """The share of labeled images whose label a classifier of pixel values in [−1, 1] predicts.
+
+    Raises:
+        ValueError: no image has a label.
+    """
+    right = count = 0
+    for images, labels in dataset.batches(batch_size):
+        right += int((classifier(as_pixel_values(images)).argmax(1) == labels).sum())
+        count += int((labels != NO_LABEL).sum())
+    if not count:
+        raise ValueError(f"expected labels in {dataset.folder}, got none")
+    return right / count
 
 
 def distance_of_samples(
