@@ -227,6 +227,8 @@ def named_pictures(
         raise ValueError(f"expected source to be a folder, a picture or a data set, got {source!r},"
                          " which is not there")  # fmt: skip
     left_out = list[str]()
+    if path.is_dir() and not files:
+        raise ValueError(f"expected pictures in {source}, got none")
     if any(file.suffix != ".parquet" for file in files):
         reasons = {file: unusable_name(file.relative_to(folder)) for file in files}
         left_out = [f"{printable(file.relative_to(folder))}: {reason}"

@@ -108,6 +108,8 @@ def open_image(contents: bytes, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Ope
                 image.load()
                 PIL.ImageOps.exif_transpose(image, in_place=True)
                 return OpenedImage(image, omissions)
+        except PIL.Image.DecompressionBombError as error:
+            raise ValueError(f"more than {max_image_pixels} pixels") from error
         except Exception as error:  # each format has errors of its own for damaged files
             raise ValueError(f"no image that Pillow can read ({_first_line(error)})") from error
     raise ValueError(f"more than {max_image_pixels} pixels: {image.width}×{image.height}")
@@ -197,7 +199,7 @@ def _composite_on_white(image: PIL.Image.Image) -> PIL.Image.Image:
 
 def image_array(image: PIL.Image.Image) -> np.ndarray:
     """uint8 (C, H, W) of an image of mode "L" or "RGB"."""
-    array = np.asarray(image)
+    array = np.array(image)  # a copy: torch warns of arrays that cannot be written
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 

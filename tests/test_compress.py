@@ -1,5 +1,6 @@
 """`examples/compress.py`: pictures of any size into one file, and back to the byte."""
 
+import os
 import re
 import struct
 import zlib
@@ -7,6 +8,7 @@ import zlib
 import datasets
 import numpy as np
 import PIL.Image
+import PIL.ImageCms
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -63,9 +65,11 @@ def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys,
     words += ["--arithmetic", "integer"]
     script.main(words)
     said = capsys.readouterr().out
-    assert re.findall("left out (.*)", said) == [
+    assert re.findall("left out (.*?): ", said) == [
         "deep.png", "glass.png", "notes.txt", "pages.tif",
     ]  # fmt: skip
+    for reason in ("16 bits a channel", "transparency", "first of 2 frames", "no image"):
+        assert reason in said
     assert f"| all.parquet | {file.stat().st_size} |" in said and "| PNG files |" in said
     table = pq.read_table(file)
     streams = sum(len(tile.as_py()) for tiles in table["tiles"] for tile in tiles)
@@ -111,6 +115,65 @@ def test_what_was_done_before_an_interruption_is_kept(script, model, folder, tmp
         ["0.bmp", "0.png", "2.png", "4.png", "grey.png", "more/1.png", "more/3.png"]
     )
     assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.incomplete"))
+
+
+def test_palettes_first_images_and_color_profiles(script, model, tmp_path, capsys):
+    """A phone's JPEG holds further images beside the first one, as a gain map."""
+    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    folder.mkdir()
+    first, other = (
+        PIL.Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)) for _ in range(2)
+    )
+    first.quantize(4).save(folder / "palette.png")
+    first.quantize(4).save(folder / "frame.gif")
+    first.save(folder / "phone.jpg", "MPO", save_all=True, append_images=[other])
+    profile = PIL.ImageCms.ImageCmsProfile(PIL.ImageCms.createProfile("sRGB")).tobytes()
+    first.save(folder / "profile.png", icc_profile=profile)
+    first.convert("L").save(folder / "gray.png", icc_profile=profile[:16] + b"GRAY" + profile[20:])
+    PIL.Image.new("P", (7, 5)).save(folder / "clear.png", transparency=0)
+    with open(os.fsencode(folder) + b"/caf\xe9.png", "wb") as file:
+        file.write((folder / "palette.png").read_bytes())
+    packed = str(tmp_path / "all.parquet")
+    script.main(["pack", str(folder), packed, "--model", model, "--beside_files", "false"])
+    said = capsys.readouterr().out
+    left_out = dict(re.findall("left out (.*?): (.*)", said))
+    assert set(left_out) == {"clear.png", "gray.png", r"caf\udce9.png"}
+    assert "profile" in left_out["gray.png"] and "UTF-8" in left_out[r"caf\udce9.png"]
+    script.main(["unpack", packed, str(tmp_path / "again"), "--model", model])
+    for name in ("palette.png", "frame.gif", "phone.jpg", "profile.png"):
+        back = next((tmp_path / "again").glob(f"{name}*"))
+        assert np.array_equal(colours(back), colours(folder / name)), name
+    assert PIL.Image.open(tmp_path / "again" / "profile.png").info["icc_profile"] == profile
+
+
+def test_files_of_earlier_versions_and_of_windows(script, model, folder, tmp_path):
+    """Names with backslashes are those of folders; tables had no column of color profiles."""
+    packed = str(tmp_path / "one.parquet")
+    script.main(["pack", str(folder / "0.png"), packed, "--model", model])
+    table = pq.read_table(packed)
+    assert table["name"].to_pylist() == ["0.png"]
+    table = table.set_column(0, "name", pa.array(["sub\\x.png"])).drop_columns(["icc_profile"])
+    pq.write_table(table, packed)
+    script.main(["unpack", packed, str(tmp_path / "again"), "--model", model])
+    assert np.array_equal(colours(tmp_path / "again" / "sub" / "x.png"), colours(folder / "0.png"))
+
+
+@pytest.mark.parametrize("source", ["~/no/such/folder", "./no", "/no/such"])
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(script, model, tmp_path, source):
+    with pytest.raises(ValueError, match=f"expected source .*got '{source}', which is not there"):
+        script.main(["pack", source, str(tmp_path / "x"), "--model", model])
+
+
+def test_links_and_stray_tables(script, model, folder, tmp_path, capsys):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    (linked / "one").symlink_to(folder / "more")
+    (linked / "one" / "circle").symlink_to(linked)
+    pq.write_table(pa.table({"x": [1]}), linked / "notes.parquet")
+    words = [str(linked), str(tmp_path / "x.parquet"), "--model", model, "--beside_files", "false"]
+    script.main(["pack", *words])
+    said = capsys.readouterr().out
+    assert "| 2 pictures |" in said and "left out notes.parquet: no image" in said
 
 
 def test_a_data_set(script, model, tmp_path, capsys):

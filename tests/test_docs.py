@@ -70,7 +70,7 @@ def test_your_own_pictures_in_one_hour(runs_here):
     assert len(PAGE.splitlines()) <= 120
     write_pictures(runs_here / "pictures")
     training, resumed, *lines, refit = lines
-    with pytest.warns(UserWarning, match="left out 1 images .*broken.jpg"):
+    with pytest.warns(UserWarning, match="left out 1 images: .*broken.jpg"):
         run(training)
     folder = Path("runs/mine")
     assert {path.name for path in (folder / "validation").iterdir()} == {

@@ -80,7 +80,7 @@ def test_a_stream_comes_in_forms(tmp_path):
     for i, image in enumerate(coloured(20, 4, 4)):
         image.save(tmp_path / f"{i}.png")
     settings = DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.2)
-    table = load_images(settings)["train"]
+    table = load_images(settings).splits["train"]
     manifest = Manifest("", "x", "train", (3, 4, 4), 256)
     columns = {"image_column": "image", "label_column": None, "buffer_size": 1}
     stream = PixelStream(table, manifest, forms=Forms(colours=True), **columns)

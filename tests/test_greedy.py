@@ -89,7 +89,7 @@ def test_images_of_every_kind(kind, tmp_path):
         ([], "list of PIL images, got list"),
         ([1, 2], "list of PIL images, got list of .*int"),
         (None, "expected one of dataset_name and train_data_dir, got None and None"),
-        ("/nowhere/at/all", "expected a data set of images in /nowhere/at/all"),
+        ("/nowhere/at/all", "expected dataset_name to be a folder, got '/nowhere/at/all'"),
         (pictures(1), "expected at least 2 images"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import datasets
 import PIL.Image
 import pytest
 import torch
@@ -10,8 +11,9 @@ from conftest import load_script
 from test_training import SMALL
 
 from progressive_vae.training.checkpoints import Checkpoints
+from progressive_vae.training.classes import find_classes
 from progressive_vae.training.codes import GridDataset, Manifest
-from progressive_vae.training.data import find_labels, load_images, read_images
+from progressive_vae.training.data import load_images, read_images
 from progressive_vae.training.settings import DataSettings
 from progressive_vae.training.streaming import PixelStream
 
@@ -22,7 +24,7 @@ STREAM = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "3
 
 @pytest.fixture(scope="module")
 def stream():
-    table = load_images(DataSettings(dataset_name="digits", streaming=True))["train"]
+    table = load_images(DataSettings(dataset_name="digits", streaming=True)).splits["train"]
     manifest = Manifest("", "digits", "train", (1, 8, 8), 256)
     return PixelStream(table, manifest, buffer_size=100, image_column="image", label_column="label")
 
@@ -60,21 +62,40 @@ def test_workers_of_a_loader_read_different_images(stream):
     assert max(files(torch.cat([next(batches)["grid"] for _ in range(40)])).values()) == 1
 
 
-def test_images_are_held_out_by_their_bytes(tmp_path):
+def test_a_streamed_folder_is_held_out_by_file(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for i in range(60):
             PIL.Image.new("L", (4, 4), 2 * i + (name == "dog")).save(tmp_path / name / f"{i}.png")
-    splits = load_images(
-        DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.3)
-    )
-    assert find_labels(splits) == ("label", ["cat", "dog"])
-    greys = {
+    settings = DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.3)
+    splits = load_images(settings).splits
+    assert find_classes(splits).names == ["cat", "dog"]
+    values = {
         split: [int(image.max()) for image, _ in read_images(table, "image", "label", (1, 4, 4))]
         for split, table in splits.items()
     }
-    assert sorted(greys["train"] + greys["test"]) == list(range(120))
-    assert 15 < len(greys["test"]) < 60
+    assert sorted(values["train"] + values["test"]) == list(range(120))
+    assert len(values["test"]) == 36
+
+
+@pytest.mark.parametrize("has_bytes", [True, False])
+def test_a_stream_is_held_out_by_content_or_by_whole_path(tmp_path, has_bytes):
+    """Files of one name in many folders are not all held out, or all learned."""
+    rows = []
+    for i in range(120):
+        path = tmp_path / str(i) / "image.png"
+        path.parent.mkdir()
+        PIL.Image.new("L", (4, 4), i).save(path)
+        rows.append({"bytes": path.read_bytes() if has_bytes else None, "path": str(path)})
+    features = datasets.Features({"image": datasets.Image()})
+    stream = datasets.Dataset.from_dict({"image": rows}, features).to_iterable_dataset()
+    splits = load_images(DataSettings(streaming=True, eval_fraction=0.3), stream).splits
+    values = {
+        split: [int(image.max()) for image, _ in read_images(table, "image", None, (1, 4, 4))]
+        for split, table in splits.items()
+    }
+    assert sorted(values["train"] + values["test"]) == list(range(120))
+    assert 15 < len(values["test"]) < 60
 
 
 def test_a_stream_that_ends_before_it_begins(stream):
@@ -84,7 +105,9 @@ def test_a_stream_that_ends_before_it_begins(stream):
 
 
 def test_mirror_images(stream):
-    table = load_images(DataSettings(dataset_name="digits", streaming=True))["train"].take(200)
+    table = (
+        load_images(DataSettings(dataset_name="digits", streaming=True)).splits["train"].take(200)
+    )
     mirrored = PixelStream(table, stream.manifest, random_flip=True, buffer_size=1, **COLUMNS)
     plain = PixelStream(table, stream.manifest, buffer_size=1, **COLUMNS)
     seen, unseen = (

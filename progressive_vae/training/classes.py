@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow.compute
@@ -16,7 +16,7 @@ SPLIT_NAMES = frozenset(
     "train training test testing val valid validation dev eval evaluation".split()
 )
 
-Table = datasets.Dataset | datasets.IterableDataset
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,11 @@ def find_classes(splits: Mapping[str, Table], label_column: str | None = None) -
         return Classes()
     ids = {name: i for i, name in enumerate(names)}
     labels_of = {split: counts.get(split, dict.fromkeys(range(len(names)), 0)) for split in splits}
-    features = {split: (table.features or {}).get(column, feature)
-                for split, table in splits.items()}  # fmt: skip
-    found = {
-        split: {
-            label: ids[name]
-            for label in labels
-            if (name := _class_name(features[split], label)) in ids
-        }
-        for split, labels in labels_of.items()
-    }
+    found = {}
+    for split, table in splits.items():
+        own_feature = (table.features or {}).get(column, feature)
+        name_of = {label: _class_name(own_feature, label) for label in labels_of[split]}
+        found[split] = {label: ids[name] for label, name in name_of.items() if name in ids}
     _warn_of_gaps(splits, column, names, counts, found)
     return Classes(column, names, found)
 

@@ -6,6 +6,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -337,18 +338,22 @@ def read_images(
             with color among gray ones.
     """
     mode, refused = "L" if shape[0] == 1 else "RGB", defaultdict[str, list[str]](list)
-    sizes = dict(resolution=resolution, center_crop=center_crop, max_image_pixels=max_image_pixels)
+    prepare = partial(
+        prepare_image,
+        mode=mode,
+        resolution=resolution,
+        center_crop=center_crop,
+        max_image_pixels=max_image_pixels,
+    )
     for index, row in enumerate(encoded(table, image_column), first_index):
         value, label = row[image_column], row.get(label_column, NO_LABEL)
         name = (value or {}).get("path") or f"index {index}"
         try:
             image = decode(value, max_image_pixels).image
-            arrays = [prepare_image(image, mode, **sizes)]
+            arrays = [prepare(image)]
             if num_crops > 1:
                 rng = np.random.default_rng(index)
-                arrays += [
-                    prepare_image(image, mode, **sizes, rng=rng) for _ in range(num_crops - 1)
-                ]
+                arrays += [prepare(image, rng=rng) for _ in range(num_crops - 1)]
         except ValueError as error:
             refused[str(error)].append(name)
             continue
