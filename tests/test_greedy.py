@@ -145,6 +145,21 @@ def test_later_phases_of_an_extended_run_name_the_missing_flag(tmp_path):
     train(recipe, pictures(), deeper, phase="evaluate")
 
 
+def test_images_without_a_label_are_learned_without_a_class(tmp_path):
+    """And a held-out split without labels is measured, but for what takes labels."""
+    classes = datasets.ClassLabel(names=["cat", "dog"])
+    train_images = datasets.Dataset.from_dict({"image": pictures(), "label": [0, 1, -1] * 4})
+    test_images = datasets.Dataset.from_dict({"image": pictures(4), "label": [-1] * 4})
+    splits = datasets.DatasetDict(train=train_images, test=test_images)
+    splits = splits.cast_column("image", datasets.Image()).cast_column("label", classes)
+    with pytest.warns(UserWarning, match="4 of 12 images of the split 'train' have no label"):
+        pipe = train(RECIPE, splits, output_dir=tmp_path)
+    assert pipe.prior.config.num_classes == 2 and pipe.labels == {"cat": 0, "dog": 1}
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "label_accuracy" not in metrics and metrics["bits_per_dim"]["total"] > 0
+    assert "not_measured" not in metrics
+
+
 def test_the_pixels_of_a_list_are_those_it_has(tmp_path):
     """Not those of the file that an image was opened from."""
     images = []
