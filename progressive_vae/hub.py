@@ -3,13 +3,13 @@
 import hashlib
 import re
 import shlex
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -18,24 +18,27 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
 from .remote import files_with_code, is_code
-from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
+from .saved import read_json, stamp, take_stamp
 from .weights import is_weights, variant_of
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
-_SAVE = "save the pipeline again, or download it anew"
+_SAVE = "save the pipeline again, or download it anew"  # what helps against a damaged file
 _MEASURE = "delete it, and measure the pipeline again (examples/train.py --phase evaluate)"
 
-_PART = re.compile(r"(prior|level_\d)/(.+)")
+_SLOT = re.compile(r"prior|level_\d")
+_PART = re.compile(rf"({_SLOT.pattern})/(.+)")
 
 
 def register(pipeline: type[DiffusionPipeline], *parts: type):
     """Make diffusers find a pipeline and its parts by name, in folders and on the Hub.
 
     Without this diffusers writes module paths into `model_index.json`, which it reads back from a
-    folder and refuses on the Hub.
+    folder and refuses on the Hub. As one of diffusers' own modules the package also comes before
+    the code of parts that a repository may hold.
     """
     setattr(diffusers, pipeline.__name__, pipeline)
+    setattr(diffusers.pipelines, __package__, sys.modules[__package__])
     classes = {part.__name__: LOADED_BY for part in parts}
     pipeline_loading_utils.LOADABLE_CLASSES[__package__] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
@@ -56,24 +59,25 @@ class HubPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / INDEX).is_file():
-            raise ValueError(f"expected {INDEX} in {folder}, got none: {_SAVE}")
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except torch.OutOfMemoryError:  # no fault of the files
-            raise
-        except LIBRARY_ERRORS as error:
-            raise ValueError(
-                f"expected a saved pipeline in {pretrained_model_name_or_path}, got {error!r}: "
-                f"{_SAVE}"
-            ) from error
+            is_part = (folder / "config.json").is_file()
+            what = "config.json: this is one part, which its own class loads" if is_part else "none"
+            raise ValueError(f"expected the folder of a pipeline, with {INDEX}, in {folder}, "
+                             f"got {what}")  # fmt: skip
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
         contents = read_json(json_file, _SAVE)
         name = contents.get("_class_name")
-        is_own = isinstance(name, list) and len(name) == 2 and isinstance(name[1], str)
-        if not (isinstance(name, str) or is_own):  # [file, class] where code lies beside
+        if isinstance(name, list) and len(name) == 2:  # [file, class] of a repository with code
+            name = contents["_class_name"] = name[1]  # this class needs none of that code
+        if not isinstance(name, str):
             raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
+        for name, value in contents.items():
+            if _SLOT.fullmatch(name) and not (_is_part(value) or value == [None, None]):
+                raise ValueError(
+                    f"expected [library, class] as {name} in {json_file}, got {value!r}: {_SAVE}"
+                )
         return contents
 
     @classmethod

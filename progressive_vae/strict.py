@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
+from .saved import read_json, stamp, take_stamp
 
 MAX_CLASSES = 100_000  # more is a damaged or a hostile file
 
@@ -39,8 +39,6 @@ def strict_config(cls):
             strict_init(self, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"{cls.__name__}: {_said(error)}") from error
-        except LIBRARY_ERRORS as error:
-            raise ValueError(f"expected right fields of {cls.__name__}, got {error!r}") from error
 
     def __setattr__(self, name: str, value: Any):
         try:
