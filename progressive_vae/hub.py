@@ -74,7 +74,7 @@ class HubPipeline(DiffusionPipeline):
         if not isinstance(name, str):
             raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
         for name, value in contents.items():
-            if _SLOT.fullmatch(name) and not (_is_part(value) or value == [None, None]):
+            if _is_slot(name) and not (_is_part(value) or value == [None, None]):
                 raise ValueError(
                     f"expected [library, class] as {name} in {json_file}, got {value!r}: {_SAVE}"
                 )
@@ -99,6 +99,8 @@ class HubPipeline(DiffusionPipeline):
         token: str | None = None,
         create_pr: bool = False,
         with_code: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
     ):
         """Write the parts, `model_index.json` and a card, unless one written by hand is there.
 
@@ -110,14 +112,16 @@ class HubPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("expected safe_serialization=True, got False: nothing is pickled")
+        _check_subfolder(subfolder)
         folder = Path(save_directory)
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         write_card(folder)
         if push_to_hub:
             repo_id = repo_id or folder.resolve().name
             push_folder(
-                folder, repo_id, commit_message, private, token, create_pr, variant, with_code
-            )
+                folder, repo_id, commit_message, private, token, create_pr, variant, with_code,
+                revision,
+            )  # fmt: skip
 
     def push_to_hub(
         self,
@@ -129,13 +133,29 @@ class HubPipeline(DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
         with_code: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
     ) -> CommitInfo:
-        """Push the pipeline as one commit; see `push_folder`."""
+        """Push the pipeline as one commit; see `push_folder`.
+
+        Raises:
+            ValueError: `subfolder` is not `None`, as diffusers loads no pipeline from one.
+        """
+        _check_subfolder(subfolder)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
             return push_folder(
-                folder, repo_id, commit_message, private, token, create_pr, variant, with_code
-            )
+                folder, repo_id, commit_message, private, token, create_pr, variant, with_code,
+                revision,
+            )  # fmt: skip
+
+
+def _check_subfolder(subfolder: str | None):
+    if subfolder:
+        raise ValueError(
+            f"expected subfolder=None, got {subfolder!r}: diffusers loads no pipeline from a "
+            "subfolder of a repository; push to a repository or a revision of its own"
+        )
 
 
 def write_card(folder: str | Path):
@@ -148,7 +168,7 @@ def write_card(folder: str | Path):
     found = figures(folder)
     metrics = read_json(folder / METRICS, _MEASURE) if found else None
     pictures = [name for name in found if name != METRICS]
-    has_prior = (folder / "prior" / "config.json").is_file()
+    has_prior = "prior" in pipeline_parts(folder)
     try:
         made = model_card(folder.as_posix(), metrics, pictures, has_prior, _only_variant(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -160,15 +180,15 @@ def write_card(folder: str | Path):
 
 def _only_variant(folder: Path) -> str | None:
     """The variant of the weights in a folder, if there are none without a name."""
-    variants = {variant_of(path.name) or "" for path in folder.glob("level_*/model*.safetensors")}
+    variants = {variant_of(path.name) or "" for path in _safetensors(folder)}
     return min(variants, default="") or None
 
 
 def weights_digest(folder: Path) -> str:
     """A hash of the weight files of the pipeline in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*/model*.safetensors")):
-        if _weights_of(path.relative_to(folder).as_posix(), None):
+    for path in _safetensors(folder):
+        if is_weights(path.name, None):
             with path.open("rb") as file:
                 digest.update(sha_fileobj(file))
     return digest.hexdigest()
@@ -257,6 +277,7 @@ def push_folder(
     create_pr: bool = False,
     variant: str | None = None,
     with_code: bool = False,
+    revision: str | None = None,
 ) -> CommitInfo:
     """Push the pipeline in a folder as one commit: all of it or nothing becomes visible.
 
@@ -272,8 +293,10 @@ def push_folder(
         token: where not given, that of `hf auth login`.
         create_pr: open a pull request instead of writing to `main`.
         variant: only the weights of this variant are new: the card and figures there are kept.
-        with_code: the code of this package, too, for those who have not installed it. Everybody
-            loads the repository with `trust_remote_code=True` then.
+        with_code: the code of this package, too, for those who have not installed it. They load
+            the repository with `trust_remote_code=True`.
+        revision: the branch to push to, which is created from `main` where it does not exist;
+            `main` if not given.
 
     Raises:
         ValueError: no whole pipeline in the folder, or a repository of another visibility.
@@ -282,9 +305,13 @@ def push_folder(
     names = pipeline_files(folder, variant)
     repo_id = create_repository(repo_id, private, token)
     api = HfApi(token=token)
-    there = api.list_repo_files(repo_id)
+    if revision is not None:
+        _create_branch(api, repo_id, revision, create_pr)
+    there = api.list_repo_files(repo_id, revision=revision)
     if CARD in there and CARD in names:
-        card = Path(api.hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8")
+        card = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(
+            encoding="utf-8"
+        )
         if variant is not None or not is_generated(card):
             names.remove(CARD)
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
@@ -300,7 +327,21 @@ def push_folder(
     operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
     operations += [CommitOperationAdd(name, contents) for name, contents in files.items()]
     message = commit_message or "Upload ProgressiveVAEPipeline"
-    return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr)
+    return api.create_commit(
+        repo_id, operations, commit_message=message, create_pr=create_pr, revision=revision
+    )
+
+
+def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool):
+    """Create a branch unless it exists."""
+    if branch.startswith("refs/"):  # of a pull request
+        return
+    try:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    except HfHubHTTPError as error:
+        # A pull request to somebody else's branch needs no permission to write.
+        if not (create_pr and error.response.status_code == 403):
+            raise
 
 
 def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
@@ -311,10 +352,9 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
     """
     if not (folder / INDEX).is_file():
         raise ValueError(f"expected a saved pipeline, with {INDEX}, in folder, got {folder}")
-    index = read_json(folder / INDEX, _SAVE)
     names = [INDEX, *([CARD] if (folder / CARD).is_file() else [])]
     names += figures(folder) if variant is None else []
-    for part in (name for name, value in index.items() if _is_part(value)):
+    for part in pipeline_parts(folder):
         files = sorted(path.relative_to(folder).as_posix() for path in (folder / part).glob("*"))
         weights = [name for name in files if _weights_of(name, variant)]
         if not weights or f"{part}/config.json" not in files:
@@ -324,6 +364,28 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
             )
         names += [f"{part}/config.json", *weights]
     return names
+
+
+def pipeline_parts(folder: str | Path) -> list[str]:
+    """The names of the parts of the pipeline in a folder, `level_1` and so on, sorted.
+
+    Other parts may lie there, of a pipeline that was saved in the same folder before.
+
+    Raises:
+        ValueError: `model_index.json` is missing or damaged.
+    """
+    index = read_json(Path(folder) / INDEX, _SAVE)
+    return sorted(name for name, value in index.items() if _is_slot(name) and _is_part(value))
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """The weight files of the parts of the pipeline in a folder, of all variants, sorted."""
+    parts = pipeline_parts(folder) if (folder / INDEX).is_file() else []
+    return [path for part in parts for path in sorted((folder / part).glob("model*.safetensors"))]
+
+
+def _is_slot(name: str) -> bool:
+    return _SLOT.fullmatch(name) is not None
 
 
 def _is_part(value) -> bool:

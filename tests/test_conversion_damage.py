@@ -110,7 +110,7 @@ def test_files_that_are_missing_or_others(tmp_path):
         "tokenizer_config of a network of 'vq_model', got .*num_groups", *flags, output=target
     )
     with_config(norm_num_groups=-1)
-    assert_refused("networks that run, got ", *flags, output=target)
+    assert_refused("norm_num_groups >= 1 in tokenizer_config, got -1", *flags, output=target)
     with_config(down_block_types=["NoBlock2D"] * 2)
     assert_refused("of a network of 'vq_model', got .*NoBlock2D", *flags, output=target)
     with_config(num_vq_embeddings=25)
@@ -122,7 +122,7 @@ def test_files_that_are_missing_or_others(tmp_path):
     config.unlink()
     assert_refused("expected config.json in", *flags, output=target)
     elsewhere = tmp_path / "elsewhere.json"
-    assert_refused("expected JSON in .*elsewhere.json", *flags, "--config_file", elsewhere,
+    assert_refused("config_file to be a file, got .*elsewhere.json", *flags, "--config_file", elsewhere,
                    output=target)  # fmt: skip
     elsewhere.write_text(json.dumps(fields))
     converted(*flags, "--config_file", elsewhere, output=target)
