@@ -6,7 +6,6 @@ own), or nothing is written. Nothing of theirs is run, and no pickle that holds 
 read.
 """
 
-import pickle
 import re
 import tempfile
 from collections import Counter
@@ -26,8 +25,6 @@ from progressive_vae.weights import check_reachable, find_file
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OUR_OWN = "auxiliary.scales."  # learned around the tokenizer's picture, and never theirs
-# What `torch.load` raises for a damaged file: its zip reader knows no other error than the third.
-_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADVICE = "download it anew"
 
@@ -61,8 +58,6 @@ class Arguments:
     dry_run: bool = field(default=False, metadata={"help": "print the table, and write nothing"})
 
     def __post_init__(self):
-        if self.config_file is not None and not Path(self.config_file).is_file():
-            raise ValueError(f"expected config_file to be a file, got {self.config_file}")
         if self.output_path is None:
             if not self.dry_run:
                 raise ValueError("expected output_path, or dry_run, got neither")
@@ -114,6 +109,8 @@ def find_config(arguments: Arguments, subfolder: str = "") -> Path:
         OSError: as `find`.
     """
     if arguments.config_file is not None:
+        if not Path(arguments.config_file).is_file():
+            raise ValueError(f"expected config_file to be a file, got {arguments.config_file}")
         return Path(arguments.config_file)
     source, name = arguments.checkpoint_path, "config.json"
     path = find(source, name, subfolder)
@@ -197,7 +194,9 @@ def _unpickle(path: Path) -> dict[Any, Any]:
     check_not_pointer(path)
     try:
         contents = torch.load(path, weights_only=True, map_location="cpu")
-    except _UNREADABLE as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise anything
         if found := re.search(r"[Uu]nsupported (?:global|class|operand|reduce)[^\n]*", str(error)):
             raise ValueError(
                 f"expected nothing but tensors in {path}, got a pickle that holds code or objects, "

@@ -1,6 +1,7 @@
 """A pipeline as a repository: what is saved, what is pushed, and how it is found again."""
 
 import hashlib
+import os
 import re
 import shlex
 import sys
@@ -55,15 +56,20 @@ class HubPipeline(DiffusionPipeline):
         """As diffusers' own.
 
         Raises:
-            ValueError: parts that are damaged, do not belong together, or are none of this package.
+            ValueError: parts that are damaged, do not belong together, or are none of this package;
+                or `subfolder` is not `None`.
         """
+        _check_subfolder(kwargs.get("subfolder"))
+        for name, part in kwargs.items():
+            if _is_slot(name) and part is not None and not hasattr(part, "config"):
+                raise ValueError(f"expected {name} to be a model or None, got {part!r}")
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / INDEX).is_file():
             is_part = (folder / "config.json").is_file()
             what = "config.json: this is one part, which its own class loads" if is_part else "none"
             raise ValueError(f"expected the folder of a pipeline, with {INDEX}, in {folder}, "
                              f"got {what}")  # fmt: skip
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
@@ -73,8 +79,11 @@ class HubPipeline(DiffusionPipeline):
             name = contents["_class_name"] = name[1]  # this class needs none of that code
         if not isinstance(name, str):
             raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
+        classes = pipeline_loading_utils.LOADABLE_CLASSES[__package__]
         for name, value in contents.items():
-            if _is_slot(name) and not (_is_part(value) or value == [None, None]):
+            if not _is_slot(name) or value == [None, None]:
+                continue
+            if not _is_part(value) or (value[0] == __package__ and value[1] not in classes):
                 raise ValueError(
                     f"expected [library, class] as {name} in {json_file}, got {value!r}: {_SAVE}"
                 )
@@ -154,7 +163,7 @@ def _check_subfolder(subfolder: str | None):
     if subfolder:
         raise ValueError(
             f"expected subfolder=None, got {subfolder!r}: diffusers loads no pipeline from a "
-            "subfolder of a repository; push to a repository or a revision of its own"
+            "subfolder of a repository; use a repository or a revision of its own"
         )
 
 
@@ -389,7 +398,7 @@ def _is_slot(name: str) -> bool:
 
 
 def _is_part(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return isinstance(value, list) and [*map(type, value)] == [str, str]
 
 
 def _weights_of(name: str, variant: str | None) -> bool:

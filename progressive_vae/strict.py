@@ -47,7 +47,12 @@ def strict_config(cls):
             raise ValueError(f"{cls.__name__}: {_said(error)}") from error
 
     def _dict_from_json_file(cls, json_file):
-        read_json(json_file, "save the model again, or download it anew")
+        contents = read_json(json_file, "save the model again, or download it anew")
+        model_type = contents.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"expected model_type={cls.model_type!r} in {json_file}, got {model_type!r}"
+            )
         return from_file(cls, json_file)
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__

@@ -224,8 +224,10 @@ def _weight_files(
         return [path]
     if (path := find_file(name, index, source)) is None:
         check_reachable(name, single, source)
+        others = sorted(path.name for path in Path(where).glob("*model*"))
+        shown = others if Path(where).is_dir() else "neither"
         raise ValueError(
-            f"expected {single} or {index} in {where}, got neither: pass the `variant=` that is "
+            f"expected {single} or {index} in {where}, got {shown}: pass the `variant=` that is "
             "there; pickled weights are not loaded"
         )
     shards = read_json(path, _ADVICE).get("weight_map")
