@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
@@ -35,6 +36,9 @@ def strict_config(cls):
         kwargs.pop("auto_map", None)  # of a repository that holds code, to which it belongs
         if hasattr(cls, "of_format"):
             kwargs = cls.of_format(found, kwargs)
+        dtype = kwargs.get("dtype")
+        if not isinstance(dtype, (str, torch.dtype, type(None))):
+            raise ValueError(f"{cls.__name__}: expected dtype like 'float32', got {dtype!r}")
         try:
             strict_init(self, **kwargs)
         except StrictDataclassError as error:
