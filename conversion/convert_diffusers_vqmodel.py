@@ -33,6 +33,7 @@ from foreign import (
     convert,
     fill,
     find,
+    find_config,
     make_table,
     parse,
     read_checkpoint,
@@ -97,10 +98,7 @@ def locate(source: str) -> tuple[str, str | None]:
 
 def read_config(arguments: VQModelArguments, subfolder: str) -> dict[str, Any]:
     """The arguments of `VQModel.__init__`, from the config that it has saved."""
-    source = arguments.checkpoint_path
-    path = arguments.config_file or find(source, "config.json", subfolder)
-    if path is None:
-        raise ValueError(f"expected config.json in {Path(source, subfolder)}, got none")
+    path = find_config(arguments, subfolder)
     fields = read_json(path, ADVICE)
     if fields.get("_class_name") != "VQModel":
         raise ValueError(
@@ -158,5 +156,5 @@ def main(words: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:  # of flags or files: what was expected, and what came
+    except (OSError, ValueError) as error:  # of flags, files or the Hub
         sys.exit(f"error: {error}")

@@ -21,7 +21,7 @@ from foreign import (
     Arguments,
     by_prefix,
     convert,
-    find,
+    find_config,
     make_table,
     parse,
     read_checkpoint,
@@ -39,9 +39,7 @@ UNREAD = {"beta", "model_type", "torch_dtype", "_name_or_path", *PreTrainedConfi
 
 def read_config(arguments: Arguments) -> tuple[dict[str, Any], bool]:
     """The fields of a `JanusVQVAEConfig`, and whether they are those of a part of a Janus."""
-    path = arguments.config_file or find(arguments.checkpoint_path, "config.json")
-    if path is None:
-        raise ValueError(f"expected config.json in {arguments.checkpoint_path}, got none")
+    path = find_config(arguments)
     config = read_json(path, ADVICE)
     kind = config.get("model_type")
     if kind not in ("janus", "janus_vqgan"):
@@ -71,5 +69,5 @@ def main(words: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:  # of flags or files: what was expected, and what came
+    except (OSError, ValueError) as error:  # of flags, files or the Hub
         sys.exit(f"error: {error}")

@@ -211,5 +211,5 @@ def main(words: list[str]):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:  # of flags or files: what was expected, and what came
+    except (OSError, ValueError) as error:  # of flags, files or the Hub
         sys.exit(f"error: {error}")

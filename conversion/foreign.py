@@ -6,7 +6,6 @@ own), or nothing is written. Nothing of theirs is run, and no pickle that holds 
 read.
 """
 
-import pickle
 import re
 import tempfile
 from collections import Counter
@@ -19,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import HfArgumentParser
-from transformers.utils import cached_file
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.saved import LIBRARY_ERRORS, read_json
+from progressive_vae.saved import check_not_pointer, check_safetensors, read_json
+from progressive_vae.weights import check_reachable, find_file
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OUR_OWN = "auxiliary.scales."  # learned around the tokenizer's picture, and never theirs
@@ -89,24 +88,36 @@ class Row(NamedTuple):
 
 
 def find(source: str, file: str, subfolder: str = "") -> Path | None:
-    """The path of a file of a folder or of a repository on the Hub; `None` if it is not there."""
+    """The path of a file of a folder or of a repository on the Hub; `None` if it is not there.
+
+    Raises:
+        ValueError: the source is a file.
+        OSError: the Hub cannot be reached, or has no such repository.
+    """
     where = Path(source)
     if where.is_file():
         raise ValueError(f"expected checkpoint_path to be a folder or a repository, got {source}")
-    if where.is_dir():
-        path = where / subfolder / file
-        return path if path.is_file() else None
-    try:
-        found = cached_file(
-            source, file, subfolder=subfolder, _raise_exceptions_for_missing_entries=False
-        )
-    except (OSError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(
-            f"expected checkpoint_path to be a folder or a repository on the Hub, got {source!r}: "
-            f"{said}"
-        ) from error
+    found = find_file(source, file, {"subfolder": subfolder})
     return None if found is None else Path(found)
+
+
+def find_config(arguments: Arguments, subfolder: str = "") -> Path:
+    """The path of the source's config.
+
+    Raises:
+        ValueError: it is missing.
+        OSError: as `find`.
+    """
+    if arguments.config_file is not None:
+        if not Path(arguments.config_file).is_file():
+            raise ValueError(f"expected config_file to be a file, got {arguments.config_file}")
+        return Path(arguments.config_file)
+    source, name = arguments.checkpoint_path, "config.json"
+    path = find(source, name, subfolder)
+    if path is None:
+        check_reachable(source, name, {"subfolder": subfolder})
+        raise ValueError(f"expected {name} in {Path(source, subfolder).as_posix()}, got none")
+    return path
 
 
 def read_checkpoint(
@@ -137,6 +148,7 @@ def read_checkpoint(
                 raise ValueError(f"expected {name} in {source}, as {index.name} says, got none")
             weights |= read_weights(path, prefix)
         return weights
+    check_reachable(source, files[0], {"subfolder": subfolder})
     where = Path(source, subfolder).as_posix()
     raise ValueError(f"expected {' or '.join(files)} in {where}, got none of them")
 
@@ -172,18 +184,19 @@ def _is_weight(value: Any) -> bool:
 
 
 def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
-    except (*LIBRARY_ERRORS, OSError, ValueError) as error:
-        raise ValueError(f"expected whole weights in {path}, got {error}: {ADVICE}") from error
+    check_safetensors(path, ADVICE)
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
 
 
 def _unpickle(path: Path) -> dict[Any, Any]:
     """A dict of tensors, or the one that is called `state_dict` in a checkpoint of Lightning's."""
+    check_not_pointer(path)
     try:
         contents = torch.load(path, weights_only=True, map_location="cpu")
-    except (*LIBRARY_ERRORS, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # damaged bytes make an unpickler raise anything
         if found := re.search(r"[Uu]nsupported (?:global|class|operand|reduce)[^\n]*", str(error)):
             raise ValueError(
                 f"expected nothing but tensors in {path}, got a pickle that holds code or objects, "
@@ -334,14 +347,10 @@ def fill(model: torch.nn.Module, table: Sequence[Row]):
 
 
 def check_runs(level: ProgressiveVAELevel):
-    """Raise a `ValueError` unless it shows a small picture: weights do not tell of all that a
-    config says."""
+    """Reconstruct a small image, as the weights do not tell of all that a config says: an error
+    of the networks comes before anything is written."""
     size = 4 * level.config.downsample
-    try:
-        level.eval().expect(level.encode(torch.zeros(1, level.config.num_channels, size, size)))
-    except (*LIBRARY_ERRORS, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"expected a config of networks that run, got {said}") from error
+    level.eval().expect(level.encode(torch.zeros(1, level.config.num_channels, size, size)))
 
 
 def write(arguments: Arguments, model: Any):

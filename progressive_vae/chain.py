@@ -117,7 +117,8 @@ def check_image_size(
             raise ValueError("expected image_size=[H, W] where there is no prior, got None")
         scale = math.prod(config.downsample for config in configs)
         image_size = [n * scale for n in prior.grid_size]
-    if len(image_size) != 2 or any(int(n) != n or n < 1 for n in image_size):
+    is_pair = isinstance(image_size, (list, tuple)) and len(image_size) == 2
+    if not is_pair or any(int(n) != n or n < 1 for n in image_size):
         raise ValueError(f"expected image_size of two positive integers, got {image_size}")
     height, width = (int(n) for n in image_size)
     sizes = grid_sizes(configs, (height, width))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import ModelOutput
 
-from .causal import NUM_CHECKED, Causal, make_backbone
+from .causal import NUM_CHECKED, Causal
 from .configuration import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .distributions import Categorical, Factored
 from .groups import ORDERS, Choose, Place, Teacher, ask, route
@@ -219,11 +219,11 @@ class RasterDecoder(Causal, Decoder):
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
         with torch.device("meta"):  # only to ask how wide it is
-            backbone = make_backbone(AutoModel, config.raster_config)
+            backbone = AutoModel.from_config(config.raster_config)
             embed_dim = backbone.get_input_embeddings().embedding_dim
         # z comes in at zero, or it would drown the backbone's embeddings, which start small.
         self.condition = ZeroConv2d(width, embed_dim, 1)
-        self.backbone = make_backbone(AutoModel, config.raster_config)
+        self.backbone = AutoModel.from_config(config.raster_config)
         self.logits = make_logits(config, embed_dim)
 
     def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:

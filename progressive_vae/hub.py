@@ -1,15 +1,16 @@
 """A pipeline as a repository: what is saved, what is pushed, and how it is found again."""
 
 import hashlib
+import os
 import re
 import shlex
+import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -18,24 +19,27 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
 from .remote import files_with_code, is_code
-from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
+from .saved import read_json, stamp, take_stamp
 from .weights import is_weights, variant_of
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
-_SAVE = "save the pipeline again, or download it anew"
+_SAVE = "save the pipeline again, or download it anew"  # what helps against a damaged file
 _MEASURE = "delete it, and measure the pipeline again (examples/train.py --phase evaluate)"
 
-_PART = re.compile(r"(prior|level_\d)/(.+)")
+_SLOT = re.compile(r"prior|level_\d")
+_PART = re.compile(rf"({_SLOT.pattern})/(.+)")
 
 
 def register(pipeline: type[DiffusionPipeline], *parts: type):
     """Make diffusers find a pipeline and its parts by name, in folders and on the Hub.
 
     Without this diffusers writes module paths into `model_index.json`, which it reads back from a
-    folder and refuses on the Hub.
+    folder and refuses on the Hub. As one of diffusers' own modules the package also comes before
+    the code of parts that a repository may hold.
     """
     setattr(diffusers, pipeline.__name__, pipeline)
+    setattr(diffusers.pipelines, __package__, sys.modules[__package__])
     classes = {part.__name__: LOADED_BY for part in parts}
     pipeline_loading_utils.LOADABLE_CLASSES[__package__] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
@@ -52,28 +56,37 @@ class HubPipeline(DiffusionPipeline):
         """As diffusers' own.
 
         Raises:
-            ValueError: parts that are damaged, do not belong together, or are none of this package.
+            ValueError: parts that are damaged, do not belong together, or are none of this package;
+                or `subfolder` is not `None`.
         """
+        _check_subfolder(kwargs.get("subfolder"))
+        for name, part in kwargs.items():
+            if _is_slot(name) and part is not None and not hasattr(part, "config"):
+                raise ValueError(f"expected {name} to be a model or None, got {part!r}")
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / INDEX).is_file():
-            raise ValueError(f"expected {INDEX} in {folder}, got none: {_SAVE}")
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except torch.OutOfMemoryError:  # no fault of the files
-            raise
-        except LIBRARY_ERRORS as error:
-            raise ValueError(
-                f"expected a saved pipeline in {pretrained_model_name_or_path}, got {error!r}: "
-                f"{_SAVE}"
-            ) from error
+            is_part = (folder / "config.json").is_file()
+            what = "config.json: this is one part, which its own class loads" if is_part else "none"
+            raise ValueError(f"expected the folder of a pipeline, with {INDEX}, in {folder}, "
+                             f"got {what}")  # fmt: skip
+        return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
         contents = read_json(json_file, _SAVE)
         name = contents.get("_class_name")
-        is_own = isinstance(name, list) and len(name) == 2 and isinstance(name[1], str)
-        if not (isinstance(name, str) or is_own):  # [file, class] where code lies beside
+        if isinstance(name, list) and len(name) == 2:  # [file, class] of a repository with code
+            name = contents["_class_name"] = name[1]  # this class needs none of that code
+        if not isinstance(name, str):
             raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
+        classes = pipeline_loading_utils.LOADABLE_CLASSES[__package__]
+        for name, value in contents.items():
+            if not _is_slot(name) or value == [None, None]:
+                continue
+            if not _is_part(value) or (value[0] == __package__ and value[1] not in classes):
+                raise ValueError(
+                    f"expected [library, class] as {name} in {json_file}, got {value!r}: {_SAVE}"
+                )
         return contents
 
     @classmethod
@@ -95,6 +108,8 @@ class HubPipeline(DiffusionPipeline):
         token: str | None = None,
         create_pr: bool = False,
         with_code: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
     ):
         """Write the parts, `model_index.json` and a card, unless one written by hand is there.
 
@@ -106,14 +121,16 @@ class HubPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("expected safe_serialization=True, got False: nothing is pickled")
+        _check_subfolder(subfolder)
         folder = Path(save_directory)
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         write_card(folder)
         if push_to_hub:
             repo_id = repo_id or folder.resolve().name
             push_folder(
-                folder, repo_id, commit_message, private, token, create_pr, variant, with_code
-            )
+                folder, repo_id, commit_message, private, token, create_pr, variant, with_code,
+                revision,
+            )  # fmt: skip
 
     def push_to_hub(
         self,
@@ -125,13 +142,29 @@ class HubPipeline(DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
         with_code: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
     ) -> CommitInfo:
-        """Push the pipeline as one commit; see `push_folder`."""
+        """Push the pipeline as one commit; see `push_folder`.
+
+        Raises:
+            ValueError: `subfolder` is not `None`, as diffusers loads no pipeline from one.
+        """
+        _check_subfolder(subfolder)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
             return push_folder(
-                folder, repo_id, commit_message, private, token, create_pr, variant, with_code
-            )
+                folder, repo_id, commit_message, private, token, create_pr, variant, with_code,
+                revision,
+            )  # fmt: skip
+
+
+def _check_subfolder(subfolder: str | None):
+    if subfolder:
+        raise ValueError(
+            f"expected subfolder=None, got {subfolder!r}: diffusers loads no pipeline from a "
+            "subfolder of a repository; use a repository or a revision of its own"
+        )
 
 
 def write_card(folder: str | Path):
@@ -144,7 +177,7 @@ def write_card(folder: str | Path):
     found = figures(folder)
     metrics = read_json(folder / METRICS, _MEASURE) if found else None
     pictures = [name for name in found if name != METRICS]
-    has_prior = (folder / "prior" / "config.json").is_file()
+    has_prior = "prior" in pipeline_parts(folder)
     try:
         made = model_card(folder.as_posix(), metrics, pictures, has_prior, _only_variant(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -156,15 +189,15 @@ def write_card(folder: str | Path):
 
 def _only_variant(folder: Path) -> str | None:
     """The variant of the weights in a folder, if there are none without a name."""
-    variants = {variant_of(path.name) or "" for path in folder.glob("level_*/model*.safetensors")}
+    variants = {variant_of(path.name) or "" for path in _safetensors(folder)}
     return min(variants, default="") or None
 
 
 def weights_digest(folder: Path) -> str:
     """A hash of the weight files of the pipeline in a folder."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*/model*.safetensors")):
-        if _weights_of(path.relative_to(folder).as_posix(), None):
+    for path in _safetensors(folder):
+        if is_weights(path.name, None):
             with path.open("rb") as file:
                 digest.update(sha_fileobj(file))
     return digest.hexdigest()
@@ -253,6 +286,7 @@ def push_folder(
     create_pr: bool = False,
     variant: str | None = None,
     with_code: bool = False,
+    revision: str | None = None,
 ) -> CommitInfo:
     """Push the pipeline in a folder as one commit: all of it or nothing becomes visible.
 
@@ -268,8 +302,10 @@ def push_folder(
         token: where not given, that of `hf auth login`.
         create_pr: open a pull request instead of writing to `main`.
         variant: only the weights of this variant are new: the card and figures there are kept.
-        with_code: the code of this package, too, for those who have not installed it. Everybody
-            loads the repository with `trust_remote_code=True` then.
+        with_code: the code of this package, too, for those who have not installed it. They load
+            the repository with `trust_remote_code=True`.
+        revision: the branch to push to, which is created from `main` where it does not exist;
+            `main` if not given.
 
     Raises:
         ValueError: no whole pipeline in the folder, or a repository of another visibility.
@@ -278,9 +314,13 @@ def push_folder(
     names = pipeline_files(folder, variant)
     repo_id = create_repository(repo_id, private, token)
     api = HfApi(token=token)
-    there = api.list_repo_files(repo_id)
+    if revision is not None:
+        _create_branch(api, repo_id, revision, create_pr)
+    there = api.list_repo_files(repo_id, revision=revision)
     if CARD in there and CARD in names:
-        card = Path(api.hf_hub_download(repo_id, CARD)).read_text(encoding="utf-8")
+        card = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(
+            encoding="utf-8"
+        )
         if variant is not None or not is_generated(card):
             names.remove(CARD)
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
@@ -296,7 +336,21 @@ def push_folder(
     operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
     operations += [CommitOperationAdd(name, contents) for name, contents in files.items()]
     message = commit_message or "Upload ProgressiveVAEPipeline"
-    return api.create_commit(repo_id, operations, commit_message=message, create_pr=create_pr)
+    return api.create_commit(
+        repo_id, operations, commit_message=message, create_pr=create_pr, revision=revision
+    )
+
+
+def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool):
+    """Create a branch unless it exists."""
+    if branch.startswith("refs/"):  # of a pull request
+        return
+    try:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    except HfHubHTTPError as error:
+        # A pull request to somebody else's branch needs no permission to write.
+        if not (create_pr and error.response.status_code == 403):
+            raise
 
 
 def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
@@ -307,10 +361,9 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
     """
     if not (folder / INDEX).is_file():
         raise ValueError(f"expected a saved pipeline, with {INDEX}, in folder, got {folder}")
-    index = read_json(folder / INDEX, _SAVE)
     names = [INDEX, *([CARD] if (folder / CARD).is_file() else [])]
     names += figures(folder) if variant is None else []
-    for part in (name for name, value in index.items() if _is_part(value)):
+    for part in pipeline_parts(folder):
         files = sorted(path.relative_to(folder).as_posix() for path in (folder / part).glob("*"))
         weights = [name for name in files if _weights_of(name, variant)]
         if not weights or f"{part}/config.json" not in files:
@@ -322,8 +375,30 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
     return names
 
 
+def pipeline_parts(folder: str | Path) -> list[str]:
+    """The names of the parts of the pipeline in a folder, `level_1` and so on, sorted.
+
+    Other parts may lie there, of a pipeline that was saved in the same folder before.
+
+    Raises:
+        ValueError: `model_index.json` is missing or damaged.
+    """
+    index = read_json(Path(folder) / INDEX, _SAVE)
+    return sorted(name for name, value in index.items() if _is_slot(name) and _is_part(value))
+
+
+def _safetensors(folder: Path) -> list[Path]:
+    """The weight files of the parts of the pipeline in a folder, of all variants, sorted."""
+    parts = pipeline_parts(folder) if (folder / INDEX).is_file() else []
+    return [path for part in parts for path in sorted((folder / part).glob("model*.safetensors"))]
+
+
+def _is_slot(name: str) -> bool:
+    return _SLOT.fullmatch(name) is not None
+
+
 def _is_part(value) -> bool:
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+    return isinstance(value, list) and [*map(type, value)] == [str, str]
 
 
 def _weights_of(name: str, variant: str | None) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
-from .causal import NUM_CHECKED, Causal, make_backbone
+from .causal import NUM_CHECKED, Causal
 from .chain import check_codes
 from .distributions import Categorical
 from .groups import Choose
@@ -55,7 +55,7 @@ class ProgressiveVAEPrior(Causal, SavedModel):
 
     def __init__(self, config: ProgressiveVAEPriorConfig):
         super().__init__(config)
-        self.backbone = make_backbone(AutoModelForCausalLM, config.backbone_config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):

@@ -1,8 +1,8 @@
 """Code that a repository holds, for those who have not installed the package.
 
-`pipe.push_to_hub(name, with_code=True)` makes such a repository. Everybody loads it with
-`trust_remote_code=True`, be the package installed or not, as the libraries insist on it wherever
-there is code.
+`pipe.push_to_hub(name, with_code=True)` makes such a repository. diffusers loads it with
+`trust_remote_code=True`. `ProgressiveVAEPipeline` itself needs none of that code, and leaves it
+aside.
 """
 
 import json

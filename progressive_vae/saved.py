@@ -7,16 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 __version__ = "0.1.0"
 
 # Raised when files are written that older versions would misread; a golden test holds the format.
 FORMAT_VERSION = 6
 
-# What libraries raise for the contents of damaged files, as if it were a fault of the caller's.
-LIBRARY_ERRORS = (ArithmeticError, AttributeError, ImportError, IndexError, KeyError, RuntimeError,
-                  SafetensorError, TypeError)  # fmt: skip
+# The first bytes of a file that git checks out in place of one that git-lfs holds.
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def stamp(prefix: str = "") -> dict[str, Any]:
@@ -49,12 +48,18 @@ def read_json(path: str | Path, advice: str, kind: type = dict) -> Any:
         kind: `dict`, or `list` for a list of dicts, or a type that is neither.
 
     Raises:
-        ValueError: a file that is not there, is not JSON, or holds something else.
+        ValueError: the file is missing, is not JSON, or holds something else.
     """
     try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {path}, got {error}: {advice}") from error
+        check_not_pointer(path)
+        text = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"expected JSON in {path}, got no such file: {advice}") from error
+    try:
+        contents = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        start = text[:30].decode("utf-8", "replace")
+        raise ValueError(f"expected JSON in {path}, got {start!r}, {error}: {advice}") from error
     entries = contents if isinstance(contents, list) else []
     if not isinstance(contents, kind) or not all(isinstance(entry, dict) for entry in entries):
         names: dict[type, str] = {dict: "an object", list: "a list of objects"}
@@ -62,6 +67,27 @@ def read_json(path: str | Path, advice: str, kind: type = dict) -> Any:
         shown = json.dumps(contents)[:100]
         raise ValueError(f"expected {expected} in {path}, got {shown}: {advice}")
     return contents
+
+
+def check_not_pointer(path: str | Path):
+    """Raise a `ValueError` if a file is a git-lfs pointer: the contents were not downloaded."""
+    with open(path, "rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise ValueError(
+            f"expected the contents of {path}, got a git-lfs pointer: run `git lfs pull` in its "
+            "repository"
+        )
+
+
+def check_safetensors(path: str | Path, advice: str):
+    """Raise a `ValueError` unless a file is a complete safetensors file."""
+    check_not_pointer(path)
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"expected whole weights in {path}, got {error}: {advice}") from error
 
 
 def write_json(path: Path, contents: dict):

@@ -3,11 +3,12 @@
 import math
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from .saved import LIBRARY_ERRORS, read_json, stamp, take_stamp
+from .saved import read_json, stamp, take_stamp
 
 MAX_CLASSES = 100_000  # more is a damaged or a hostile file
 
@@ -35,12 +36,13 @@ def strict_config(cls):
         kwargs.pop("auto_map", None)  # of a repository that holds code, to which it belongs
         if hasattr(cls, "of_format"):
             kwargs = cls.of_format(found, kwargs)
+        dtype = kwargs.get("dtype")
+        if not isinstance(dtype, (str, torch.dtype, type(None))):
+            raise ValueError(f"{cls.__name__}: expected dtype like 'float32', got {dtype!r}")
         try:
             strict_init(self, **kwargs)
         except StrictDataclassError as error:
             raise ValueError(f"{cls.__name__}: {_said(error)}") from error
-        except LIBRARY_ERRORS as error:
-            raise ValueError(f"expected right fields of {cls.__name__}, got {error!r}") from error
 
     def __setattr__(self, name: str, value: Any):
         try:
@@ -49,7 +51,12 @@ def strict_config(cls):
             raise ValueError(f"{cls.__name__}: {_said(error)}") from error
 
     def _dict_from_json_file(cls, json_file):
-        read_json(json_file, "save the model again, or download it anew")
+        contents = read_json(json_file, "save the model again, or download it anew")
+        model_type = contents.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"expected model_type={cls.model_type!r} in {json_file}, got {model_type!r}"
+            )
         return from_file(cls, json_file)
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__

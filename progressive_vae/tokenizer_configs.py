@@ -113,6 +113,9 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
                  n_blk_per_group=MAX_BLOCKS)  # fmt: skip
     for name, value in given.items():
         widths = value if isinstance(value, list) else []
+        minimum = 0 if "layer" in name or "num_res" in name else 1
+        if any(type(n) is int and n < minimum for n in [value, *widths]):
+            raise ValueError(f"expected {name} >= {minimum} in tokenizer_config, got {value}")
         if any(isinstance(n, int) and n > MAX_WIDTH for n in widths) or len(widths) > 16:
             raise ValueError(f"expected {name} of a network in tokenizer_config, got {value}")
     fields = _as_json({**known, **given})

@@ -19,7 +19,6 @@ from .dalle import dalle_decoder, dalle_encoder, from_logits, to_unit
 from .networks import ZeroConv2d
 from .quantizer import Quantizer, QuantizerOutput
 from .sampling import Generators
-from .saved import LIBRARY_ERRORS
 from .tokenizer_configs import Tokenizer, read_tokenizer
 
 PIXELS_AT_A_TIME = 2**19  # of batches that networks of full resolution see
@@ -188,7 +187,7 @@ def make_tokenizer(
     tokenizer = read_tokenizer(config.tokenizer_config)
     try:
         return _MAKERS[tokenizer.kind](config, tokenizer)
-    except (*LIBRARY_ERRORS, StrictDataclassError, ValueError) as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(
             f"expected tokenizer_config of a network of {tokenizer.kind!r}, got {error!r}"
         ) from error

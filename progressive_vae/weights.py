@@ -1,8 +1,10 @@
 """Weights on the disk: those of their config, whole, unchanged and finite, or an error."""
 
+import inspect
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .configuration import TRAINING_FIELDS
-from .saved import LIBRARY_ERRORS, checksum, file_parts, read_json
+from .saved import check_safetensors, checksum, file_parts, read_json
 
 CONFIG = "config.json"
 WEIGHTS_SEAL, CONFIG_SEAL = "weights_crc32", "config_crc32"  # in the header of a weight file
@@ -26,12 +28,15 @@ WEIGHTS_SEAL, CONFIG_SEAL = "weights_crc32", "config_crc32"  # in the header of 
 _FREE_FIELDS = {*TRAINING_FIELDS, "id2label", "label2id", "finer_fingerprint", "architectures",
                 "dtype", "transformers_version", "progressive_vae",
                 "format_version", "auto_map"}  # fmt: skip
+_PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "variant", "max_shard_size",
+                 "revision")  # fmt: skip
+_SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:]
 _WHERE_FROM = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 _ADVICE = "save the model again, or download it anew"
 
 # model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
 _WEIGHTS = re.compile(
-    r"model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(\w+))?\.json)?"
+    r"model(?:\.(.+?))?(?:-\d+-of-\d+)?\.safetensors(?:\.index(?:\.(.+))?\.json)?"
 )
 
 # What may be built beyond what a weight file holds: tied weights, and a little for small models.
@@ -47,22 +52,34 @@ class SavedModel(PreTrainedModel):
 
     @wraps(PreTrainedModel.save_pretrained)  # diffusers reads in the signature what it may ask for
     def save_pretrained(self, save_directory, *args, **kwargs):
-        folder, variant = Path(save_directory), kwargs.get("variant")
-        # One file would hide the shards of a later save: what is not written anew has to go.
-        old = {
-            p: p.stat().st_mtime_ns for p in folder.glob("model*") if is_weights(p.name, variant)
-        }
+        folder = Path(save_directory)
+        kwargs |= zip(_SAVE_ARGUMENTS, args, strict=False)
         is_pushed = kwargs.pop("push_to_hub", False)  # sealed, so later
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            for path, time in old.items():
-                if path.exists() and path.stat().st_mtime_ns == time:
-                    path.unlink()
-            seal(save_directory)
+        options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
+        repo_id = kwargs.pop("repo_id", folder.resolve().name)
+        if kwargs.get("is_main_process", True) and not kwargs.get("distributed_checkpoint"):
+            self._replace_saved(folder, **kwargs)
+        else:
+            super().save_pretrained(save_directory, **kwargs)
         if is_pushed:
-            asked = ("commit_message", "private", "token", "create_pr", "variant", "max_shard_size")
-            options = {name: kwargs[name] for name in asked if name in kwargs}
-            self.push_to_hub(kwargs.get("repo_id", folder.resolve().name), **options)
+            self.push_to_hub(repo_id, **options)
+
+    def _replace_saved(self, folder: Path, **kwargs):
+        """Save into a folder, and delete the weights of the same variant that were there.
+
+        transformers deletes the shards of other variants as well. So the files are written into a
+        temporary folder first, where it finds none.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incomplete-", dir=folder) as temporary:
+            super().save_pretrained(temporary, **kwargs)
+            seal(temporary)
+            new = [path.name for path in Path(temporary).iterdir()]
+            for name in new:
+                os.replace(Path(temporary, name), folder / name)
+        for path in folder.glob("model*") if new else ():  # not every process writes
+            if is_weights(path.name, kwargs.get("variant")) and path.name not in new:
+                path.unlink()  # a single file would hide shards
 
     @classmethod
     def from_pretrained(
@@ -74,6 +91,7 @@ class SavedModel(PreTrainedModel):
             ValueError: weights that are missing or left over for this config, that have changed
                 since they were saved, or that are not finite; a config that asks for much more
                 than the weight files hold, before any of it is built.
+            OSError: a repository, revision or file that cannot be reached.
         """
         name = pretrained_model_name_or_path
         if name is None:  # the caller has a state_dict, and answers for it
@@ -83,17 +101,8 @@ class SavedModel(PreTrainedModel):
         source = {key: kwargs[key] for key in _WHERE_FROM if kwargs.get(key) is not None}
         headers = check_files(name, kwargs.get("variant"), source)
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
-        try:
-            with _bounded(headers, name):
-                model, info = super().from_pretrained(
-                    name, *args, output_loading_info=True, **kwargs
-                )
-        except torch.OutOfMemoryError:  # no fault of the files
-            raise
-        except LIBRARY_ERRORS as error:
-            raise ValueError(
-                f"expected weights and a config that fit in {name}, got {error!r}: {_ADVICE}"
-            ) from error
+        with _bounded(headers, name):
+            model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         _check_keys(info, name)
         _check_finite(model, name)
         return (model, info) if output_loading_info else model
@@ -151,11 +160,12 @@ def check_files(
     """
     source = source or {}
     where = Path(str(name), source.get("subfolder", "")).as_posix()
-    config = _find(name, CONFIG, source)
+    config = find_file(name, CONFIG, source)
     if config is None:
+        check_reachable(name, CONFIG, source)
         raise ValueError(
             f"expected {CONFIG} in {where}, got none: name the folder of one part, as "
-            "`level_1`, not that of a pipeline (or pass `subfolder=`), or save the model again"
+            "`level_1`, not that of a pipeline (or pass `subfolder=`)"
         )
     expected = _config_checksum(read_json(config, _ADVICE))
     headers = []
@@ -180,8 +190,24 @@ def check_files(
     return headers
 
 
-def _find(name: str | Path, file: str, source: dict[str, Any]) -> str | None:
+def find_file(name: str | Path, file: str, source: dict[str, Any]) -> str | None:
+    """The path of a file of a folder or of a repository on the Hub; `None` where there is none.
+
+    Without the Hub, `None` can also mean that the file was not downloaded: see `check_reachable`.
+
+    Args:
+        source: `from_pretrained`'s keywords for a repository, such as `revision` or `subfolder`.
+    """
     return cached_file(name, file, _raise_exceptions_for_missing_entries=False, **source)
+
+
+def check_reachable(name: str | Path, file: str, source: dict[str, Any]):
+    """Raise transformers' own `OSError` if `find_file` had no way to look for the file."""
+    try:
+        cached_file(name, file, **source)
+    except OSError as error:
+        if error.__cause__ is not None:  # an error of the Hub; a missing file has no cause
+            raise
 
 
 def _weight_files(
@@ -194,40 +220,32 @@ def _weight_files(
         return file if variant is None else f"{stem}.{variant}.{suffix}"
 
     single, index = of_variant(SAFE_WEIGHTS_NAME), of_variant(SAFE_WEIGHTS_INDEX_NAME)
-    if (path := _find(name, single, source)) is not None:
+    if (path := find_file(name, single, source)) is not None:
         return [path]
-    if (path := _find(name, index, source)) is None:
+    if (path := find_file(name, index, source)) is None:
+        check_reachable(name, single, source)
+        others = sorted(path.name for path in Path(where).glob("*model*"))
+        shown = others if Path(where).is_dir() else "neither"
         raise ValueError(
-            f"expected {single} or {index} in {where}, got neither: {_ADVICE}, or pass the "
-            "`variant=` that is there; nothing is unpickled"
+            f"expected {single} or {index} in {where}, got {shown}: pass the `variant=` that is "
+            "there; pickled weights are not loaded"
         )
     shards = read_json(path, _ADVICE).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise ValueError(f"expected a weight_map of file names in {path}, got {shards}: {_ADVICE}")
-    found = {shard: _find(name, shard, source) for shard in sorted(set(shards.values()))}
+    found = {shard: find_file(name, shard, source) for shard in sorted(set(shards.values()))}
     if missing := [shard for shard, path in found.items() if path is None]:
+        check_reachable(name, missing[0], source)
         raise ValueError(f"expected {missing} in {where}, as {index} says, got none: {_ADVICE}")
     return [path for path in found.values() if path is not None]
 
 
 def _header(path: str | Path) -> tuple[dict[str, Any], int]:
     """What a safetensors file says of its tensors, and where their bytes begin."""
-    size = os.path.getsize(path)
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if 8 + length > size:
-                raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
-        metadata = header.get("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise ValueError(f"metadata {metadata!r}")
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        if 8 + length + max(ends, default=0) != size:
-            raise ValueError(f"{size} bytes in place of {8 + length + max(ends, default=0)}")
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise ValueError(f"expected whole weights in {path}, got {error!r}: {_ADVICE}") from error
-    return header, 8 + length
+    check_safetensors(path, _ADVICE)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length)), 8 + length
 
 
 def _weights_checksum(path: str | Path, table: dict[str, Any], start: int) -> int:

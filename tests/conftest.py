@@ -37,6 +37,9 @@ from progressive_vae import (
 
 torch.set_num_threads(1)
 
+# What git checks out in place of a file that git-lfs holds.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
 # (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
 PIXEL_ORDERS = [
     ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),

@@ -29,6 +29,7 @@ def test_an_image_size_follows_from_the_prior():
         (lambda: check_levels([level()]), "level_1, the finest, with num_channels"),
         (lambda: check_image_size(None, [FINEST], None), "image_size=.H, W. where there is no"),
         (lambda: check_image_size([28], [FINEST], None), "image_size of two positive integers"),
+        (lambda: check_image_size(7, [FINEST], None), "image_size of two positive integers, got 7"),
         (
             lambda: check_image_size([28, 28], [FINEST], ProgressiveVAEPriorConfig()),
             r"prior with \(codebook_size, grid_size\)=\(64, \(7, 7\)\)",

@@ -47,6 +47,7 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
         (dict(num_symbols=3, symbol_logit_rank=-1), "symbol_logit_rank >= 0, got -1"),
         (dict(num_symbols="3000"), "num_symbols"),
         (dict(num_channels=1, codebook_decay=1.0), "codebook_decay < 1"),
+        (dict(num_channels=1, dtype=[]), r"dtype like 'float32', got \[\]"),
     ],
 )
 def test_bad_level_config(config, message):

@@ -79,10 +79,12 @@ def converted(script: str, *words: object, output: Path) -> ProgressiveVAELevel:
     return ProgressiveVAELevel.from_pretrained(output).eval()
 
 
-def assert_refused(words: str, script: str, *flags: object, output: Path):
+def assert_refused(
+    words: str, script: str, *flags: object, output: Path, error: type[Exception] = ValueError
+):
     """Nothing is written, not even a part of it."""
     before = sorted(output.parent.rglob("*"))
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(error, match=words):
         load_script(script, "conversion").main([*map(str, flags), "--output_path", str(output)])
     assert sorted(output.parent.rglob("*")) == before
 
@@ -181,9 +183,12 @@ def test_from_the_hub_and_to_it(tmp_path, capsys):
     assert_same_weights(level, ProgressiveVAELevel.from_pretrained("org/converted"))
     assert "config.json" in HUB.files("org/converted")
     assert_refused(
-        "a folder or a repository on the Hub, got 'org/nothing'", "convert_diffusers_vqmodel",
-        "--checkpoint_path", "org/nothing", output=tmp_path / "no",
+        "org/nothing is not a local folder", "convert_diffusers_vqmodel",
+        "--checkpoint_path", "org/nothing", output=tmp_path / "no", error=OSError,
     )  # fmt: skip
+    HUB.fail_on = ".*"
+    flags = "convert_diffusers_vqmodel", "--checkpoint_path", "org/not-cached"
+    assert_refused("couldn.t connect to", *flags, output=tmp_path / "no", error=OSError)
 
 
 def test_names_of_attention_before_diffusers_0_15(tmp_path):

@@ -1,5 +1,6 @@
 """Every way out of the Hub into a program, over a Hub of our own on the loopback."""
 
+import json
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
-from conftest import HUB, assert_same, tiny_level, tiny_pipeline, tiny_prior
+from conftest import HUB, LFS_POINTER, assert_same, tiny_level, tiny_pipeline, tiny_prior
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoConfig, AutoModel
@@ -157,6 +158,54 @@ def test_safetensors_offline_and_from_the_cache(repository, tmp_path):
     assert_same(tiny_pipeline(), load(local_files_only=True))
     HUB.fail_on = ".*"  # what has been loaded once loads without a Hub
     assert_same(tiny_pipeline(), load())
+
+
+def test_a_wrong_argument_is_not_blamed_on_the_files(tmp_path):
+    load, folder = ProgressiveVAEPipeline.from_pretrained, tmp_path / "pipeline"
+    tiny_pipeline().save_pretrained(folder)
+    for arguments, error, message in (
+        (dict(device_map="auto"), NotImplementedError, "auto not supported"),
+        (dict(variant="bf16"), ValueError, "variant=bf16"),
+        (dict(quantization_config={}), ValueError, "PipelineQuantizationConfig"),
+        (dict(subfolder="level_1"), ValueError, "subfolder=None, got 'level_1'"),
+        (dict(prior=3), ValueError, "expected prior to be a model or None, got 3"),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            load(folder, **arguments)
+        assert "again" not in str(raised.value)
+    with pytest.raises(ValueError, match="with model_index.json, in .*level_1, got config.json"):
+        load(folder / "level_1")
+    for missing in (tmp_path / "none", str(tmp_path / "none")):
+        with pytest.raises(ValueError, match='none" is neither a valid local path'):
+            load(missing)
+
+
+@pytest.mark.parametrize("value", [7, ["progressive_vae"], ["progressive_vae", "Other"], None])
+def test_a_damaged_index_names_its_entry(tmp_path, value):
+    tiny_pipeline().save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"level_2": value}))
+    with pytest.raises(ValueError, match=r"\[library, class\] as level_2 in .*model_index.json"):
+        ProgressiveVAEPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "level_2/model.safetensors"])
+def test_pointers_of_git_lfs(tmp_path, name):
+    tiny_pipeline().save_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(LFS_POINTER)
+    with pytest.raises(ValueError, match=f"{name}, got a git-lfs pointer: run `git lfs pull`"):
+        ProgressiveVAEPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["fp16", None])
+def test_sharded_variants_in_one_folder(tmp_path, first):
+    second = None if first else "fp16"
+    pipes = {first: tiny_pipeline(), second: tiny_pipeline()}
+    pipes[second].level_3.quantizer.codebook.neg_()
+    for variant, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path, variant=variant, max_shard_size="20KB")
+    for variant, pipe in pipes.items():
+        assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(tmp_path, variant=variant))
 
 
 def test_private_repositories_need_the_token(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import Repo
 from test_card import METRICS
 
-from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.hub import push_folder, weights_digest, write_card
 
 WEIGHTS = [f"{part}/model.safetensors" for part in ("level_1", "level_2", "level_3", "prior")]
@@ -66,6 +66,72 @@ def test_a_push_takes_away_what_the_pipeline_no_longer_has(tmp_path):
     ProgressiveVAEPipeline(None, finest, image_size=[5, 7]).push_to_hub("org/changing")
     parts = {name.split("/")[0] for name in HUB.files("org/changing") if "/" in name}
     assert parts == {"level_1"}
+
+
+def test_parts_that_an_earlier_pipeline_left_in_the_folder(tmp_path):
+    """They are not loaded, not pushed, and not described by the card."""
+    tiny_pipeline().save_pretrained(tmp_path)
+    metrics = METRICS | {"weights": weights_digest(tmp_path)}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    finest = tiny_level(num_channels=3, codebook_size=5, seed=3)
+    pipe = ProgressiveVAEPipeline(None, finest, image_size=[5, 7])
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    (tmp_path / "level_1" / "model.safetensors").unlink()
+    write_card(tmp_path)
+    assert (tmp_path / "level_3" / "model.safetensors").is_file()
+    loaded = ProgressiveVAEPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert loaded.num_levels == 1 and loaded.prior is None
+    card = (tmp_path / "README.md").read_text()
+    assert "PIL.Image.open" in card and 'variant="fp16"' in card and "| total |" not in card
+    push_folder(tmp_path, "org/left", variant="fp16")
+    parts = {name.split("/")[0] for name in HUB.files("org/left") if "/" in name}
+    assert parts == {"level_1"}
+
+
+def test_figures_of_a_pipeline_with_a_prior_are_not_of_one_without(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path)
+    metrics = METRICS | {"weights": weights_digest(tmp_path)}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    write_card(tmp_path)
+    assert "| total |" in (tmp_path / "README.md").read_text()
+    ProgressiveVAEPipeline.from_levels(None, pipe.levels, [5, 7]).save_pretrained(tmp_path)
+    assert "| total |" not in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_a_push_to_a_branch(tmp_path, is_saved):
+    name, first, second = f"org/branches-{is_saved}", tiny_pipeline(), tiny_pipeline()
+    first.push_to_hub(name)
+    second.level_3.quantizer.codebook.neg_()
+    before = HUB.files(name)
+    for pipe in (first, second):  # a new branch, and the same again
+        if is_saved:
+            pipe.save_pretrained(tmp_path, push_to_hub=True, repo_id=name, revision="v2")
+        else:
+            pipe.push_to_hub(name, revision="v2")
+    assert HUB.files(name) == before
+    assert_same(first, ProgressiveVAEPipeline.from_pretrained(name))
+    assert_same(second, ProgressiveVAEPipeline.from_pretrained(name, revision="v2"))
+
+
+def test_a_push_into_a_subfolder_is_refused(tmp_path):
+    for push in (
+        lambda: tiny_pipeline().push_to_hub("org/inside", subfolder="x"),
+        lambda: tiny_pipeline().save_pretrained(
+            tmp_path / "p", push_to_hub=True, repo_id="org/inside", subfolder="x"
+        ),
+    ):
+        with pytest.raises(ValueError, match="subfolder=None, got 'x': diffusers loads no"):
+            push()
+    assert "org/inside" not in HUB.repos and not (tmp_path / "p").exists()
+
+
+def test_a_level_that_is_saved_is_pushed_to_its_branch(tmp_path):
+    level = tiny_level(num_channels=1)
+    level.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/a-level", revision="v2")
+    assert "model.safetensors" not in HUB.files("org/a-level")
+    ProgressiveVAELevel.from_pretrained("org/a-level", revision="v2")
 
 
 def test_saving_pushes_too(tmp_path):

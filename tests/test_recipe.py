@@ -2,8 +2,10 @@
 
 import pytest
 import yaml
+from conftest import tiny_level, tiny_pipeline
 
-from progressive_vae import ProgressiveVAELevelConfig
+from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
+from progressive_vae.training.begin import given_levels
 from progressive_vae.training.recipe import read_recipe
 from progressive_vae.training.settings import FitSettings
 
@@ -20,6 +22,16 @@ def test_sections_of_levels_win_over_what_is_said_of_all():
     assert [level.refit is None for level in recipe.levels] == [True, True, False]
     assert recipe.levels[2].refit.changes == {"corruption": 0.1}
     assert recipe.levels[2].refit.fit == FitSettings()
+
+
+def test_extend_takes_the_levels_that_the_index_names(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path)
+    finest = tiny_level(num_channels=3)
+    ProgressiveVAEPipeline(None, finest, image_size=[8, 8]).save_pretrained(tmp_path)
+    assert (tmp_path / "level_3").is_dir()  # an earlier pipeline left it
+    recipe = read_recipe({"run": {"extend": str(tmp_path), "output_dir": str(tmp_path / "run")}})
+    assert len(recipe.levels) == 2
+    assert given_levels(recipe) == {2: tmp_path / "level_1"}
 
 
 def test_overrides_win_whatever_they_are_said_of():

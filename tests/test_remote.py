@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import HUB, tiny_pipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModel
 
@@ -99,8 +100,24 @@ def test_the_package_is_used_where_it_is_installed(with_code, images):
     )
     auto = AutoModel.from_pretrained(with_code, subfolder="level_1")
     assert type(auto) is ProgressiveVAELevel
+    pipe = ProgressiveVAEPipeline.from_pretrained(with_code)  # which runs no code from there
+    assert type(pipe.level_1) is ProgressiveVAELevel
     with pytest.raises(ValueError, match="trust_remote_code=True"):
-        ProgressiveVAEPipeline.from_pretrained(with_code)
+        DiffusionPipeline.from_pretrained(with_code)
+
+
+def test_the_package_loads_it_without_the_hub_after_a_first_load(with_code, tmp_path):
+    code = f"""
+from progressive_vae import ProgressiveVAEPipeline
+for options in ({{}}, dict(trust_remote_code=True), dict(local_files_only=True)):
+    ProgressiveVAEPipeline.from_pretrained({with_code!r}, **options)
+"""
+    home = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for more in ({}, nowhere, {"HF_HUB_OFFLINE": "1", **nowhere}):
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **home, **more},
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 def test_another_version_says_so(tmp_path):

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_level, tiny_pipeline, tiny_prior
+from conftest import HUB, LFS_POINTER, tiny_level, tiny_pipeline, tiny_prior
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, QuantoConfig
 
 from progressive_vae import (
     ProgressiveVAELevel,
@@ -16,7 +16,7 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.weights import CONFIG_SEAL, WEIGHTS_SEAL, _header, seal
+from progressive_vae.weights import CONFIG_SEAL, WEIGHTS_SEAL, _header, is_weights, seal
 
 
 @pytest.fixture
@@ -140,6 +140,12 @@ def test_fields_that_say_nothing_of_the_weights_may_change(level):
     assert ProgressiveVAELevel.from_pretrained(level).config.restart_threshold == 0.5
 
 
+def test_class_dropout_may_be_edited(level, prior):
+    for kind, folder in ((ProgressiveVAELevel, level), (ProgressiveVAEPrior, prior)):
+        change_config(folder, class_dropout=0.3)
+        assert kind.from_pretrained(folder).config.class_dropout == 0.3
+
+
 def test_files_without_a_seal_are_read(level):
     expected = ProgressiveVAELevel.from_pretrained(level).state_dict()
     header, _ = _header(level / "model.safetensors")
@@ -181,10 +187,17 @@ def test_shards_are_not_hidden_by_an_older_file(level):
         ("config.json", b"{", "expected JSON in .*config.json.*: save the model again"),
         ("config.json", b"[1]", "expected an object in .*config.json"),
         ("config.json", b"\xff\xfe", "expected JSON in .*config.json"),
-        ("model.safetensors", None, "expected model.safetensors or .*index.json in .*got neither"),
+        ("model.safetensors", None, r"expected model.safetensors or .*index.json in .*got \[\]"),
         ("model.safetensors", b"", "expected whole weights in .*model.safetensors"),
         ("model.safetensors", b"\xff" * 50, "expected whole weights in .*model.safetensors"),
         ("model.safetensors", b"\2\0\0\0\0\0\0\0[]", "expected whole weights in .*model.saf"),
+        (
+            "config.json",
+            b"<!DOCTYPE html>",
+            "expected JSON in .*config.json, got '<!DOCTYPE html>'",
+        ),
+        ("config.json", LFS_POINTER, "config.json, got a git-lfs pointer: run `git lfs pull`"),
+        ("model.safetensors", LFS_POINTER, "model.safetensors, got a git-lfs pointer: run"),
     ],
 )
 def test_files_that_are_missing_or_of_another_kind(level, name, contents, message):
@@ -193,6 +206,69 @@ def test_files_that_are_missing_or_of_another_kind(level, name, contents, messag
         (level / name).write_bytes(contents)
     with pytest.raises(ValueError, match=message):
         ProgressiveVAELevel.from_pretrained(level)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (dict(beta=3), TypeError, "beta"),
+        (dict(dtype="nonsense"), ValueError, "dtype"),
+        (dict(variant="bf16"), ValueError, r"model.bf16.safetensors .* got .'model.safetensors'"),
+        (dict(subfolder="level_9"), ValueError, "level/level_9, got none"),
+        (dict(attn_implementation="flash_attention_2"), ImportError, "FlashAttention2"),
+        (dict(quantization_config=QuantoConfig()), ImportError, "quanto"),
+    ],
+)
+def test_a_wrong_argument_is_not_blamed_on_the_files(level, arguments, error, message):
+    with pytest.raises(error, match=message) as raised:
+        ProgressiveVAELevel.from_pretrained(level, **arguments)
+    assert type(raised.value) is error and "save the model again" not in str(raised.value)
+
+
+def test_a_hub_that_cannot_be_reached_is_not_a_missing_file():
+    HUB.fail_on = ".*"
+    for options in ({}, {"subfolder": "level_1"}, {"local_files_only": True}):
+        with pytest.raises(OSError, match="connect"):
+            ProgressiveVAELevel.from_pretrained("org/not-cached", **options)
+
+
+def test_a_part_of_another_kind_names_its_model_type(level, prior):
+    with pytest.raises(ValueError, match="model_type='progressive_vae_prior' in .*vae_level'"):
+        ProgressiveVAEPrior.from_pretrained(level)
+    with pytest.raises(ValueError, match="model_type='progressive_vae_level' in .*vae_prior'"):
+        ProgressiveVAELevel.from_pretrained(prior)
+
+
+@pytest.mark.parametrize("is_sharded", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("first", ["fp16", "non-ema", None])
+def test_a_save_keeps_the_weights_of_other_variants(tmp_path, first, is_sharded):
+    second = "fp16" if first is None else None
+    size = {True: "2KB", False: "1GB"}
+    levels = {}
+
+    def save(variant, is_sharded, seed):
+        levels[variant] = tiny_level(num_channels=1, seed=seed)
+        levels[variant].save_pretrained(tmp_path, variant=variant, max_shard_size=size[is_sharded])
+        for name, level in levels.items():
+            loaded = ProgressiveVAELevel.from_pretrained(tmp_path, variant=name)
+            assert torch.equal(loaded.encoder.out[1].weight, level.encoder.out[1].weight)
+
+    save(first, is_sharded[0], seed=0)
+    save(second, is_sharded[1], seed=1)
+    save(first, not is_sharded[0], seed=2)  # its own shards or file are replaced
+    weights = [path.name for path in tmp_path.iterdir() if is_weights(path.name, first)]
+    assert (len(weights) > 1) is not is_sharded[0]
+
+
+def test_a_failed_save_keeps_what_was_there(level, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    before = {path.name: path.read_bytes() for path in level.iterdir()}
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(OSError, match="no space"):
+        tiny_level(num_channels=1, seed=1).save_pretrained(level)
+    assert {path.name: path.read_bytes() for path in level.iterdir()} == before
 
 
 BACKBONE = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2,

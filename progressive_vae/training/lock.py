@@ -85,7 +85,7 @@ def _owner_of(lock: Path) -> Path:
 def _owner(path: Path) -> dict[str, Any]:
     try:
         return read_json(path, "delete it")
-    except ValueError:  # not written yet, or not any more
+    except (OSError, ValueError):  # not written yet, or not any more
         return {}
 
 

@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser
 
 from ..chain import MAX_LEVELS, grid_sizes
 from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..hub import INDEX, pipeline_parts
 from ..prior_configuration import ProgressiveVAEPriorConfig
 from .command import in_words
 from .settings import DataSettings, FitSettings, PriorFitSettings, RunSettings
@@ -221,8 +222,10 @@ def _for_pictures(count: int, said: set[str]) -> dict[str, Any]:
 
 
 def levels_in(folder: str | Path) -> list[Path]:
-    """The folders [level_1 … level_N] of a saved pipeline."""
-    return sorted(Path(folder).glob("level_[1-8]"))
+    """The folders [level_1 … level_N] of a saved pipeline; [] where none is saved."""
+    if not (Path(folder) / INDEX).is_file():
+        return []
+    return [Path(folder) / name for name in pipeline_parts(folder) if name != "prior"]
 
 
 def _count(layers: list[Mapping[str, Any]], settled: int | None, usual: list[int]) -> int:
