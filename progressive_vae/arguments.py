@@ -16,10 +16,10 @@ def as_integer(name: str, value: Any, minimum: int, maximum: int | None = None) 
         ValueError: a value of another kind, a bool among them, or one out of range.
     """
     number = _as_scalar(value)
-    if isinstance(number, Real) and not isinstance(number, bool):
-        is_whole = isinstance(number, Integral) or float(number).is_integer()
-        if is_whole and minimum <= number and (maximum is None or number <= maximum):
-            return math.trunc(number)
+    is_integer = isinstance(number, Integral) and not isinstance(number, bool)
+    is_integer = is_integer or (isinstance(number, float) and number.is_integer())
+    if is_integer and minimum <= number and (maximum is None or number <= maximum):
+        return int(number)
     limits = f">= {minimum}" if maximum is None else f"in {minimum} … {maximum}"
     raise ValueError(f"expected {name} {limits}, got {_shown(value)}")
 

@@ -225,3 +225,13 @@ def test_without_the_coder_the_remedy_is_named(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(ImportError, match=r'pip install "progressive-vae\[codec\]"'):
         tiny_pipeline().compress(images)
+
+
+def test_streams_of_compiled_parts_are_those_of_the_same_weights(images):
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    other.prior = torch.compile(other.prior, backend="eager")
+    other.level_3 = torch.compile(other.level_3, backend="eager")
+    other.level_2.decoder = torch.compile(other.level_2.decoder, backend="eager")
+    assert pipe.stream_id() == other.stream_id()
+    assert torch.equal(pipe.decompress(other.compress(images)), images)
+    assert torch.equal(other.decompress(pipe.compress(images)), images)
