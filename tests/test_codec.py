@@ -163,7 +163,7 @@ def test_what_is_no_stream_of_the_model_is_an_error(monkeypatch):
     for data in ([], "text", [stream, 3], None, 5):
         with pytest.raises(ValueError, match="expected data of bytes"):
             pipe.decompress(data)
-    for k in (0, 4, 1.0, "1"):
+    for k in (0, 4, 1.5, "1", True):
         with pytest.raises(ValueError, match="expected num_levels in 1 … 3, got"):
             pipe.decompress(stream, num_levels=k)
     # Other arithmetic that comes to the same is none the worse for it; what fails is told.
