@@ -4,6 +4,7 @@
 
 | file | purpose |
 |---|---|
+| `arguments.py` | numbers that callers pass, of Python, numpy or torch |
 | `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
 | `strict.py` | configs whose every complaint is a `ValueError`, and what they may say |
 | `backbones.py` | configs of causal networks: any of transformers, or a small one |

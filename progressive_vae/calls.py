@@ -9,16 +9,18 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import PIL.Image
+import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from .arguments import as_integer, as_number
 from .chain import check_grids
 from .configuration import ProgressiveVAELevelConfig
 from .hub import HubPipeline
 from .labels import label_ids
 from .prior import ProgressiveVAEPrior
 from .prior_configuration import ProgressiveVAEPriorConfig
-from .sampling import Generators, per_factor
+from .sampling import Sampler, per_factor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -41,10 +43,12 @@ class Call:
     Args:
         guidance_scale: of the factors that follow, one or a list for all; a callback may change it.
         num_timesteps: the factors that the call draws, times its batches.
+        interrupt: a callback set it to end the call early.
     """
 
     guidance_scale: float | list[float] = 1.0
     num_timesteps: int = 0
+    interrupt: bool = False
     is_running: bool = False
 
 
@@ -78,12 +82,15 @@ def factor_controls(
             that is none, or is less than what is given.
     """
     rows, corruption = per_factor(factor_names, **controls), controls["corruption"]
+    for row in rows:  # before anything is sampled
+        value = row["corruption"]
+        row["corruption"] = as_number("corruption", value, ">= 0", lambda x: x >= 0)
+        Sampler(1, **{name: value for name, value in row.items() if name != "corruption"})
     rows[0].pop("corruption")  # nothing comes before the prior
     if np.any(corruption) and not any(config.corruption for config in configs):
         raise ValueError(f"expected corruption=0, as no level learned it, got {corruption}")
     if num_levels is not None:
-        if not 1 <= num_levels <= len(configs):
-            raise ValueError(f"expected num_levels in 1 … {len(configs)}, got {num_levels}")
+        num_levels = as_integer("num_levels", num_levels, 1, len(configs))
         if num_given > num_levels:
             raise ValueError(
                 f"expected codes of at most num_levels={num_levels} levels, got {num_given}"
@@ -93,24 +100,37 @@ def factor_controls(
     return rows
 
 
-def check_batches(generator: Generators, count: int | None, batch_size: int):
-    """Raise a `ValueError` unless `count` images, if that is known, can be drawn so many at a
-    time."""
-    if isinstance(generator, list) and count is not None and len(generator) != count:
-        raise ValueError(f"expected one generator or a list of {count}, got {len(generator)}")
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-
-
 def check_outputs(output_type: str, callback_inputs: Iterable[str], known: list[str]):
     """Raise a `ValueError` for images of an unknown kind, or a callback that asks for tensors other
     than the known ones."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"expected output_type in {OUTPUT_TYPES}, got {output_type!r}")
+    if isinstance(callback_inputs, str):
+        raise ValueError(
+            f"expected callback_on_step_end_tensor_inputs to be a list among {known}, got "
+            f"{callback_inputs!r}"
+        )
     if unknown := sorted(set(callback_inputs) - set(known)):
         raise ValueError(
             f"expected callback_on_step_end_tensor_inputs among {known}, got {unknown}"
         )
+
+
+def as_grids(codes: Any) -> list[Tensor]:
+    """[z_1 … z_k] of a list or tuple of tensors, or of arrays of numpy.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not isinstance(codes, (list, tuple)):
+        raise ValueError(
+            f"expected codes to be a list [z_1 … z_k] of tensors, got {type(codes).__name__}"
+        )
+    grids = [torch.from_numpy(z) if isinstance(z, np.ndarray) else z for z in codes]
+    if not all(isinstance(z, Tensor) for z in grids):
+        kinds = [type(z).__name__ for z in grids]
+        raise ValueError(f"expected codes to be a list [z_1 … z_k] of tensors, got {kinds}")
+    return grids
 
 
 def changed_codes(
@@ -174,6 +194,19 @@ class CallingPipeline(HubPipeline):
         _CALLS.of.setdefault(self, Call()).guidance_scale = scale
 
     @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the call that this thread is in, or was in last."""
+        return _CALLS.of.get(self, Call()).interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return self.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool):
+        _CALLS.of.setdefault(self, Call()).interrupt = interrupt
+
+    @property
     def num_timesteps(self) -> int:
         """Of the call that this thread is in, or was in last."""
         return _CALLS.of.get(self, Call()).num_timesteps
@@ -197,11 +230,8 @@ class CallingPipeline(HubPipeline):
 
     def _prompts(self, class_labels, guidance_scale, codes, num_images_per_prompt):
         """Labels (count,), the given grids (count, H_i, W_i), and the count."""
-        if num_images_per_prompt < 1:
-            raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
-        if isinstance(codes, Tensor):
-            raise ValueError("expected codes to be a list [z_1 … z_k] of tensors, got a tensor")
-        given = list(codes or [])
+        times = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        given = [] if codes is None else as_grids(codes)
         if codes is not None:
             check_grids(given, [level.config for level in self.levels], self.grid_sizes)
         drawn = self.levels[len(given) - 1 :] if given else [self._require_prior(), *self.levels]
@@ -211,8 +241,8 @@ class CallingPipeline(HubPipeline):
             )
         count = len(given[0]) if given else None
         labels = self._guided_labels(class_labels, guidance_scale, count)
-        labels = labels.repeat_interleave(num_images_per_prompt)
-        given = [z.repeat_interleave(num_images_per_prompt, 0) for z in given]
+        labels = labels.repeat_interleave(times)
+        given = [z.repeat_interleave(times, 0) for z in given]
         return labels, given, len(labels)
 
     def _guided_labels(self, class_labels, guidance_scale, count: int | None) -> Tensor:

@@ -20,12 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import as_integer
 from .calls import CallingPipeline
 from .distributions import Distribution
 from .entries import as_pixel_values, as_values, of_unit
+from .fingerprint import original_names
 from .groups import Choose, Place
 from .header import Header
-from .images import Images, pixel_value_batches
+from .images import Images, as_images, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .whole import whole_numbers
 
@@ -78,7 +80,7 @@ class Writer:
 
     def __init__(self, count: int):
         self.coders = [_coder().queue.RangeEncoder() for _ in range(count)]
-        self.values = torch.empty(0)
+        self.values = torch.empty(0, dtype=torch.long, device="cpu")
 
     def follow(self, values: Tensor) -> Choose:
         """Of the factor that comes next, int64 (B, C, H, W)."""
@@ -173,8 +175,8 @@ class CodingPipeline(CallingPipeline):
         self._require_prior()
         self._check_arithmetic(arithmetic)
         is_whole, size, streams = arithmetic == "integer", self._at_a_time(), list[bytes]()
-        count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else 1
-        labels = label_ids(class_labels, self._class_config, count)
+        images = as_images(images)
+        labels = label_ids(class_labels, self._class_config, len(images))
         weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole, size), 1)
         batches = pixel_value_batches(images, self.image_shape, size)
         for given, batch in zip(labels.split(size), batches, strict=True):
@@ -217,13 +219,13 @@ class CodingPipeline(CallingPipeline):
         is_list = isinstance(given, (list, tuple)) and all(isinstance(x, kinds) for x in given)
         if not is_list or not given:
             raise ValueError(f"expected data of bytes or a list of them, got {data!r:.80}")
-        is_number = isinstance(num_levels, int) and 1 <= num_levels <= self.num_levels
-        if num_levels is not None and not is_number:
-            raise ValueError(f"expected num_levels in 1 … {self.num_levels}, got {num_levels}")
+        if num_levels is not None:
+            num_levels = as_integer("num_levels", num_levels, 1, self.num_levels)
         streams = [bytes(stream) for stream in given]
         headers = [Header.from_bytes(stream, f"stream {i}") for i, stream in enumerate(streams)]
         self._check(headers)
-        images = torch.empty(len(streams), *self.image_shape, dtype=torch.uint8)
+        shape = (len(streams), *self.image_shape)
+        images = torch.empty(shape, dtype=torch.uint8, device="cpu")
         sizes, usual = self._sizes(), self._at_a_time()
         made = [(header.is_whole, sizes.get(header.arithmetic, usual)) for header in headers]
         for is_whole, size in sorted(set(made)):
@@ -248,7 +250,7 @@ class CodingPipeline(CallingPipeline):
         null, count = self._class_config.num_classes, len(numbers)
         headers = [headers[number] for number in numbers]
         labels = [null if header.label is None else header.label for header in headers]
-        shown = _padded(torch.tensor(labels), size)
+        shown = _padded(torch.tensor(labels, device="cpu"), size)
         words = [streams[number][h.length :] for number, h in zip(numbers, headers, strict=True)]
         reader = Reader(words, len(shown), numbers, may_end=num_levels is not None)
         grids = list[Tensor]()
@@ -357,7 +359,8 @@ class CodingPipeline(CallingPipeline):
         digest = hashlib.sha256()
         for name in self.factor_names:
             part = getattr(self, name)
-            for key, value in sorted({**part.state_dict(), **dict(part.named_buffers())}.items()):
+            tensors = {**part.state_dict(), **dict(part.named_buffers())}
+            for key, value in sorted(original_names(tensors).items()):
                 digest.update(f"{name}.{key} {tuple(value.shape)}".encode())
                 flat = value.detach().cpu().contiguous().flatten()
                 digest.update(flat.view(torch.uint8).numpy())

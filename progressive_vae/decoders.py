@@ -77,7 +77,8 @@ class Decoder(nn.Module):
         state = self.stem(dithered(quantized, -self.config.dither))
         if self.config.num_classes:
             if class_labels is None:
-                class_labels = torch.full((len(state),), self.config.num_classes)
+                null = self.config.num_classes
+                class_labels = torch.full((len(state),), null, device=state.device)
             state = state + self.class_embedding(class_labels.to(state.device))[:, :, None, None]
         if self.config.corruption and corruption is not None:
             strength = (corruption / self.config.corruption).to(state)[:, None]  # 0 … 1
@@ -240,8 +241,9 @@ class RasterDecoder(Causal, Decoder):
         """As `Causal._check_causal`, on a few random symbols."""
         noise = torch.Generator().manual_seed(0)
         shape = (2, self.config.codebook_dim, 1, math.ceil(NUM_CHECKED / self.config.downsample))
-        quantized = torch.randn(shape, generator=noise).to(self.stem.weight)
-        tokens = torch.randint(self.config.num_values, (2, NUM_CHECKED), generator=noise)
+        kind = {"generator": noise, "device": noise.device}
+        quantized = torch.randn(shape, dtype=torch.float32, **kind).to(self.stem.weight)
+        tokens = torch.randint(self.config.num_values, (2, NUM_CHECKED), **kind)
         context = self._context(Condition(quantized), (1, NUM_CHECKED))
         self._check_causal(context, tokens.to(context.device))
 

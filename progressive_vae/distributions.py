@@ -136,8 +136,9 @@ class PixelMixture:
     num_values: int
 
     def log_prob(self, values: Tensor) -> Tensor:
-        lower = (values - 0.5).masked_fill(values == 0, -1e6)
-        upper = (values + 0.5).masked_fill(values == self.num_values - 1, 1e6)
+        middles = values.float()  # integers minus 0.5 would have torch's default dtype
+        lower = (middles - 0.5).masked_fill(values == 0, -1e6)
+        upper = (middles + 0.5).masked_fill(values == self.num_values - 1, 1e6)
         edges = torch.stack([lower, upper])[:, None]
         masses = _between((edges - self.means) * self.precisions)[0]
         return ((self.weights[:-1] * masses).sum(0) + self._floor).log()
@@ -147,7 +148,7 @@ class PixelMixture:
 
     @property
     def logits(self) -> Tensor:
-        edges = torch.arange(self.num_values + 1, device=self.means.device)[:, None, None] - 0.5
+        edges = _edges(0, self.num_values + 1, self.means.device)[:, None, None]
         edges[0], edges[-1] = -1e6, 1e6
         probs = self._floor.repeat(self.num_values, 1, 1)
         for weight, mean, precision in zip(self.weights, self.means, self.precisions, strict=False):
@@ -159,8 +160,10 @@ class PixelMixture:
         of the time."""
         flat = (x.flatten(1)[..., None] for x in (self.weights, self.means, self.precisions))
         weights, means, precisions = flat  # (K, B · n, 1)
-        edges = torch.arange(1, self.num_values, device=means.device) - 0.5
-        found = torch.zeros(means.shape[1], self.num_values + 1, device=means.device)
+        edges = _edges(1, self.num_values, means.device)
+        found = torch.zeros(
+            means.shape[1], self.num_values + 1, dtype=torch.float32, device=means.device
+        )
         found[:, -1] = 1 - weights[-1, :, 0]
         for start in range(0, len(found), ENTRIES_AT_A_TIME):
             part = slice(start, start + ENTRIES_AT_A_TIME)
@@ -177,7 +180,7 @@ class PixelMixture:
         values = torch.zeros(shares.shape, dtype=torch.long, device=shares.device)
         for power in reversed(range((self.num_values - 1).bit_length())):
             below = values + 2**power  # values less than this one
-            mass = (weights * self._cumulative(below - 0.5)).sum(0) + floor * below
+            mass = (weights * self._cumulative(below.float() - 0.5)).sum(0) + floor * below
             is_above = (mass > shares) | (below >= self.num_values)
             values = torch.where(is_above, values, below)
         return values
@@ -190,6 +193,11 @@ class PixelMixture:
     def _cumulative(self, edges: Tensor) -> Tensor:
         """Of each component at edges (B, n)."""
         return ((edges - self.means) * self.precisions).sigmoid()
+
+
+def _edges(start: int, stop: int, device: torch.device) -> Tensor:
+    """The lower edges of the values start … stop − 1, float32."""
+    return torch.arange(start, stop, dtype=torch.float32, device=device) - 0.5
 
 
 def _between(edges: Tensor) -> Tensor:

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .calls import ProgressiveVAEPipelineOutput, check_batches, check_outputs, factor_controls
+from .arguments import as_integer
+from .calls import ProgressiveVAEPipelineOutput, check_outputs, factor_controls
 from .codec import CodingPipeline
 from .distributions import Distribution
 from .entries import as_pixel_values, as_unit, as_values
 from .groups import Place
-from .images import Images, from_pixel_values, pixel_value_batches
+from .images import Images, as_images, from_pixel_values, pixel_value_batches
 from .labels import Labels, label_ids
-from .sampling import Generators, Sampler, per_factor, uniform
+from .sampling import Generators, Sampler, as_generators, per_factor, uniform
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Clamp:
 
     def __init__(self, draw: Sampler, known: Known, guesses: bool):
         self.draw, self.known, self.guesses = draw, known, guesses
-        self.log_weights = torch.zeros(len(known.trust), device=known.trust.device)
+        self.log_weights = known.trust.new_zeros(len(known.trust))
 
     def __call__(self, distribution: Distribution, place: Place) -> Tensor:
         drawn = self.draw.choose(distribution, place)
@@ -88,8 +89,12 @@ def masks(mask_image: Images, size: tuple[int, int], count: int) -> Tensor:
         ValueError: no mask, one of another size, or in a range that its dtype does not have, or
             not one for all images or for each.
     """
-    if isinstance(mask_image, PIL.Image.Image):
-        mask_image = [mask_image]
+    try:
+        mask_image = as_images(mask_image)
+    except ValueError as error:
+        raise ValueError(f"mask_image: {error}") from error
+    if not isinstance(mask_image, (np.ndarray, Tensor)):
+        mask_image = list(mask_image)
     if isinstance(mask_image, list) and all(isinstance(x, PIL.Image.Image) for x in mask_image):
         mask_image = [x.convert("L") for x in mask_image]
     elif isinstance(mask_image, list) and all(hasattr(x, "shape") for x in mask_image):
@@ -179,12 +184,10 @@ class EditingPipeline(CodingPipeline):
             ValueError: images, masks, labels or controls that are none or do not fit, or a
                 pipeline without a prior where codes of z_1 are to be drawn.
         """
-        if num_images_per_prompt < 1:
-            raise ValueError(f"expected num_images_per_prompt >= 1, got {num_images_per_prompt}")
+        num_images_per_prompt = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        batch_size = as_integer("batch_size", batch_size, 1)
         counts = per_factor(self.factor_names, num_candidates=num_candidates)
-        times = [row["num_candidates"] for row in counts]
-        if any(not isinstance(n, int) or n < 1 for n in times):
-            raise ValueError(f"expected num_candidates >= 1, got {num_candidates}")
+        times = [as_integer("num_candidates", row["num_candidates"], 1) for row in counts]
         rows = factor_controls(
             self.factor_names, [level.config for level in self.levels], 0, None,
             temperature=temperature, top_k=top_k, top_p=top_p, corruption=corruption,
@@ -192,12 +195,12 @@ class EditingPipeline(CodingPipeline):
         scales = per_factor(self.factor_names, guidance_scale=guidance_scale)
         controls = [row | scale for row, scale in zip(rows, scales, strict=True)]
         check_outputs(output_type, (), [])
-        check_batches(generator, None, batch_size)
+        generator = as_generators(generator)
         known = self._known(image, mask_image, batch_size)
         labels = self._guided_labels(class_labels, guidance_scale, len(known[0].trust))
         labels = labels.repeat_interleave(num_images_per_prompt)
         known = [grid.repeated(num_images_per_prompt) for grid in known]
-        check_batches(generator, len(labels), batch_size)
+        generator = as_generators(generator, len(labels))
         stop = self.num_levels + (output_type != "latent")  # grids to end with
         done = [grid.values.clone() for grid in known]
         parts = list(_alike(known, times, batch_size))
@@ -246,7 +249,8 @@ class EditingPipeline(CodingPipeline):
         ).float()
         mask = masks(mask_image, self.image_shape[1:], len(pixel_values))
         values = as_values(filled(pixel_values, mask))
-        known, every = (~mask).double(), torch.ones(mask.shape).double()
+        known = (~mask).double()
+        every = torch.ones_like(known)
         found = [Known(values, known.float())]
         codes = self.encode(as_unit(values), batch_size)
         for level, z in zip(reversed(self.levels), reversed(codes), strict=True):
@@ -317,28 +321,31 @@ class EditingPipeline(CodingPipeline):
             of the first pair, then those of the second; `codes` coarser than z_k are those that
             the encoders find in it.
         """
-        level = self._checked(self.num_levels if level is None else level)
-        if steps < 2:
-            raise ValueError(f"expected steps >= 2, got {steps}")
+        level, steps = self._checked(level), as_integer("steps", steps, 2)
         ends = [self.encode(x, **_batch(controls))[:level] for x in (image, other)]
         count = len(ends[0][0])
         if len(ends[1][0]) != count:
             raise ValueError(f"expected other to be {count} images, got {len(ends[1][0])}")
-        check_batches(generator, count, 1)
+        generator = as_generators(generator, count)
         quantizer = self.levels[level - 1].quantizer
         codebook = quantizer.codebook.float().cpu()
         source, target = (codebook[z[-1]] for z in ends)  # (B, H, W, D)
         on_the_way = []
-        for weight in torch.linspace(0, 1, steps)[1:-1]:
+        weights = torch.linspace(0, 1, steps, dtype=torch.float32, device=codebook.device)
+        for weight in weights[1:-1]:
             vectors = torch.lerp(source, target, weight).flatten(0, -2)
             on_the_way.append(torch.cdist(vectors, codebook).argmin(1).view(ends[0][-1].shape))
         codes = [torch.stack([ends[0][-1], *on_the_way, ends[1][-1]], 1).flatten(0, 1)]
         for coarser in reversed(self.levels[: level - 1]):
-            parts = codes[0].split(controls.get("batch_size", 256))
+            parts = codes[0].split(as_integer("batch_size", controls.get("batch_size", 256), 1))
             found = [coarser.encode(z.to(self._execution_device)).cpu() for z in parts]
             codes.insert(0, torch.cat(found))
         noise = generator if isinstance(generator, list) else [generator] * count
-        seeds = [int(torch.randint(2**62, (), generator=g, device=g and g.device)) for g in noise]
+        devices = ["cpu" if g is None else g.device for g in noise]
+        seeds = [
+            int(torch.randint(2**62, (), generator=g, device=device))
+            for g, device in zip(noise, devices, strict=True)
+        ]
         alike = [torch.Generator().manual_seed(seed) for seed in seeds for _ in range(steps)]
         labels = None
         if class_labels is not None:
@@ -346,10 +353,9 @@ class EditingPipeline(CodingPipeline):
             labels = ids.repeat_interleave(steps)
         return self(labels, codes=codes, generator=alike, **controls)
 
-    def _checked(self, level: int) -> int:
-        if not isinstance(level, int) or not 1 <= level <= self.num_levels:
-            raise ValueError(f"expected level in 1 … {self.num_levels}, got {level}")
-        return level
+    def _checked(self, level: int | None) -> int:
+        """1 … N; N where not given."""
+        return self.num_levels if level is None else as_integer("level", level, 1, self.num_levels)
 
 
 def _alike(

@@ -42,7 +42,13 @@ class Encoder(nn.Module):
         assert self.embed is not None
         vectors = codebook.float() - codebook.float().mean(0)
         vectors = vectors / vectors.square().mean().sqrt().clamp(min=1e-6)
-        turn = torch.randn(vectors.shape[1], self.embed.embedding_dim, generator=generator)
+        turn = torch.randn(
+            vectors.shape[1],
+            self.embed.embedding_dim,
+            generator=generator,
+            dtype=torch.float32,
+            device=generator.device,
+        )
         spread = vectors @ turn.to(vectors) * vectors.shape[1] ** -0.5
         self.embed.weight.copy_(spread)
 

@@ -12,13 +12,13 @@ _HALF = (NUM_PIXEL_VALUES - 1) / 2  # 127.5
 
 
 def as_pixel_values(values: Tensor) -> Tensor:
-    """0 … 255, of any dtype -> floats in [−1, 1]."""
-    return values / _HALF - 1
+    """0 … 255, of any dtype -> float32 in [−1, 1]."""
+    return values.float() / _HALF - 1
 
 
 def as_unit(values: Tensor) -> Tensor:
-    """0 … 255, of any dtype -> floats in [0, 1], as pictures outside are."""
-    return values / (NUM_PIXEL_VALUES - 1)
+    """0 … 255, of any dtype -> float32 in [0, 1], as pictures outside are."""
+    return values.float() / (NUM_PIXEL_VALUES - 1)
 
 
 def of_unit(images: Tensor) -> Tensor:

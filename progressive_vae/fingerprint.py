@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .level import ProgressiveVAELevel
 from .prior import ProgressiveVAEPrior
@@ -20,6 +21,12 @@ def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
     return _joined([_digest(level) for level in levels])
 
 
+def original_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a module by the names that they have without `torch.compile`, which puts a
+    compiled module one step deeper."""
+    return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+
+
 def _digest(level: ProgressiveVAELevel) -> bytes:
     config = level.config
     digest = hashlib.sha256(f"{config.quantizer} {config.codebook_size}".encode())
@@ -27,7 +34,7 @@ def _digest(level: ProgressiveVAELevel) -> bytes:
         digest.update(f"dither {config.dither}".encode())
     parts = level.encoder.state_dict(prefix="encoder.")
     parts |= level.quantizer.state_dict(prefix="quantizer.")
-    for name, value in sorted(parts.items()):
+    for name, value in sorted(original_names(parts).items()):
         if not name.endswith(level.quantizer.TRAINING_STATE):
             digest.update(f"{name} {tuple(value.shape)}".encode())
             digest.update(np.packbits(torch.signbit(value).cpu().numpy()).tobytes())

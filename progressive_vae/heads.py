@@ -132,7 +132,8 @@ class PixelLogistics(Head):
         if near is not None:
             near = near.float()
             return torch.cat([near, near.mean(0, keepdim=True).expand_as(near)])
-        middles = (torch.arange(8.0, device=grid.device) + 0.5) * (self.num_values / 8)
+        eighths = torch.arange(8, dtype=torch.float32, device=grid.device)
+        middles = (eighths + 0.5) * (self.num_values / 8)
         return middles.view(8, 1, 1, 1).expand(8, *group.take(grid).shape)
 
     def seen(self, misses: Tensor) -> Tensor:

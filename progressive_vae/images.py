@@ -1,7 +1,8 @@
 """What users hold (PIL images, arrays, tensors) as `pixel_values`: floats in [−1, 1]."""
 
-from collections.abc import Iterator
-from typing import TypeAlias
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -10,11 +11,30 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from .arguments import as_integer
 from .configuration import NUM_PIXEL_VALUES
 from .entries import as_pixel_values, as_values
 from .image_files import MODES, convert_image, image_array, is_deep
 
-Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | list"
+Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | Iterable"
+
+
+def as_images(images: Any) -> np.ndarray | Tensor | Sequence:
+    """An array or tensor as it is, one PIL image as a list, and all else that can be iterated in
+    order (tuples, columns of a data set, generators) as a sequence, which has a length.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(images, PIL.Image.Image):
+        return [images]
+    is_array = isinstance(images, (np.ndarray, Tensor)) and images.ndim > 0
+    is_other = isinstance(images, (str, bytes, Mapping, Set)) or not isinstance(images, Iterable)
+    if not is_array and (is_other or isinstance(images, (np.ndarray, Tensor))):
+        raise ValueError(
+            f"expected images as PIL images, arrays or tensors, got {[type(images).__name__]}"
+        )
+    return images if is_array or isinstance(images, Sequence) else list(images)
 
 
 def pixel_value_batches(
@@ -23,29 +43,36 @@ def pixel_value_batches(
     """Batches of pixel values, float (b, C, H, W) in [−1, 1] on the 256 values.
 
     Args:
-        images: a PIL image or a list of them; uint8 arrays (B, H, W, C) or (B, H, W), or tensors
-            (B, C, H, W), or lists of such without B, in 0 … 255; or float ones in [0, 1], which
-            are rounded to 8 bits.
+        images: a PIL image or several of them in any iterable that `as_images` takes; uint8 arrays
+            (B, H, W, C) or (B, H, W), or tensors (B, C, H, W), or several of such without B, in
+            0 … 255; or float ones in [0, 1], which are rounded to 8 bits.
         shape: (C, H, W) that every image must have.
 
     Raises:
         ValueError: no images, or any of another kind, shape, dtype, mode or range; a batch_size
             below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-    if isinstance(images, PIL.Image.Image):
-        images = [images]
-    kinds = {type(x) for x in images} if isinstance(images, list) else {type(images)}
+    batch_size, images = as_integer("batch_size", batch_size, 1), as_images(images)
+    if not len(images):
+        raise ValueError("expected images, got a list of length 0")
+    if isinstance(images, (np.ndarray, Tensor)):
+        for start in range(0, len(images), batch_size):
+            yield _pixel_values(_as_tensor(images[start : start + batch_size], shape), shape)
+        return
+    rest = iter(images)  # a column of a data set is decoded batch by batch
+    while batch := list(itertools.islice(rest, batch_size)):
+        _check_kinds(batch)
+        yield _pixel_values(_as_tensor(batch, shape), shape)
+
+
+def _check_kinds(images: list):
+    """Raise a `ValueError` unless all are PIL images, or all are arrays, or all are tensors."""
+    kinds = {type(image) for image in images}
     if not all(issubclass(kind, (np.ndarray, Tensor, PIL.Image.Image)) for kind in kinds) or (
         len(kinds) > 1 and not all(issubclass(kind, PIL.Image.Image) for kind in kinds)
     ):
         names = sorted(kind.__name__ for kind in kinds)
         raise ValueError(f"expected images as PIL images, arrays or tensors, got {names}")
-    if not len(images):
-        raise ValueError("expected images, got a list of length 0")
-    for start in range(0, len(images), batch_size):
-        yield _pixel_values(_as_tensor(images[start : start + batch_size], shape), shape)
 
 
 def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) -> Tensor:
@@ -56,8 +83,9 @@ def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) 
         if len(sizes) > 1:
             raise ValueError(f"expected images of one size, got {sorted(sizes)}")
         images = torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)
-    if isinstance(images, np.ndarray):  # which may run backwards, as torch's may not
-        return VaeImageProcessor.numpy_to_pt(np.ascontiguousarray(images))
+    if isinstance(images, np.ndarray):
+        # Unlike those of torch they may run backwards, or be read-only.
+        return VaeImageProcessor.numpy_to_pt(np.require(images, requirements=["C", "W"]))
     return images
 
 

@@ -1,6 +1,8 @@
 """Class labels: numbers or names, as ids; the last id is the null class."""
 
-from typing import TypeAlias
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from .sampling import Generators, uniform
 
-Labels: TypeAlias = "Tensor | list[int] | list[str] | int | str | None"
+Labels: TypeAlias = "Tensor | np.ndarray | Sequence[int] | Sequence[str] | int | str | None"
 
 
 def label_ids(
@@ -26,16 +28,19 @@ def label_ids(
     if class_labels is not None and not null:
         raise ValueError(f"expected class_labels=None, as there are no classes, got {class_labels}")
     if class_labels is None:
-        return torch.full((batch_size or 1,), null)
+        return torch.full((batch_size or 1,), null, device="cpu")
     if isinstance(class_labels, Tensor):
-        ids: Tensor = class_labels
+        ids: Tensor = class_labels if class_labels.ndim else class_labels[None]
     else:
-        labels = np.atleast_1d(np.asarray(class_labels, dtype=object)).tolist()
+        labels = _as_list(class_labels)
         names = {name: i for i, name in config.id2label.items()}
         unknown = [label for label in labels if isinstance(label, str) and label not in names]
         if unknown:
             raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")
-        ids = torch.tensor([names[x] if isinstance(x, str) else x for x in labels])
+        numbers = [names[x] if isinstance(x, str) else x for x in labels]
+        if not all(0 <= number <= null for number in numbers):
+            raise _no_classes(numbers, null)
+        ids = torch.tensor(numbers, dtype=torch.long, device="cpu")
     if ids.ndim != 1 or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"expected class_labels to be integers of shape (B,), "
@@ -44,11 +49,29 @@ def label_ids(
     if batch_size not in (None, len(ids)):
         raise ValueError(f"expected {batch_size} class_labels, got {len(ids)}")
     if not ids.numel() or int(ids.min()) < 0 or int(ids.max()) > null:
-        raise ValueError(
-            f"expected class_labels in 0 … {null - 1}, or {null} for the null class, got "
-            f"{ids.tolist()}"
-        )
+        raise _no_classes(ids.tolist(), null)
     return ids.long()
+
+
+def _no_classes(numbers: list[int], null: int) -> ValueError:
+    return ValueError(
+        f"expected class_labels in 0 … {null - 1}, or {null} for the null class, got {numbers}"
+    )
+
+
+def _as_list(class_labels: Any) -> list[int | str]:
+    """One label, or a sequence or an array of them, as a list."""
+    if hasattr(class_labels, "__array__"):
+        class_labels = np.atleast_1d(np.asarray(class_labels)).tolist()
+    is_one = isinstance(class_labels, (str, bytes)) or not isinstance(class_labels, Sequence)
+    labels = [class_labels] if is_one else [*class_labels]
+    for label in labels:
+        if isinstance(label, bool) or not isinstance(label, (str, Integral)):
+            raise ValueError(
+                f"expected class_labels of numbers or names of classes, one or a list, got "
+                f"{label!r} in {class_labels!r}"
+            )
+    return labels  # type: ignore[return-value]
 
 
 def known_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor | None:

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .arguments import as_integer, as_number
 from .auxiliary import Auxiliary, AuxiliaryDecoder
 from .chain import check_codes, grid_sizes
 from .configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
@@ -66,6 +69,7 @@ class ProgressiveVAELevel(SavedModel):
     config_class = ProgressiveVAELevelConfig
     base_model_prefix = "level"
     main_input_name = "finer"
+    supports_gradient_checkpointing = True
     # Attention is a raster decoder's backbone's, which has its own say.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
@@ -273,16 +277,14 @@ class ProgressiveVAELevel(SavedModel):
                 that does not fit, or values of another shape or dtype.
         """
         check_codes(codes, self.config.codebook_size)
-        size = finer_size or tuple(n * self.config.downsample for n in codes.shape[1:])
+        size = self._finer_size(finer_size, codes)
         if self.codes_size(size) != codes.shape[1:]:
             raise ValueError(
                 f"expected finer_size whose grid of codes is {tuple(codes.shape[1:])}, got {size}"
             )
-        if not 0 <= corruption <= self.config.corruption:
-            raise ValueError(
-                f"expected corruption in [0, {self.config.corruption}], what this level was "
-                f"trained with, got {corruption}"
-            )
+        limit = self.config.corruption
+        text = f"in [0, {limit}], what this level was trained with"
+        corruption = as_number("corruption", corruption, text, lambda x: 0 <= x <= limit)
         labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
         strength = quantized.new_full((len(codes),), corruption) if corruption else None
         condition = self._condition(quantized, size, labels, strength)
@@ -312,7 +314,7 @@ class ProgressiveVAELevel(SavedModel):
         Raises:
             ValueError: a level without an auxiliary decoder, or `codes` that are none.
         """
-        size = finer_size or tuple(n * self.config.downsample for n in codes.shape[-2:])
+        size = self._finer_size(finer_size, codes)
         if codes.is_floating_point():
             quantized = torch.einsum("bkhw,kd->bdhw", codes.to(self.dtype), self.quantizer.codebook)
         else:
@@ -331,7 +333,11 @@ class ProgressiveVAELevel(SavedModel):
         self.conditional.check_causal()
 
     def after_step(self, output, gather: Callable[[Tensor], Tensor]):
-        """What follows an optimisation step with a `ProgressiveVAELevelOutput`.
+        """What follows an optimisation step with a `ProgressiveVAELevelOutput`: the codebook of
+        `"vq"` moves, the temperature of `"gumbel"` anneals.
+
+        Loops that do not call it get the same from the next forward pass in training mode, with
+        the latents of their own process.
 
         Args:
             gather: concatenates a tensor over processes along dimension 0.
@@ -391,6 +397,14 @@ class ProgressiveVAELevel(SavedModel):
         if self.decoder is not None:
             quantized = self.quantizer.standardized(quantized)
         return Condition(quantized, labels, corruption, picture)
+
+    def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
+        """(H_{i+1}, W_{i+1}); `downsample` times the grid of codes where it is `None`."""
+        if size is None:
+            size = [n * self.config.downsample for n in codes.shape[-2:]]
+        if not isinstance(size, (list, tuple, np.ndarray, Tensor)) or len(size) != 2:
+            raise ValueError(f"expected finer_size of two positive integers, got {size!r}")
+        return as_integer("finer_size", size[0], 1), as_integer("finer_size", size[1], 1)
 
     def _check_pair(self, codes: Tensor, values: Tensor):
         size = (values.shape[-2], values.shape[-1])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @lru_cache
@@ -73,14 +74,17 @@ class PixelEmbedding(nn.Embedding):
 
     def ordinal_features(self) -> Tensor:
         """√2 cos(π k x / 2) for x in [0, 2]: (V, E)."""
-        x = torch.linspace(0, 2, self.num_embeddings, device=self.weight.device)
-        k = torch.arange(self.embedding_dim, device=self.weight.device)
+        kind = {"dtype": torch.float32, "device": self.weight.device}
+        x = torch.linspace(0, 2, self.num_embeddings, **kind)
+        k = torch.arange(self.embedding_dim, **kind)
         return 2**0.5 * torch.cos(math.pi / 2 * k * x[:, None])
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(GradientCheckpointingLayer):
     """x + conv(silu(conv(norm(x)))), the identity at initialisation;
-    the second convolution mixes channels alone unless its kernel is 3×3."""
+    the second convolution mixes channels alone unless its kernel is 3×3.
+
+    With gradient checkpointing the backward pass computes the activations again."""
 
     def __init__(self, width: int, kernel_size: int):
         super().__init__()

@@ -8,23 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .arguments import as_integer
 from .calls import (
     Call,
     ProgressiveVAEPipelineOutput,
+    as_grids,
     changed_codes,
-    check_batches,
     check_outputs,
     factor_controls,
 )
 from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .editing import EditingPipeline
 from .fingerprint import check_fingerprints
-from .images import Images, from_pixel_values, pixel_value_batches
+from .images import Images, as_images, from_pixel_values, pixel_value_batches
 from .labels import Labels, known_labels, label_ids
 from .level import ProgressiveVAELevel
 from .painter import Painter
 from .prior import ProgressiveVAEPrior
-from .sampling import Generators, per_factor
+from .sampling import Generators, as_generators, part_of, per_factor
 
 
 class ProgressiveVAEPipeline(EditingPipeline):
@@ -63,8 +64,9 @@ class ProgressiveVAEPipeline(EditingPipeline):
             level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
         )  # fmt: skip
         slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
-        configs = [level and level.config for level in slots]
-        image_size = check_parts(prior and prior.config, configs, image_size)
+        # A compiled part has no truth value, as it forwards `len` to a model that has none.
+        configs = [None if part is None else part.config for part in (prior, *slots)]
+        image_size = check_parts(configs[0], configs[1:], image_size)
         check_fingerprints(prior, self.levels)
         self.register_to_config(image_size=image_size)
 
@@ -117,20 +119,23 @@ class ProgressiveVAEPipeline(EditingPipeline):
         self,
         images: Images,
         batch_size: int = 256,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> list[Tensor]:
         """[z_1 … z_N] of the images, int64 (B, H_i, W_i) each: the encoders, finest first.
 
-        With a generator the codes of stochastic encoders are drawn, else the most probable ones.
+        With a generator (or one for each image) the codes of stochastic encoders are drawn, else
+        the most probable ones.
         """
-        batches = [
-            [codes.cpu() for codes in self._climb(pixel_values, generator)[:-1]]
-            for pixel_values in pixel_value_batches(images, self.image_shape, batch_size)
-        ]
+        batches, images = [], as_images(images)
+        generator, stop = as_generators(generator, len(images)), 0
+        for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
+            start, stop = stop, stop + len(pixel_values)
+            chain = self._climb(pixel_values, part_of(generator, slice(start, stop)))
+            batches.append([codes.cpu() for codes in chain[:-1]])
         self.maybe_free_model_hooks()
         return [torch.cat(level) for level in zip(*batches, strict=True)]
 
-    def _climb(self, pixel_values: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+    def _climb(self, pixel_values: Tensor, generator: Generators) -> list[Tensor]:
         """[z_1 … z_N, s]."""
         chain = [pixel_values.to(self._execution_device)]
         for level in reversed(self.levels):
@@ -153,20 +158,21 @@ class ProgressiveVAEPipeline(EditingPipeline):
                 H(P_Ψ(z | s)) in nats: the sum of all entries is then a bound on log P(s), in
                 expectation, whether the encoders are stochastic or not.
         """
-        prior, terms = self._require_prior(), []
-        count = len(images) if isinstance(images, (list, np.ndarray, Tensor)) else None
-        labels = label_ids(class_labels, self._class_config, count)
-        batches = pixel_value_batches(images, self.image_shape, batch_size)
-        parts = labels.split(max(1, batch_size))  # `batches` refuses what is less
-        for given, pixel_values in zip(parts, batches, strict=True):
-            chain = self._climb(pixel_values, generator)  # z_1 … z_N, s
+        prior, terms, images = self._require_prior(), [], as_images(images)
+        batch_size = as_integer("batch_size", batch_size, 1)
+        labels = label_ids(class_labels, self._class_config, len(images))
+        generator, stop = as_generators(generator, len(images)), 0
+        for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
+            start, stop = stop, stop + len(pixel_values)
+            given, rows = labels[start:stop], slice(start, stop)
+            chain = self._climb(pixel_values, part_of(generator, rows))  # z_1 … z_N, s
             codes = chain[:-1]
             factors = [prior.log_prob(codes[0], known_labels(given, prior.config))]
             for level, z, finer in zip(self.levels, codes, chain[1:], strict=True):
                 factors.append(level.log_prob(finer, z, known_labels(given, level.config)))
             if generator is not None:
-                entropies = map(ProgressiveVAELevel.encoder_entropy, self.levels, chain[1:])
-                factors.append(sum(entropies))
+                pairs = zip(self.levels, chain[1:], strict=True)
+                factors.append(sum(level.encoder_entropy(finer) for level, finer in pairs))
             terms.append([factor.float().cpu() for factor in factors])
         self.maybe_free_model_hooks()
         columns = (torch.cat(column) for column in zip(*terms, strict=True))
@@ -231,7 +237,11 @@ class ProgressiveVAEPipeline(EditingPipeline):
                 `"latent"`, the finest codes.
             callback_on_step_end: called after each factor of codes as `(pipe, step, step,
                 tensors)`, where `tensors["codes"]` is [z_1 …] so far; it may return others, and
-                set `pipe._guidance_scale` for the factors that follow.
+                set `pipe._guidance_scale` for the factors that follow. `pipe._interrupt = True`
+                ends the call: it returns the batches that are complete. If there are none, it
+                returns the codes [z_1 … z_k] so far, and their preview as images. Without the
+                auxiliary decoders finer factors take their most probable values, as fast as that
+                is.
             batch_size: images drawn at a time.
 
         Returns:
@@ -251,11 +261,16 @@ class ProgressiveVAEPipeline(EditingPipeline):
             corruption=corruption,
         )
         check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        check_batches(generator, count, batch_size)
+        generator = as_generators(generator, count)
+        batch_size = as_integer("batch_size", batch_size, 1)
         starts = range(0, count, batch_size)
         is_drawn = output_type != "latent" and not preview  # with its pixels
         stop = self.num_levels + is_drawn  # grids to end with
-        total, batches = len(starts) * (stop - len(given)), []
+        # Codes of some levels are enough for the images of a call that a callback ends.
+        has_previews = all(level.auxiliary is not None for level in self.levels)
+        is_enough = output_type == "latent" or has_previews
+        total = len(starts) * (stop - len(given))
+        batches: list[list[Tensor]] = []
         with (
             self._call(guidance_scale, total) as call,
             self.progress_bar(total=total) as progress,
@@ -264,24 +279,33 @@ class ProgressiveVAEPipeline(EditingPipeline):
                 chunk = slice(start, min(start + batch_size, count))
                 call.guidance_scale = guidance_scale  # the callback may have changed it
                 grids = [z[chunk].to(self._execution_device) for z in given]
-                noise = generator[chunk] if isinstance(generator, list) else generator
+                noise = part_of(generator, chunk)
                 for step in self._descend(call, grids, labels[chunk], noise, controls, stop):
-                    if callback_on_step_end is not None and step < self.num_levels:
+                    is_watched = step < self.num_levels and not call.interrupt
+                    if callback_on_step_end is not None and is_watched:
                         shown = {name: grids for name in callback_on_step_end_tensor_inputs}
                         changed = callback_on_step_end(self, step, step, shown)
                         configs = [level.config for level in self.levels]
                         found = changed_codes(changed, grids, configs, self.grid_sizes)
                         grids[:] = [z.to(self._execution_device) for z in found]
                     progress.update()
-                batches.append([grid.cpu() for grid in grids])
-        columns = [torch.cat(column) for column in zip(*batches, strict=True)]
-        drawn = columns[: self.num_levels]
-        if is_drawn:
-            images = from_pixel_values(columns[-1], output_type)
-        else:
-            images = drawn[-1] if output_type == "latent" else self.preview(
-                drawn, output_type=output_type, batch_size=batch_size
-            )  # fmt: skip
+                    if call.interrupt and (batches or is_enough):
+                        break
+                    if call.interrupt:
+                        for row in controls:
+                            row["temperature"] = 0.0
+                if len(grids) == stop or not batches:
+                    batches.append([grid.cpu() for grid in grids])
+                if call.interrupt:
+                    break
+            columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+            drawn = columns[: self.num_levels]
+            if len(columns) > self.num_levels:
+                images = from_pixel_values(columns[-1], output_type)
+            elif output_type == "latent":
+                images = drawn[-1]
+            else:
+                images = self.preview(drawn, output_type=output_type, batch_size=batch_size)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, drawn
@@ -334,7 +358,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
 
         k = 1 shows what the coarsest codes alone say. Further keywords as in `__call__`.
         """
-        level = self._checked(self.num_levels if level is None else level)
+        level = self._checked(level)
         batch = {"batch_size": controls["batch_size"]} if "batch_size" in controls else {}
         return self.decode(self.encode(images, **batch)[:level], output_type, generator, **controls)
 
@@ -357,14 +381,13 @@ class ProgressiveVAEPipeline(EditingPipeline):
             ValueError: a level from k on without an auxiliary decoder, codes or images that are
                 none, or a `level` of which there are no codes.
         """
-        is_codes = isinstance(shown, list) and all(
-            isinstance(z, Tensor) and z.dtype == torch.long for z in shown
+        batch_size = as_integer("batch_size", batch_size, 1)
+        is_codes = isinstance(shown, (list, tuple)) and all(
+            isinstance(z, (np.ndarray, Tensor)) and z.dtype in (torch.long, np.int64) for z in shown
         )
-        codes: list[Any] = [*shown] if is_codes else self.encode(shown, batch_size)  # type: ignore
+        codes = as_grids(shown) if is_codes else self.encode(shown, batch_size)  # type: ignore
         check_grids(codes, [level.config for level in self.levels], self.grid_sizes)
-        level = len(codes) if level is None else level
-        if not 1 <= level <= len(codes):
-            raise ValueError(f"expected level in 1 … {len(codes)}, got {level}")
+        level = len(codes) if level is None else as_integer("level", level, 1, len(codes))
         paint = Painter(self.levels[level - 1 :], self.grid_sizes[level:])
         batches = [
             paint.of_codes(grid.to(self._execution_device)).cpu()

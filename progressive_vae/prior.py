@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
+from .arguments import as_integer
 from .causal import NUM_CHECKED, Causal
 from .chain import check_codes
 from .distributions import Categorical
@@ -126,6 +127,7 @@ class ProgressiveVAEPrior(Causal, SavedModel):
             guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
             generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
         """
+        batch_size = as_integer("batch_size", batch_size, 1)
         draw = Sampler(
             batch_size,
             generator,
@@ -158,8 +160,7 @@ class ProgressiveVAEPrior(Causal, SavedModel):
             ValueError: a batch size below 1, labels that are none, or codes of another shape or
                 dtype.
         """
-        if batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+        batch_size = as_integer("batch_size", batch_size, 1)
         labels = label_ids(class_labels, self.config, batch_size).to(self.device)
         codes = self._steps(self._prompt(labels), self.config.sequence_length, choose)
         return codes.unflatten(1, tuple(self.config.grid_size))
@@ -169,8 +170,11 @@ class ProgressiveVAEPrior(Causal, SavedModel):
         what it says in one pass over all codes: only then can its bits be believed."""
         length = min(self.config.sequence_length, NUM_CHECKED)
         noise = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.config.codebook_size, (2, length), generator=noise)
-        prompt = self._prompt(torch.full((2,), self.config.num_classes))
+        shape = (2, length)
+        tokens = torch.randint(
+            self.config.codebook_size, shape, generator=noise, device=noise.device
+        )
+        prompt = self._prompt(torch.full((2,), self.config.num_classes, device=noise.device))
         self._check_causal(prompt.to(self.device), tokens.to(self.device))
 
     def _prompt(self, labels: Tensor) -> Tensor:

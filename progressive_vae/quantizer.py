@@ -27,7 +27,7 @@ class QuantizerOutput(NamedTuple):
 class Quantizer(nn.Module):
     """What the kinds share. Each has a `codebook` (K, D), keeps what its training needs, and has
 
-    - `forward(latents, generator=None)` -> `QuantizerOutput`, for latents (B, D, H, W), with the
+    - `assign(latents, generator=None)` -> `QuantizerOutput`, for latents (B, D, H, W), with the
       noise, if there is any, of the generators;
     - `encode(latents, generator=None)` -> argmax_k P_Ψ(k | latent), or with a generator a draw:
       int64 (B, H, W);
@@ -36,6 +36,51 @@ class Quantizer(nn.Module):
 
     TRAINING_STATE: tuple[str, ...] = ()  # names of tensors that do not decide the codes
     codebook: Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.is_initialized = False
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.register_state_dict_pre_hook(_finish_step)
+
+    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+        """As `assign`. Where the encoder is trained, the quantizer is, too.
+
+        A training loop that does not call `after_step` gets it from the next forward pass, with
+        the latents of its own process, so that any loop trains the codebook.
+        """
+        # Latents of a frozen encoder have no gradient: its codebook must not move.
+        is_trained = self.training and latents.requires_grad
+        if is_trained:
+            self.finish_step()
+            self.start(latents)
+        output = self.assign(latents, generator)
+        if is_trained:
+            self.pending = (latents.detach(), output.codes)
+        return output
+
+    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+        raise NotImplementedError
+
+    def start(self, latents: Tensor):
+        """Initialize from the first latents (B, D, H, W) that are trained on, where that helps."""
+
+    def finish_step(self):
+        """`after_step` for the last training forward pass, if it was not called."""
+        if self.pending is not None:
+            self.after_step(*self.pending, gather=lambda tensor: tensor)
+
+    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+        """What follows an optimisation step; `gather` concatenates tensors of all processes."""
+        self.pending = None
+        self.update_from(latents, codes, gather)
+
+    def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+        """The update of `after_step`."""
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        self.pending = None  # it would stay on the device that the module leaves
+        return super()._apply(fn, recurse)
 
     def init_weights(self):
         raise NotImplementedError
@@ -84,9 +129,6 @@ class Quantizer(nn.Module):
         """Start from latents (n, D) of the data, where that helps; running statistics weigh as much
         as `weight` latents, or as all."""
 
-    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        """What follows an optimisation step; `gather` concatenates tensors of all processes."""
-
 
 class VectorQuantizer(Quantizer):
     """K code vectors of length D, moved towards the latents that choose them.
@@ -119,7 +161,16 @@ class VectorQuantizer(Quantizer):
         for buffer in self.buffers():
             init.zeros_(buffer)
 
-    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def start(self, latents: Tensor):
+        """k-means on the latents (B, D, H, W), unless the codebook was initialized or loaded."""
+        if self.is_initialized:
+            return
+        self.is_initialized = True  # looked up once, as the host waits for the device here
+        if not self.codebook.any():
+            vectors = latents.detach().movedim(1, -1).flatten(0, -2)
+            self.initialize(vectors, torch.Generator().manual_seed(0))
+
+    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         """The nearest code, with the straight-through gradient."""
         codes = self.encode(latents)
         quantized = self.lookup(codes).to(latents.dtype)
@@ -178,10 +229,12 @@ class VectorQuantizer(Quantizer):
         num_iterations: int = 10,
     ):
         """k-means on vectors (n, D): the update with decay 0, empty clusters restarted."""
-        vectors = vectors.float()
-        order = torch.randperm(len(vectors), generator=generator).to(vectors.device)
+        self.is_initialized, vectors = True, vectors.float()
+        order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(
+            vectors.device
+        )
         size = len(self.codebook)
-        self.codebook.copy_(vectors[order[torch.arange(size) % len(vectors)]])
+        self.codebook.copy_(vectors[order[torch.arange(size, device=order.device) % len(vectors)]])
         latents = vectors[:, :, None, None]
         for iteration in range(num_iterations):
             self.update(*self.statistics(latents, self.encode(latents)), decay=0.0)
@@ -193,7 +246,7 @@ class VectorQuantizer(Quantizer):
             self.ema_sums.mul_(share)
 
     @torch.no_grad()
-    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+    def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
         """Move the codebook by the latents of all processes, and restart its dead codes."""
         counts, sums = self.statistics(latents, codes)
         self.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
@@ -222,13 +275,17 @@ class FiniteScalarQuantizer(Quantizer):
         self.register_buffer("codebook", self.product_grid())
 
     def product_grid(self) -> Tensor:
-        axes = [torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in self.levels]
-        return torch.cartesian_prod(*axes).view(-1, len(axes))
+        axes = [
+            torch.linspace(-1, 1, n, dtype=torch.float32) if n > 1 else torch.zeros(1).float()
+            for n in self.levels
+        ]
+        grid = torch.cartesian_prod(*axes).view(-1, len(axes))
+        return grid.to(torch.get_default_dtype())  # as the weights of other modules
 
     def init_weights(self):
         init.copy_(self.codebook, self.product_grid())
 
-    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         codes = self.encode(latents)
         squashed = 2 * latents.sigmoid() - 1
         quantized = self.lookup(codes).to(latents.dtype)
@@ -267,7 +324,7 @@ class GumbelQuantizer(Quantizer):
         init.normal_(self.codebook)
         init.constant_(self.temperature, self.first_temperature)
 
-    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         log_probs = self.log_probs(latents)
         noise = uniform(log_probs.shape, generator, log_probs.device)
         gumbel = -(-noise.clamp(min=1e-20).log()).log()
@@ -292,8 +349,13 @@ class GumbelQuantizer(Quantizer):
             return F.linear(vectors, weight, self.logits.bias.float()).log_softmax(-1)
 
     @torch.no_grad()
-    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
+    def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
         self.temperature.mul_(self.decay).clamp_(min=self.final_temperature)
+
+
+def _finish_step(quantizer: Quantizer, prefix: str, keep_vars: bool):
+    """Before a state dict is taken: what is saved includes the last step."""
+    quantizer.finish_step()
 
 
 def _integers(codes: Tensor, count: int, generator: Generators) -> Tensor:

@@ -1,7 +1,8 @@
 """Draws from distributions over values, with one generator for a batch or one per example."""
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -11,6 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from .arguments import as_integer, as_number
 from .distributions import Categorical, Distribution
 from .groups import Place
 
@@ -19,15 +21,43 @@ Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 MIN_TEMPERATURE = 1e-6  # less is 0: logits divided by it would leave the range of fp32
 
 
+def as_generators(generator: Any, count: int | None = None) -> Generators:
+    """One generator of torch, or a list with one for each of `count` examples, or `None`.
+
+    Raises:
+        ValueError: another kind of generator, as a seed or one of numpy, or a list of another
+            length.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    is_list = isinstance(generator, (list, tuple))
+    if not is_list or not all(isinstance(g, torch.Generator) for g in generator):
+        raise ValueError(
+            f"expected generator to be a torch.Generator or a list of them, got {generator!r}; a "
+            "seed becomes one by torch.Generator().manual_seed(seed)"
+        )
+    if count is not None and len(generator) != count:
+        raise ValueError(f"expected generator to be one or a list of {count}, got {len(generator)}")
+    return list(generator)
+
+
+def part_of(generator: Generators, rows: slice) -> Generators:
+    """The generators of some examples, where each has its own."""
+    return generator[rows] if isinstance(generator, list) else generator
+
+
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> Tensor:
-    """Noise in [0, 1) of a shape (B, ...), drawn where the generators live and moved to `device`;
-    with a list, row b is drawn with generator b alone."""
+    """Noise in [0, 1) of a shape (B, ...), float32, drawn where the generators live and moved to
+    `device`; with a list, row b is drawn with generator b alone."""
+    generator = as_generators(generator)
+    # The numbers of a seed depend on the dtype, so it must not be torch's default one.
+    kind = torch.float32
     if isinstance(generator, list):
-        rows = [torch.rand(shape[1:], generator=g, device=g.device) for g in generator]
+        rows = [torch.rand(shape[1:], generator=g, dtype=kind, device=g.device) for g in generator]
         # One copy for all: a device waits for each.
         return torch.stack([row.to(rows[0].device) for row in rows]).to(device)
     source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, device=source).to(device)
+    return torch.rand(shape, generator=generator, dtype=kind, device=source).to(device)
 
 
 class Sampler:
@@ -58,30 +88,20 @@ class Sampler:
         top_p: float | None = None,
         guidance_scale: float = 1.0,
     ):
-        if batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"expected temperature >= 0, got {temperature}")
-        if top_k is not None and (int(top_k) != top_k or top_k < 1):
-            raise ValueError(f"expected top_k >= 1, got {top_k}")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ValueError(f"expected top_p in (0, 1], got {top_p}")
-        if not 0 <= guidance_scale < float("inf"):
-            raise ValueError(f"expected guidance_scale >= 0, got {guidance_scale}")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"expected generator to be one or a list of {batch_size}, got {len(generator)}"
-            )
-        self.batch_size, self.generator = batch_size, generator
+        self.batch_size = as_integer("batch_size", batch_size, 1)
+        self.generator = as_generators(generator, self.batch_size)
+        temperature = as_number("temperature", temperature, ">= 0", lambda x: x >= 0)
         self.greedy = temperature < MIN_TEMPERATURE
-        self.guidance_scale = guidance_scale
+        self.guidance_scale = as_number("guidance_scale", guidance_scale, ">= 0", lambda x: x >= 0)
         self.warpers = LogitsProcessorList()
         if not self.greedy and temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
+            self.warpers.append(TemperatureLogitsWarper(temperature))
         if top_k is not None:
-            self.warpers.append(TopKLogitsWarper(int(top_k)))
-        if top_p is not None and top_p < 1:
-            self.warpers.append(TopPLogitsWarper(float(top_p)))
+            self.warpers.append(TopKLogitsWarper(as_integer("top_k", top_k, 1)))
+        if top_p is not None:
+            top_p = as_number("top_p", top_p, "in (0, 1]", lambda x: 0 < x <= 1)
+            if top_p < 1:
+                self.warpers.append(TopPLogitsWarper(top_p))
 
     @property
     def is_guided(self) -> bool:
@@ -128,9 +148,12 @@ class Sampler:
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:
-    """The sampling controls of each factor: every value is one for all of them, or a list."""
+    """The sampling controls of each factor: every value is one for all of them, or a list (a tuple,
+    array or tensor with one dimension)."""
     columns = []
     for name, value in controls.items():
+        if isinstance(value, (np.ndarray, Tensor)) and value.ndim:
+            value = value.tolist()
         values = list(value) if isinstance(value, (list, tuple)) else [value] * len(factor_names)
         if len(values) != len(factor_names):
             raise ValueError(f"expected {name} to be one or a list for {factor_names}, got {value}")

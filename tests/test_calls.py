@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from conftest import generators, tiny_level, tiny_prior
@@ -180,3 +181,145 @@ def test_a_temperature_next_to_nothing_is_nothing(pipe):
 def test_bad_arguments(pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         pipe(**arguments)
+
+
+def test_arguments_of_numpy(pipe, images):
+    codes = pipe.encode(images[:2])
+
+    def draw(**given):
+        generator = given.pop("generator", generators(4))
+        return pipe(generator=generator, output_type="pt", **given).images
+
+    plain = draw(class_labels=[0, 1], num_images_per_prompt=2, guidance_scale=2.0,
+                 temperature=[0.5, 1.0, 1.0, 1.0], top_k=2, num_levels=2)  # fmt: skip
+    for labels in (np.array([0, 1]), ["0", np.int64(1)], np.array(["0", "1"]), range(2),
+                   (np.str_("0"), "1"), torch.tensor([0, 1], dtype=torch.int32)):  # fmt: skip
+        of_numpy = draw(
+            class_labels=labels, num_images_per_prompt=np.int64(2), guidance_scale=np.float32(2),
+            temperature=np.array([0.5, 1, 1, 1]), top_k=np.int64(2), num_levels=np.uint8(2),
+            batch_size=np.int32(3), generator=tuple(generators(4)),
+        )  # fmt: skip
+        assert torch.equal(of_numpy, plain)
+    given = draw(codes=codes[:2], generator=generators(2))
+    arrays = tuple(z.numpy() for z in codes[:2])
+    assert torch.equal(draw(codes=arrays, generator=generators(2)), given)
+    assert torch.equal(draw(class_labels=np.int64(1), generator=generators(1)),
+                       draw(class_labels=torch.tensor(1), generator=generators(1)))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("generator", [42, np.random.default_rng(0), [0], "cuda"]),
+        ("class_labels", [["0", None], {"0", "1"}, {"0": 1}, [0.5], [True], [[0], [1]], b"0",
+                          [10**30], iter([0]), np.array([0.5])]),
+        ("num_images_per_prompt", [True, 1.5, "2", None, [1]]),
+        ("batch_size", [True, "all", None, 0.5]),
+        ("num_levels", [True, "1", 0, 2.5]),
+        ("temperature", ["1.0", True, None, np.ones(3), [1.0, 1.0, 1.0, "1.0"]]),
+        ("top_k", ["5", True, [1, 2, 3, -4]]),
+        ("top_p", ["0.5", 2, np.zeros(4)]),
+        ("corruption", ["0.1", None, True, -0.5]),
+        ("codes", ["codes", {"codes": 1}, [[0]], [None], 5]),
+        ("callback_on_step_end_tensor_inputs", ["codes"]),
+        ("output_type", [None, 3, ["pil"]]),
+    ],
+)  # fmt: skip
+def test_arguments_of_other_kinds(pipe, name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"expected {name} "):
+            pipe(**{name: value})
+
+
+def test_arguments_of_other_methods(pipe, images):
+    wrong = {
+        "generator": [lambda: pipe.encode(images, generator=42),
+                      lambda: pipe.bits_per_dim(images, generator=[0, 1, 2, 3]),
+                      lambda: pipe.inpaint(images, images[:, :1], generator=42),
+                      lambda: pipe.interpolate(images, images, generator="0"),
+                      lambda: pipe.decode(pipe.encode(images), generator=1),
+                      lambda: pipe.prior.sample(2, generator=42),
+                      lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(), generator=42),
+                      lambda: pipe.prior.train()(torch.zeros(2, 1, 1).long(), generator=42)],
+        "level": [lambda: pipe.reconstruct(images, True), lambda: pipe.variations(images, "1"),
+                  lambda: pipe.preview(images, 0), lambda: pipe.interpolate(images, images, 1.5)],
+        "batch_size": [lambda: pipe.preview(images, batch_size=0), lambda: pipe.prior.sample("2"),
+                       lambda: pipe.encode(images, "all"),
+                       lambda: pipe.inpaint(images, images[:, :1], batch_size=None)],
+        "steps": [lambda: pipe.interpolate(images, images, steps=True)],
+        "num_candidates": [lambda: pipe.inpaint(images, images[:, :1], num_candidates="16")],
+        "class_labels": [lambda: pipe.log_prob(images, [0, 1, None, 0]),
+                         lambda: pipe.compress(images, {0, 1})],
+        "num_levels": [lambda: pipe.decompress([b"0" * 12], num_levels="1")],
+        "finer_size": [lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(), finer_size=2),
+                       lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(),
+                                                   finer_size=("2", "2"))],
+        "corruption": [lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(), corruption="0")],
+    }  # fmt: skip
+    for name, calls in wrong.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=f"expected {name} "):
+                call()
+    sizes = [(2, 2), [2, 2], np.array([2, 2]), torch.Size((2, 2)), torch.tensor([2, 2])]
+    for size in sizes:
+        z = torch.zeros(1, 1, 1).long()
+        assert pipe.level_1.sample(z, finer_size=size).shape == (1, 2, 2)
+    assert pipe.prior.sample(np.int64(2)).shape == (2, 1, 1)
+
+
+def interrupting(step_to_end, calls):
+    def callback(pipe, step, _, tensors):
+        calls.append(step)
+        assert not pipe.interrupt
+        pipe._interrupt = step == step_to_end
+
+    return callback
+
+
+def test_an_interrupted_call_shows_the_codes_so_far():
+    levels = [
+        tiny_level(num_symbols=4, auxiliary_hidden_size=8, seed=1),
+        tiny_level(num_channels=3, codebook_size=4, auxiliary_hidden_size=8, seed=2),
+    ]
+    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(), levels)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(step, **given):
+        calls = []
+        output = pipe(num_images_per_prompt=4, generator=generators(4), output_type="pt",
+                      callback_on_step_end=interrupting(step, calls), **given)  # fmt: skip
+        return output, calls
+
+    complete, calls = draw(None)
+    assert calls == [0, 1] and not pipe.interrupt
+    for step in (0, 1):
+        output, calls = draw(step)
+        assert calls == [*range(step + 1)] and len(output.codes) == step + 1 and pipe.interrupt
+        for ours, theirs in zip(output.codes, complete.codes, strict=False):
+            assert torch.equal(ours, theirs)
+        assert torch.equal(output.images, pipe.preview(output.codes, output_type="pt"))
+    # Batches that were complete before stay as they are.
+    calls = []
+
+    def callback(pipe, step, _, tensors):
+        calls.append(step)
+        pipe._interrupt = len(calls) == 3
+
+    output = pipe(num_images_per_prompt=4, generator=generators(4), output_type="pt",
+                  callback_on_step_end=callback, batch_size=2)  # fmt: skip
+    assert calls == [0, 1, 0] and len(output.codes) == 2
+    assert torch.equal(output.images, complete.images[:2])
+    assert torch.equal(draw(None)[0].images, complete.images)  # the next call is not interrupted
+
+
+def test_an_interrupted_call_without_previews_takes_the_most_probable_values(pipe):
+    calls = []
+    output = pipe(num_images_per_prompt=2, generator=generators(2), output_type="pt",
+                  callback_on_step_end=interrupting(0, calls))  # fmt: skip
+    expected = pipe(num_images_per_prompt=2, generator=generators(2), num_levels=1)
+    assert calls == [0] and output.images.shape == (2, 3, 5, 7)
+    for ours, theirs in zip(output.codes, expected.codes, strict=True):
+        assert torch.equal(ours, theirs)
+    calls.clear()
+    latent = pipe(output_type="latent", callback_on_step_end=interrupting(1, calls))
+    assert calls == [0, 1] and torch.equal(latent.images, latent.codes[1])

@@ -163,7 +163,7 @@ def test_what_is_no_stream_of_the_model_is_an_error(monkeypatch):
     for data in ([], "text", [stream, 3], None, 5):
         with pytest.raises(ValueError, match="expected data of bytes"):
             pipe.decompress(data)
-    for k in (0, 4, 1.0, "1"):
+    for k in (0, 4, 1.5, "1", True):
         with pytest.raises(ValueError, match="expected num_levels in 1 … 3, got"):
             pipe.decompress(stream, num_levels=k)
     # Other arithmetic that comes to the same is none the worse for it; what fails is told.
@@ -225,3 +225,13 @@ def test_without_the_coder_the_remedy_is_named(images, monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
     with pytest.raises(ImportError, match=r'pip install "progressive-vae\[codec\]"'):
         tiny_pipeline().compress(images)
+
+
+def test_streams_of_compiled_parts_are_those_of_the_same_weights(images):
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    other.prior = torch.compile(other.prior, backend="eager")
+    other.level_3 = torch.compile(other.level_3, backend="eager")
+    other.level_2.decoder = torch.compile(other.level_2.decoder, backend="eager")
+    assert pipe.stream_id() == other.stream_id()
+    assert torch.equal(pipe.decompress(other.compress(images)), images)
+    assert torch.equal(other.decompress(pipe.compress(images)), images)

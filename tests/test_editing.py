@@ -231,7 +231,7 @@ def test_interpolation_ends_in_the_pictures(pipe, images, level):
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), batch_size=0), "batch_size >= 1"),
         (
             lambda p, x: p.inpaint(x, torch.ones(5, 7), generator=generators(3)),
-            "one generator or a list of 4, got 3",
+            "generator to be one or a list of 4, got 3",
         ),
         (lambda p, x: p.variations(x, 0), "level in 1 … 3, got 0"),
         (lambda p, x: p.variations(x, 4), "level in 1 … 3, got 4"),

@@ -74,3 +74,11 @@ def test_an_override_is_saved(tmp_path):
     free = ProgressiveVAEPrior.from_pretrained(tmp_path / "prior", finer_fingerprint=None)
     ProgressiveVAEPipeline.from_pretrained(tmp_path, prior=free).save_pretrained(tmp_path)
     ProgressiveVAEPipeline.from_pretrained(tmp_path)
+
+
+def test_compilation_leaves_the_fingerprint():
+    level = tiny_level(num_channels=1)
+    before = fingerprint([level])
+    assert fingerprint([torch.compile(level, backend="eager")]) == before
+    level.encoder = torch.compile(level.encoder, backend="eager")
+    assert fingerprint([level]) == before

@@ -1,10 +1,14 @@
+import copy
+
 import pytest
 import torch
-from conftest import all_grids, tiny_level, total_variation
+from conftest import all_grids, randomize, tiny_level, total_variation
+from transformers import Trainer, TrainingArguments
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig, distributions
 from progressive_vae.fingerprint import fingerprint
 from progressive_vae.level import ProgressiveVAELevelOutput
+from progressive_vae.networks import ResidualBlock
 
 
 def identity(tensor):
@@ -281,7 +285,8 @@ def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch
         num_symbols=4096, decoder_order=order, auxiliary_hidden_size=8, symbol_logit_rank=rank
     )
     finer = torch.randint(4096, (2, 5, 7), generator=torch.Generator().manual_seed(0))
-    optimizer = torch.optim.AdamW(level.train().parameters(), lr=1e-4)
+    # In evaluation mode, as the codebook must not move between the two losses.
+    optimizer = torch.optim.AdamW(level.parameters(), lr=1e-4)
     losses = []
     for _ in range(2):
         output = level(finer)
@@ -331,3 +336,139 @@ def test_few_symbols_have_free_logits_as_ever():
     assert names["decoder.stages.0.logits.0.weight"].shape == (2048, 8)
     assert names["auxiliary.out.1.weight"].shape[0] == 2048
     assert not [name for name in names if name.startswith("auxiliary.table")]
+
+
+def small_level(**config) -> ProgressiveVAELevel:
+    torch.manual_seed(0)
+    config = {"num_channels": 1, "codebook_size": 16, "hidden_size": 8, "num_layers": 1, **config}
+    return ProgressiveVAELevel(ProgressiveVAELevelConfig(**config)).train()
+
+
+def batches(count: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(8, 1, 8, 8, generator=generator) * 2 - 1 for _ in range(count)]
+
+
+def train(level, data, after_step=False):
+    optimizer = torch.optim.AdamW([p for p in level.parameters() if p.requires_grad], 1e-3)
+    for pixels in data:
+        output = level(pixels)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if after_step:
+            level.after_step(output, identity)
+
+
+def test_a_loop_that_knows_no_after_step_trains_the_codebook():
+    plain, own = small_level(), small_level()
+    train(plain, batches(20))
+    train(own, batches(20), after_step=True)
+    codes = plain.encode(batches(1, seed=1)[0])
+    assert len(codes.unique()) > 8
+    # Each step is made once, at the latest when weights are saved.
+    for (name, ours), theirs in zip(
+        plain.state_dict().items(), own.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_the_temperature_anneals_in_any_loop():
+    level = small_level(quantizer="gumbel", gumbel_decay=0.5, gumbel_temperature=[1.0, 0.1])
+    train(level, batches(3))
+    assert level.state_dict()["quantizer.temperature"] == 0.125
+
+
+def test_a_codebook_that_is_loaded_is_not_initialized_again(tmp_path):
+    level = small_level()
+    train(level, batches(2))
+    level.save_pretrained(tmp_path)
+    loaded = ProgressiveVAELevel.from_pretrained(tmp_path).train()
+    with torch.random.fork_rng():
+        before = torch.random.get_rng_state()
+        for each in (level, loaded):
+            train(each, batches(2, seed=1))
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(
+        level.state_dict()["quantizer.codebook"], loaded.state_dict()["quantizer.codebook"]
+    )
+
+
+@pytest.mark.parametrize("case", ["eval", "no gradients", "frozen", "codes"])
+def test_codebooks_that_must_not_move(case):
+    level = small_level()
+    train(level, batches(3))
+    before = {name: value.clone() for name, value in level.quantizer.state_dict().items()}
+    pixels = batches(1, seed=1)[0]
+    codes = level.encode(pixels) if case == "codes" else None
+    level.train(case != "eval")
+    if case == "frozen":
+        level.requires_grad_(False)
+    with torch.set_grad_enabled(case != "no gradients"):
+        for _ in range(2):
+            level(pixels, codes)
+    for name, value in level.quantizer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_level_between_two_steps_is_copied_moved_and_pickled(tmp_path):
+    level = small_level()
+    train(level, batches(2))
+    torch.save(level, tmp_path / "level.pt")
+    copies = [copy.deepcopy(level), torch.load(tmp_path / "level.pt", weights_only=False)]
+    for other in copies:
+        assert torch.equal(other.quantizer.codebook, level.quantizer.codebook)
+    level.to(torch.float64).to(torch.float32)
+    train(level, batches(1))
+    meta = copies[0].to("meta")
+    assert meta.state_dict()["quantizer.codebook"].is_meta
+
+
+def test_the_trainer_of_transformers_trains_a_level(tmp_path):
+    data = [{"finer": image} for pixels in batches(8) for image in pixels]
+
+    def trainer(max_steps):
+        arguments = TrainingArguments(
+            tmp_path, max_steps=max_steps, per_device_train_batch_size=8, save_steps=4,
+            use_cpu=True, report_to=[], disable_tqdm=True, seed=0, logging_steps=100,
+            gradient_checkpointing=True, eval_strategy="steps", eval_steps=4,
+        )  # fmt: skip
+        return Trainer(small_level(), arguments, train_dataset=data, eval_dataset=data[:8])
+
+    whole = trainer(8)
+    whole.train()
+    assert len(whole.model.eval().encode(batches(1, seed=1)[0]).unique()) > 8
+    loaded = ProgressiveVAELevel.from_pretrained(tmp_path / "checkpoint-8")
+    resumed = trainer(8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [dict(auxiliary_hidden_size=8), dict(num_channels=None, num_symbols=5, decoder_order="raster")],
+)
+def test_gradient_checkpointing_gives_the_same_gradients(config):
+    finer = batches(1)[0]
+    if config.get("num_symbols"):
+        finer = torch.randint(5, (8, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    def gradients(is_enabled) -> tuple[list[torch.Tensor], int]:
+        """And how often a residual block was computed."""
+        level, calls = randomize(small_level(**config)).train(), []
+        level.gradient_checkpointing_enable()
+        if not is_enabled:
+            level.gradient_checkpointing_disable()
+        assert level.is_gradient_checkpointing == is_enabled
+        for block in level.modules():
+            if isinstance(block, ResidualBlock):
+                block.conv1.register_forward_hook(lambda *_: calls.append(1))
+        level(finer).loss.backward()
+        return [parameter.grad for parameter in level.parameters()], len(calls)
+
+    expected, once = gradients(False)
+    found, count = gradients(True)
+    assert count == 2 * once
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

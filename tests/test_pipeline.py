@@ -1,10 +1,12 @@
 import math
+from collections import deque
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import generators, tiny_level, tiny_pipeline, tiny_prior
+from conftest import assert_same, generators, tiny_level, tiny_pipeline, tiny_prior
 
 from progressive_vae import ProgressiveVAEPipeline
 
@@ -253,3 +255,77 @@ def test_a_batch_has_an_image(pipe, images):
     for call in (pipe.encode, pipe.log_prob):
         with pytest.raises(ValueError, match="batch_size >= 1, got -1"):
             call(images, batch_size=-1)
+
+
+def test_compiled_parts_are_parts(pipe, images, tmp_path):
+    def compiled(part):
+        return torch.compile(part, backend="eager")
+
+    expected, codes = pipe.log_prob(images), pipe.encode(images)
+    parts = {name: compiled(getattr(pipe, name)) for name in pipe.factor_names}
+    pipe.save_pretrained(tmp_path / "plain")
+    pipelines = [
+        ProgressiveVAEPipeline(**parts, image_size=[5, 7]),
+        ProgressiveVAEPipeline.from_levels(None, [*parts.values()][1:], [5, 7]),
+        ProgressiveVAEPipeline.from_pretrained(tmp_path / "plain", level_2=parts["level_2"]),
+        ProgressiveVAEPipeline.from_pipe(ProgressiveVAEPipeline(**parts, image_size=[5, 7])),
+        ProgressiveVAEPipeline(**ProgressiveVAEPipeline(**parts, image_size=[5, 7]).components,
+                               image_size=[5, 7]),
+    ]  # fmt: skip
+    for other in pipelines:
+        other.set_progress_bar_config(disable=True)
+        for ours, theirs in zip(other.encode(images), codes, strict=True):
+            assert torch.equal(ours, theirs)
+        if other.prior is not None:
+            for name, nats in other.log_prob(images, generator=generators(4)).items():
+                assert name == "encoders" or torch.allclose(nats, expected[name], rtol=1e-4)
+    pipelines[0].save_pretrained(tmp_path / "compiled")
+    assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(tmp_path / "compiled"))
+
+
+def test_images_in_any_iterable_are_the_same_images(pipe, images):
+    arrays = images.permute(0, 2, 3, 1).numpy()
+    pictures = [PIL.Image.fromarray(a) for a in arrays]
+    features = datasets.Features({"image": datasets.Image()})
+    column = datasets.Dataset.from_dict({"image": pictures}, features)["image"]
+    read_only = arrays.copy()
+    read_only.flags.writeable = False
+    calls = [
+        lambda x: pipe.encode(x, batch_size=np.int64(3))[0],
+        lambda x: pipe.log_prob(x, np.array([0, 1, 1, 0]), batch_size=3)["prior"],
+        lambda x: pipe.reconstruct(x, np.int64(2), "pt", generators(4)),
+        lambda x: pipe.variations(x, generator=generators(4), output_type="pt").images,
+        lambda x: pipe.interpolate(x, images, generator=generators(4), output_type="pt").images,
+        lambda x: (
+            pipe.inpaint(
+                x, torch.ones(5, 7), generator=generators(4), num_candidates=1, output_type="pt"
+            ).images
+        ),
+    ]
+    forms = [tuple(pictures), tuple(arrays), deque(images), column, read_only]
+    for call in calls:
+        expected = call(images)
+        for form in (*forms, (picture for picture in pictures), iter(images)):
+            assert torch.equal(call(form), expected)
+
+
+def test_images_of_other_kinds(pipe, images):
+    wrong = [{"image": images}, {1, 2}, 7, images[0, 0, 0, 0], b"bytes", [[1, 2]], [None]]
+    for value in wrong:
+        for call in (pipe.encode, pipe.log_prob, pipe.reconstruct, pipe.variations):
+            with pytest.raises(
+                ValueError, match="expected images as PIL images, arrays or tensors"
+            ):
+                call(value)
+
+
+def test_a_generator_for_each_image_of_an_encoder():
+    level = tiny_level(num_channels=1, quantizer="gumbel", codebook_size=3)
+    pipe = ProgressiveVAEPipeline(tiny_prior(), level, image_size=[4, 4])
+    images = torch.randint(256, (5, 1, 4, 4), dtype=torch.uint8)
+    together = pipe.encode(images, generator=generators(5))[0]
+    assert torch.equal(together, pipe.encode(images, 2, tuple(generators(5)))[0])
+    assert torch.equal(together[3:4], pipe.encode(images[3:4], generator=generators(1, seed=3))[0])
+    nats = pipe.log_prob(images, generator=generators(5), batch_size=2)["level_1"]
+    alone = pipe.log_prob(images[4:], generator=generators(1, seed=4))["level_1"]
+    assert torch.allclose(nats[4:], alone, rtol=1e-4)

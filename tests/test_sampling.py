@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from progressive_vae import sampling
-from progressive_vae.sampling import Sampler, per_factor
+from progressive_vae.sampling import Sampler, as_generators, per_factor, uniform
 
 
 def generator(seed=0):
@@ -48,3 +49,46 @@ def test_controls_of_each_factor():
     assert rows == [{"temperature": 0.5, "top_k": None}, {"temperature": 0.5, "top_k": 3}]
     with pytest.raises(ValueError, match=r"top_k to be one or a list for \['prior', 'level_1'\]"):
         per_factor(["prior", "level_1"], top_k=[1, 2, 3])
+
+
+def test_generators_in_a_tuple_or_one():
+    one, several = generator(), (generator(1), generator(2))
+    assert as_generators(one, 5) is one and as_generators(None) is None
+    assert as_generators(several, 2) == list(several)
+
+
+@pytest.mark.parametrize(
+    "wrong", [42, True, "cpu", np.random.default_rng(0), [1, 2], [None], {1: 2}, range(2)]
+)
+def test_what_is_no_generator(wrong):
+    calls = [as_generators, lambda g: uniform(torch.Size((2, 3)), g, torch.device("cpu")),
+             lambda g: Sampler(2, g)]  # fmt: skip
+    for call in calls:
+        with pytest.raises(
+            ValueError, match="expected generator to be a torch.Generator or a list"
+        ):
+            call(wrong)
+    with pytest.raises(ValueError, match="generator to be one or a list of 3, got 2"):
+        as_generators([generator()] * 2, 3)
+
+
+def test_controls_of_numpy_and_torch():
+    for controls in ([0.5, 1.0], (0.5, 1.0), np.array([0.5, 1.0]), torch.tensor([0.5, 1.0])):
+        rows = per_factor(["prior", "level_1"], temperature=controls)
+        assert rows == [{"temperature": 0.5}, {"temperature": 1.0}]
+    logits = torch.randn(4, 9, generator=generator())
+    plain = Sampler(4, generator(), temperature=0.5, top_k=3, top_p=0.5)(logits)
+    of_numpy = Sampler(np.int64(4), generator(), temperature=np.float32(0.5), top_k=np.int64(3),
+                       top_p=np.array(0.5), guidance_scale=np.float16(1))  # fmt: skip
+    assert torch.equal(of_numpy(logits), plain)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [dict(temperature="hot"), dict(temperature=True), dict(temperature=None), dict(top_k=2.5),
+     dict(top_k="all"), dict(top_p=0), dict(top_p=True), dict(guidance_scale=[1.0]),
+     dict(guidance_scale=float("nan"))],
+)  # fmt: skip
+def test_controls_that_are_no_numbers(wrong):
+    with pytest.raises(ValueError, match=f"expected {[*wrong][0]} "):
+        Sampler(4, **wrong)

@@ -1,0 +1,56 @@
+"""Numbers that callers pass, as Python's own, or an error that names the argument."""
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def as_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+    """An integer in minimum … maximum, of Python, numpy or torch.
+
+    Raises:
+        ValueError: a value of another kind, a bool among them, or one out of range.
+    """
+    number = _as_scalar(value)
+    is_integer = isinstance(number, Integral) and not isinstance(number, bool)
+    is_integer = is_integer or (isinstance(number, float) and number.is_integer())
+    if is_integer and minimum <= number and (maximum is None or number <= maximum):
+        return int(number)
+    limits = f">= {minimum}" if maximum is None else f"in {minimum} … {maximum}"
+    raise ValueError(f"expected {name} {limits}, got {_shown(value)}")
+
+
+def as_number(name: str, value: Any, limits: str, is_allowed: Callable[[float], bool]) -> float:
+    """A finite float of Python, numpy or torch.
+
+    Args:
+        limits: the range as text, for the error; `is_allowed` is the same as a function.
+
+    Raises:
+        ValueError: a value of another kind, a bool among them, or one out of range.
+    """
+    number = _as_scalar(value)
+    if isinstance(number, Real) and not isinstance(number, bool):
+        if math.isfinite(number) and is_allowed(float(number)):
+            return float(number)
+    raise ValueError(f"expected {name} {limits}, got {_shown(value)}")
+
+
+def _as_scalar(value: Any) -> Any:
+    """The Python number of a numpy number, or of an array or tensor without dimensions."""
+    if isinstance(value, np.generic) or (
+        isinstance(value, (np.ndarray, Tensor)) and not value.ndim
+    ):
+        return value.item()
+    return value
+
+
+def _shown(value: Any) -> str:
+    """As `str`, but with quotes around text, and the type where it alone tells what is wrong."""
+    if isinstance(value, (str, bytes)):
+        return repr(value)
+    return f"{value}" if isinstance(value, (int, float)) else f"{value} ({type(value).__name__})"
