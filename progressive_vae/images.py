@@ -98,7 +98,7 @@ def _from_pil(image: PIL.Image.Image, shape: tuple[int, int, int]) -> np.ndarray
         steps = f" ({', '.join(conversion.steps)})" if conversion else ""
         raise ValueError(
             f"expected images whose pixels become {channels} channels of 8 bits without a loss, "
-            f"got a PIL image of mode {image.mode!r}{steps}"
+            f"got a PIL image of {image.mode!r}{steps}"
         )
     if image.size != (width, height):
         raise ValueError(

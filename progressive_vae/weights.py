@@ -28,7 +28,7 @@ WEIGHTS_SEAL, CONFIG_SEAL = "weights_crc32", "config_crc32"  # in the header of 
 _FREE_FIELDS = {*TRAINING_FIELDS, "id2label", "label2id", "finer_fingerprint", "architectures",
                 "dtype", "transformers_version", "progressive_vae",
                 "format_version", "auto_map"}  # fmt: skip
-_PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "variant", "max_shard_size",
+_PUSH_OPTIONS = ("commit_message", "private", "token", "create_pr", "max_shard_size",
                  "revision")  # fmt: skip
 _SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:]
 _WHERE_FROM = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
@@ -55,6 +55,11 @@ class SavedModel(PreTrainedModel):
         folder = Path(save_directory)
         kwargs |= zip(_SAVE_ARGUMENTS, args, strict=False)
         is_pushed = kwargs.pop("push_to_hub", False)  # sealed, so later
+        if is_pushed and kwargs.get("variant") is not None:
+            raise ValueError(
+                f"expected variant=None with push_to_hub=True, got {kwargs['variant']!r}: push the "
+                "variant of a whole pipeline, or save it and upload the folder"
+            )
         options = {name: kwargs[name] for name in _PUSH_OPTIONS if name in kwargs}
         repo_id = kwargs.pop("repo_id", folder.resolve().name)
         if kwargs.get("is_main_process", True) and not kwargs.get("distributed_checkpoint"):

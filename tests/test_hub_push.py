@@ -132,6 +132,9 @@ def test_a_level_that_is_saved_is_pushed_to_its_branch(tmp_path):
     level.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/a-level", revision="v2")
     assert "model.safetensors" not in HUB.files("org/a-level")
     ProgressiveVAELevel.from_pretrained("org/a-level", revision="v2")
+    with pytest.raises(ValueError, match="expected variant=None with push_to_hub=True, got 'fp16'"):
+        level.save_pretrained(tmp_path / "x", push_to_hub=True, variant="fp16")
+    assert not (tmp_path / "x").exists()
 
 
 def test_saving_pushes_too(tmp_path):
