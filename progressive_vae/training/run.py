@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from ..chain import MAX_LEVELS, grid_sizes
 from ..fingerprint import fingerprint
 from ..level import ProgressiveVAELevel
+from ..paths import replacing
 from ..saved import read_json, write_json
 from .checkpoints import Checkpoints, check_identity, is_sharded
 from .codes import GridDataset, Manifest, write_cache
@@ -307,7 +308,8 @@ class Run:
         if self.accelerator.is_main_process:
             folder = self.output_dir / "validation" / phase
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{step:06d}.png")
+            with replacing(folder / f"step-{step:06d}.png") as temporary:
+                picture.save(temporary, "PNG")
             array = np.asarray(picture.convert("RGB"))[None]
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
