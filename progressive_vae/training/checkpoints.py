@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 
 from ..paths import expand_home
 from ..saved import checksum, file_parts, read_json
@@ -165,7 +166,7 @@ class Checkpoints:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
-        with _errors_of_writing(temporary):
+        with errors_of_writing(temporary):
             accelerator.save_state(str(temporary))
             if accelerator.is_main_process or is_sharded(accelerator):
                 contents = {name: state.state_dict() for name, state in states.items()}
@@ -238,12 +239,14 @@ class Checkpoints:
 
 
 @contextmanager
-def _errors_of_writing(path: Path) -> Iterator[None]:
-    """Raise an `OSError` where `torch.save` raises a `RuntimeError` for a full disk."""
+def errors_of_writing(path: Path) -> Iterator[None]:
+    """Raise an `OSError` that names the path where safetensors and `torch.save` raise others, as
+    for a full disk."""
     try:
         yield
-    except RuntimeError as error:
-        if "inline_container" not in str(error):  # the file of torch that writes
+    except (SafetensorError, RuntimeError) as error:
+        is_of_torch = "inline_container" in str(error)  # the file of torch that writes
+        if not isinstance(error, SafetensorError) and not is_of_torch:
             raise
         free = shutil.disk_usage(path.parent).free
         raise OSError(f"expected to write {path}, got {error}; {free} bytes are free") from error

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
+from ..paths import expand_home
 from ..scripts import run_script as run_script
 
 Result = TypeVar("Result")
@@ -44,6 +45,7 @@ def read_flags(
     for word, following in zip_longest(words, words[1:], fillvalue="--"):
         name, equals, value = word[2:].partition("=")
         if word.startswith("--"):
+            value = expand_home(value, name) if value == "~" else value  # which YAML reads as null
             name = f"{prefixes[name]}.{name}" if name in prefixes else name
             is_alone = not equals and following.startswith("--") and name in truths
             word = f"--{name}{equals}{value}" + "=true" * is_alone

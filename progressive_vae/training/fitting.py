@@ -208,6 +208,7 @@ def fit(
                 _check_weights(parameters, accelerator, name, step, checkpoints)
                 checkpoints.save(identity, progress, states, accelerator)
                 if checkpoints.is_stopping:
+                    bar.close()
                     accelerator.print(f"stopped in {name} at step {step}, which is saved")
                     raise SystemExit(0)
         if not progress.batch:
@@ -243,7 +244,7 @@ def _loader(
         batch_size=batch_size,
         num_workers=run.dataloader_num_workers,
         persistent_workers=run.dataloader_num_workers > 0,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator().manual_seed(run.seed),  # of the workers
     )
@@ -260,9 +261,11 @@ def _loader(
     return accelerator.prepare(loader), order
 
 
-def _ignore_interrupts(worker: int):
-    """Ctrl-C reaches all processes of a terminal: a worker that ended would end the fit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _ignore_signals(worker: int):
+    """Ctrl-C, and the SIGTERM of `timeout` and Slurm, reach workers too. They have to live on until
+    the fit has saved; then its `DataLoader` ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _agreed(seconds: float, accelerator: Accelerator) -> float:

@@ -199,7 +199,8 @@ class UniqueKeyLoader(yaml.SafeLoader):
                 continue
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
-                raise yaml.YAMLError(f"the key {key.value!r} in line {lines[name]} and line {line}")
+                places = f"in lines {lines[name]} and {line}"
+                raise yaml.YAMLError(f"the key {key.value!r} twice, {places}")
             lines[name] = line
         return node
 
