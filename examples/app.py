@@ -21,7 +21,6 @@ import io
 import math
 import os
 import random
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,7 +39,9 @@ from progressive_vae.entries import as_pixel_values
 from progressive_vae.image_files import open_image
 from progressive_vae.images import fitted, from_pixel_values
 from progressive_vae.labels import known_labels, label_ids
+from progressive_vae.paths import expand_home
 from progressive_vae.pictures import has_previews, symbol_picture
+from progressive_vae.scripts import run_script
 from progressive_vae.space import PACKAGE, push_space
 from progressive_vae.training.files import LOSSLESS, as_file
 from progressive_vae.training.growing import growing
@@ -84,6 +85,9 @@ class Arguments:
         default=PACKAGE, metadata={"help": "what the Space installs: a line of requirements.txt"}
     )
     port: int | None = field(default=None, metadata={"help": "7860, or the first free one after"})
+
+    def __post_init__(self):
+        self.model = expand_home(self.model, "model")
 
 
 # ---- what the page shows: HTML, so that nothing is left on the disk ------------------------------
@@ -383,4 +387,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

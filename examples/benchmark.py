@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.entries import as_pixel_values, as_unit
 from progressive_vae.images import from_pixel_values
+from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.pictures import has_previews, picture_grid
-from progressive_vae.saved import read_json, write_json
+from progressive_vae.saved import read_json, write_json, write_text
+from progressive_vae.scripts import run_script, save_image
 from progressive_vae.training import train
 from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.codes import GridDataset
-from progressive_vae.training.command import read_flags, run_script
+from progressive_vae.training.command import read_flags
 from progressive_vae.training.distances import BATCH_SIZE, distances, see, stored
 from progressive_vae.training.lock import locked
 from progressive_vae.training.recipe import read_recipe
@@ -99,6 +101,11 @@ class Arguments:
     output_dir: str = "runs/benchmark"
     seed: int = 0
     cpu: bool = False
+
+    def __post_init__(self):
+        self.output_dir = expand_home(self.output_dir, "output_dir")
+        if self.model is not None:
+            self.model = expand_home(self.model, "model")
 
 
 def afternoon(
@@ -252,8 +259,7 @@ def main(words: list[str]):
     )
     parser.add_class_arguments(Arguments)
     arguments = Arguments(**read_flags(parser, words))
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_folder(arguments.output_dir, "output_dir")
     on_cpu = arguments.cpu or not torch.accelerator.is_available()
     with locked(output_dir, PartialState(cpu=on_cpu)):
         compare(arguments)
@@ -334,11 +340,11 @@ def compare(arguments: Arguments):
         f"{', '.join(rates)}\n"
     )
     write_json(output_dir / "benchmark.json", columns)
-    (output_dir / "benchmark.md").write_text(text, encoding="utf-8")
+    write_text(output_dir / "benchmark.md", text)
     if per_class := min(6, yardstick.num_drawn // len(names)):
         models = [ours, *([partial(ours, preview=True)] if has_previews(pipe) else []), theirs]
         drawn = [model(yardstick.num_drawn) for model in models]
-        picture_of(drawn, len(names), per_class).save(output_dir / "samples.png")
+        save_image(picture_of(drawn, len(names), per_class), output_dir / "samples.png")
     print(text)
 
 

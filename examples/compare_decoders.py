@@ -30,7 +30,6 @@ import time
 from pathlib import Path
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from transformers.utils import logging as transformers_logging
 
@@ -42,13 +41,16 @@ from progressive_vae import (
     ProgressiveVAEPriorConfig,
 )
 from progressive_vae.entries import as_unit
+from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.sampling import Sampler
 from progressive_vae.saved import write_json
+from progressive_vae.scripts import run_script
 from progressive_vae.training.codes import GridDataset, cached
-from progressive_vae.training.command import read_flags, run_script
+from progressive_vae.training.command import read_flags
 from progressive_vae.training.data import pixel_batches, read_images
 from progressive_vae.training.evaluation import code_use
 from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
+from progressive_vae.training.recipe import read_yaml
 from progressive_vae.training.run import Run, as_finer, make_accelerator
 from progressive_vae.training.settings import DataSettings, FitSettings, RunSettings
 from progressive_vae.training.sources import open_source
@@ -82,6 +84,10 @@ class Arguments:
     cpu_minutes: float = 10.0
     mixed_precision: str = "bf16"
     seed: int = 0
+
+    def __post_init__(self):
+        self.output_dir = expand_home(self.output_dir, "output_dir")
+        self.config = expand_home(self.config, "config")
 
 
 def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
@@ -243,7 +249,10 @@ def main(words: list[str]):
     parser = ArgumentParser(exit_on_error=False, description="Rows trained in equal time.")
     parser.add_class_arguments(Arguments)
     arguments = Arguments(**read_flags(parser, words))
-    recipe = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
+    recipe = read_yaml(Path(arguments.config))
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("trials"), dict):
+        raise ValueError(f"expected config with trials, got {arguments.config} without them")
+    make_folder(arguments.output_dir, "output_dir")
     names = list(recipe["trials"])
     if unknown := sorted(set(arguments.trials or ()) - set(names)):
         raise ValueError(f"expected trials among {names}, got {unknown}")

@@ -18,7 +18,6 @@ keep z_N, and the ways from the first three images to the last three, in as many
 columns.
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,9 @@ from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.images import from_pixel_values, pixel_value_batches
+from progressive_vae.paths import expand_home
 from progressive_vae.pictures import picture_grid
+from progressive_vae.scripts import check_image_path, run_script, save_image
 
 NUM_INPAINTINGS, NUM_VARIATIONS, NUM_PATHS = 4, 2, 3
 
@@ -54,6 +55,12 @@ class Arguments:
     seed: int = 0
     output: str = "editing.png"
 
+    def __post_init__(self):
+        self.model = expand_home(self.model, "model")
+        self.output = expand_home(self.output, "output")
+        if self.images is not None:
+            self.images = expand_home(self.images, "images")
+
 
 def holes(count: int, size: tuple[int, int]) -> Tensor:
     """The right, the lower, the left half, the middle, and so on, bool (count, H, W)."""
@@ -74,6 +81,7 @@ def main(words: list[str]):
     count, seed = arguments.num_images, arguments.seed
     if count < 4:
         raise ValueError(f"expected num_images >= 4, got {count}")
+    check_image_path(arguments.output, "output")
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
 
@@ -120,10 +128,10 @@ def main(words: list[str]):
     rows += pipe.interpolate(
         images[:half], images[-half:], steps=count, generator=noise(half), **told
     ).images
-    picture_grid(rows, count).save(arguments.output)
+    save_image(picture_grid(rows, count), arguments.output)
     print(f"drew {len(rows) // count - 2} rows of {count} in {time.perf_counter() - start:.1f} s")
     print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -34,10 +34,12 @@ from jsonargparse import ArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.entries import as_unit
+from progressive_vae.paths import expand_home, make_folder, replacing
 from progressive_vae.pictures import has_previews
-from progressive_vae.saved import write_json
+from progressive_vae.saved import write_json, write_text
+from progressive_vae.scripts import run_script
 from progressive_vae.training.codes import GridDataset, cached
-from progressive_vae.training.command import read_flags, run_script
+from progressive_vae.training.command import read_flags
 from progressive_vae.training.data import pixel_batches, read_images
 from progressive_vae.training.distances import BATCH_SIZE, distances, see, stored
 from progressive_vae.training.evaluation import evaluate, label_accuracy, psnr_of, rate_distortion
@@ -78,6 +80,10 @@ class Arguments:
     num_images_of_curve: int = 1000
     output_dir: str = "runs/evaluation"
     seed: int = 0
+
+    def __post_init__(self):
+        self.model = expand_home(self.model, "model")
+        self.output_dir = expand_home(self.output_dir, "output_dir")
 
 
 def cache(
@@ -170,7 +176,8 @@ def plot(curves: dict[str, list[tuple[float, float]]], path: Path):
     axes.set(xscale="log", xlabel="bits per dimension", ylabel="PSNR in dB")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
@@ -230,8 +237,7 @@ def main(words: list[str]):
     arguments = Arguments(**given)
     if not {"dataset_name", "train_data_dir"} & set(of_data):
         of_data["dataset_name"] = "zalando-datasets/fashion_mnist"
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = make_folder(arguments.output_dir, "output_dir")
     disable_progress_bars()
     with locked(output_dir, PartialState()):
         measure(arguments, DataSettings(**of_data))
@@ -286,7 +292,7 @@ def measure(arguments: Arguments, images_of: DataSettings):
     metrics["curves"] = curves
     write_json(output_dir / "evaluation.json", metrics)
     plot(curves, output_dir / "rate_distortion.png")
-    (output_dir / "evaluation.md").write_text(report(metrics) + "\n", encoding="utf-8")
+    write_text(output_dir / "evaluation.md", report(metrics) + "\n")
     print(f"{report(metrics)}\n\nwrote {output_dir}")
 
 

@@ -13,7 +13,6 @@ python examples/sample.py
 python examples/sample.py --model you/digits --class_labels 3 8 --guidance_scale 1.5
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,9 @@ import torch
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.paths import expand_home
 from progressive_vae.pictures import picture_grid
+from progressive_vae.scripts import check_image_path, run_script, save_image
 
 
 @dataclass
@@ -44,11 +45,16 @@ class Arguments:
     seed: int = 0
     output: str = "samples.png"
 
+    def __post_init__(self):
+        self.model = expand_home(self.model, "model")
+        self.output = expand_home(self.output, "output")
+
 
 def main(words: list[str]):
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(
         words, look_for_args_file=False
     )[0]
+    check_image_path(arguments.output, "output")
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
     pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     asked = [
@@ -68,10 +74,10 @@ def main(words: list[str]):
         generator=[torch.Generator().manual_seed(arguments.seed + i) for i in range(count)],
     ).images
     seconds = time.perf_counter() - start
-    picture_grid(images, arguments.num_images_per_prompt).save(arguments.output)
+    save_image(picture_grid(images, arguments.num_images_per_prompt), arguments.output)
     print(f"drew {count} images in {seconds:.1f} s, a row for each of {labels or ['no class']}")
     print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

@@ -32,8 +32,9 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser
 
 from progressive_vae.chain import MAX_LEVELS
+from progressive_vae.scripts import run_script
 from progressive_vae.training import train
-from progressive_vae.training.command import read_flags, run_script
+from progressive_vae.training.command import read_flags
 from progressive_vae.training.recipe import SECTIONS, Recipe, add_sections, read_recipe
 from progressive_vae.training.settings import OF_TRAINING_IMAGES, DataSettings, RunSettings
 

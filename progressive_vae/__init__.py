@@ -5,6 +5,7 @@
 | file | purpose |
 |---|---|
 | `arguments.py` | numbers that callers pass, of Python, numpy or torch |
+| `paths.py` | the home folder, folders that can be written, files that are replaced whole |
 | `saved.py` | what saved files say of themselves: version, format, checksum; JSON |
 | `strict.py` | configs whose every complaint is a `ValueError`, and what they may say |
 | `backbones.py` | configs of causal networks: any of transformers, or a small one |
@@ -46,6 +47,7 @@
 | `editing.py` | pictures drawn anew in part: inpainting, variations, what lies between two |
 | `pipeline.py` | `ProgressiveVAEPipeline`: the product; encode, log_prob, sample |
 | `pictures.py` | images side by side: drawn ones, and what each level says |
+| `scripts.py` | how a script starts and ends: errors as one line, images saved whole |
 
 What trains and measures is in `training/`, which nothing here imports.
 """

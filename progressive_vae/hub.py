@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
 from .card import PICTURES, for_repository, is_generated, model_card
+from .paths import replacing
 from .remote import files_with_code, is_code
 from .saved import read_json, stamp, take_stamp
 from .weights import is_weights, variant_of
@@ -184,7 +185,8 @@ def write_card(folder: str | Path):
         raise ValueError(
             f"expected figures in {folder / METRICS}, got {error!r}: {_MEASURE}"
         ) from error
-    made.save(card)
+    with replacing(card) as temporary:
+        made.save(temporary)
 
 
 def _only_variant(folder: Path) -> str | None:

@@ -1,13 +1,14 @@
 """What saved files say of themselves: version, format and checksum; and how they are read."""
 
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from .paths import replacing
 
 __version__ = "0.1.0"
 
@@ -92,9 +93,13 @@ def check_safetensors(path: str | Path, advice: str):
 
 def write_json(path: Path, contents: dict):
     """Write under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, json.dumps(contents, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str):
+    """Write a file under a temporary name, then rename it."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def checksum(parts: Iterable[bytes]) -> int:

@@ -39,6 +39,7 @@ def start(output_dir: Path, *flags: str) -> subprocess.Popen:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=log,
+            start_new_session=True,  # a group of its own, for signals to all its processes
         )
 
 

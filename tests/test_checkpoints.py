@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import time
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import load_script
 from interruptions import FLAGS, disturb, finish, start, weights
+from safetensors import SafetensorError
 
 from progressive_vae import ProgressiveVAELevel
 from progressive_vae.training.checkpoints import Checkpoints
@@ -31,14 +33,20 @@ def test_killed_and_started_again_the_weights_are_the_same(undisturbed, tmp_path
     assert not list(output_dir.glob("checkpoint-*"))  # what is done needs none
 
 
-def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+)
+def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path, number, workers):
     output_dir = tmp_path / "run"
-    process = start(output_dir, "--checkpointing_steps", "null")
+    flags = ["--checkpointing_steps", "null", "--dataloader_num_workers", str(workers)]
+    process = start(output_dir, *flags)
     while not (output_dir / "validation" / "level_2").is_dir():
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)  # as a terminal does, and `timeout`
     assert process.wait() == 0
+    log = (tmp_path / "run.log").read_text()
+    assert "Traceback" not in log and "\nstopped in level_2 at step" in log
     (saved,) = output_dir.glob("checkpoint-*")
     assert saved.name.startswith("checkpoint-level_2-")
     finish(start(output_dir, *RESUME, "--checkpointing_steps", "null"), output_dir)
@@ -118,18 +126,50 @@ def test_starting_anew_takes_no_old_checkpoint(stopped, undisturbed):
     assert not list(stopped.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 @pytest.mark.parametrize("when", ["checkpoint", "level"])
-def test_a_full_disk_loses_nothing(stopped, undisturbed, when, monkeypatch):
+def test_a_full_disk_loses_nothing(stopped, undisturbed, when, error, monkeypatch):
     script = load_script("train")
     flags = [*FLAGS, "--output_dir", str(stopped), *RESUME]
+    before = {path.name for path in stopped.iterdir()}
 
     def full(*arguments, **keywords):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     where = torch if when == "checkpoint" else ProgressiveVAELevel
     monkeypatch.setattr(where, "save" if when == "checkpoint" else "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left|unexpected pos"):
         script.main(flags)
+    if when == "checkpoint":
+        assert before <= {path.name for path in stopped.iterdir()}
     monkeypatch.undo()
     script.main(flags)
     assert weights(stopped) == weights(undisturbed)
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path):
+    """As that of Ctrl-C is in a job that a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Checkpoints(tmp_path).listening():
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with Checkpoints(tmp_path).listening():
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_path_of_a_checkpoint_in_the_home_folder(stopped, monkeypatch):
+    monkeypatch.setenv("HOME", str(stopped))
+    (checkpoint,) = Checkpoints(stopped, resume="~/checkpoint-level_2-00000005").named()
+    assert checkpoint == (stopped / "checkpoint-level_2-00000005").resolve()

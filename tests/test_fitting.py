@@ -136,3 +136,26 @@ def test_a_fit_lasts_as_long_as_it_is_told_to(data, tmp_path, monkeypatch, stop_
     else:
         assert 28 <= fitted(None) <= 30
     assert 0 < rates.index(max(rates)) < 5 and rates[-1] < 0.1 * max(rates)
+
+
+@pytest.mark.parametrize("steps", [9, 3])  # the fit ends later, or at once
+def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, steps):
+    """Between two steps that are logged, where nobody looks at the loss."""
+    level, count = tiny_level(num_channels=1), 0
+    settings = FitSettings(max_train_steps=steps, train_batch_size=8)
+    run = RunSettings(logging_steps=100, validation_steps=100)
+
+    def to_inputs(batch):
+        nonlocal count
+        count += 1
+        if count == 3:
+            torch.nn.init.constant_(level.decoder.stem.weight, NAN)
+        return {"finer": batch["grid"] / 127.5 - 1}
+
+    checkpoints = Checkpoints(tmp_path, every=2, total_limit=1)
+    options = {"run": run, "checkpoints": checkpoints}
+    with pytest.raises(FloatingPointError, match="of x became .* learning_rate .*-x-00000002$"):
+        for _ in fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"},
+                     **options):  # fmt: skip
+            raise AssertionError("it was validated")
+    assert [path.name for path in checkpoints.all()] == ["checkpoint-x-00000002"]

@@ -7,7 +7,7 @@ from conftest import tiny_level, tiny_pipeline
 from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
 from progressive_vae.training.begin import given_levels
 from progressive_vae.training.recipe import read_recipe
-from progressive_vae.training.settings import FitSettings
+from progressive_vae.training.settings import DataSettings, FitSettings, RunSettings
 
 
 def test_sections_of_levels_win_over_what_is_said_of_all():
@@ -173,3 +173,67 @@ def test_words_of_a_command(script):
     for words in ("--output_dir", "--dataset_name --seed 1", "--hub_model_id"):
         with pytest.raises(ValueError, match="expected one argument"):
             parse(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("level_1: {}\nlevel_2: {}\nlevel_1: {}", "'level_1' twice, in lines 1 and 3"),
+        (
+            "level_1:\n  fit:\n    time_share: 1\n    time_share: 2",
+            "'time_share' twice, in lines 3 a",
+        ),
+        ("prior: {backbone_config: {a: 1, 'a': 1}}", "'a' twice, in lines 1 and 1"),
+    ],
+)
+def test_a_key_that_stands_twice(tmp_path, text, words):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"expected YAML in {path}, got the key {words}"):
+        read_recipe(path)
+
+
+def test_anchors_and_merge_keys(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "level_1: &first {hidden_size: 8, codebook_size: 7}\n"
+        "level_2: {<<: *first, hidden_size: 16}\n"
+        "level_3: &third {<<: *first}\n"
+        "level_4: {<<: [*third, *first], codebook_size: 5}\n"
+    )
+    sizes = [(each.config["hidden_size"], each.config["codebook_size"])
+             for each in read_recipe(path).levels]  # fmt: skip
+    assert sizes == [(8, 7), (16, 7), (8, 7), (8, 5)]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_encodings_and_numbers(tmp_path, encoding):
+    path = tmp_path / "recipe.yaml"
+    text = "run: {output_dir: für}\nlevel_1: {fit: {learning_rate: 1e-3}}\ndata: {center_crop: on}"
+    path.write_text(text, encoding=encoding)
+    recipe = read_recipe(path)
+    assert recipe.run.output_dir == "für" and recipe.data.center_crop is True
+    assert recipe.levels[0].fit.learning_rate == 1e-3
+
+
+def test_the_home_folder(tmp_path, monkeypatch, script):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    sections = {
+        "data": {"train_data_dir": "~/images"},
+        "run": {"output_dir": "~/run", "finest_level": "~/level", "logging_dir": "~/logs"},
+    }
+    (home / "recipe.yaml").write_text(yaml.safe_dump(sections))
+    recipe = read_recipe("~/recipe.yaml")
+    assert recipe.run.output_dir == f"{home}/run" and recipe.run.finest_level == f"{home}/level"
+    assert recipe.run.logging_dir == f"{home}/logs"
+    assert recipe.data.train_data_dir == f"{home}/images"
+    assert read_recipe(recipe.sections) == recipe
+    assert DataSettings(dataset_name="~").dataset_name == str(home)
+    assert RunSettings(extend="~/run").extend == f"{home}/run"
+    recipe, _ = script.parse(["--config=~/recipe.yaml", "--output_dir=~/other"])
+    assert recipe.run.output_dir == f"{home}/other"
+    assert script.parse(["--train_data_dir=~"])[0].data.train_data_dir == str(home)
+    with pytest.raises(ValueError, match="expected output_dir .*'~nobody_here'"):
+        read_recipe({"run": {"output_dir": "~nobody_here"}})

@@ -1,14 +1,23 @@
 """Scripts that say what they need: `uv run examples/sample.py` in an environment of its own."""
 
+import errno
 import io
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub.errors
+import numpy as np
+import PIL.Image
 import pytest
+import safetensors
+import torch
 from packaging.requirements import Requirement
 
-from progressive_vae.training.command import run_script
+from progressive_vae.scripts import check_image_path, run_script, save_image
 
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 
@@ -67,3 +76,95 @@ def test_what_is_wrong_is_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["script.py", "a"])
     with pytest.raises(SystemExit, match=r"^error: expected no words, got \['a'\]$"):
         run_script(main)
+
+
+def failing(error: BaseException):
+    def main(words: list[str]):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left", "x.png"),
+            "error: [Errno 28] No space left: 'x.png'",
+        ),
+        (ConnectionError("a\n  b"), "error: a b"),
+        (FloatingPointError("the loss"), "error: the loss"),
+        (huggingface_hub.errors.HTTPError("refused"), "error: refused"),
+        (safetensors.SafetensorError("disk full"), "error: disk full"),
+        (ModuleNotFoundError("No module named 'x'", name="x"), "error: No module named 'x'"),
+        (TimeoutError(), "error: TimeoutError"),
+    ],
+)
+def test_an_error_of_the_input_or_the_machine_is_one_line(error, expected):
+    with pytest.raises(SystemExit) as ended:
+        run_script(failing(error))
+    assert ended.value.code == expected
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA: 9 GiB"), MemoryError()])
+def test_too_little_memory_names_a_remedy(error):
+    with pytest.raises(SystemExit, match="^error: out of memory, use smaller batches"):
+        run_script(failing(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(kind("x") for kind in (TypeError, AttributeError, KeyError, RuntimeError)),
+        ImportError("cannot import name 'x'", name="progressive_vae.level"),
+    ],
+)
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    with pytest.raises(type(error)):
+        run_script(failing(error))
+
+
+def test_an_interrupt_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_script(failing(KeyboardInterrupt()))
+    assert ended.value.code == 128 + signal.SIGINT
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_scripts_that_sample_need_no_extra():
+    """They start where jsonargparse, which reads the flags of the others, is not installed."""
+    code = "import runpy, sys; sys.modules['jsonargparse'] = None; del sys.argv[0]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("sample", "edit"):
+        script = str(ROOT / "examples" / f"{name}.py")
+        command = [sys.executable, "-c", code, script, "--output", "/dev/null/x.png"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: expected output in a folder")
+
+
+@pytest.mark.parametrize("name", ["nowhere/x.png", "file/x.png", "x.xyz", "x", "", "folder.png"])
+def test_an_output_that_cannot_be_saved(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(ValueError, match="expected output .*, got "):
+        check_image_path(name, "output")
+    check_image_path("x.PNG", "output")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_half_an_image_does_not_replace_a_whole_one(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    save_image(PIL.Image.new("L", (2, 2)), path)
+    before = path.read_bytes()
+
+    def full(image, file, image_format):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(PIL.Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_image(PIL.Image.fromarray(np.ones((2, 2), np.uint8)), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -337,7 +337,7 @@ def test_a_loss_that_is_no_number_stops_the_phase(script, tmp_path):
     flags = [*SMALL, "--output_dir", str(tmp_path), "--levels.fit.max_train_steps", "30"]
     flags += shlex.split("--levels.fit.learning_rate 1e30 --levels.fit.max_grad_norm null")
     flags += shlex.split("--levels.fit.lr_warmup_steps 0")
-    with pytest.raises(FloatingPointError, match="loss of level_2 became nan at step .*checkpoint"):
+    with pytest.raises(FloatingPointError, match="of level_2 became .*at step .*checkpoint"):
         script.main([*flags, "--checkpointing_steps", "1"])
     assert not (tmp_path / "level_2").exists()
 

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
+from safetensors import SafetensorError
 
+from ..paths import expand_home
 from ..saved import checksum, file_parts, read_json
 
 IDENTITY, STATE, CHECKSUMS = "identity.json", "fit.pt", "checksums.json"
@@ -82,6 +84,8 @@ class Checkpoints:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"expected checkpoints' {name} >= 1 or None, got {value}")
+        if self.resume is not None:
+            self.resume = expand_home(self.resume, "resume_from_checkpoint")
         if self.resume not in (None, "latest") and not (Path(self.resume) / STATE).is_file():
             raise ValueError(
                 f"expected resume_from_checkpoint to be 'latest' or a checkpoint, got {self.resume}"
@@ -102,15 +106,25 @@ class Checkpoints:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While it lasts the program hears SIGTERM; signals are for main threads alone."""
+        """While it lasts SIGTERM and Ctrl-C call `stop`; only a main thread can handle signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self.stop)
+        handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+        # A shell starts background jobs with SIGINT ignored, which is to stay so. None: a handler
+        # that was not set from Python, and cannot be set again.
+        handlers = {k: v for k, v in handlers.items() if v not in (signal.SIG_IGN, None)}
+        for number in handlers:
+            signal.signal(number, self.stop)
         try:
             yield
+        except SystemExit:
+            if self.is_told and not self.is_fitting and PartialState().is_local_main_process:
+                print(f"stopped between two fits; the phases that are done are in {self.folder}")
+            raise
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def of(self, phase: str) -> list[Path]:
         """The complete checkpoints of a phase, oldest first."""
@@ -152,11 +166,12 @@ class Checkpoints:
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(temporary))
-        if accelerator.is_main_process or is_sharded(accelerator):
-            contents = {name: state.state_dict() for name, state in states.items()}
-            file = temporary / _state_name(accelerator)
-            torch.save({"progress": asdict(progress), **contents}, file)
+        with errors_of_writing(temporary):
+            accelerator.save_state(str(temporary))
+            if accelerator.is_main_process or is_sharded(accelerator):
+                contents = {name: state.state_dict() for name, state in states.items()}
+                file = temporary / _state_name(accelerator)
+                torch.save({"progress": asdict(progress), **contents}, file)
         if accelerator.is_main_process:
             (temporary / IDENTITY).write_text(json.dumps(identity, indent=2))
         accelerator.wait_for_everyone()
@@ -221,6 +236,20 @@ class Checkpoints:
         except Exception as error:
             raise ValueError(_damaged(path, error)) from error
         return Progress(**contents["progress"])
+
+
+@contextmanager
+def errors_of_writing(path: Path) -> Iterator[None]:
+    """Raise an `OSError` that names the path where safetensors and `torch.save` raise others, as
+    for a full disk."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        is_of_torch = "inline_container" in str(error)  # the file of torch that writes
+        if not isinstance(error, SafetensorError) and not is_of_torch:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(f"expected to write {path}, got {error}; {free} bytes are free") from error
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

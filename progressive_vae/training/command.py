@@ -2,27 +2,16 @@
 and functions, so that nothing is written twice, and checks dicts and YAML by the same types."""
 
 import argparse
-import io
-import sys
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser
 
+from ..paths import expand_home
+from ..scripts import run_script as run_script
+
 Result = TypeVar("Result")
-
-
-def run_script(main: Callable[[list[str]], None]):
-    """Run a script's `main` on the words of its command, and exit with one line where they, or the
-    data or files that they name, are wrong. Of what it prints, what a console cannot show becomes
-    a question mark."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
 
 
 def in_words(call: Callable[[], Result]) -> Result:
@@ -56,6 +45,7 @@ def read_flags(
     for word, following in zip_longest(words, words[1:], fillvalue="--"):
         name, equals, value = word[2:].partition("=")
         if word.startswith("--"):
+            value = expand_home(value, name) if value == "~" else value  # which YAML reads as null
             name = f"{prefixes[name]}.{name}" if name in prefixes else name
             is_alone = not equals and following.startswith("--") and name in truths
             word = f"--{name}{equals}{value}" + "=true" * is_alone

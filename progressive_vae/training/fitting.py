@@ -5,6 +5,7 @@ with half the batch see what one sees. A model may be sharded over the processes
 """
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -86,7 +87,8 @@ def fit(
         seconds_after: what else is to be done then, of which the bar tells, too.
 
     Raises:
-        FloatingPointError: the loss is no number any more.
+        FloatingPointError: the loss is infinite or NaN at a step that is logged, or the weights are
+            at one that is saved.
         SystemExit: with code 0, after a checkpoint, where `checkpoints.stop` has been called.
     """
     name, run = identity["phase"], run or RunSettings()
@@ -169,7 +171,8 @@ def fit(
             if step % run.logging_steps == 0 or is_final:
                 loss = accelerator.reduce(output.loss.detach(), "mean").item()
                 if not math.isfinite(loss):
-                    raise FloatingPointError(_diverged(name, loss, step, checkpoints))
+                    what = f"the loss of {name} became {loss}"
+                    raise FloatingPointError(_diverged(what, name, step, checkpoints))
                 figures = {"loss": loss, "grad_norm": float(norm), "lr": scheduler.get_last_lr()[0]}
                 shown = {"loss": f"{loss:.4f}"}
                 if seconds is not None:
@@ -179,6 +182,8 @@ def fit(
                 bar.set_postfix(shown)
                 logged = {f"{name}/{k}": v for k, v in figures.items()}
                 accelerator.log(logged, step=logged_steps + step)
+            if is_final:
+                _check_weights(parameters, accelerator, name, step, checkpoints)
             if is_due or is_final:
                 if settings.use_ema:
                     average.store(_local(parameters))
@@ -200,8 +205,10 @@ def fit(
                 progress.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
                 progress.elapsed = clock - began
+                _check_weights(parameters, accelerator, name, step, checkpoints)
                 checkpoints.save(identity, progress, states, accelerator)
                 if checkpoints.is_stopping:
+                    bar.close()
                     accelerator.print(f"stopped in {name} at step {step}, which is saved")
                     raise SystemExit(0)
         if not progress.batch:
@@ -237,6 +244,7 @@ def _loader(
         batch_size=batch_size,
         num_workers=run.dataloader_num_workers,
         persistent_workers=run.dataloader_num_workers > 0,
+        worker_init_fn=_ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator().manual_seed(run.seed),  # of the workers
     )
@@ -251,6 +259,13 @@ def _loader(
     drop_last = len(dataset) >= batch_size * accelerator.num_processes
     loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **shared)
     return accelerator.prepare(loader), order
+
+
+def _ignore_signals(worker: int):
+    """Ctrl-C, and the SIGTERM of `timeout` and Slurm, reach workers too. They have to live on until
+    the fit has saved; then its `DataLoader` ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _agreed(seconds: float, accelerator: Accelerator) -> float:
@@ -282,7 +297,22 @@ def _generators(indices: Tensor, epoch: int, seed: int) -> list[torch.Generator]
     return [torch.Generator().manual_seed((start + i) % 2**64) for i in indices.tolist()]
 
 
-def _diverged(name: str, loss: float, step: int, checkpoints: Checkpoints | None) -> str:
+def _check_weights(
+    parameters: list[torch.nn.Parameter],
+    accelerator: Accelerator,
+    name: str,
+    step: int,
+    checkpoints: Checkpoints | None,
+):
+    """Raise a `FloatingPointError` unless all weights are finite: those that are saved replace
+    good ones. It waits for the device, and is for steps that do so anyway."""
+    is_finite = torch.stack([weights.isfinite().all() for weights in _local(parameters)]).all()
+    if accelerator.reduce(is_finite.float(), "mean").item() < 1:  # each process may hold a part
+        what = f"the weights of {name} became infinite or NaN"
+        raise FloatingPointError(_diverged(what, name, step, checkpoints))
+
+
+def _diverged(what: str, name: str, step: int, checkpoints: Checkpoints | None) -> str:
     saved = checkpoints.of(name) if checkpoints else []
-    advice = f"the last checkpoint before is {saved[-1]}" if saved else "there is no checkpoint"
-    return f"the loss of {name} became {loss} at step {step}; {advice}"
+    place = f"the last checkpoint before is {saved[-1]}" if saved else "there is no checkpoint"
+    return f"{what} at step {step}: lower its learning_rate or raise its lr_warmup_steps; {place}"

@@ -7,6 +7,7 @@ where asked:     learn P_Θ(z_{i+1} | z_i) again, on codes that stay as they are
 """
 
 import copy
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +23,10 @@ from ..chain import check_image_size
 from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..hub import figures, open_repository, push_or_warn
 from ..level import ProgressiveVAELevel
+from ..paths import expand_home, make_folder
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
+from ..saved import write_text
 from .begin import check_work, given_levels, keep_recipe, take_given
 from .checkpoints import Checkpoints, flat
 from .data import Images
@@ -93,10 +96,12 @@ def train(
     Raises:
         ValueError: a recipe, images or files that are not what was expected; found out before the
             first step wherever that is possible.
+        FloatingPointError: the loss or the weights became infinite or NaN.
+        SystemExit: with code 0, after SIGTERM or Ctrl-C: a phase saves a checkpoint first.
     """
     read, images = _with_arguments(recipe, dataset, output_dir, max_train_minutes)
-    folder, given = Path(read.run.output_dir), given_levels(read)
-    folder.mkdir(parents=True, exist_ok=True)
+    given = given_levels(read)
+    folder = make_folder(read.run.output_dir, "output_dir")
     its_own, accelerator = accelerator is None, accelerator or make_accelerator(read.run)
     checkpoints = Checkpoints(
         folder,
@@ -158,7 +163,7 @@ def train(
             if not (folder / ".gitignore").exists():
                 # What is not of the pipeline, for those who upload the folder by other means.
                 lines = [*BESIDE_THE_PIPELINE, f"{read.run.logging_dir}/"]
-                (folder / ".gitignore").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+                write_text(folder / ".gitignore", "\n".join(dict.fromkeys(lines)) + "\n")
         if phase != "evaluate":
             with run.alone():
                 only = None if phase == "all" else chosen[0]
@@ -289,15 +294,16 @@ def _with_arguments(
     max_train_minutes: float | None,
 ) -> tuple[Recipe, Images | None]:
     """The recipe that the arguments of `train` make, and images that are at hand."""
-    run = {"output_dir": output_dir and str(output_dir), "max_train_minutes": max_train_minutes}
+    run = {
+        "output_dir": output_dir and os.fspath(output_dir),
+        "max_train_minutes": max_train_minutes,
+    }
     overrides: dict[str, Any] = {"run": {k: v for k, v in run.items() if v is not None}}
-    images = None if isinstance(dataset, (str, Path)) else dataset
-    if isinstance(dataset, (str, Path)):
-        folder = Path(dataset).expanduser()
-        is_folder = folder.is_dir()
-        overrides["data"] = (
-            {"train_data_dir": str(folder)} if is_folder else {"dataset_name": str(dataset)}
-        )
+    images = None if isinstance(dataset, (str, os.PathLike)) else dataset
+    if isinstance(dataset, (str, os.PathLike)):
+        path = expand_home(dataset, "dataset")
+        name = "train_data_dir" if Path(path).is_dir() else "dataset_name"
+        overrides["data"] = {name: path}
     elif dataset is not None:
         is_stream = isinstance(dataset, (datasets.IterableDataset, datasets.IterableDatasetDict))
         overrides["data"] = {"dataset_name": None, **({"streaming": True} if is_stream else {})}

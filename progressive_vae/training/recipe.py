@@ -12,8 +12,9 @@ levels, `num_levels` says how many there are: as many as are named, or two, wher
 Without a recipe it is one for pictures of any kind, N = 3.
 """
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from jsonargparse import ArgumentParser
 from ..chain import MAX_LEVELS, grid_sizes
 from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..hub import INDEX, pipeline_parts
+from ..paths import expand_home
 from ..prior_configuration import ProgressiveVAEPriorConfig
 from .command import in_words
 from .settings import DataSettings, FitSettings, PriorFitSettings, RunSettings
@@ -158,22 +160,19 @@ def read_recipe(
     Raises:
         ValueError: a name that is none, or a value out of its type or range.
     """
-    where = str(recipe) if isinstance(recipe, (str, Path)) else "recipe"
+    where = str(recipe) if isinstance(recipe, (str, os.PathLike)) else "recipe"
     is_silent = recipe is None
-    if isinstance(recipe, (str, Path)):
-        if not Path(recipe).is_file():
+    if isinstance(recipe, (str, os.PathLike)):
+        path = Path(expand_home(recipe, "recipe"))
+        if not path.is_file():
             raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
-        try:
-            recipe = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            words = " ".join(str(error).split())
-            raise ValueError(f"expected YAML in {where}, got {words}") from error
+        recipe = read_yaml(path)
     layers = [
         _checked({} if each is None else each, name)
         for each, name in ((recipe, where), (overrides, "overrides"))
     ]
     extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
-    found = [] if extended is None else levels_in(extended)
+    found = [] if extended is None else levels_in(expand_home(extended, "extend"))
     count = _count(layers, 1 + len(found) if found else None, [3] if is_silent else [])
     sections: dict[str, Any] = {}
     if is_silent:
@@ -187,6 +186,42 @@ def read_recipe(
     if sections["run"].get("mixed_precision") is False:  # what YAML reads in a bare no
         sections["run"] = {**sections["run"], "mixed_precision": "no"}
     return _recipe(_typed(sections, count))
+
+
+class UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, which refuses a key that stands twice in one mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here a node holds its keys as written; merge keys (`<<`) add others to it later.
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = (key.tag, key.value), key.start_mark.line + 1
+            if name in lines:
+                places = f"in lines {lines[name]} and {line}"
+                raise yaml.YAMLError(f"the key {key.value!r} twice, {places}")
+            lines[name] = line
+        return node
+
+
+def read_yaml(path: Path, advice: str = "") -> Any:
+    """Return the contents of a YAML file in UTF-8, or in UTF-16 with a byte order mark.
+
+    Args:
+        advice: what to do about a damaged file, for the error.
+
+    Raises:
+        ValueError: it is not YAML, or a key stands twice in one mapping.
+    """
+    try:
+        return yaml.load(path.read_bytes(), UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        words = " ".join(str(error).split())
+        raise ValueError(
+            f"expected YAML in {path}, got {words}{advice and f': {advice}'}"
+        ) from error
 
 
 def _for_pictures(count: int, said: set[str]) -> dict[str, Any]:
@@ -381,6 +416,8 @@ def _recipe(sections: dict[str, Any]) -> Recipe:
     prior = PriorRecipe(config=section, class_conditional=section.pop("class_conditional"), fit=fit)
     data = _built(DataSettings, sections["data"], "data")
     run = _built(RunSettings, sections["run"], "run")
+    # With their paths expanded, so that what is written down is what runs.
+    sections = {**sections, "data": asdict(data), "run": asdict(run)}
     return Recipe(levels, prior, data, run, sections)
 
 

@@ -13,11 +13,13 @@ import yaml
 
 from ..card import PICTURES, figures_table
 from ..hub import INDEX, METRICS, figures, push_or_warn, weights_digest, write_card
+from ..paths import replacing
 from ..pictures import reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
 from ..prior import ProgressiveVAEPrior
-from ..saved import __version__, write_json
+from ..saved import __version__, write_json, write_text
 from .evaluation import evaluate, label_accuracy
+from .recipe import read_yaml
 from .run import Run
 from .speed import sampling_speed
 from .yardsticks import distance_of_samples, train_classifier
@@ -43,11 +45,7 @@ def saved_sections(output_dir: Path) -> dict[str, Any] | None:
     path, advice = output_dir / RECIPE, "delete it and run the first phase again"
     if not path.is_file():
         return None
-    try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        words = " ".join(str(error).split())
-        raise ValueError(f"expected YAML in {path}, got {words}: {advice}") from error
+    sections = read_yaml(path, advice)
     if not isinstance(sections, dict) or not isinstance(sections.get("run"), dict):
         raise ValueError(f"expected the sections of a recipe in {path}, got {sections}: {advice}")
     return sections
@@ -55,9 +53,7 @@ def saved_sections(output_dir: Path) -> dict[str, Any] | None:
 
 def write_sections(output_dir: Path, sections: dict[str, Any]):
     text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
-    temporary = output_dir / f"{RECIPE}.incomplete"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output_dir / RECIPE)
+    write_text(output_dir / RECIPE, text)
 
 
 def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
@@ -108,7 +104,8 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
     }
     for name, draw in pictures.items():
         if (picture := attempt(name, draw)) is not None:
-            picture.save(output_dir / name)
+            with replacing(output_dir / name) as temporary:
+                picture.save(temporary, "PNG")
     metrics |= {
         **({"not_measured": failed} if failed else {}),
         "phases": run.phases(),

@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 from ..chain import MAX_LEVELS, grid_sizes
 from ..fingerprint import fingerprint
 from ..level import ProgressiveVAELevel
+from ..paths import replacing
 from ..saved import read_json, write_json
-from .checkpoints import Checkpoints, check_identity, is_sharded
+from .checkpoints import Checkpoints, check_identity, errors_of_writing, is_sharded
 from .codes import GridDataset, Manifest, write_cache
 from .forms import AS_THEY_ARE, Forms, FormsDataset
 from .lock import alone
@@ -181,7 +182,8 @@ class Run:
         temporary = folder.with_name(f"{name}.incomplete")
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary, state_dict=state)
+            with errors_of_writing(temporary):
+                model.save_pretrained(temporary, state_dict=state)
             (temporary / HISTORY).write_text(json.dumps(history, indent=2))
         with self.alone():
             replaced = folder.with_name(f"{name}{REPLACED}")
@@ -307,7 +309,8 @@ class Run:
         if self.accelerator.is_main_process:
             folder = self.output_dir / "validation" / phase
             folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{step:06d}.png")
+            with replacing(folder / f"step-{step:06d}.png") as temporary:
+                picture.save(temporary, "PNG")
             array = np.asarray(picture.convert("RGB"))[None]
             for tracker in self.accelerator.trackers:
                 if hasattr(tracker, "log_images"):

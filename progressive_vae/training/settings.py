@@ -1,6 +1,7 @@
 """The knobs of training, once: of one fit, and of a whole run."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 
 from ..image_files import MAX_IMAGE_PIXELS, MODES
+from ..paths import expand_home
 
 OPTIMIZERS = ("muon", "adamw")
 # The others need more than the names of this file say.
@@ -24,6 +26,14 @@ def check(settings: Any, name: str, is_right: bool, expected: str):
     """Raise a `ValueError` unless a setting is right, which NaN never is."""
     if not is_right:
         raise ValueError(f"expected {name} {expected}, got {getattr(settings, name)!r}")
+
+
+def expand_paths(settings: Any, *names: str):
+    """Replace a leading `~` of the paths among a frozen dataclass's fields by the home folder."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, (str, os.PathLike)):
+            object.__setattr__(settings, name, expand_home(value, name))
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ class DataSettings:
     shuffle_buffer_size: int = 1000
 
     def __post_init__(self):
+        expand_paths(self, "dataset_name", "train_data_dir")
         for name in ("resolution", "max_train_samples", "max_eval_samples", "max_image_pixels",
                      "shuffle_buffer_size", "num_crops"):  # fmt: skip
             value = getattr(self, name)
@@ -208,6 +219,7 @@ class RunSettings:
     hub_license: str = "apache-2.0"
 
     def __post_init__(self):
+        expand_paths(self, "output_dir", "finest_level", "extend", "logging_dir")
         for name in ("gradient_accumulation_steps", "logging_steps", "validation_steps",
                      "num_validation_images"):  # fmt: skip
             check(self, name, getattr(self, name) >= 1, ">= 1")

@@ -1,0 +1,64 @@
+"""`~` is the home folder, and a folder that cannot be written is named before any work."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from progressive_vae.paths import expand_home, make_folder, replacing
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return str(tmp_path / "home")
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("~", "{home}"),
+        ("~/", "{home}/"),
+        ("~/a b\nc", "{home}/a b\nc"),
+        (Path("~/a"), "{home}/a"),
+        ("$HOME/a", "$HOME/a"),
+        ("a/~/b", "a/~/b"),
+        ("/a~", "/a~"),
+        ("", ""),
+        ("./~/a", "{cwd}/~/a"),
+        ("./~", "{cwd}/~"),
+    ],
+)
+def test_the_home_folder(path, expected, home):
+    expected = expected.format(home=home, cwd=os.getcwd())
+    assert expand_home(path, "output_dir") == expected
+    assert expand_home(expected, "output_dir") == expected  # as a saved recipe is read again
+
+
+def test_a_user_who_is_not_there():
+    with pytest.raises(ValueError, match="expected output_dir in a home .*got '~nobody_here/a'"):
+        expand_home("~nobody_here/a", "output_dir")
+
+
+def test_a_folder_is_made_with_those_around_it(tmp_path):
+    assert make_folder("a/b", "output_dir") == Path("a/b")
+    make_folder("a/b", "output_dir")
+    assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
+
+
+@pytest.mark.parametrize("name", ["file", "file/x", "/dev/null/x"])
+def test_a_folder_that_cannot_be_made(name, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"expected output_dir .*got '{name}': "):
+        make_folder(name, "output_dir")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    with replacing(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(OSError), replacing(path) as temporary:
+        temporary.write_text("half of the n")
+        raise OSError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
