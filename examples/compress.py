@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -50,7 +49,9 @@ from progressive_vae.image_files import (
     list_files,
     printable,
 )
+from progressive_vae.paths import expand_home
 from progressive_vae.saved import read_json, write_json
+from progressive_vae.scripts import run_script
 from progressive_vae.training.data import decode
 from progressive_vae.training.evaluation import psnr_of
 from progressive_vae.training.files import LOSSLESS, LOSSY, as_file
@@ -98,7 +99,7 @@ def pack(
             several times as long and is read by others too.
         beside_files: whether other files are made to compare with, which takes longest.
     """
-    file = os.path.expanduser(file)
+    file = expand_home(file, "file")
     if Path(file).exists():
         raise ValueError(f"expected a file to write that is not there yet, got {file}")
     parts, paths = Path(f"{file}.parts"), []
@@ -142,10 +143,10 @@ def unpack(file: str, output_dir: str, model: str = MODEL):
         output_dir: to write to.
         model: the pipeline that packed it.
     """
-    pipe, table = loaded(model), pq.read_table(os.path.expanduser(file))
+    pipe, table = loaded(model), pq.read_table(expand_home(file, "file"))
     if not (table.schema.equals(SCHEMA) or table.schema.equals(SCHEMA_WITHOUT_PROFILES)):
         raise ValueError(f"expected {file} of pictures, got a table of {table.schema.names}")
-    folder, whole = Path(output_dir).expanduser(), table.to_pylist()
+    folder, whole = Path(expand_home(output_dir, "output_dir")), table.to_pylist()
     # Earlier versions wrote names on Windows with backslashes.
     names = [name.replace("\\", "/") for name in table["name"].to_pylist()]
     for row, target in zip(whole, targets(names), strict=True):
@@ -179,7 +180,7 @@ def grow(picture: str, file: str, model: str = MODEL):
         model: a pipeline's folder, or its repository on the Hub.
     """
     pipe = loaded(model)
-    picture = os.path.expanduser(picture)
+    picture = expand_home(picture, "picture")
     try:
         array, _ = pixels_of({"bytes": None, "path": picture}, pipe.image_shape[0])
     except ValueError as error:
@@ -217,7 +218,7 @@ def named_pictures(
     """
     if max_pictures is not None and max_pictures < 1:
         raise ValueError(f"expected max_pictures >= 1, got {max_pictures}")
-    path = Path(source).expanduser()
+    path = Path(expand_home(source, "source"))
     folder, files = path, list[Path]()
     if path.is_file():
         folder, files = path.parent, [path]
@@ -424,14 +425,8 @@ def sizes(
 
 
 def main(words: list[str]):
-    try:
-        auto_cli([pack, unpack, grow], args=words)
-    except OSError as error:  # a file or a data set that is not there
-        raise ValueError(f"expected files that can be read and written, got {error}") from error
+    auto_cli([pack, unpack, grow], args=words)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)
