@@ -43,7 +43,7 @@ from foreign import (
 )
 
 from progressive_vae import ProgressiveVAELevel
-from progressive_vae.saved import read_json
+from progressive_vae.serialization import read_json
 
 # What diffusers called the layers of an attention before 0.15.
 OLD_NAMES = {

@@ -28,7 +28,7 @@ from foreign import (
 )
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
-from progressive_vae.saved import read_json
+from progressive_vae.serialization import read_json
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 WHOLE = "model.vqmodel."  # where a whole Janus has it

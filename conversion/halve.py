@@ -21,7 +21,7 @@ import torch
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.saved import read_json, write_json
+from progressive_vae.serialization import read_json, write_json
 
 
 def halve(source: str, target: str):

@@ -50,12 +50,12 @@ from progressive_vae.image_files import (
     printable,
 )
 from progressive_vae.paths import expand_home
-from progressive_vae.saved import read_json, write_json
+from progressive_vae.serialization import read_json, write_json
 from progressive_vae.scripts import run_script
-from progressive_vae.training.data import decode
-from progressive_vae.training.evaluation import psnr_of
-from progressive_vae.training.files import LOSSLESS, LOSSY, as_file
-from progressive_vae.training.growing import growing
+from progressive_vae.data.dataset import decode
+from progressive_vae.evaluation.likelihood import psnr_of
+from progressive_vae.evaluation.image_codecs import LOSSLESS, LOSSY, as_file
+from progressive_vae.codec.progressive import growing
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 COLOR_SPACES = {"L": b"GRAY", "RGB": b"RGB "}  # of ICC profiles, in bytes 16 to 20

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import as_integer
-from .calls import (
+from .pipeline_inputs import (
     Call,
     ProgressiveVAEPipelineOutput,
     as_grids,
@@ -17,15 +17,15 @@ from .calls import (
     check_outputs,
     factor_controls,
 )
-from .chain import MAX_LEVELS, check_grids, check_parts, grid_sizes
-from .editing import EditingPipeline
-from .fingerprint import check_fingerprints
-from .images import Images, as_images, from_pixel_values, pixel_value_batches
-from .labels import Labels, known_labels, label_ids
-from .level import ProgressiveVAELevel
-from .painter import Painter
-from .prior import ProgressiveVAEPrior
-from .sampling import Generators, as_generators, part_of, per_factor
+from .configuration.validation import MAX_LEVELS, check_grids, check_parts, grid_sizes
+from .inpainting import EditingPipeline
+from .models.fingerprint import check_fingerprints
+from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
+from .models.class_labels import Labels, known_labels, label_ids
+from .models.level import ProgressiveVAELevel
+from .models.preview_decoder import Painter
+from .models.prior import ProgressiveVAEPrior
+from .models.sampling import Generators, as_generators, part_of, per_factor
 
 
 class ProgressiveVAEPipeline(EditingPipeline):

@@ -86,7 +86,7 @@ assert prior.log_prob(prior.sample(2)).shape == (2,)
         "What walks over a grid",
         [("groups.py", "Place"), ("groups.py", "Teacher")],
         """
-from progressive_vae.groups import Teacher
+from progressive_vae.models.orderings import Teacher
 
 z_1, z_2 = (z[:1] for z in codes)
 teacher = Teacher(z_2[:, None])  # follows a known grid
@@ -107,7 +107,7 @@ assert torch.allclose(sum(teacher.terms), nats, atol=1e-3)
         ],
         """
 from progressive_vae.training import train
-from progressive_vae.training.settings import FitSettings
+from progressive_vae.training.args import FitSettings
 
 assert FitSettings(max_train_steps=10).num_warmup_steps <= 10
 """,
@@ -122,7 +122,7 @@ assert FitSettings(max_train_steps=10).num_warmup_steps <= 10
         ],
         """
 from pathlib import Path
-from progressive_vae.hub import figures
+from progressive_vae.hub.repository import figures
 
 assert "metrics.json" in figures(Path("examples/fashion_mnist"))  # they are of the weights there
 """,
@@ -135,7 +135,7 @@ assert "metrics.json" in figures(Path("examples/fashion_mnist"))  # they are of 
             ("pictures.py", "reconstruction_grid"),
         ],
         """
-from progressive_vae.pictures import picture_grid
+from progressive_vae.visualization import picture_grid
 
 row = picture_grid(output.images, columns=2)  # a PIL image
 """,

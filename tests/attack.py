@@ -34,7 +34,7 @@ from interruptions import disturb, finish, start, weights
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.training.data import decode, prepare_image
+from progressive_vae.data.dataset import decode, prepare_image
 
 WELL, LEFT_OUT, REFUSED, WRONG = "went well", "left out", "refused", "wrong"
 Outcome = tuple[str, str]  # one of these, and what to say of it

@@ -23,7 +23,7 @@ import yaml
 from conftest import HUB, load_script, tiny_level, tiny_pipeline, tiny_prior
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.images import fitted
+from progressive_vae.image_processor import fitted
 
 PIP = 'pip install -e ".[demo,codec]" && pip install selenium'
 gradio = pytest.importorskip("gradio", reason=PIP)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from progressive_vae.card import figures_table, for_repository, model_card
+from progressive_vae.hub.model_card import figures_table, for_repository, model_card
 
 ROOT = Path(__file__).parents[1]
 

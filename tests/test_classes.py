@@ -5,10 +5,10 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Value
 
-from progressive_vae.training.classes import Classes, find_classes
-from progressive_vae.training.data import read_images
-from progressive_vae.training.settings import DataSettings
-from progressive_vae.training.sources import open_source
+from progressive_vae.data.classes import Classes, find_classes
+from progressive_vae.data.dataset import read_images
+from progressive_vae.training.args import DataSettings
+from progressive_vae.data.source import open_source
 
 CLASSES = ClassLabel(names=["cat", "dog"])
 

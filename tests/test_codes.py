@@ -4,7 +4,7 @@ import errno
 import pytest
 import torch
 
-from progressive_vae.training.codes import GridDataset, Manifest, cached, write_cache
+from progressive_vae.data.code_cache import GridDataset, Manifest, cached, write_cache
 
 MANIFEST = Manifest(weights="abc", dataset="d", split="train", shape=(2, 3), num_values=300)
 

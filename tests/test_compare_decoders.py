@@ -8,7 +8,7 @@ import yaml
 from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel
-from progressive_vae.fingerprint import fingerprint
+from progressive_vae.models.fingerprint import fingerprint
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "compare_decoders.py"
 

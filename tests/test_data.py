@@ -8,8 +8,8 @@ import PIL.Image
 import pytest
 import torch
 
-from progressive_vae.training.classes import Classes, find_classes
-from progressive_vae.training.data import (
+from progressive_vae.data.classes import Classes, find_classes
+from progressive_vae.data.dataset import (
     decode,
     find_image_column,
     load_digits,
@@ -18,8 +18,8 @@ from progressive_vae.training.data import (
     prepare_image,
     read_images,
 )
-from progressive_vae.training.settings import DataSettings
-from progressive_vae.training.sources import open_source
+from progressive_vae.training.args import DataSettings
+from progressive_vae.data.source import open_source
 
 
 def table(images, **columns):

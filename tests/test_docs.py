@@ -12,7 +12,7 @@ import pytest
 from conftest import HUB, load_script
 from test_training import SHORT, SMALL, readme_commands
 
-from progressive_vae.training import speed
+from progressive_vae.evaluation import throughput as speed
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "examples" / "YOUR_PICTURES.md").read_text()

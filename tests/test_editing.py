@@ -14,7 +14,7 @@ from conftest import (
 )
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.editing import filled
+from progressive_vae.inpainting import filled
 
 KINDS = [
     ("lattice", dict(decoder_order="lattice", num_channels=3)),

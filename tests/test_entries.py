@@ -1,7 +1,7 @@
 import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.entries import as_pixel_values, as_values, make_entries
+from progressive_vae.models.value_types import as_pixel_values, as_values, make_entries
 
 
 def test_pixels_and_their_values():

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from test_auxiliary import AUXILIARY, pipeline_of
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.training.codes import GridDataset, Manifest, write_cache
-from progressive_vae.training.evaluation import code_use, evaluate, label_accuracy
-from progressive_vae.training.yardsticks import (
+from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
+from progressive_vae.evaluation.likelihood import code_use, evaluate, label_accuracy
+from progressive_vae.evaluation.image_metrics import (
     Classifier,
     cached_classifier,
     draw_labelled,

@@ -3,7 +3,7 @@ import torch
 from conftest import randomize, tiny_level, tiny_pipeline
 
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
-from progressive_vae.fingerprint import fingerprint
+from progressive_vae.models.fingerprint import fingerprint
 
 
 def test_a_fingerprint_is_of_encoder_and_codebook_alone():

@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_level, tiny_pipeline, tiny_prior
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.fingerprint import fingerprint
+from progressive_vae.models.fingerprint import fingerprint
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SAVED = Path(__file__).with_name("golden")

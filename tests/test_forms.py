@@ -9,12 +9,12 @@ import torch
 from accelerate import Accelerator
 from test_greedy import RECIPE, train
 
-from progressive_vae.training.codes import GridDataset, Manifest, write_cache
-from progressive_vae.training.data import load_images
-from progressive_vae.training.forms import Forms, FormsDataset
-from progressive_vae.training.settings import DataSettings
-from progressive_vae.training.sources import open_source
-from progressive_vae.training.streaming import PixelStream
+from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
+from progressive_vae.data.dataset import load_images
+from progressive_vae.data.augmentation import Forms, FormsDataset
+from progressive_vae.training.args import DataSettings
+from progressive_vae.data.source import open_source
+from progressive_vae.data.streaming import PixelStream
 
 
 def coloured(count: int, height: int, width: int) -> list[PIL.Image.Image]:

@@ -14,8 +14,8 @@ from progressive_vae import (
     ProgressiveVAEPipeline,
     ProgressiveVAEPrior,
 )
-from progressive_vae.networks import PixelEmbedding
-from progressive_vae.quantizer import FiniteScalarQuantizer
+from progressive_vae.models.layers import PixelEmbedding
+from progressive_vae.models.quantizers import FiniteScalarQuantizer
 
 LEVELS = [
     dict(num_channels=3, codebook_size=4, num_classes=2, decoder_order="lattice",

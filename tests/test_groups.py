@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of
 
-from progressive_vae.groups import ORDERS, lattice_order
+from progressive_vae.models.orderings import ORDERS, lattice_order
 
 
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)

@@ -3,9 +3,9 @@ import torch
 from conftest import tiny_level
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.distributions import Categorical, Factored, PixelMixture
-from progressive_vae.groups import Lattice
-from progressive_vae.heads import (
+from progressive_vae.models.distributions import Categorical, Factored, PixelMixture
+from progressive_vae.models.orderings import Lattice
+from progressive_vae.models.heads import (
     FactoredLogits,
     FreeLogits,
     GuidedLogistics,

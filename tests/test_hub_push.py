@@ -14,7 +14,7 @@ from loopback_hub import Repo
 from test_card import METRICS
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
-from progressive_vae.hub import push_folder, weights_digest, write_card
+from progressive_vae.hub.repository import push_folder, weights_digest, write_card
 
 WEIGHTS = [f"{part}/model.safetensors" for part in ("level_1", "level_2", "level_3", "prior")]
 CONFIGS = [f"{part}/config.json" for part in ("level_1", "level_2", "level_3", "prior")]

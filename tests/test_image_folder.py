@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from progressive_vae.training.data import load_images
-from progressive_vae.training.settings import DataSettings
-from progressive_vae.training.sources import open_source
+from progressive_vae.data.dataset import load_images
+from progressive_vae.training.args import DataSettings
+from progressive_vae.data.source import open_source
 
 
 def write_images(folder, *names, count=6):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.choices import (
+from progressive_vae.configuration.choices import (
     DECODER_ORDERS,
     GUESSING,
     GUIDED,
@@ -12,7 +12,7 @@ from progressive_vae.choices import (
     PIXEL_ORDERS,
     QUANTIZERS,
 )
-from progressive_vae.groups import Teacher
+from progressive_vae.models.orderings import Teacher
 
 KINDS = [
     *({"decoder_order": order, "num_symbols": 5} for order in DECODER_ORDERS),

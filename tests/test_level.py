@@ -5,10 +5,11 @@ import torch
 from conftest import all_grids, randomize, tiny_level, total_variation
 from transformers import Trainer, TrainingArguments
 
-from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig, distributions
-from progressive_vae.fingerprint import fingerprint
-from progressive_vae.level import ProgressiveVAELevelOutput
-from progressive_vae.networks import ResidualBlock
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae.models import distributions
+from progressive_vae.models.fingerprint import fingerprint
+from progressive_vae.models.level import ProgressiveVAELevelOutput
+from progressive_vae.models.layers import ResidualBlock
 
 
 def identity(tensor):

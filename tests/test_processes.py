@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.training.codes import GridDataset
+from progressive_vae.data.code_cache import GridDataset
 
 ROOT = Path(__file__).parents[1]
 WORKER = """

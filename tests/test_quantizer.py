@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.choices import QUANTIZERS, fsq_levels
-from progressive_vae.networks import dithered
-from progressive_vae.quantizer import (
+from progressive_vae.configuration.choices import QUANTIZERS, fsq_levels
+from progressive_vae.models.layers import dithered
+from progressive_vae.models.quantizers import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
     VectorQuantizer,

@@ -5,9 +5,9 @@ import yaml
 from conftest import tiny_level, tiny_pipeline
 
 from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
-from progressive_vae.training.begin import given_levels
+from progressive_vae.training.resume import given_levels
 from progressive_vae.training.recipe import read_recipe
-from progressive_vae.training.settings import DataSettings, FitSettings, RunSettings
+from progressive_vae.training.args import DataSettings, FitSettings, RunSettings
 
 
 def test_sections_of_levels_win_over_what_is_said_of_all():

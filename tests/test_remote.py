@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModel
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, __version__
-from progressive_vae.remote import bundle
+from progressive_vae.hub.remote_code import bundle
 
 # Nothing of this project can be imported in there: not from a checkout, nor as it is installed.
 ELSEWHERE = """\

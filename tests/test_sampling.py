@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from progressive_vae import sampling
-from progressive_vae.sampling import Sampler, as_generators, per_factor, uniform
+from progressive_vae.models import sampling
+from progressive_vae.models.sampling import Sampler, as_generators, per_factor, uniform
 
 
 def generator(seed=0):

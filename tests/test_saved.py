@@ -10,7 +10,7 @@ from progressive_vae import (
     ProgressiveVAEPipeline,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.saved import FORMAT_VERSION
+from progressive_vae.serialization import FORMAT_VERSION
 
 
 def change(path, **fields):

@@ -11,11 +11,11 @@ from conftest import load_script
 from test_training import SMALL
 
 from progressive_vae.training.checkpoints import Checkpoints
-from progressive_vae.training.classes import find_classes
-from progressive_vae.training.codes import GridDataset, Manifest
-from progressive_vae.training.data import load_images, read_images
-from progressive_vae.training.settings import DataSettings
-from progressive_vae.training.streaming import PixelStream
+from progressive_vae.data.classes import find_classes
+from progressive_vae.data.code_cache import GridDataset, Manifest
+from progressive_vae.data.dataset import load_images, read_images
+from progressive_vae.training.args import DataSettings
+from progressive_vae.data.streaming import PixelStream
 
 COLUMNS = {"image_column": "image", "label_column": None}
 COUNT = 1437  # digits to train on, in 4 files

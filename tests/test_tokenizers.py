@@ -17,7 +17,7 @@ from progressive_vae import (
     ProgressiveVAEPipeline,
     tokenizers,
 )
-from progressive_vae.fingerprint import fingerprint
+from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.training import train
 
 VQ_MODEL = {

@@ -5,7 +5,7 @@ import torch
 from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of, tiny_level, tiny_prior
 from test_decoders import GUIDED, LOGISTICS, SYMBOL_ORDERS
 
-from progressive_vae.sampling import Sampler
+from progressive_vae.models.sampling import Sampler
 
 SIZES = [(1, 1), (5, 7), (6, 9), (3, 1)]
 

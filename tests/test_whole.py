@@ -12,7 +12,7 @@ from test_codec import KINDS, pictures, pipeline
 from torch.nn import functional as F
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.whole import whole_numbers
+from progressive_vae.codec.fixed_point import whole_numbers
 
 ROOT = Path(__file__).parents[1]
 

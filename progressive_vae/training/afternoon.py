@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..causal import cached_step
-from ..entries import as_pixel_values, of_unit
-from ..quantizer import VectorQuantizer
-from .codes import GridDataset
+from ..models.causal_lm import cached_step
+from ..models.value_types import as_pixel_values, of_unit
+from ..models.quantizers import VectorQuantizer
+from ..data.code_cache import GridDataset
 
 
 class FlatVAE(nn.Module):

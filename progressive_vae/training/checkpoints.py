@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 
 from ..paths import expand_home
-from ..saved import checksum, file_parts, read_json
+from ..serialization import checksum, file_parts, read_json
 
 IDENTITY, STATE, CHECKSUMS = "identity.json", "fit.pt", "checksums.json"
 

@@ -12,7 +12,7 @@ from typing import Any
 from accelerate import Accelerator, PartialState
 from filelock import FileLock, Timeout
 
-from ..saved import read_json, write_json
+from ..serialization import read_json, write_json
 
 LOCK, OWNER, MOMENT = ".lock", ".lock.json", ".moment"
 WAIT_FOR_ORPHANS = 10.0  # seconds: the workers of a killed run hold its lock until they notice

@@ -17,22 +17,22 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..chain import MAX_LEVELS, grid_sizes
-from ..configuration import ProgressiveVAELevelConfig
-from ..level import ProgressiveVAELevel
-from ..painter import Painter
-from ..pictures import reconstruction_grid, sample_grid
+from ..configuration.validation import MAX_LEVELS, grid_sizes
+from ..configuration.level import ProgressiveVAELevelConfig
+from ..models.level import ProgressiveVAELevel
+from ..models.preview_decoder import Painter
+from ..visualization import reconstruction_grid, sample_grid
 from ..pipeline import ProgressiveVAEPipeline
-from ..prior import ProgressiveVAEPrior
-from ..prior_configuration import ProgressiveVAEPriorConfig
+from ..models.prior import ProgressiveVAEPrior
+from ..configuration.prior import ProgressiveVAEPriorConfig
 from .checkpoints import Progress, is_sharded
-from .classes import NO_LABEL
-from .codes import GridDataset, Manifest, PairedDataset
-from .fitting import fit
-from .forms import AS_THEY_ARE
+from ..data.classes import NO_LABEL
+from ..data.code_cache import GridDataset, Manifest, PairedDataset
+from .fit import fit
+from ..data.augmentation import AS_THEY_ARE
 from .run import Run, as_finer
-from .settings import FitSettings
-from .streaming import PixelStream
+from .args import FitSettings
+from ..data.streaming import PixelStream
 
 WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
 MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size

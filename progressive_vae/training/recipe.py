@@ -21,13 +21,13 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
-from ..chain import MAX_LEVELS, grid_sizes
-from ..configuration import DECODER_FIELDS, ProgressiveVAELevelConfig
-from ..hub import INDEX, pipeline_parts
+from ..configuration.validation import MAX_LEVELS, grid_sizes
+from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..hub.repository import INDEX, pipeline_parts
 from ..paths import expand_home
-from ..prior_configuration import ProgressiveVAEPriorConfig
-from .command import in_words
-from .settings import DataSettings, FitSettings, PriorFitSettings, RunSettings
+from ..configuration.prior import ProgressiveVAEPriorConfig
+from .cli import in_words
+from .args import DataSettings, FitSettings, PriorFitSettings, RunSettings
 
 Kind = TypeVar("Kind")
 

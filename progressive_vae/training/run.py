@@ -26,18 +26,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..chain import MAX_LEVELS, grid_sizes
-from ..fingerprint import fingerprint
-from ..level import ProgressiveVAELevel
+from ..configuration.validation import MAX_LEVELS, grid_sizes
+from ..models.fingerprint import fingerprint
+from ..models.level import ProgressiveVAELevel
 from ..paths import replacing
-from ..saved import read_json, write_json
+from ..serialization import read_json, write_json
 from .checkpoints import Checkpoints, check_identity, errors_of_writing, is_sharded
-from .codes import GridDataset, Manifest, write_cache
-from .forms import AS_THEY_ARE, Forms, FormsDataset
+from ..data.code_cache import GridDataset, Manifest, write_cache
+from ..data.augmentation import AS_THEY_ARE, Forms, FormsDataset
 from .lock import alone
-from .settings import RunSettings
-from .speed import has_bf16
-from .streaming import PixelStream
+from .args import RunSettings
+from ..evaluation.throughput import has_bf16
+from ..data.streaming import PixelStream
 
 HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
 

@@ -1,0 +1,147 @@
+"""Configs of tokenizers that others have trained, and what they say of the level that holds one."""
+
+import inspect
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+from diffusers import VQModel
+from transformers import JanusVQVAEConfig, PreTrainedConfig
+
+from .base import check_limits
+
+MAX_WIDTH, MAX_BLOCKS = 2**14, 1_000  # more is a damaged or a hostile file
+
+DALLE_DVAE = {"vocab_size": 8192, "n_hid": 256, "n_init": 128, "n_blk_per_group": 2,
+              "num_channels": 3}  # fmt: skip
+
+
+class TokenizerShape(NamedTuple):
+    """The fields of a level that its tokenizer decides."""
+
+    num_channels: int
+    codebook_size: int
+    codebook_dim: int
+    downsample: int
+
+
+@cache
+def _defaults(kind: str) -> dict[str, Any]:
+    """All fields of a kind of tokenizer, and their values where they are not given."""
+    if kind == "vq_model":
+        named = inspect.signature(VQModel.__init__).parameters
+        fields = {name: each.default for name, each in named.items() if name != "self"}
+        return {**fields, "do_normalize": True}
+    if kind == "janus_vqgan":
+        named, config = JanusVQVAEConfig.__annotations__, JanusVQVAEConfig()
+        own = (name for name in named if name not in ("model_type", "base_config_key"))
+        return {name: getattr(config, name) for name in own}
+    return DALLE_DVAE
+
+
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+
+
+def _of_vq_model(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+    lists = [fields[n] for n in ("block_out_channels", "down_block_types", "up_block_types")]
+    if len({len(each) for each in lists}) != 1:
+        raise ValueError(f"expected as many blocks down as up and as many widths, got {lists}")
+    dim = fields["vq_embed_dim"] or fields["latent_channels"]
+    downsample = 2 ** (len(fields["block_out_channels"]) - 1)
+    shape = TokenizerShape(fields["in_channels"], fields["num_vq_embeddings"], dim, downsample)
+    return fields["out_channels"], shape
+
+
+def _of_janus_vqgan(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+    if fields["double_latent"]:
+        raise ValueError("expected double_latent=False of a 'janus_vqgan', got True")
+    downsample = 2 ** (len(fields["channel_multiplier"]) - 1)
+    shape = TokenizerShape(
+        fields["in_channels"], fields["num_embeddings"], fields["embed_dim"], downsample
+    )
+    return fields["out_channels"], shape
+
+
+def _of_dalle_dvae(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+    channels = fields["num_channels"]
+    return channels, TokenizerShape(channels, fields["vocab_size"], fields["n_init"], 8)
+
+
+_SHAPES = {
+    "vq_model": _of_vq_model,
+    "janus_vqgan": _of_janus_vqgan,
+    "dalle_dvae": _of_dalle_dvae,
+}
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A checked `tokenizer_config`.
+
+    Args:
+        kind: `"vq_model"` (diffusers' `VQModel`), `"janus_vqgan"` (transformers' `JanusVQVAE`) or
+            `"dalle_dvae"` (OpenAI's discrete VAE).
+        fields: all that the library's own config has, and of a `"vq_model"` `do_normalize`:
+            whether it sees images in [−1, 1], or as they are, in [0, 1].
+        shape: what it decides of a level.
+    """
+
+    kind: str
+    fields: dict[str, Any]
+    shape: TokenizerShape
+
+
+def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
+    """A tokenizer's fields with its `model_type`, as a level's config holds them.
+
+    Raises:
+        ValueError: a kind or a name that is none, or values that say nothing of a network.
+    """
+    given = _as_json(config)
+    kind = given.pop("model_type", None)
+    if kind not in _SHAPES:
+        raise ValueError(
+            f"expected tokenizer_config with a model_type among {[*_SHAPES]}, got {kind!r}"
+        )
+    known = _defaults(kind)
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(
+            f"expected fields of a {kind!r} in tokenizer_config, {[*known]}, got {unknown}"
+        )
+    check_limits(given, **{n: MAX_BLOCKS for n in known if "layer" in n or "num_res" in n},
+                 n_blk_per_group=MAX_BLOCKS)  # fmt: skip
+    for name, value in given.items():
+        widths = value if isinstance(value, list) else []
+        minimum = 0 if "layer" in name or "num_res" in name else 1
+        if any(type(n) is int and n < minimum for n in [value, *widths]):
+            raise ValueError(f"expected {name} >= {minimum} in tokenizer_config, got {value}")
+        if any(isinstance(n, int) and n > MAX_WIDTH for n in widths) or len(widths) > 16:
+            raise ValueError(f"expected {name} of a network in tokenizer_config, got {value}")
+    fields = _as_json({**known, **given})
+    try:
+        channels_out, shape = _SHAPES[kind](fields)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"expected fields of a {kind!r}, got {fields}: {error}") from error
+    if not all(type(n) is int and n >= 1 for n in shape):
+        raise ValueError(f"expected positive numbers in tokenizer_config, got {shape._asdict()}")
+    if channels_out != shape.num_channels:
+        raise ValueError(
+            f"expected a tokenizer that shows as many colours as it sees, got {channels_out} and "
+            f"{shape.num_channels}"
+        )
+    return Tokenizer(kind, fields, shape)
+
+
+def take_shape(config: PreTrainedConfig):
+    """Set the fields of a level's config that its tokenizer decides.
+
+    Raises:
+        ValueError: they are said to be others.
+    """
+    for name, value in read_tokenizer(config.tokenizer_config).shape._asdict().items():
+        if getattr(config, name) not in (value, getattr(type(config), name)):
+            raise ValueError(
+                f"expected {name}={value}, as tokenizer_config has it, got {getattr(config, name)}"
+            )
+        setattr(config, name, value)

@@ -1,0 +1,145 @@
+"""What fits together: the grids of a chain of levels, and the checks of its parts."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from .level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from .prior import ProgressiveVAEPriorConfig
+
+MAX_LEVELS = 8
+
+
+def grid_sizes(
+    configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, by ceiling division, then the image.
+
+    Args:
+        configs: of [level_1 … level_N].
+    """
+    sizes = [(image_size[0], image_size[1])]
+    for config in reversed(configs):
+        height, width = sizes[0]
+        sizes.insert(0, (-(-height // config.downsample), -(-width // config.downsample)))
+    return sizes
+
+
+def check_parts(
+    prior: ProgressiveVAEPriorConfig | None,
+    slots: list[ProgressiveVAELevelConfig | None],
+    image_size: list[int] | tuple[int, ...] | None,
+) -> list[int]:
+    """[H, W] of a pipeline of a prior and [level_1 … level_8], if they fit together."""
+    configs = check_levels(slots)
+    check_classes([prior, *configs])
+    return check_image_size(image_size, configs, prior)
+
+
+def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[ProgressiveVAELevelConfig]:
+    """The configs of [level_1 … level_N] out of those of [level_1 … level_8].
+
+    Raises:
+        ValueError: a level is missing between others, or does not fit the next.
+    """
+    filled = [i for i, config in enumerate(slots, 1) if config is not None]
+    if filled != list(range(1, len(filled) + 1)) or not filled:
+        raise ValueError(f"expected levels 1 … N without a hole, got levels {filled}")
+    configs = [config for config in slots if config is not None]
+    for i, (config, finer) in enumerate(itertools.pairwise(configs), 1):
+        if config.num_symbols != finer.codebook_size:
+            raise ValueError(
+                f"expected level_{i} with num_symbols={finer.codebook_size}, the codebook_size "
+                f"of level_{i + 1}, got {config.num_symbols}"
+            )
+    if not configs[-1].is_finest:
+        raise ValueError(
+            f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
+            f"finer grid has num_symbols={configs[-1].num_symbols}"
+        )
+    return configs
+
+
+def check_codes(
+    codes: Tensor, codebook_size: int, size: tuple[int, ...] | None = None, name: str = "codes"
+):
+    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W)."""
+    expected = "(B, H, W)" if size is None else f"(B, {size[0]}, {size[1]})"
+    if codes.ndim != 3 or not codes.numel() or (size and tuple(codes.shape[1:]) != tuple(size)):
+        raise ValueError(f"expected {name} of shape {expected}, got {tuple(codes.shape)}")
+    if codes.dtype != torch.long:
+        raise ValueError(f"expected {name} of dtype torch.int64, got {codes.dtype}")
+    lowest, highest = int(codes.min()), int(codes.max())
+    if lowest < 0 or highest >= codebook_size:
+        raise ValueError(
+            f"expected {name} in 0 … {codebook_size - 1}, got values in {lowest} … {highest}"
+        )
+
+
+def check_grids(
+    codes: list[Tensor], configs: list[ProgressiveVAELevelConfig], sizes: list[tuple[int, int]]
+):
+    """Raise a `ValueError` unless `codes` are grids [z_1 … z_k] of one number of examples."""
+    if not 1 <= len(codes) <= len(configs):
+        raise ValueError(f"expected codes of 1 … {len(configs)} levels, got {len(codes)}")
+    for i, (z, config, size) in enumerate(zip(codes, configs, sizes, strict=False), 1):
+        if z.ndim != 3 or tuple(z.shape[1:]) != size or len(z) != len(codes[0]):
+            raise ValueError(
+                f"expected codes of level {i} of shape ({len(codes[0])}, {size[0]}, {size[1]}), "
+                f"got {tuple(z.shape)}"
+            )
+        check_codes(z, config.codebook_size, name=f"codes of level {i}")
+
+
+def check_classes(configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig | None]):
+    """Raise a `ValueError` unless all parts that are class-conditional know the same classes."""
+    names = [config.id2label for config in configs if config is not None and config.num_classes]
+    if any(other != names[0] for other in names):
+        raise ValueError(f"expected one id2label in all class-conditional parts, got {names}")
+
+
+def check_image_size(
+    image_size: list[int] | tuple[int, ...] | None,
+    configs: list[ProgressiveVAELevelConfig],
+    prior: ProgressiveVAEPriorConfig | None,
+) -> list[int]:
+    """[H, W]: as given, or where it is not, of the prior's grid.
+
+    Raises:
+        ValueError: no image size, or one that is none, a prior that is not of its z_1, a grid
+            that is too large for the raster order, or lattices much coarser than the whole grid,
+            to whose stride it would be padded.
+    """
+    if image_size is None:
+        if prior is None:
+            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
+        scale = math.prod(config.downsample for config in configs)
+        image_size = [n * scale for n in prior.grid_size]
+    is_pair = isinstance(image_size, (list, tuple)) and len(image_size) == 2
+    if not is_pair or any(int(n) != n or n < 1 for n in image_size):
+        raise ValueError(f"expected image_size of two positive integers, got {image_size}")
+    height, width = (int(n) for n in image_size)
+    sizes = grid_sizes(configs, (height, width))
+    for i, (config, finer) in enumerate(zip(configs, sizes[1:], strict=True), 1):
+        if config.decoder_order == "raster" and math.prod(finer) > MAX_RASTER_POSITIONS:
+            raise ValueError(
+                f"expected level_{i} to have a finer grid of at most {MAX_RASTER_POSITIONS} "
+                f"positions for decoder_order='raster', got {finer[0]}×{finer[1]}"
+            )
+        whole = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
+        if config.decoder_order == "lattice" and 2 ** ((config.num_groups or 1) // 3) > whole:
+            raise ValueError(
+                f"expected level_{i} to have num_groups <= {1 + 3 * int(math.log2(whole))} for "
+                f"lattices of a finer grid of {finer[0]}×{finer[1]}, got {config.num_groups}"
+            )
+    if prior is not None:
+        expected = (configs[0].codebook_size, sizes[0])
+        got = (prior.codebook_size, tuple(prior.grid_size))
+        if got != expected:
+            raise ValueError(
+                f"expected prior with (codebook_size, grid_size)={expected} to fit level_1 and "
+                f"image_size={[height, width]}, got {got}"
+            )
+    return [height, width]

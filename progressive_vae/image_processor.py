@@ -1,0 +1,149 @@
+"""What users hold (PIL images, arrays, tensors) as `pixel_values`: floats in [−1, 1]."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor
+
+from .arguments import as_integer
+from .configuration.level import NUM_PIXEL_VALUES
+from .models.value_types import as_pixel_values, as_values
+from .image_files import MODES, convert_image, image_array, is_deep
+
+Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | Iterable"
+
+
+def as_images(images: Any) -> np.ndarray | Tensor | Sequence:
+    """An array or tensor as it is, one PIL image as a list, and all else that can be iterated in
+    order (tuples, columns of a data set, generators) as a sequence, which has a length.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(images, PIL.Image.Image):
+        return [images]
+    is_array = isinstance(images, (np.ndarray, Tensor)) and images.ndim > 0
+    is_other = isinstance(images, (str, bytes, Mapping, Set)) or not isinstance(images, Iterable)
+    if not is_array and (is_other or isinstance(images, (np.ndarray, Tensor))):
+        raise ValueError(
+            f"expected images as PIL images, arrays or tensors, got {[type(images).__name__]}"
+        )
+    return images if is_array or isinstance(images, Sequence) else list(images)
+
+
+def pixel_value_batches(
+    images: Images, shape: tuple[int, int, int], batch_size: int
+) -> Iterator[Tensor]:
+    """Batches of pixel values, float (b, C, H, W) in [−1, 1] on the 256 values.
+
+    Args:
+        images: a PIL image or several of them in any iterable that `as_images` takes; uint8 arrays
+            (B, H, W, C) or (B, H, W), or tensors (B, C, H, W), or several of such without B, in
+            0 … 255; or float ones in [0, 1], which are rounded to 8 bits.
+        shape: (C, H, W) that every image must have.
+
+    Raises:
+        ValueError: no images, or any of another kind, shape, dtype, mode or range; a batch_size
+            below 1.
+    """
+    batch_size, images = as_integer("batch_size", batch_size, 1), as_images(images)
+    if not len(images):
+        raise ValueError("expected images, got a list of length 0")
+    if isinstance(images, (np.ndarray, Tensor)):
+        for start in range(0, len(images), batch_size):
+            yield _pixel_values(_as_tensor(images[start : start + batch_size], shape), shape)
+        return
+    rest = iter(images)  # a column of a data set is decoded batch by batch
+    while batch := list(itertools.islice(rest, batch_size)):
+        _check_kinds(batch)
+        yield _pixel_values(_as_tensor(batch, shape), shape)
+
+
+def _check_kinds(images: list):
+    """Raise a `ValueError` unless all are PIL images, or all are arrays, or all are tensors."""
+    kinds = {type(image) for image in images}
+    if not all(issubclass(kind, (np.ndarray, Tensor, PIL.Image.Image)) for kind in kinds) or (
+        len(kinds) > 1 and not all(issubclass(kind, PIL.Image.Image) for kind in kinds)
+    ):
+        names = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"expected images as PIL images, arrays or tensors, got {names}")
+
+
+def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) -> Tensor:
+    if isinstance(images, list) and isinstance(images[0], PIL.Image.Image):
+        images = np.stack([_from_pil(image, shape) for image in images])
+    elif isinstance(images, list):
+        sizes = {tuple(image.shape) for image in images}
+        if len(sizes) > 1:
+            raise ValueError(f"expected images of one size, got {sorted(sizes)}")
+        images = torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)
+    if isinstance(images, np.ndarray):
+        # Unlike those of torch they may run backwards, or be read-only.
+        return VaeImageProcessor.numpy_to_pt(np.require(images, requirements=["C", "W"]))
+    return images
+
+
+def _from_pil(image: PIL.Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 (H, W, C)."""
+    channels, height, width = shape
+    mode = MODES.get(channels)
+    conversion = convert_image(image, mode) if mode and not is_deep(image) else None
+    if conversion is None or not conversion.is_lossless:
+        steps = f" ({', '.join(conversion.steps)})" if conversion else ""
+        raise ValueError(
+            f"expected images whose pixels become {channels} channels of 8 bits without a loss, "
+            f"got a PIL image of {image.mode!r}{steps}"
+        )
+    if image.size != (width, height):
+        raise ValueError(
+            f"expected images of (C, H, W) = {shape}, "
+            f"got a PIL image of width {image.width} and height {image.height}"
+        )
+    return image_array(conversion.image).transpose(1, 2, 0)
+
+
+def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if tuple(images.shape[1:]) != shape:
+        raise ValueError(f"expected images of (C, H, W) = {shape}, got {tuple(images.shape[1:])}")
+    if images.dtype == torch.uint8:
+        return as_pixel_values(images)
+    if not images.is_floating_point():
+        raise ValueError(f"expected images of dtype uint8 or float, got {images.dtype}")
+    lowest, highest = images.min().item(), images.max().item()
+    if not (lowest >= 0 and highest <= 1):  # also catches NaN
+        raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
+    return as_pixel_values((images.float() * (NUM_PIXEL_VALUES - 1)).round())
+
+
+def fitted(
+    image: PIL.Image.Image, shape: tuple[int, int, int]
+) -> tuple[PIL.Image.Image, list[str]]:
+    """Any image as one of a pipeline's (C, H, W), and what was done to it, in words.
+
+    Its middle is resized, transparency is composited on white, and more than 8 bits become 8, over
+    the image's own range of values.
+    """
+    channels, height, width = shape
+    size = image.size
+    converted, steps, _ = convert_image(image, MODES[channels], reduce_depth=True)
+    if size != (width, height):
+        converted = PIL.ImageOps.fit(converted, (width, height))
+        steps.append(f"its middle resized from {size[0]}×{size[1]} to {width}×{height}")
+    return converted, steps
+
+
+def from_pixel_values(
+    pixel_values: Tensor, output_type: str
+) -> list[PIL.Image.Image] | np.ndarray | Tensor:
+    """Pixel values (B, C, H, W) as `"pt"`, `"np"` (B, H, W, C), both in [0, 1], or `"pil"`."""
+    if output_type != "pil":
+        return VaeImageProcessor().postprocess(pixel_values.float(), output_type)
+    # Not by diffusers here: it squeezes grey images, and with them a side of length 1.
+    arrays = as_values(pixel_values).to(torch.uint8).movedim(1, -1).numpy()
+    return [PIL.Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

@@ -1,0 +1,413 @@
+"""One level: the encoder `P_Ψ(z_i | z_{i+1})` and the decoder `P_Θ(z_{i+1} | z_i)`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..arguments import as_integer, as_number
+from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
+from ..configuration.validation import check_codes, grid_sizes
+from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from .decoders import Condition, Decoder, make_decoder
+from .encoder import make_encoder
+from .value_types import make_entries, on_value_scale
+from .orderings import Choose
+from .heads import Head
+from .class_labels import Labels, drop_labels, label_ids
+from .layers import init_weights
+from .preview_decoder import Painter
+from .quantizers import Quantizer, make_quantizer
+from .sampling import Generators, Sampler, uniform
+from .pretrained_tokenizers import make_tokenizer
+from .modeling_utils import SavedModel
+
+NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
+
+
+@dataclass
+class ProgressiveVAELevelOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus the
+            quantizer's own loss and the weighted error of the picture; minimise it.
+        log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
+        codes: z_i, int64 (B, H_i, W_i).
+        latents: the encoder's output before quantisation, (B, D, H_i, W_i); `None` where the
+            codes were given.
+    """
+
+    loss: Tensor | None = None
+    log_prob: Tensor | None = None
+    codes: Tensor | None = None
+    latents: Tensor | None = None
+
+
+def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
+    """Whether a decoder with config `new` can start as the function that one with `old` is."""
+    grown = ("num_layers", "num_classes", "id2label", "class_dropout", "corruption",
+             "corruption_kind")  # fmt: skip
+    names = [name for name in DECODER_FIELDS if name not in grown]
+    grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
+    is_same = all(getattr(new, name) == getattr(old, name) for name in names)
+    return is_same and (grows or new.num_layers == old.num_layers)
+
+
+class ProgressiveVAELevel(SavedModel):
+    """One VAE of the chain; the finest one sees pixels, the others see symbols.
+
+    `finer` is z_{i+1}: on the finest level `pixel_values`, floats (B, C, H, W) in [−1, 1] on the
+    256 values of 8-bit images; elsewhere codes, int64 (B, H_{i+1}, W_{i+1}).
+    """
+
+    config_class = ProgressiveVAELevelConfig
+    base_model_prefix = "level"
+    main_input_name = "finer"
+    supports_gradient_checkpointing = True
+    # Attention is a raster decoder's backbone's, which has its own say.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__(config)
+        self.entries = make_entries(config)
+        self.auxiliary: Auxiliary | None = None
+        if config.tokenizer_config is not None:
+            self.encoder, self.quantizer, self.auxiliary = make_tokenizer(config)
+        else:
+            self.encoder, self.quantizer = make_encoder(config), make_quantizer(config)
+            if config.auxiliary_hidden_size:
+                self.auxiliary = AuxiliaryDecoder(config)
+        self.decoder = make_decoder(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        init_weights(module)
+        if isinstance(module, (Quantizer, Head)):
+            module.init_weights()
+
+    @property
+    def conditional(self) -> Decoder | Auxiliary:
+        """P_Θ(z_{i+1} | z_i): the decoder, or as long as there is none the auxiliary one."""
+        decoder = self.auxiliary if self.decoder is None else self.decoder
+        assert decoder is not None  # the config sees to it
+        return decoder
+
+    def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
+        """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division."""
+        return grid_sizes([self.config], finer_size)[0]
+
+    def forward(
+        self,
+        finer: Tensor,
+        codes: Tensor | None = None,
+        class_labels: Labels = None,
+        generator: Generators = None,
+        paint: Painter | None = None,
+        return_dict: bool | None = None,
+    ):
+        """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
+        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own, and where the
+        auxiliary decoder expects a picture `picture_weight` times its mean squared error.
+
+        The KL of a deterministic encoder is the constant L_i log K_i and left out. Where there is
+        an auxiliary decoder beside a stronger one, encoder and codebook learn by both.
+
+        Args:
+            codes: z_i where it is known already: then the encoder is not run, the loss is the
+                decoder's alone, and in training mode the codes are corrupted as the config says.
+            class_labels: of a class-conditional decoder; in training mode some are dropped.
+            generator: of the noise of training, one for the batch, or one for each example.
+            paint: of a level of symbols, the painter of the finer levels: what the auxiliary
+                decoder expects has to look like `finer`.
+
+        Returns:
+            `ProgressiveVAELevelOutput`, or a tuple of its fields.
+        """
+        values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
+        if labels is not None and self.training:
+            labels = drop_labels(labels, self.config, generator)
+        latents = corruption = None
+        kl: Tensor | float = 0.0
+        quantizer_loss: Tensor | float = 0.0
+        if codes is None:
+            latents = self.encoder(finer)
+            codes, quantized, kl, quantizer_loss = self.quantizer(latents, generator)
+        else:
+            self._check_pair(codes, values)
+            shown = codes
+            if self.training and self.config.corruption:
+                noise = uniform(codes.shape[:1], generator, codes.device)
+                corruption = noise * self.config.corruption
+                num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
+                shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
+            quantized = self.quantizer.lookup(shown)
+        size, count = (values.shape[-2], values.shape[-1]), values[0].numel()
+        log_prob = expected = None
+        loss = quantizer_loss + kl / count
+        if self.auxiliary is not None and (latents is not None or self.decoder is None):
+            said = self.auxiliary(quantized, size)
+            log_prob = self.auxiliary.judge(said, values)
+            loss = loss - log_prob / count
+            if self.config.is_finest:
+                expected = self.auxiliary.expectation(said)
+                loss = loss + self.config.picture_weight * F.mse_loss(expected, finer)
+            elif paint is not None:
+                vectors = self.auxiliary.expectation(said, paint.codebook)
+                loss = loss + self.config.picture_weight * paint.error(vectors, finer)
+        if self.decoder is not None:
+            condition = self._condition(quantized, size, labels, corruption, expected)
+            log_prob = self.decoder.log_prob(condition, values)
+            loss = loss - log_prob / count
+        assert isinstance(loss, Tensor)
+        loss = loss.mean()
+        output = ProgressiveVAELevelOutput(loss, log_prob, codes, latents)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encode(self, finer: Tensor, generator: Generators = None) -> Tensor:
+        """z_i = argmax P_Ψ(z_i | z_{i+1}), int64 (B, H_i, W_i).
+
+        With a generator (or one for each example) z_i is drawn, where the encoder is stochastic.
+        """
+        self.entries.to_values(finer)
+        return self.quantizer.encode(self.encoder(finer), generator)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def encoder_entropy(self, finer: Tensor) -> Tensor:
+        """H(P_Ψ(z_i | z_{i+1})) in nats, summed over the grid, (B,); 0 of a deterministic one."""
+        self.entries.to_values(finer)
+        return self.quantizer.entropy(self.encoder(finer))
+
+    @apply_forward_hook
+    def log_prob(self, finer: Tensor, codes: Tensor, class_labels: Labels = None) -> Tensor:
+        """log P_Θ(z_{i+1} | z_i) in nats, summed over the finer grid: (B,).
+
+        Raises:
+            ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
+        """
+        values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
+        self._check_pair(codes, values)
+        size = (values.shape[-2], values.shape[-1])
+        condition = self._condition(self.quantizer.lookup(codes), size, labels)
+        return self.conditional.log_prob(condition, values)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def sample(
+        self,
+        codes: Tensor,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        corruption: float = 0.0,
+        finer_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Draw z_{i+1} ~ P_Θ(z_{i+1} | z_i).
+
+        Args:
+            codes: z_i, int64 (B, H_i, W_i).
+            class_labels: of a class-conditional decoder.
+            guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
+            generator: one for the batch, or one for each example; on any device.
+            temperature: 0 takes the most probable value at each step.
+            top_k, top_p: keep only the most probable values of each step.
+            corruption: the share of wrong codes that a decoder refitted with corruption is told
+                to expect, up to the config's; 0 is the model whose `log_prob` is stated.
+            finer_size: (H_{i+1}, W_{i+1}); `downsample` times the grid of codes where not given.
+
+        Returns:
+            pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
+        """
+        draw = Sampler(
+            len(codes), generator, temperature=temperature, top_k=top_k, top_p=top_p,
+            guidance_scale=guidance_scale,
+        )  # fmt: skip
+        labels = self._labels(class_labels, len(codes))
+        null = None if labels is None else torch.full_like(labels, self.config.num_classes)
+        if labels is None or torch.equal(labels, null):
+            draw.guidance_scale = 1.0  # there is nothing to be guided by
+        shown = codes
+        if draw.is_guided:
+            labels, shown = torch.cat([labels, null]), torch.cat([codes, codes])
+        return self.walk(shown, draw.choose, labels, corruption, finer_size)[: len(codes)]
+
+    @apply_forward_hook
+    def walk(
+        self,
+        codes: Tensor,
+        choose: Choose,
+        class_labels: Labels = None,
+        corruption: float = 0.0,
+        finer_size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Visit the entries of z_{i+1} in the order in which P_Θ(z_{i+1} | z_i) predicts them.
+
+        Sampling, coding and likelihood are this with another `choose`. Each colour of each position
+        of the grid is asked for once: group after group of the decoder's order, in a group colour
+        after colour, in a colour position after position, row by row.
+
+        Args:
+            codes: z_i, int64 (B, H_i, W_i).
+            choose: `(distribution, place) -> values`, int64 (B, n) in 0 … V − 1. The distribution
+                has `log_prob(values)` and `logits`, (B, n, V), given z_i and what was chosen
+                before; the place has the numbers `group` and `colour`, and `positions`, int64 (n,),
+                row-major indices in the grid (H_{i+1}, W_{i+1}).
+            class_labels, corruption, finer_size: as in `sample`.
+
+        Returns:
+            what was chosen: pixels, float (B, C, H, W) in [−1, 1], or codes, int64
+            (B, H_{i+1}, W_{i+1}).
+
+        Raises:
+            ValueError: `codes` of the wrong shape, dtype or range, a `finer_size` or `corruption`
+                that does not fit, or values of another shape or dtype.
+        """
+        check_codes(codes, self.config.codebook_size)
+        size = self._finer_size(finer_size, codes)
+        if self.codes_size(size) != codes.shape[1:]:
+            raise ValueError(
+                f"expected finer_size whose grid of codes is {tuple(codes.shape[1:])}, got {size}"
+            )
+        limit = self.config.corruption
+        text = f"in [0, {limit}], what this level was trained with"
+        corruption = as_number("corruption", corruption, text, lambda x: 0 <= x <= limit)
+        labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
+        strength = quantized.new_full((len(codes),), corruption) if corruption else None
+        condition = self._condition(quantized, size, labels, strength)
+        values = self.conditional.walk(condition, size, choose)
+        return self.entries.from_values(values)
+
+    @apply_forward_hook
+    def expectation(
+        self, vectors: Tensor, finer_size: tuple[int, int], finer_codebook: Tensor | None = None
+    ) -> Tensor:
+        """What the auxiliary decoder expects of z_{i+1}, given code vectors (B, D, H_i, W_i) or
+        means of some, with a gradient: a picture, float (B, C, H, W) in [−1, 1], or means of
+        symbols' vectors in the finer level's codebook (V, D'), (B, D', H_{i+1}, W_{i+1})."""
+        auxiliary = self._require_auxiliary()
+        return auxiliary.expectation(auxiliary(vectors.to(self.dtype), finer_size), finer_codebook)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def expect(self, codes: Tensor, finer_size: tuple[int, int] | None = None) -> Tensor:
+        """What the auxiliary decoder expects of z_{i+1}: a picture, float (B, C, H, W) in [−1, 1],
+        or the probabilities of symbols, (B, V, H_{i+1}, W_{i+1}).
+
+        Args:
+            codes: z_i, int64 (B, H_i, W_i); or probabilities of codes, float (B, K, H_i, W_i).
+            finer_size: as in `sample`.
+
+        Raises:
+            ValueError: a level without an auxiliary decoder, or `codes` that are none.
+        """
+        size = self._finer_size(finer_size, codes)
+        if codes.is_floating_point():
+            quantized = torch.einsum("bkhw,kd->bdhw", codes.to(self.dtype), self.quantizer.codebook)
+        else:
+            check_codes(codes, self.config.codebook_size)
+            quantized = self.quantizer.lookup(codes)
+        return self._require_auxiliary().expect(quantized, size)
+
+    def _require_auxiliary(self) -> Auxiliary:
+        if self.auxiliary is None:
+            raise ValueError("expected a level with an auxiliary decoder, got none in its config")
+        return self.auxiliary
+
+    def check_causal(self):
+        """Raise a `ValueError` unless what the decoder says step by step is what `log_prob` says:
+        a raster decoder's backbone may see codes that follow."""
+        self.conditional.check_causal()
+
+    def after_step(self, output, gather: Callable[[Tensor], Tensor]):
+        """What follows an optimisation step with a `ProgressiveVAELevelOutput`: the codebook of
+        `"vq"` moves, the temperature of `"gumbel"` anneals.
+
+        Loops that do not call it get the same from the next forward pass in training mode, with
+        the latents of their own process.
+
+        Args:
+            gather: concatenates a tensor over processes along dimension 0.
+        """
+        if output.latents is not None:
+            self.quantizer.after_step(output.latents, output.codes, gather)
+
+    def with_decoder(self, from_scratch: bool = False, **changes) -> "ProgressiveVAELevel":
+        """A level with the same encoder and codebook, frozen, and a decoder to be refitted.
+
+        Encoder autonomy: under strong enough conditionals any encoder will do, so a decoder can
+        be replaced at any time, on the latent structure that the encoder defines.
+
+        Args:
+            from_scratch: draw new weights. Otherwise the new decoder starts from those of the old
+                one, if `changes` leave its width, logits, order and groups alone; it may have more
+                residual blocks, which start as the identity (not with `"raster"`).
+            changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
+        """
+        level = ProgressiveVAELevel(self.config.with_decoder(**changes))
+        for name in ("encoder", "quantizer", "auxiliary"):
+            if (part := getattr(level, name)) is not None:
+                part.load_state_dict(getattr(self, name).state_dict())
+                if part is not level.conditional:
+                    part.requires_grad_(False)
+        old, new = self.decoder, level.decoder
+        if old is None or new is None or from_scratch:
+            return level
+        if _can_grow(self.config, level.config):
+            ours, theirs = new.state_dict(), old.state_dict()
+            # More blocks, and the embeddings of classes and corruption, start at zero.
+            kept = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
+            new.load_state_dict(kept, strict=False)
+        return level
+
+    def _labels(self, class_labels: Labels, batch_size: int) -> Tensor | None:
+        """Ids (B,) for the decoder; `None` where it is not class-conditional."""
+        labels = label_ids(class_labels, self.config, batch_size)
+        return labels.to(self.device) if self.config.num_classes else None
+
+    def _condition(
+        self,
+        quantized: Tensor,
+        size: tuple[int, int],
+        labels: Tensor | None,
+        corruption: Tensor | None = None,
+        expected: Tensor | None = None,
+    ) -> Condition:
+        """What the decoder is given of a finer grid of `size` (H, W), of which the auxiliary
+        decoder's picture may be known already."""
+        picture = None
+        if self.config.is_guided:
+            if expected is None:
+                with torch.no_grad():
+                    expected = self._require_auxiliary().expect(quantized, size)
+            picture = on_value_scale(expected.detach())  # its decoder learns for itself
+        if self.decoder is not None:
+            quantized = self.quantizer.standardized(quantized)
+        return Condition(quantized, labels, corruption, picture)
+
+    def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
+        """(H_{i+1}, W_{i+1}); `downsample` times the grid of codes where it is `None`."""
+        if size is None:
+            size = [n * self.config.downsample for n in codes.shape[-2:]]
+        if not isinstance(size, (list, tuple, np.ndarray, Tensor)) or len(size) != 2:
+            raise ValueError(f"expected finer_size of two positive integers, got {size!r}")
+        return as_integer("finer_size", size[0], 1), as_integer("finer_size", size[1], 1)
+
+    def _check_pair(self, codes: Tensor, values: Tensor):
+        size = (values.shape[-2], values.shape[-1])
+        check_codes(codes, self.config.codebook_size, self.codes_size(size))
+        if len(codes) != len(values):
+            raise ValueError(f"expected {len(values)} codes, one for each finer, got {len(codes)}")

@@ -1,0 +1,250 @@
+"""Tokenizers that others have trained, as the finest level's encoder, codebook and auxiliary
+decoder: networks of diffusers and transformers, held as they are and frozen.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import JanusVQVAE, JanusVQVAEConfig
+
+from .auxiliary_decoder import Auxiliary
+from ..configuration.level import ProgressiveVAELevelConfig
+from .dalle_dvae import dalle_decoder, dalle_encoder, from_logits, to_unit
+from .layers import ZeroConv2d
+from .quantizers import Quantizer, QuantizerOutput
+from .sampling import Generators
+from ..configuration.tokenizer import Tokenizer, read_tokenizer
+
+PIXELS_AT_A_TIME = 2**19  # of batches that networks of full resolution see
+DISTANCES_AT_A_TIME = 2**24  # between latents and code vectors
+SCALES_WIDTH = 64
+
+
+class _Frozen(nn.Module):
+    """Never in training mode, and without gradients of its own: whoever makes or loads a model says
+    `eval()` or `train()` to it in the end."""
+
+    def train(self, mode: bool = True):
+        self.requires_grad_(False)
+        return super().train(False)
+
+
+class TokenizerEncoder(_Frozen):
+    """Pixels (B, C, H, W) in [−1, 1] -> latents (B, D, H_i, W_i).
+
+    Images that are no whole number of codes are continued by their edges.
+
+    Args:
+        see: from pixels in [−1, 1] to those that the network was trained on.
+    """
+
+    def __init__(self, see: Callable[[Tensor], Tensor], downsample: int, **parts: nn.Module):
+        super().__init__()
+        self.see, self.downsample = see, downsample
+        for name, part in parts.items():
+            self.add_module(name, part)
+        self.eval()
+
+    @torch.no_grad()
+    def forward(self, finer: Tensor) -> Tensor:
+        height, width = finer.shape[-2:]
+        x = self.see(finer)
+        x = F.pad(x, (0, -width % self.downsample, 0, -height % self.downsample), "replicate")
+        x = x.to(next(self.parameters()).dtype)
+        parts = x.split(max(1, PIXELS_AT_A_TIME // (x.shape[-2] * x.shape[-1])))
+        return torch.cat([self._encode(part) for part in parts])
+
+    def _encode(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+class TokenizerQuantizer(Quantizer, _Frozen):
+    """The codes are those that the library's own code finds: the nearest, to its rounding."""
+
+    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+        codes = self.encode(latents)
+        return QuantizerOutput(codes, self.lookup(codes).to(latents.dtype))
+
+    def init_weights(self):
+        """They are the library's, or loaded."""
+
+    def standardized(self, quantized: Tensor) -> Tensor:
+        return quantized / self.codebook.float().square().mean().sqrt().clamp(min=1e-6)
+
+    @torch.no_grad()
+    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
+        size = math.prod(latents.shape[-2:])
+        parts = latents.split(max(1, DISTANCES_AT_A_TIME // (size * len(self.codebook))))
+        with torch.autocast(latents.device.type, enabled=False):
+            return torch.cat([self._codes(part) for part in parts])
+
+    def _codes(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class NearestCode(TokenizerQuantizer):
+    """Of `VQModel`, and of `JanusVQVAE`, which decodes vectors of length 1."""
+
+    def __init__(self, quantize: nn.Module, is_normalized: bool):
+        super().__init__()
+        self.quantize, self.is_normalized = quantize, is_normalized
+        self.eval()
+
+    @property
+    def codebook(self) -> Tensor:  # type: ignore[override]
+        weight = self.quantize.embedding.weight
+        return F.normalize(weight, dim=-1) if self.is_normalized else weight
+
+    def _codes(self, latents: Tensor) -> Tensor:
+        # As all distances, in fp32; diffusers has the codes last in a tuple of its own.
+        weights = {"embedding.weight": self.quantize.embedding.weight.float()}
+        found = functional_call(self.quantize, weights, latents.float())[-1]
+        found = found[-1] if isinstance(found, tuple) else found
+        return found.view(len(latents), *latents.shape[-2:])
+
+
+class LargestLogit(TokenizerQuantizer):
+    """Of the discrete VAE: latents are logits of codes, whose vectors its decoder begins with."""
+
+    def __init__(self, input: nn.Conv2d):
+        super().__init__()
+        self.input = input
+        self.eval()
+
+    @property
+    def codebook(self) -> Tensor:  # type: ignore[override]
+        return self.input.weight[..., 0, 0].T + self.input.bias
+
+    def _codes(self, latents: Tensor) -> Tensor:
+        return latents.argmax(1)
+
+
+class TokenizerDecoder(Auxiliary):
+    """Logistics around the tokenizer's picture.
+
+    Their scales are said by a small network of ours that looks at the picture, starts wide, and is
+    all that can be learned here.
+
+    Args:
+        show: from what the network says to pixels in [−1, 1].
+    """
+
+    def __init__(
+        self,
+        config: ProgressiveVAELevelConfig,
+        show: Callable[[Tensor], Tensor],
+        is_spatial: bool = False,
+        **parts: nn.Module,
+    ):
+        super().__init__(config)
+        self.show, self.is_spatial = show, is_spatial
+        for name, part in parts.items():
+            self.add_module(name, part)
+        values = config.value_channels * config.downsample**2
+        self.scales = nn.Sequential(
+            nn.PixelUnshuffle(config.downsample),
+            nn.Conv2d(values, SCALES_WIDTH, 3, padding=1),
+            nn.SiLU(),
+            ZeroConv2d(SCALES_WIDTH, values, 1),
+            nn.PixelShuffle(config.downsample),
+        )
+        self.train()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for name, part in self.named_children():
+            if name != "scales":
+                part.requires_grad_(False).eval()
+        return self
+
+    def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
+        full = quantized[0, 0].numel() * self.config.downsample**2
+        parts = quantized.split(max(1, PIXELS_AT_A_TIME // full))
+        picture = torch.cat([self.show(self._decode(part)) for part in parts])
+        said = torch.cat([picture, self.scales(picture.detach())], 1)
+        return said[..., : size[0], : size[1]].float()
+
+    def _decode(self, quantized: Tensor) -> Tensor:
+        x = quantized = quantized.to(next(self.decoder.parameters()).dtype)
+        if hasattr(self, "post_quant_conv"):
+            x = self.post_quant_conv(quantized)
+        return self.decoder(x, quantized) if self.is_spatial else self.decoder(x)
+
+
+def make_tokenizer(
+    config: ProgressiveVAELevelConfig,
+) -> tuple[TokenizerEncoder, TokenizerQuantizer, TokenizerDecoder]:
+    """The three parts of a level whose config names a tokenizer."""
+    assert config.tokenizer_config is not None
+    tokenizer = read_tokenizer(config.tokenizer_config)
+    try:
+        return _MAKERS[tokenizer.kind](config, tokenizer)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(
+            f"expected tokenizer_config of a network of {tokenizer.kind!r}, got {error!r}"
+        ) from error
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _halved(x: Tensor) -> Tensor:
+    """[−1, 1] -> [0, 1]."""
+    return (x + 1) / 2
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """[0, 1] -> [−1, 1]."""
+    return x * 2 - 1
+
+
+def _vq_model(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
+    fields = dict(tokenizer.fields)
+    see, show = (_same, _same) if fields.pop("do_normalize") else (_halved, _doubled)
+    is_spatial = fields["norm_type"] == "spatial"
+    return _parts(config, VQModel(**fields), see, show, is_spatial=is_spatial)
+
+
+def _janus_vqgan(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
+    model = JanusVQVAE(JanusVQVAEConfig(**tokenizer.fields))
+    return _parts(config, model, _same, _same, is_normalized=True)
+
+
+def _parts(config, model, see, show, is_normalized=False, is_spatial=False):
+    downsample = config.downsample
+    return (
+        TokenizerEncoder(see, downsample, encoder=model.encoder, quant_conv=model.quant_conv),
+        NearestCode(model.quantize, is_normalized),
+        TokenizerDecoder(
+            config,
+            show,
+            is_spatial,
+            post_quant_conv=model.post_quant_conv,
+            decoder=model.decoder,
+        ),
+    )
+
+
+def _dalle_dvae(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
+    fields = tokenizer.fields
+    return (
+        TokenizerEncoder(to_unit, config.downsample, blocks=dalle_encoder(fields)),
+        LargestLogit(nn.Conv2d(fields["vocab_size"], fields["n_init"], 1)),
+        TokenizerDecoder(config, from_logits, decoder=dalle_decoder(fields)),
+    )
+
+
+_MAKERS: dict[str, Callable] = {
+    "vq_model": _vq_model,
+    "janus_vqgan": _janus_vqgan,
+    "dalle_dvae": _dalle_dvae,
+}

@@ -1,0 +1,187 @@
+"""The prior `P_Φ(z_1)`: a causal language model of transformers over codes in raster order."""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import ModelOutput
+
+from ..arguments import as_integer
+from .causal_lm import NUM_CHECKED, Causal
+from ..configuration.validation import check_codes
+from .distributions import Categorical
+from .orderings import Choose
+from .class_labels import Labels, drop_labels, known_labels, label_ids
+from ..configuration.prior import ProgressiveVAEPriorConfig
+from .sampling import Generators, Sampler
+from .modeling_utils import SavedModel
+
+
+@dataclass
+class ProgressiveVAEPriorOutput(ModelOutput):
+    """
+    Args:
+        loss: scalar, −log P_Φ(z_1) in nats per code; minimise it.
+        log_prob: log P_Φ(z_1) in nats, summed over the grid, (B,).
+        logits: of every code given the codes before it, (B, L_1, K_1).
+        hidden_states, attentions: the backbone's, where asked for.
+    """
+
+    loss: Tensor | None = None
+    log_prob: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class ProgressiveVAEPrior(Causal, SavedModel):
+    """`P_Φ(z_1 | class) = ∏_l P(code_l | class, code_1 … code_{l−1})`.
+
+    The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
+    token is the prompt. Only codes can follow, so the logits of the other tokens are cut off.
+
+    `class_labels` are integers or names of `id2label`, (B,): 0 … num_classes − 1, or `num_classes`
+    for the null class; `None` is the null class for all.
+    """
+
+    config_class = ProgressiveVAEPriorConfig
+    base_model_prefix = "backbone"  # the attribute, so that its input embeddings are found
+    main_input_name = "codes"
+    supports_gradient_checkpointing = True
+    # Attention is the backbone's, which has its own say.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ProgressiveVAEPriorConfig):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        # The backbone has initialised itself; modules of its kinds are all there are.
+        self.backbone._init_weights(module)
+
+    def forward(
+        self,
+        codes: Tensor,
+        class_labels: Labels = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        generator: Generators = None,
+        return_dict: bool | None = None,
+    ):
+        """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
+
+        In training mode each label is replaced by the null class with probability `class_dropout`,
+        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`; `generator` draws which.
+
+        Returns:
+            `ProgressiveVAEPriorOutput`, or a tuple of its fields.
+        """
+        labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
+        if self.training:
+            labels = drop_labels(labels, self.config, generator)
+        asked = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+        }
+        asked = {k: getattr(self.config, k) if v is None else v for k, v in asked.items()}
+        log_prob, found = self._teacher_forced(codes, labels, **asked)
+        loss, logits = -log_prob.mean() / self.config.sequence_length, self._read(found).logits
+        output = ProgressiveVAEPriorOutput(
+            loss, log_prob, logits, found.get("hidden_states"), found.get("attentions")
+        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    @apply_forward_hook
+    def log_prob(self, codes: Tensor, class_labels: Labels = None) -> Tensor:
+        """log P_Φ(z_1 | class) in nats: int64 (B, H_1, W_1) -> (B,)."""
+        labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
+        return self._teacher_forced(codes, labels)[0]
+
+    def _teacher_forced(
+        self, codes: Tensor, labels: Tensor, **asked: bool | None
+    ) -> tuple[Tensor, ModelOutput]:
+        """Nats (B,), and the output of the backbone that gives them."""
+        check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
+        return self._at_once(self._prompt(labels), codes.flatten(1), **asked)
+
+    @apply_forward_hook
+    @torch.no_grad()
+    def sample(
+        self,
+        batch_size: int,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        generator: Generators = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> Tensor:
+        """Draw z_1, int64 (B, H_1, W_1), code by code with the backbone's key-value cache.
+
+        Args:
+            guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
+            generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
+        """
+        batch_size = as_integer("batch_size", batch_size, 1)
+        draw = Sampler(
+            batch_size,
+            generator,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+        )
+        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
+        null = torch.full_like(labels, self.config.num_classes)
+        if torch.equal(labels, null):
+            draw.guidance_scale = 1.0  # there is nothing to be guided by
+        asked = torch.cat([labels, null]) if draw.is_guided else labels
+        return self.walk(len(asked), draw.choose, known_labels(asked, self.config))[:batch_size]
+
+    @apply_forward_hook
+    def walk(self, batch_size: int, choose: Choose, class_labels: Labels = None) -> Tensor:
+        """Visit the codes of z_1 in raster order, with the backbone's key-value cache.
+
+        Args:
+            batch_size: B, the number of grids.
+            choose: `(distribution, place) -> codes`, int64 (B, 1), as in
+                `ProgressiveVAELevel.walk`: of each step the distribution of one code, given those
+                chosen before, and its place; groups are the positions, and the colour is 0.
+
+        Returns:
+            what was chosen, int64 (B, H_1, W_1).
+
+        Raises:
+            ValueError: a batch size below 1, labels that are none, or codes of another shape or
+                dtype.
+        """
+        batch_size = as_integer("batch_size", batch_size, 1)
+        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
+        codes = self._steps(self._prompt(labels), self.config.sequence_length, choose)
+        return codes.unflatten(1, tuple(self.config.grid_size))
+
+    def check_causal(self):
+        """Raise a `ValueError` unless the backbone says of a code, step by step with its cache,
+        what it says in one pass over all codes: only then can its bits be believed."""
+        length = min(self.config.sequence_length, NUM_CHECKED)
+        noise = torch.Generator().manual_seed(0)
+        shape = (2, length)
+        tokens = torch.randint(
+            self.config.codebook_size, shape, generator=noise, device=noise.device
+        )
+        prompt = self._prompt(torch.full((2,), self.config.num_classes, device=noise.device))
+        self._check_causal(prompt.to(self.device), tokens.to(self.device))
+
+    def _prompt(self, labels: Tensor) -> Tensor:
+        return (labels + self.config.codebook_size)[:, None]
+
+    def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
+        return {"input_ids": before if start else torch.cat([context, before], 1)}
+
+    def _read(self, output: ModelOutput) -> Categorical:
+        return Categorical(output.logits[..., : self.config.codebook_size])

@@ -1,0 +1,66 @@
+"""Images side by side: drawn ones, and what each level says of given ones."""
+
+import PIL.Image
+import torch
+from diffusers.utils import make_image_grid
+from PIL.Image import Image
+from torch import Tensor
+
+from .models.value_types import as_pixel_values
+from .image_processor import from_pixel_values
+from .pipeline import ProgressiveVAEPipeline
+
+
+def picture_grid(images: list[Image], columns: int) -> Image:
+    """Rows of `columns` images with a thin gap; small ones enlarged, pixel by pixel."""
+    width, height = images[0].size
+    scale, gap = max(1, 64 // max(width, height)), 2
+    cells = []
+    for image in images:
+        cell = PIL.Image.new(image.mode, (width * scale + gap, height * scale + gap))
+        cell.paste(image.resize((width * scale, height * scale), PIL.Image.Resampling.NEAREST))
+        cells.append(cell)
+    return make_image_grid(cells, len(cells) // columns, columns)
+
+
+def symbol_picture(codes: Tensor) -> Image:
+    """A grid of codes, int64 (H_i, W_i), as a picture with a colour for each code."""
+    hue = (codes * 0.618034) % 1.0  # neighbouring numbers far apart
+    light = 0.55 + 0.45 * ((codes * 0.754878) % 1.0)
+    hsv = torch.stack([hue, torch.full_like(hue, 0.55), light], -1)
+    bands = (255 * hsv).round().to(torch.uint8).movedim(-1, 0).cpu().numpy()
+    return PIL.Image.merge("HSV", [*map(PIL.Image.fromarray, bands)]).convert("RGB")
+
+
+def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
+    """Drawn images: a row for each class (at most 10), or 10 rows of an unconditional model."""
+    assert pipe.prior is not None
+    rows = min(pipe.prior.config.num_classes, 10) or 10
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(rows * columns)]
+    if pipe.prior.config.num_classes:
+        output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)
+    else:
+        output = pipe(num_images_per_prompt=rows * columns, generator=generators)
+    return picture_grid(output.images, columns)
+
+
+def has_previews(pipe: ProgressiveVAEPipeline) -> bool:
+    """Whether all levels have auxiliary decoders."""
+    return all(level.auxiliary is not None for level in pipe.levels)
+
+
+def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
+    """One row for each level, from the coarsest to the finest, then the images themselves.
+
+    Row i shows uint8 images (B, C, H, W) drawn again from their own z_1 … z_i; above the rows of
+    what is drawn are those of what auxiliary decoders expect, where there are any.
+    """
+    codes, rows = pipe.encode(images), []
+    if has_previews(pipe):
+        for level in range(1, pipe.num_levels + 1):
+            rows += pipe.preview(codes, level)
+    for level in range(1, pipe.num_levels + 1):
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
+        rows += pipe.decode(codes[:level], generator=generators)
+    rows += from_pixel_values(as_pixel_values(images), "pil")
+    return picture_grid(rows, len(images))
