@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.serialization import check_not_pointer, check_safetensors, read_json
 from progressive_vae.models.modeling_utils import check_reachable, find_file
+from progressive_vae.serialization import check_not_pointer, check_safetensors, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 OUR_OWN = "auxiliary.scales."  # learned around the tokenizer's picture, and never theirs

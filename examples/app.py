@@ -35,16 +35,16 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.models.value_types import as_pixel_values
+from progressive_vae.codec.progressive import growing
+from progressive_vae.evaluation.image_codecs import LOSSLESS, as_file
+from progressive_vae.hub.space import PACKAGE, push_space
 from progressive_vae.image_files import open_image
 from progressive_vae.image_processor import fitted, from_pixel_values
 from progressive_vae.models.class_labels import known_labels, label_ids
+from progressive_vae.models.value_types import as_pixel_values
 from progressive_vae.paths import expand_home
-from progressive_vae.visualization import has_previews, symbol_picture
 from progressive_vae.scripts import run_script
-from progressive_vae.hub.space import PACKAGE, push_space
-from progressive_vae.evaluation.image_codecs import LOSSLESS, as_file
-from progressive_vae.codec.progressive import growing
+from progressive_vae.visualization import has_previews, symbol_picture
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 AT_A_TIME, WAITING = 2, 32  # answers

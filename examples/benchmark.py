@@ -34,30 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.models.value_types import as_pixel_values, as_unit
-from progressive_vae.image_processor import from_pixel_values
-from progressive_vae.paths import expand_home, make_folder
-from progressive_vae.visualization import has_previews, picture_grid
-from progressive_vae.serialization import read_json, write_json, write_text
-from progressive_vae.scripts import run_script, save_image
-from progressive_vae.training import train
-from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.data.code_cache import GridDataset
-from progressive_vae.training.cli import read_flags
-from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
-from progressive_vae.training.lock import locked
-from progressive_vae.training.recipe import read_recipe
-from progressive_vae.training.report import device_name
-from progressive_vae.training.run import Run, make_accelerator
 from progressive_vae.data.source import open_source
-from progressive_vae.evaluation.throughput import (
-    has_bf16,
-    matrix_rate,
-    operations,
-    rate,
-    speeds_of,
-    training_operations,
-)
 from progressive_vae.evaluation.image_metrics import (
     Classifier,
     ClassifierFeatures,
@@ -66,6 +44,28 @@ from progressive_vae.evaluation.image_metrics import (
     cached_drawn,
     draw_labelled,
 )
+from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
+from progressive_vae.evaluation.throughput import (
+    has_bf16,
+    matrix_rate,
+    operations,
+    rate,
+    speeds_of,
+    training_operations,
+)
+from progressive_vae.image_processor import from_pixel_values
+from progressive_vae.models.value_types import as_pixel_values, as_unit
+from progressive_vae.paths import expand_home, make_folder
+from progressive_vae.scripts import run_script, save_image
+from progressive_vae.serialization import read_json, write_json, write_text
+from progressive_vae.training import train
+from progressive_vae.training.afternoon import Afternoon
+from progressive_vae.training.cli import read_flags
+from progressive_vae.training.lock import locked
+from progressive_vae.training.recipe import read_recipe
+from progressive_vae.training.report import device_name
+from progressive_vae.training.run import Run, make_accelerator
+from progressive_vae.visualization import has_previews, picture_grid
 
 _ANEW = "delete the folder and begin anew"
 MATRIX_RATE = "matrix_rate.json"  # of products as in the training, by its threads

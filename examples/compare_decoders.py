@@ -40,19 +40,9 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.models.value_types import as_unit
-from progressive_vae.paths import expand_home, make_folder
-from progressive_vae.models.sampling import Sampler
-from progressive_vae.serialization import write_json
-from progressive_vae.scripts import run_script
+from progressive_vae.data.args import DataSettings
 from progressive_vae.data.code_cache import GridDataset, cached
-from progressive_vae.training.cli import read_flags
 from progressive_vae.data.dataset import pixel_batches, read_images
-from progressive_vae.evaluation.likelihood import code_use
-from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
-from progressive_vae.training.recipe import read_yaml
-from progressive_vae.training.run import Run, as_finer, make_accelerator
-from progressive_vae.training.args import DataSettings, FitSettings, RunSettings
 from progressive_vae.data.source import open_source
 from progressive_vae.evaluation.image_metrics import (
     ClassifierFeatures,
@@ -60,6 +50,17 @@ from progressive_vae.evaluation.image_metrics import (
     frechet_distance,
     train_classifier,
 )
+from progressive_vae.evaluation.likelihood import code_use
+from progressive_vae.models.sampling import Sampler
+from progressive_vae.models.value_types import as_unit
+from progressive_vae.paths import expand_home, make_folder
+from progressive_vae.scripts import run_script
+from progressive_vae.serialization import write_json
+from progressive_vae.training.args import FitSettings, RunSettings
+from progressive_vae.training.cli import read_flags
+from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
+from progressive_vae.training.recipe import read_yaml
+from progressive_vae.training.run import Run, as_finer, make_accelerator
 
 
 @dataclasses.dataclass

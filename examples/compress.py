@@ -41,6 +41,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.codec.progressive import growing
+from progressive_vae.data.dataset import decode
+from progressive_vae.evaluation.image_codecs import LOSSLESS, LOSSY, as_file
+from progressive_vae.evaluation.likelihood import psnr_of
 from progressive_vae.image_files import (
     MODES,
     convert_image,
@@ -50,12 +54,8 @@ from progressive_vae.image_files import (
     printable,
 )
 from progressive_vae.paths import expand_home
-from progressive_vae.serialization import read_json, write_json
 from progressive_vae.scripts import run_script
-from progressive_vae.data.dataset import decode
-from progressive_vae.evaluation.likelihood import psnr_of
-from progressive_vae.evaluation.image_codecs import LOSSLESS, LOSSY, as_file
-from progressive_vae.codec.progressive import growing
+from progressive_vae.serialization import read_json, write_json
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 COLOR_SPACES = {"L": b"GRAY", "RGB": b"RGB "}  # of ICC profiles, in bytes 16 to 20

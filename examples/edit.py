@@ -30,8 +30,8 @@ from transformers import HfArgumentParser
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.image_processor import from_pixel_values, pixel_value_batches
 from progressive_vae.paths import expand_home
-from progressive_vae.visualization import picture_grid
 from progressive_vae.scripts import check_image_path, run_script, save_image
+from progressive_vae.visualization import picture_grid
 
 NUM_INPAINTINGS, NUM_VARIATIONS, NUM_PATHS = 4, 2, 3
 

@@ -33,20 +33,11 @@ from datasets import disable_progress_bars
 from jsonargparse import ArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.models.value_types import as_unit
-from progressive_vae.paths import expand_home, make_folder, replacing
-from progressive_vae.visualization import has_previews
-from progressive_vae.serialization import write_json, write_text
-from progressive_vae.scripts import run_script
+from progressive_vae.data.args import OF_TRAINING_IMAGES, DataSettings
 from progressive_vae.data.code_cache import GridDataset, cached
-from progressive_vae.training.cli import read_flags
 from progressive_vae.data.dataset import pixel_batches, read_images
-from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
-from progressive_vae.evaluation.likelihood import evaluate, label_accuracy, psnr_of, rate_distortion
-from progressive_vae.evaluation.image_codecs import beside_files, image_files
-from progressive_vae.training.lock import locked
-from progressive_vae.training.args import OF_TRAINING_IMAGES, DataSettings
 from progressive_vae.data.source import open_source
+from progressive_vae.evaluation.image_codecs import beside_files, image_files
 from progressive_vae.evaluation.image_metrics import (
     Classifier,
     ClassifierFeatures,
@@ -56,6 +47,15 @@ from progressive_vae.evaluation.image_metrics import (
     cached_drawn,
     draw_labelled,
 )
+from progressive_vae.evaluation.likelihood import evaluate, label_accuracy, psnr_of, rate_distortion
+from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
+from progressive_vae.models.value_types import as_unit
+from progressive_vae.paths import expand_home, make_folder, replacing
+from progressive_vae.scripts import run_script
+from progressive_vae.serialization import write_json, write_text
+from progressive_vae.training.cli import read_flags
+from progressive_vae.training.lock import locked
+from progressive_vae.visualization import has_previews
 
 
 @dataclass

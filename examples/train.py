@@ -32,11 +32,12 @@ from accelerate import PartialState
 from jsonargparse import ArgumentParser
 
 from progressive_vae.configuration.validation import MAX_LEVELS
+from progressive_vae.data.args import OF_TRAINING_IMAGES, DataSettings
 from progressive_vae.scripts import run_script
 from progressive_vae.training import train
+from progressive_vae.training.args import RunSettings
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.recipe import SECTIONS, Recipe, add_sections, read_recipe
-from progressive_vae.training.args import OF_TRAINING_IMAGES, DataSettings, RunSettings
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 OF_RECIPES = {"recipe", "dataset", "output_dir", "max_train_minutes", "accelerator"}

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .arguments import as_integer
 from .configuration.level import NUM_PIXEL_VALUES
-from .models.value_types import as_pixel_values, as_values
 from .image_files import MODES, convert_image, image_array, is_deep
+from .models.value_types import as_pixel_values, as_values
 
 Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | Iterable"
 

@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arguments import as_integer
-from .pipeline_inputs import ProgressiveVAEPipelineOutput, check_outputs, factor_controls
 from .codec.codec import CodingPipeline
-from .models.distributions import Distribution
-from .models.value_types import as_pixel_values, as_unit, as_values
-from .models.orderings import Place
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from .models.class_labels import Labels, label_ids
+from .models.distributions import Distribution
+from .models.orderings import Place
 from .models.sampling import Generators, Sampler, as_generators, per_factor, uniform
+from .models.value_types import as_pixel_values, as_unit, as_values
+from .pipeline_inputs import ProgressiveVAEPipelineOutput, check_outputs, factor_controls
 
 
 @dataclass(frozen=True)

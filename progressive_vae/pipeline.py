@@ -9,6 +9,15 @@ import torch
 from torch import Tensor
 
 from .arguments import as_integer
+from .configuration.validation import MAX_LEVELS, check_grids, check_parts, grid_sizes
+from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
+from .inpainting import EditingPipeline
+from .models.class_labels import Labels, known_labels, label_ids
+from .models.fingerprint import check_fingerprints
+from .models.level import ProgressiveVAELevel
+from .models.preview_decoder import Painter
+from .models.prior import ProgressiveVAEPrior
+from .models.sampling import Generators, as_generators, part_of, per_factor
 from .pipeline_inputs import (
     Call,
     ProgressiveVAEPipelineOutput,
@@ -17,15 +26,6 @@ from .pipeline_inputs import (
     check_outputs,
     factor_controls,
 )
-from .configuration.validation import MAX_LEVELS, check_grids, check_parts, grid_sizes
-from .inpainting import EditingPipeline
-from .models.fingerprint import check_fingerprints
-from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
-from .models.class_labels import Labels, known_labels, label_ids
-from .models.level import ProgressiveVAELevel
-from .models.preview_decoder import Painter
-from .models.prior import ProgressiveVAEPrior
-from .models.sampling import Generators, as_generators, part_of, per_factor
 
 
 class ProgressiveVAEPipeline(EditingPipeline):

@@ -14,12 +14,12 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .arguments import as_integer, as_number
-from .configuration.validation import check_grids
 from .configuration.level import ProgressiveVAELevelConfig
+from .configuration.prior import ProgressiveVAEPriorConfig
+from .configuration.validation import check_grids
 from .hub.repository import HubPipeline
 from .models.class_labels import label_ids
 from .models.prior import ProgressiveVAEPrior
-from .configuration.prior import ProgressiveVAEPriorConfig
 from .models.sampling import Sampler, per_factor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

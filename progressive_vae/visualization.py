@@ -6,8 +6,8 @@ from diffusers.utils import make_image_grid
 from PIL.Image import Image
 from torch import Tensor
 
-from .models.value_types import as_pixel_values
 from .image_processor import from_pixel_values
+from .models.value_types import as_pixel_values
 from .pipeline import ProgressiveVAEPipeline
 
 

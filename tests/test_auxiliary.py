@@ -15,11 +15,11 @@ from test_greedy import FEW, RECIPE, fresh_state, pictures  # noqa: F401
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.models import distributions
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.models.preview_decoder import Painter
 from progressive_vae.training import train
-from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 
 ROOT = Path(__file__).parents[1]
 AUXILIARY = {"auxiliary_hidden_size": 8}

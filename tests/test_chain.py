@@ -1,7 +1,12 @@
 import pytest
 
 from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
-from progressive_vae.configuration.validation import check_classes, check_image_size, check_levels, grid_sizes
+from progressive_vae.configuration.validation import (
+    check_classes,
+    check_image_size,
+    check_levels,
+    grid_sizes,
+)
 
 
 def level(**fields):

@@ -5,9 +5,9 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Value
 
+from progressive_vae.data.args import DataSettings
 from progressive_vae.data.classes import Classes, find_classes
 from progressive_vae.data.dataset import read_images
-from progressive_vae.training.args import DataSettings
 from progressive_vae.data.source import open_source
 
 CLASSES = ClassLabel(names=["cat", "dog"])

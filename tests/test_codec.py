@@ -9,12 +9,12 @@ from test_auxiliary import ALONE, pipeline_of
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
-from progressive_vae.configuration.choices import GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
+from progressive_vae.codec.bitstream import Header
 from progressive_vae.codec.codec import TOTAL, frequencies
+from progressive_vae.configuration.choices import GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
+from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.distributions import Categorical
 from progressive_vae.models.value_types import of_unit
-from progressive_vae.codec.bitstream import Header
-from progressive_vae.image_processor import from_pixel_values
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
 SIZES = [(1, 1), (5, 7), (65, 33)]

@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
+from progressive_vae.data.args import DataSettings
 from progressive_vae.data.classes import Classes, find_classes
 from progressive_vae.data.dataset import (
     decode,
@@ -18,7 +19,6 @@ from progressive_vae.data.dataset import (
     prepare_image,
     read_images,
 )
-from progressive_vae.training.args import DataSettings
 from progressive_vae.data.source import open_source
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from progressive_vae.models import distributions
-from progressive_vae.configuration.level import MANY_SYMBOLS
-from progressive_vae.models.distributions import Categorical, Factored, PixelMixture, of_features
 from progressive_vae.codec.fixed_point import whole_numbers
+from progressive_vae.configuration.level import MANY_SYMBOLS
+from progressive_vae.models import distributions
+from progressive_vae.models.distributions import Categorical, Factored, PixelMixture, of_features
 
 
 def mixture(mean: float, precision: float, floor: float = 0.01) -> PixelMixture:

@@ -9,7 +9,6 @@ from test_auxiliary import AUXILIARY, pipeline_of
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
-from progressive_vae.evaluation.likelihood import code_use, evaluate, label_accuracy
 from progressive_vae.evaluation.image_metrics import (
     Classifier,
     cached_classifier,
@@ -17,6 +16,7 @@ from progressive_vae.evaluation.image_metrics import (
     frechet_distance,
     train_classifier,
 )
+from progressive_vae.evaluation.likelihood import code_use, evaluate, label_accuracy
 
 
 @pytest.fixture

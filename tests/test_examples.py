@@ -11,10 +11,10 @@ from conftest import load_script, tiny_level, tiny_prior
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.hub.repository import weights_digest
 from progressive_vae.evaluation import throughput as speed
-from progressive_vae.evaluation.likelihood import rate_distortion
 from progressive_vae.evaluation.image_metrics import precision_recall
+from progressive_vae.evaluation.likelihood import rate_distortion
+from progressive_vae.hub.repository import weights_digest
 
 
 @pytest.fixture(scope="module")

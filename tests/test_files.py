@@ -1,7 +1,7 @@
 import pytest
 
-from progressive_vae.evaluation.likelihood import psnr_of
 from progressive_vae.evaluation.image_codecs import beside_files
+from progressive_vae.evaluation.likelihood import psnr_of
 
 
 def test_previews_beside_the_best_files_that_are_no_larger():

@@ -5,11 +5,11 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_level
 
-from progressive_vae.training import fit as fitting
-from progressive_vae.training.checkpoints import Checkpoints
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
-from progressive_vae.training.fit import fit
+from progressive_vae.training import fit as fitting
 from progressive_vae.training.args import FitSettings, RunSettings
+from progressive_vae.training.checkpoints import Checkpoints
+from progressive_vae.training.fit import fit
 
 NAN, INF = float("nan"), float("inf")
 

@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from test_greedy import RECIPE, train
 
+from progressive_vae.data.args import DataSettings
+from progressive_vae.data.augmentation import Forms, FormsDataset
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.data.dataset import load_images
-from progressive_vae.data.augmentation import Forms, FormsDataset
-from progressive_vae.training.args import DataSettings
 from progressive_vae.data.source import open_source
 from progressive_vae.data.streaming import PixelStream
 

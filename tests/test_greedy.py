@@ -16,11 +16,12 @@ from accelerate.state import AcceleratorState
 from interruptions import weights
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.data.args import DataSettings
+from progressive_vae.data.source import open_source
 from progressive_vae.training import train
+from progressive_vae.training.args import RunSettings
 from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
 from progressive_vae.training.run import Run, make_accelerator
-from progressive_vae.training.args import DataSettings, RunSettings
-from progressive_vae.data.source import open_source
 
 BACKBONE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16,
             "num_hidden_layers": 1, "num_attention_heads": 2}  # fmt: skip

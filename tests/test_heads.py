@@ -4,7 +4,6 @@ from conftest import tiny_level
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 from progressive_vae.models.distributions import Categorical, Factored, PixelMixture
-from progressive_vae.models.orderings import Lattice
 from progressive_vae.models.heads import (
     FactoredLogits,
     FreeLogits,
@@ -13,6 +12,7 @@ from progressive_vae.models.heads import (
     PixelLogits,
     make_head,
 )
+from progressive_vae.models.orderings import Lattice
 
 KINDS = [
     (dict(num_symbols=5), FreeLogits, Categorical),

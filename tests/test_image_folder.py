@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from progressive_vae.data.args import DataSettings
 from progressive_vae.data.dataset import load_images
-from progressive_vae.training.args import DataSettings
 from progressive_vae.data.source import open_source
 
 

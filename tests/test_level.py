@@ -8,8 +8,8 @@ from transformers import Trainer, TrainingArguments
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 from progressive_vae.models import distributions
 from progressive_vae.models.fingerprint import fingerprint
-from progressive_vae.models.level import ProgressiveVAELevelOutput
 from progressive_vae.models.layers import ResidualBlock
+from progressive_vae.models.level import ProgressiveVAELevelOutput
 
 
 def identity(tensor):

@@ -4,7 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import api
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -86,14 +85,3 @@ def test_theory_names_functions_and_quotes_their_lines():
     assert count > 40
     # Nothing that looks like such a name is left out, and each quotation has its link.
     assert text.count(".py::") == sum(bool(name) for _, name, _, _ in parts)
-
-
-def test_the_api_page_is_what_the_docstrings_say():
-    assert api.PAGE.read_text() == api.page(), "run python tests/api.py"
-
-
-def test_the_snippets_of_the_api_page(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", api.PAGE.read_text(), re.S):
-        exec(code, names)

@@ -4,7 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from progressive_vae.evaluation.sliced_wasserstein import laplacian_pyramid, patches_of, sliced_wasserstein
+from progressive_vae.evaluation.sliced_wasserstein import (
+    laplacian_pyramid,
+    patches_of,
+    sliced_wasserstein,
+)
 
 
 def smooth(count: int, seed: int, shape: tuple[int, int] = (5, 5)) -> torch.Tensor:

@@ -5,9 +5,10 @@ import yaml
 from conftest import tiny_level, tiny_pipeline
 
 from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
-from progressive_vae.training.resume import given_levels
+from progressive_vae.data.args import DataSettings
+from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.recipe import read_recipe
-from progressive_vae.training.args import DataSettings, FitSettings, RunSettings
+from progressive_vae.training.resume import given_levels
 
 
 def test_sections_of_levels_win_over_what_is_said_of_all():

@@ -10,12 +10,12 @@ import torch
 from conftest import load_script
 from test_training import SMALL
 
-from progressive_vae.training.checkpoints import Checkpoints
+from progressive_vae.data.args import DataSettings
 from progressive_vae.data.classes import find_classes
 from progressive_vae.data.code_cache import GridDataset, Manifest
 from progressive_vae.data.dataset import load_images, read_images
-from progressive_vae.training.args import DataSettings
 from progressive_vae.data.streaming import PixelStream
+from progressive_vae.training.checkpoints import Checkpoints
 
 COLUMNS = {"image_column": "image", "label_column": None}
 COUNT = 1437  # digits to train on, in 4 files

@@ -1,42 +1,85 @@
-"""The house: one concept a file, and a file imports only from rows above it."""
+"""The house: folders by subject, and imports that go one way."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
 
 import progressive_vae
-import progressive_vae.training
 
 PACKAGE = Path(progressive_vae.__file__).parent
 
+# What each place may import from, besides itself: the places before it.
+ORDER = [
+    "arguments",
+    "paths",
+    "scripts",
+    "serialization",
+    "configuration",
+    "models",
+    "image_files",
+    "image_processor",
+    "visualization",
+    "hub",
+    "codec",
+    "inpainting",
+    "pipeline",
+    "data",
+    "evaluation",
+    "training",
+]
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-def imports(path: Path) -> list[tuple[int, str]]:
-    """(level, module) of the relative imports of a file: 1 for a neighbour, 2 for the house."""
-    return [
-        (node.level, node.module)
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.level
-    ]
+
+def place(parts: tuple[str, ...]) -> str:
+    """The folder, or the file at the top, that a module lies in."""
+    return parts[0].removesuffix(".py")
 
 
-def rows(module) -> list[str]:
-    return re.findall(r"^\| `(\w+)\.py` \|", module.__doc__, re.M)
+def imported_modules(path: Path) -> list[tuple[str, ...]]:
+    """The modules of the package that a file imports, as parts of their paths."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            modules.append((*base, *(node.module or "").split(".")))
+    return modules
 
 
-@pytest.mark.parametrize("module", [progressive_vae, progressive_vae.training])
-def test_files_import_only_from_rows_above(module):
-    folder, names = Path(module.__file__).parent, rows(module)
-    assert {*names, "__init__"} == {path.stem for path in folder.glob("*.py")}
-    for row, name in enumerate(names):
-        neighbours = {what for level, what in imports(folder / f"{name}.py") if level == 1}
-        assert neighbours <= set(names[:row]), f"{name} imports {neighbours}"
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    own = path.relative_to(PACKAGE).parts
+    if own == ("__init__.py",):
+        return
+    allowed = ORDER[: ORDER.index(place(own)) + 1]
+    for module in imported_modules(path):
+        assert place(module) in allowed, f"{'/'.join(own)} imports {'.'.join(module)}"
 
 
-def test_what_is_used_does_not_need_what_makes_it():
-    used, wing = rows(progressive_vae), PACKAGE / "training"
-    for path in PACKAGE.glob("*.py"):
-        assert {level for level, _ in imports(path)} <= {1}, path
-    for path in wing.glob("*.py"):
-        assert {what for level, what in imports(path) if level == 2} <= set(used), path
+def test_modules_of_a_folder_do_not_import_each_other_in_circles():
+    graph = {
+        path.relative_to(PACKAGE).with_suffix("").parts: imported_modules(path)
+        for path in FILES
+        if path.name != "__init__.py"
+    }
+    done: set = set()
+
+    def visit(module: tuple[str, ...], above: tuple) -> None:
+        assert module not in above, f"{'.'.join(module)} imports itself through {above}"
+        if module not in done:
+            for imported in graph.get(module, []):
+                visit(imported, (*above, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_every_place_is_named():
+    """In the docstring of the package, and in the order of imports."""
+    folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file()}
+    for folder in folders:
+        assert f"`{folder}/`" in progressive_vae.__doc__
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert folders | files == set(ORDER)

@@ -15,8 +15,8 @@ from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,
     ProgressiveVAEPipeline,
-    tokenizers,
 )
+from progressive_vae.models import pretrained_tokenizers as tokenizers
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.training import train
 

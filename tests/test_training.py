@@ -15,11 +15,11 @@ import yaml
 from conftest import load_script
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.data.code_cache import GridDataset
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.training import greedy
-from progressive_vae.data.code_cache import GridDataset
-from progressive_vae.training.fit import fit
 from progressive_vae.training.args import FitSettings, RunSettings
+from progressive_vae.training.fit import fit
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(

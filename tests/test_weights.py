@@ -16,7 +16,13 @@ from progressive_vae import (
     ProgressiveVAEPrior,
     ProgressiveVAEPriorConfig,
 )
-from progressive_vae.models.modeling_utils import CONFIG_SEAL, WEIGHTS_SEAL, _header, is_weights, seal
+from progressive_vae.models.modeling_utils import (
+    CONFIG_SEAL,
+    WEIGHTS_SEAL,
+    _header,
+    is_weights,
+    seal,
+)
 
 
 @pytest.fixture

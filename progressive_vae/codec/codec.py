@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from ..arguments import as_integer
-from ..pipeline_inputs import CallingPipeline
-from ..models.distributions import Distribution
-from ..models.value_types import as_pixel_values, as_values, of_unit
-from ..models.fingerprint import original_names
-from ..models.orderings import Choose, Place
-from .bitstream import Header
 from ..image_processor import Images, as_images, pixel_value_batches
 from ..models.class_labels import Labels, known_labels, label_ids
+from ..models.distributions import Distribution
+from ..models.fingerprint import original_names
+from ..models.orderings import Choose, Place
+from ..models.value_types import as_pixel_values, as_values, of_unit
+from ..pipeline_inputs import CallingPipeline
+from .bitstream import Header
 from .fixed_point import whole_numbers
 
 ARITHMETICS = ("float", "integer")

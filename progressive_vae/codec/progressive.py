@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .bitstream import Header
 from ..image_processor import Images
 from ..pipeline import ProgressiveVAEPipeline
+from .bitstream import Header
 
 
 def growing(

@@ -1,0 +1,1 @@
+"""Configs of levels, priors and tokenizers, their validation, and which of them fit together."""

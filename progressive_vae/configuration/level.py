@@ -4,6 +4,14 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .base import (
+    check_classes,
+    check_limits,
+    check_names,
+    check_range,
+    name_classes,
+    strict_config,
+)
 from .causal_lm import MAX_LAYERS, causal_config, check_causal_config, small_opt
 from .choices import (
     CORRUPTIONS,
@@ -17,14 +25,6 @@ from .choices import (
     QUANTIZERS,
     STOCHASTIC,
     fsq_levels,
-)
-from .base import (
-    check_classes,
-    check_limits,
-    check_names,
-    check_range,
-    name_classes,
-    strict_config,
 )
 from .tokenizer import take_shape
 

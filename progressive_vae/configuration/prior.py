@@ -4,8 +4,6 @@ import math
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .causal_lm import causal_config, check_causal_config, small_llama
-from .level import MAX_CODES
 from .base import (
     check_classes,
     check_limits,
@@ -14,6 +12,8 @@ from .base import (
     name_classes,
     strict_config,
 )
+from .causal_lm import causal_config, check_causal_config, small_llama
+from .level import MAX_CODES
 
 
 @strict_config

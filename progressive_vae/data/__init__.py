@@ -1,0 +1,1 @@
+"""Data sets of images: folders, columns and classes; cached pixels and codes; augmentation."""

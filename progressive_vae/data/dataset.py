@@ -28,9 +28,9 @@ from ..image_files import (
     open_image,
     resize_shorter_side,
 )
+from .args import DataSettings
 from .classes import NO_LABEL, find_column
 from .image_folder import has_images, open_image_folder
-from ..training.args import DataSettings
 
 IMAGE_COLUMNS = ("image", "img", "images", "pixel_values")
 FILE_TYPES = ("binary", "large_binary", "string", "large_string")  # contents, or paths

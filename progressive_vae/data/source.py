@@ -15,6 +15,8 @@ from datasets.distributed import split_dataset_by_node
 
 from ..configuration.level import NUM_PIXEL_VALUES
 from ..image_files import GRAY_MODES, MODES, is_gray
+from .args import DataSettings
+from .augmentation import AS_THEY_ARE, Forms
 from .classes import Classes, find_classes
 from .code_cache import GridDataset, Manifest, is_cache, write_cache
 from .dataset import (
@@ -29,8 +31,6 @@ from .dataset import (
     prepare_image,
     read_images,
 )
-from .augmentation import AS_THEY_ARE, Forms
-from ..training.args import DataSettings
 from .streaming import PixelStream
 
 STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far

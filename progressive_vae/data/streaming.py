@@ -10,9 +10,9 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
+from .augmentation import AS_THEY_ARE, Forms, in_form
 from .code_cache import Manifest
 from .dataset import pixel_batches, read_images
-from .augmentation import AS_THEY_ARE, Forms, in_form
 
 
 class PixelStream(torch.utils.data.IterableDataset):

@@ -1,0 +1,1 @@
+"""Held-out metrics: bits per dimension, Fréchet distances, rate and distortion, throughput."""

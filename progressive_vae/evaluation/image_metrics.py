@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..models.value_types import as_pixel_values, as_unit, of_unit
-from ..pipeline import ProgressiveVAEPipeline
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, cached
 from ..data.streaming import PixelStream
+from ..models.value_types import as_pixel_values, as_unit, of_unit
+from ..pipeline import ProgressiveVAEPipeline
 
 
 class Classifier(nn.Sequential):

@@ -9,11 +9,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..configuration.level import NUM_PIXEL_VALUES
-from ..models.value_types import as_unit
-from ..visualization import has_previews
-from ..pipeline import ProgressiveVAEPipeline
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset
+from ..models.value_types import as_unit
+from ..pipeline import ProgressiveVAEPipeline
+from ..visualization import has_previews
 from .image_metrics import Classifier
 
 SSIM_WINDOW = 11

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.value_types import as_unit
 from ..data.code_cache import GridDataset
-from .sliced_wasserstein import patches_of, sliced_wasserstein
+from ..models.value_types import as_unit
 from .image_metrics import features_of, frechet_distance, precision_recall
+from .sliced_wasserstein import patches_of, sliced_wasserstein
 
 BATCH_SIZE = 250
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.value_types import as_pixel_values
 from ..models.preview_decoder import Painter
-from ..visualization import has_previews
+from ..models.value_types import as_pixel_values
 from ..pipeline import ProgressiveVAEPipeline
+from ..visualization import has_previews
 
 TIMED_SECONDS = 2.0  # of each speed
 

@@ -40,7 +40,7 @@ def card_template() -> str:
     """MODEL_CARD.md without its metadata, which are those of the model that comes with the project:
     package data of an installed wheel, the repository's own in a checkout."""
     packaged = resources.files("progressive_vae") / "MODEL_CARD.md"
-    own = Path(__file__).parents[1] / "MODEL_CARD.md"
+    own = Path(__file__).parents[2] / "MODEL_CARD.md"
     text = (packaged if packaged.is_file() else own).read_text(encoding="utf-8")
     return _METADATA.sub("", text)
 

@@ -8,10 +8,11 @@ aside.
 import json
 from pathlib import Path
 
-from .model_card import card_template
 from ..serialization import __version__
+from .model_card import card_template
 
-NAME, FILE, LINE = "progressive_vae", "#: ", "#|"  # as bundled.py reads them
+NAME, FILE, LINE = "progressive_vae", "#: ", "#|"  # as remote_code_loader.py reads them
+FOLDERS_LEFT_OUT = ("data", "evaluation", "training")  # which no inference imports
 CODE = "pipeline.py"  # where diffusers looks for a class of a repository's own
 PART_CODE = f"{NAME}.py"  # and for one of a part: named as its library
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -24,10 +25,17 @@ _AUTO_CLASSES = {
 
 
 def bundle() -> str:
-    """The package in one file: `bundled.py`, with all files and the card's template below it."""
-    folder = Path(__file__).parent
-    texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))}
-    first = texts["bundled.py"].replace("VERSION = __version__", f"VERSION = {__version__!r}")
+    """The package in one file: `remote_code_loader.py`, with the files that inference takes and
+    the template of the model card below it."""
+    folder = Path(__file__).parents[1]
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
+    texts = {
+        name: path.read_text(encoding="utf-8")
+        for name, path in paths.items()
+        if name.split("/")[0] not in FOLDERS_LEFT_OUT
+    }
+    loader = texts["hub/remote_code_loader.py"]
+    first = loader.replace("VERSION = __version__", f"VERSION = {__version__!r}")
     texts["MODEL_CARD.md"] = card_template()
     lines = [first]
     for name, text in texts.items():

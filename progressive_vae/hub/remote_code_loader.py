@@ -15,7 +15,7 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-NAME, FILE, LINE = "progressive_vae", "#: ", "#|"  # as remote.py writes them
+NAME, FILE, LINE = "progressive_vae", "#: ", "#|"  # as remote_code.py writes them
 
 
 def unpacked(file: Path) -> Path:
@@ -32,7 +32,7 @@ def unpacked(file: Path) -> Path:
                 lines.append(line.removeprefix(LINE) + "\n")
         for name, lines in texts.items():
             path = temporary / NAME / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(lines), encoding="utf-8")
         with suppress(OSError):  # another process was first
             os.replace(temporary, folder)

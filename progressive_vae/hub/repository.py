@@ -17,11 +17,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
-from .model_card import PICTURES, for_repository, is_generated, model_card
-from ..paths import replacing
-from .remote_code import files_with_code, is_code
-from ..serialization import read_json, stamp, take_stamp
 from ..models.modeling_utils import is_weights, variant_of
+from ..paths import replacing
+from ..serialization import read_json, stamp, take_stamp
+from .model_card import PICTURES, for_repository, is_generated, model_card
+from .remote_code import files_with_code, is_code
 
 LOADED_BY = ["save_pretrained", "from_pretrained"]
 INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
@@ -42,7 +42,7 @@ def register(pipeline: type[DiffusionPipeline], *parts: type):
     setattr(diffusers, pipeline.__name__, pipeline)
     setattr(diffusers.pipelines, __package__, sys.modules[__package__])
     classes = {part.__name__: LOADED_BY for part in parts}
-    pipeline_loading_utils.LOADABLE_CLASSES[__package__] = classes
+    pipeline_loading_utils.LOADABLE_CLASSES["progressive_vae"] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
 
 
@@ -80,7 +80,7 @@ class HubPipeline(DiffusionPipeline):
             name = contents["_class_name"] = name[1]  # this class needs none of that code
         if not isinstance(name, str):
             raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
-        classes = pipeline_loading_utils.LOADABLE_CLASSES[__package__]
+        classes = pipeline_loading_utils.LOADABLE_CLASSES["progressive_vae"]
         for name, value in contents.items():
             if not _is_slot(name) or value == [None, None]:
                 continue

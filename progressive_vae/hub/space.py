@@ -13,8 +13,8 @@ from huggingface_hub import (
     SpaceCardData,
 )
 
-from .repository import CARD, METRICS, create_repository, pipeline_files
 from ..serialization import read_json
+from .repository import CARD, METRICS, create_repository, pipeline_files
 
 APP, REQUIREMENTS, MODEL = "app.py", "requirements.txt", "model"
 PACKAGE = "progressive-vae[demo]"

@@ -1,0 +1,1 @@
+"""Level and prior, and what they consist of: encoders, quantizers, decoders, distributions."""

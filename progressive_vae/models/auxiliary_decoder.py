@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..configuration.level import ProgressiveVAELevelConfig
 from .decoders import Condition
 from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
-from .orderings import Choose, Place, Teacher, ask
 from .layers import ChannelNorm, Upsample, dithered, residual_blocks
+from .orderings import Choose, Place, Teacher, ask
 
 FLOOR = 1e-3  # the share of the uniform distribution, so that no pixel is impossible
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.utils import ModelOutput
 
-from .causal_lm import NUM_CHECKED, Causal
 from ..configuration.level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from .causal_lm import NUM_CHECKED, Causal
 from .distributions import Categorical, Factored
-from .orderings import ORDERS, Choose, Place, Teacher, ask, route
 from .heads import Blind, make_head, make_logits
 from .layers import (
     Downsample,
@@ -31,6 +30,7 @@ from .layers import (
     dithered,
     residual_blocks,
 )
+from .orderings import ORDERS, Choose, Place, Teacher, ask, route
 
 
 class Condition(NamedTuple):

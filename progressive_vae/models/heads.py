@@ -8,8 +8,8 @@ from transformers import initialization as init
 
 from ..configuration.level import ProgressiveVAELevelConfig
 from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
-from .orderings import Group
 from .layers import PaddedLinear, PixelEmbedding, ZeroLinear, constant
+from .orderings import Group
 
 
 class Blind(nn.Module):

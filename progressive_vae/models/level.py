@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from ..arguments import as_integer, as_number
-from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
-from ..configuration.validation import check_codes, grid_sizes
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..configuration.validation import check_codes, grid_sizes
+from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
+from .class_labels import Labels, drop_labels, label_ids
 from .decoders import Condition, Decoder, make_decoder
 from .encoder import make_encoder
-from .value_types import make_entries, on_value_scale
-from .orderings import Choose
 from .heads import Head
-from .class_labels import Labels, drop_labels, label_ids
 from .layers import init_weights
+from .modeling_utils import SavedModel
+from .orderings import Choose
+from .pretrained_tokenizers import make_tokenizer
 from .preview_decoder import Painter
 from .quantizers import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
-from .pretrained_tokenizers import make_tokenizer
-from .modeling_utils import SavedModel
+from .value_types import make_entries, on_value_scale
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
-from .auxiliary_decoder import Auxiliary
 from ..configuration.level import ProgressiveVAELevelConfig
+from ..configuration.tokenizer import Tokenizer, read_tokenizer
+from .auxiliary_decoder import Auxiliary
 from .dalle_dvae import dalle_decoder, dalle_encoder, from_logits, to_unit
 from .layers import ZeroConv2d
 from .quantizers import Quantizer, QuantizerOutput
 from .sampling import Generators
-from ..configuration.tokenizer import Tokenizer, read_tokenizer
 
 PIXELS_AT_A_TIME = 2**19  # of batches that networks of full resolution see
 DISTANCES_AT_A_TIME = 2**24  # between latents and code vectors

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import ModelOutput
 
 from ..arguments import as_integer
-from .causal_lm import NUM_CHECKED, Causal
-from ..configuration.validation import check_codes
-from .distributions import Categorical
-from .orderings import Choose
-from .class_labels import Labels, drop_labels, known_labels, label_ids
 from ..configuration.prior import ProgressiveVAEPriorConfig
-from .sampling import Generators, Sampler
+from ..configuration.validation import check_codes
+from .causal_lm import NUM_CHECKED, Causal
+from .class_labels import Labels, drop_labels, known_labels, label_ids
+from .distributions import Categorical
 from .modeling_utils import SavedModel
+from .orderings import Choose
+from .sampling import Generators, Sampler
 
 
 @dataclass

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..configuration.validation import check_codes
 from ..configuration.level import NUM_PIXEL_VALUES, ProgressiveVAELevelConfig
+from ..configuration.validation import check_codes
 
 _HALF = (NUM_PIXEL_VALUES - 1) / 2  # 127.5
 

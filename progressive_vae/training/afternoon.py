@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..models.causal_lm import cached_step
-from ..models.value_types import as_pixel_values, of_unit
-from ..models.quantizers import VectorQuantizer
 from ..data.code_cache import GridDataset
+from ..models.causal_lm import cached_step
+from ..models.quantizers import VectorQuantizer
+from ..models.value_types import as_pixel_values, of_unit
 
 
 class FlatVAE(nn.Module):

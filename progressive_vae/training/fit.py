@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..models.prior import ProgressiveVAEPrior
-from .checkpoints import Checkpoints, Progress, is_sharded
 from ..data.code_cache import GridDataset, PairedDataset
-from .muon import Muon, matrices_and_others
-from .args import FitSettings, RunSettings
 from ..data.streaming import PixelStream
+from ..models.prior import ProgressiveVAEPrior
+from .args import FitSettings, RunSettings
+from .checkpoints import Checkpoints, Progress, is_sharded
+from .muon import Muon, matrices_and_others
 
 
 class Shuffled(Sampler):

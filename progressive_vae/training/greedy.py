@@ -19,17 +19,17 @@ import datasets
 from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from ..configuration.validation import check_image_size
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..configuration.validation import check_image_size
+from ..data.dataset import Images
+from ..data.source import open_source
 from ..hub.repository import figures, open_repository, push_or_warn
 from ..models.level import ProgressiveVAELevel
+from ..models.prior import ProgressiveVAEPrior
 from ..paths import expand_home, make_folder
 from ..pipeline import ProgressiveVAEPipeline
-from ..models.prior import ProgressiveVAEPrior
 from ..serialization import write_text
-from .resume import check_work, given_levels, keep_recipe, take_given
 from .checkpoints import Checkpoints, flat
-from ..data.dataset import Images
 from .lock import LOCK, MOMENT, locked
 from .phases import LevelPhase, Model, Phase, PriorPhase, RefitPhase, part_alone
 from .recipe import Recipe, read_recipe
@@ -39,8 +39,8 @@ from .report import (
     assemble,
     evaluate_and_save,
 )
+from .resume import check_work, given_levels, keep_recipe, take_given
 from .run import PHASES, Run, make_accelerator
-from ..data.source import open_source
 
 # How pixels lie around a given tokenizer's picture is soon learned.
 STEPS_OF_SCALES, SHARE_OF_SCALES = 500, 0.05

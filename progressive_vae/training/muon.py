@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..models.layers import ZeroLinear
 from ..evaluation.throughput import has_bf16
+from ..models.layers import ZeroLinear
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero (Jordan et al. 2024)
 

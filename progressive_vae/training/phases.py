@@ -17,22 +17,22 @@ import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
-from ..configuration.validation import MAX_LEVELS, grid_sizes
 from ..configuration.level import ProgressiveVAELevelConfig
-from ..models.level import ProgressiveVAELevel
-from ..models.preview_decoder import Painter
-from ..visualization import reconstruction_grid, sample_grid
-from ..pipeline import ProgressiveVAEPipeline
-from ..models.prior import ProgressiveVAEPrior
 from ..configuration.prior import ProgressiveVAEPriorConfig
-from .checkpoints import Progress, is_sharded
+from ..configuration.validation import MAX_LEVELS, grid_sizes
+from ..data.augmentation import AS_THEY_ARE
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, PairedDataset
-from .fit import fit
-from ..data.augmentation import AS_THEY_ARE
-from .run import Run, as_finer
-from .args import FitSettings
 from ..data.streaming import PixelStream
+from ..models.level import ProgressiveVAELevel
+from ..models.preview_decoder import Painter
+from ..models.prior import ProgressiveVAEPrior
+from ..pipeline import ProgressiveVAEPipeline
+from ..visualization import reconstruction_grid, sample_grid
+from .args import FitSettings
+from .checkpoints import Progress, is_sharded
+from .fit import fit
+from .run import Run, as_finer
 
 WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
 MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size

@@ -21,13 +21,14 @@ from typing import Any, TypeVar
 import yaml
 from jsonargparse import ArgumentParser
 
-from ..configuration.validation import MAX_LEVELS, grid_sizes
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..configuration.prior import ProgressiveVAEPriorConfig
+from ..configuration.validation import MAX_LEVELS, grid_sizes
+from ..data.args import DataSettings
 from ..hub.repository import INDEX, pipeline_parts
 from ..paths import expand_home
-from ..configuration.prior import ProgressiveVAEPriorConfig
+from .args import FitSettings, PriorFitSettings, RunSettings
 from .cli import in_words
-from .args import DataSettings, FitSettings, PriorFitSettings, RunSettings
 
 Kind = TypeVar("Kind")
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 import yaml
 
+from ..evaluation.image_metrics import distance_of_samples, train_classifier
+from ..evaluation.likelihood import evaluate, label_accuracy
+from ..evaluation.throughput import sampling_speed
 from ..hub.model_card import PICTURES, figures_table
 from ..hub.repository import INDEX, METRICS, figures, push_or_warn, weights_digest, write_card
-from ..paths import replacing
-from ..visualization import reconstruction_grid, sample_grid
-from ..pipeline import ProgressiveVAEPipeline
 from ..models.prior import ProgressiveVAEPrior
+from ..paths import replacing
+from ..pipeline import ProgressiveVAEPipeline
 from ..serialization import __version__, write_json, write_text
-from ..evaluation.likelihood import evaluate, label_accuracy
+from ..visualization import reconstruction_grid, sample_grid
 from .recipe import read_yaml
 from .run import Run
-from ..evaluation.throughput import sampling_speed
-from ..evaluation.image_metrics import distance_of_samples, train_classifier
 
 RECIPE = "recipe.yaml"
 

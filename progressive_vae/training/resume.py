@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ..configuration.level import ProgressiveVAELevelConfig
-from ..models.fingerprint import fingerprint
+from ..data.code_cache import Manifest
 from ..hub.repository import INDEX
+from ..models.fingerprint import fingerprint
 from ..models.level import ProgressiveVAELevel
 from .checkpoints import flat
-from ..data.code_cache import Manifest
 from .phases import Phase, RefitPhase
 from .recipe import Recipe, levels_in
 from .report import saved_sections, write_sections

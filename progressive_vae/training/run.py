@@ -27,17 +27,17 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration.validation import MAX_LEVELS, grid_sizes
+from ..data.augmentation import AS_THEY_ARE, Forms, FormsDataset
+from ..data.code_cache import GridDataset, Manifest, write_cache
+from ..data.streaming import PixelStream
+from ..evaluation.throughput import has_bf16
 from ..models.fingerprint import fingerprint
 from ..models.level import ProgressiveVAELevel
 from ..paths import replacing
 from ..serialization import read_json, write_json
-from .checkpoints import Checkpoints, check_identity, errors_of_writing, is_sharded
-from ..data.code_cache import GridDataset, Manifest, write_cache
-from ..data.augmentation import AS_THEY_ARE, Forms, FormsDataset
-from .lock import alone
 from .args import RunSettings
-from ..evaluation.throughput import has_bf16
-from ..data.streaming import PixelStream
+from .checkpoints import Checkpoints, check_identity, errors_of_writing, is_sharded
+from .lock import alone
 
 HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
 
