@@ -19,7 +19,7 @@ import re
 import sys
 from pathlib import Path
 
-from foreign import PICKLES, Row, by_prefix, convert, make_table, parse, read_weights
+from foreign import PICKLES, Row, convert, make_table, parse, read_weights, replace_prefix
 from torch import Tensor
 
 ENCODER_SLOTS = {"blocks.": "encoder.blocks."}
@@ -31,12 +31,12 @@ def encoder_slot(key: str) -> str | None:
     """The name in a level of a weight of a `dall_e.Encoder`: that of `FlavaImageCodebook`'s."""
     key = re.sub(r"\.(group_\d)\.", r".\1.group.", key)
     key = re.sub(r"\.res_path\.", r".res_path.path.", key)
-    return by_prefix(_spelled_out(key), ENCODER_SLOTS)
+    return replace_prefix(_spelled_out(key), ENCODER_SLOTS)
 
 
 def decoder_slot(key: str) -> str | None:
     """The name in a level of a weight of a `dall_e.Decoder`: its first layer is the codebook."""
-    return by_prefix(_spelled_out(key), DECODER_SLOTS)
+    return replace_prefix(_spelled_out(key), DECODER_SLOTS)
 
 
 def _spelled_out(key: str) -> str:

@@ -27,7 +27,6 @@ from foreign import (
     ADVICE,
     VQ_SLOTS,
     Arguments,
-    by_prefix,
     check_table,
     choose_dtype,
     convert,
@@ -37,6 +36,7 @@ from foreign import (
     make_table,
     parse,
     read_checkpoint,
+    replace_prefix,
     shorten,
     show,
     write,
@@ -73,7 +73,7 @@ def slot(key: str) -> str | None:
     if ".attentions." in key:
         for old, new in OLD_NAMES.items():
             key = key.replace(old, new)
-    return by_prefix(key, VQ_SLOTS)
+    return replace_prefix(key, VQ_SLOTS)
 
 
 def locate(source: str) -> tuple[str, str | None]:
@@ -134,10 +134,10 @@ def to_vqmodel(arguments: VQModelArguments):
         print("its images are in [0, 1], which a VQModel's config cannot say")
     ours = {new: old for old, new in VQ_SLOTS.items()}
     state = level.state_dict()
-    kept = {key: state[key] for key in state if by_prefix(key, ours) is not None}
+    kept = {key: state[key] for key in state if replace_prefix(key, ours) is not None}
     if left := [key for key in state if key not in kept]:
         print(f"left out: {len(left)} weights that are not the tokenizer's: {shorten(left)}")
-    table = make_table(kept, lambda key: by_prefix(key, ours))
+    table = make_table(kept, lambda key: replace_prefix(key, ours))
     model = VQModel(**fields).to(choose_dtype(arguments, table)).eval()
     check_table(table, model.state_dict())
     if arguments.dry_run:

@@ -19,12 +19,12 @@ from foreign import (
     ADVICE,
     VQ_SLOTS,
     Arguments,
-    by_prefix,
     convert,
     find_config,
     make_table,
     parse,
     read_checkpoint,
+    replace_prefix,
 )
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
@@ -61,7 +61,7 @@ def main(words: list[str]):
     fields, is_part = read_config(arguments)
     prefix = WHOLE if is_part else ""
     weights = read_checkpoint(arguments.checkpoint_path, FILES, prefix=prefix)
-    table = make_table(weights, lambda key: by_prefix(key.removeprefix(prefix), VQ_SLOTS))
+    table = make_table(weights, lambda key: replace_prefix(key.removeprefix(prefix), VQ_SLOTS))
     left_out = [f"all of Janus that is not in {WHOLE}*"] if is_part else []
     convert(arguments, {"model_type": "janus_vqgan", **fields}, table, left_out)
 

@@ -23,7 +23,7 @@ import sys
 from typing import Any
 
 import yaml
-from foreign import VQ_SLOTS, by_prefix, convert, make_table, parse, read_weights
+from foreign import VQ_SLOTS, convert, make_table, parse, read_weights, replace_prefix
 from torch import Tensor
 
 # In the encoder and in the decoder, in the order in which it is replaced.
@@ -44,7 +44,7 @@ NAMES = [
     (r"\.norm_out\.", r".conv_norm_out."),
 ]
 FIRST_STAGE = "first_stage_model."
-LEFT_OUT = ("loss.", "model_ema.", "colorize")  # of training, and a picture's colours
+LEFT_OUT = ("loss.", "model_ema.", "colorize")  # of training, and a picture's colors
 TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel")
 
 # What says nothing of the network: `params` has these beside what is read.
@@ -176,7 +176,7 @@ def slot(key: str, num_grids: int) -> str | None:
         key = re.sub(theirs, ours, key)
     key = re.sub(r"\.up_blocks\.(\d+)\.",
                  lambda found: f".up_blocks.{num_grids - 1 - int(found[1])}.", key)  # fmt: skip
-    return by_prefix(key, VQ_SLOTS)
+    return replace_prefix(key, VQ_SLOTS)
 
 
 def as_linear(key: str, weight: Tensor) -> Tensor:

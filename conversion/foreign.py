@@ -219,7 +219,7 @@ def _unpickle(path: Path) -> dict[Any, Any]:
 # ---- the table -----------------------------------------------------------------------------------
 
 
-def by_prefix(key: str, slots: dict[str, str]) -> str | None:
+def replace_prefix(key: str, slots: dict[str, str]) -> str | None:
     """A name of theirs by the prefixes theirs → ours; `None` if it has none of them."""
     for theirs, ours in slots.items():
         if key.startswith(theirs):

@@ -24,7 +24,7 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.serialization import read_json, write_json
 
 
-def halve(source: str, target: str):
+def convert_to_fp16(source: str, target: str):
     """
     Raises:
         ValueError: a weight that is too large for 16 bits, or `target` is `source`.
@@ -47,7 +47,7 @@ def main(words: list[str]):
     parser.add_argument("source", help="a pipeline's folder, or its repository on the Hub")
     parser.add_argument("target", help="a folder to write")
     arguments = parser.parse_args(words)
-    halve(arguments.source, arguments.target)
+    convert_to_fp16(arguments.source, arguments.target)
     size = sum(path.stat().st_size for path in Path(arguments.target).rglob("*.safetensors"))
     print(f"wrote {size / 1e6:.2f} MB of weights to {arguments.target}")
 

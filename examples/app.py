@@ -35,16 +35,16 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codec.progressive import growing
-from progressive_vae.evaluation.image_codecs import LOSSLESS, as_file
+from progressive_vae.codec.progressive import progressive_previews
+from progressive_vae.evaluation.image_codecs import LOSSLESS, codec_roundtrip
 from progressive_vae.hub.space import PACKAGE, push_space
 from progressive_vae.image_files import open_image
-from progressive_vae.image_processor import fitted, from_pixel_values
+from progressive_vae.image_processor import from_pixel_values, resize_and_convert
 from progressive_vae.models.class_labels import known_labels, label_ids
-from progressive_vae.models.value_types import as_pixel_values
+from progressive_vae.models.value_types import uint8_to_signed
 from progressive_vae.paths import expand_home
 from progressive_vae.scripts import run_script
-from progressive_vae.visualization import has_previews, symbol_picture
+from progressive_vae.visualization import code_map, has_previews
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 AT_A_TIME, WAITING = 2, 32  # answers
@@ -187,7 +187,7 @@ class Page:
         i, codes = len(grids) - 1, [grid.cpu() for grid in grids]
         if i == self.pipe.num_levels:
             return self.images(from_pixel_values(codes[-1], "pil"), self.name(i), self.extent(i))
-        row = self.images([*map(symbol_picture, codes[-1])], self.name(i), self.extent(i))
+        row = self.images([*map(code_map, codes[-1])], self.name(i), self.extent(i))
         if self.has_previews:
             row += self.images(self.pipe.preview(codes), self.name(i), "as a preview")
         return row
@@ -198,12 +198,12 @@ class Page:
     def opened(self, contents: bytes | None) -> tuple[PIL.Image.Image, str]:
         """A file as a picture of the model's kind, and what was done to it."""
         if not contents:
-            raise gr.Error("Choose a picture first.", print_exception=False)
+            raise gr.Error("StepFn a picture first.", print_exception=False)
         try:
             image = open_image(contents, MAX_PICTURE_PIXELS).image
         except ValueError as error:
             raise gr.Error(f"{NOT_READ} ({error})", print_exception=False) from error
-        image, done = fitted(image, self.pipe.image_shape)
+        image, done = resize_and_convert(image, self.pipe.image_shape)
         return image, f"Your picture, {', '.join(done) or 'as it is'}."
 
     def look(self, contents: bytes | None) -> Iterator[tuple]:
@@ -221,7 +221,7 @@ class Page:
         grids = [picture(image, size, "the picture")]
         for i, grid in enumerate(codes):
             used = f"{z(i + 1)}: {grid.numel()} symbols of {len(grid.unique())} kinds"
-            grids.append(picture(symbol_picture(grid[0]), size, used))
+            grids.append(picture(code_map(grid[0]), size, used))
         found = strip(told("Its symbols", says), grids)
         views = [picture(self.shown(codes[:k]), size, f"{kept(k)} alone")
                  for k in range(1, pipe.num_levels + 1)]  # fmt: skip
@@ -253,11 +253,13 @@ class Page:
         sizes = [("this model", len(stream), True)]
         for name, options in LOSSLESS.items():
             with suppress(ImportError):  # imagecodecs is not there
-                sizes.append((name, len(as_file(name, np.asarray(image), options)[0]), False))
+                sizes.append(
+                    (name, len(codec_roundtrip(name, np.asarray(image), options)[0]), False)
+                )
         rows = [(name, float(size), f"{size} bytes", ours) for name, size, ours in sizes]
         views = []
-        for k, (length, view) in enumerate(growing(self.pipe, image, stream), 1):
-            view = from_pixel_values(as_pixel_values(view[None]), "pil")[0]
+        for k, (length, view) in enumerate(progressive_previews(self.pipe, image, stream), 1):
+            view = from_pixel_values(uint8_to_signed(view[None]), "pil")[0]
             views.append(picture(view, self.size, f"{length} bytes: {kept(k)}"))
         views.append(picture(image, self.size, f"all {len(stream)} bytes: no loss"))
         grown = strip(told("It grows", "what the first bytes of its stream show"), views)
@@ -266,7 +268,7 @@ class Page:
     def redraw(self, codes: list[Tensor] | None, k: int, seed: int | None) -> str:
         """Eight pictures of the same z_1 … z_k."""
         if codes is None:
-            raise gr.Error("Choose a picture first.", print_exception=False)
+            raise gr.Error("StepFn a picture first.", print_exception=False)
         count, k = min(8, self.max_images), min(int(k), len(codes))
         told_to = {"num_images_per_prompt": count, "generator": generators(seed, count)}
         images = self.pipe(codes=codes[:k], **told_to).images
@@ -294,7 +296,7 @@ def make_demo(pipe: ProgressiveVAEPipeline, model: str) -> gr.Blocks:
         if pipe.prior is not None:
             with gr.Tab("Draw"):
                 draw_tab(page, demo, queue)
-        with gr.Tab("Look into a picture"):
+        with gr.Tab("NeighborConditioning into a picture"):
             look_tab(page, queue)
     return demo.queue(max_size=WAITING, default_concurrency_limit=AT_A_TIME)
 

@@ -35,14 +35,14 @@ from torch import Tensor, nn
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 from progressive_vae.evaluation.image_metrics import (
     Classifier,
     ClassifierFeatures,
     accuracy,
     cached_classifier,
-    cached_drawn,
-    draw_labelled,
+    cached_samples,
+    sample_labeled,
 )
 from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
 from progressive_vae.evaluation.throughput import (
@@ -54,7 +54,7 @@ from progressive_vae.evaluation.throughput import (
     training_operations,
 )
 from progressive_vae.image_processor import from_pixel_values
-from progressive_vae.models.value_types import as_pixel_values, as_unit
+from progressive_vae.models.value_types import uint8_to_signed, uint8_to_unit
 from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.scripts import run_script, save_image
 from progressive_vae.serialization import read_json, write_json, write_text
@@ -65,7 +65,7 @@ from progressive_vae.training.lock import locked
 from progressive_vae.training.recipe import read_recipe
 from progressive_vae.training.report import device_name
 from progressive_vae.training.run import Run, make_accelerator
-from progressive_vae.visualization import has_previews, picture_grid
+from progressive_vae.visualization import has_previews, image_grid
 
 _ANEW = "delete the folder and begin anew"
 MATRIX_RATE = "matrix_rate.json"  # of products as in the training, by its threads
@@ -139,7 +139,7 @@ def drawn_by(
 ) -> GridDataset:
     """So many drawn images, kept."""
     folder, seed = Path(arguments.output_dir) / "drawn" / f"{name}_{count}", arguments.seed
-    return cached_drawn(folder, models, shape, count, seed, draw(count, seed))
+    return cached_samples(folder, models, shape, count, seed, draw(count, seed))
 
 
 def drawn_by_ours(
@@ -150,7 +150,7 @@ def drawn_by_ours(
     preview: bool = False,
 ) -> GridDataset:
     factors, name = [getattr(pipe, each) for each in pipe.factor_names], name + "_preview" * preview
-    draw = partial(draw_labelled, pipe, preview=preview)
+    draw = partial(sample_labeled, pipe, preview=preview)
     return drawn_by(arguments, name, factors, pipe.image_shape, draw, count)
 
 
@@ -197,7 +197,7 @@ class Yardstick:
 def speeds_of_afternoon(
     model: Afternoon, images: Tensor, costs: dict[str, float]
 ) -> dict[str, float]:
-    pixel_values, count = as_pixel_values(images.to(model.device)), len(images)
+    pixel_values, count = uint8_to_signed(images.to(model.device)), len(images)
     some = torch.arange(count) % model.num_classes
     return {
         "drawn, batch 1": rate(lambda: model.draw(some[:1], False), 1),
@@ -240,7 +240,7 @@ def picture_of(models: list[GridDataset], num_classes: int, columns: int) -> Ima
     whole = slice(0, columns * num_classes)
     sides = [drawn.batch(whole)[0].unflatten(0, (columns, num_classes)) for drawn in models]
     rows = torch.cat(sides).movedim(1, 0)[:10].flatten(0, 1)  # (10 · columns · models, C, H, W)
-    return picture_grid(from_pixel_values(as_pixel_values(rows), "pil"), columns * len(models))
+    return image_grid(from_pixel_values(uint8_to_signed(rows), "pil"), columns * len(models))
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
@@ -274,7 +274,7 @@ def compare(arguments: Arguments):
                     "report_to": "none"}  # fmt: skip
     overrides = {"data": {name: value for name, value in data.items() if value is not None}}
     recipe = read_recipe(arguments.config, {**overrides, "run": run_settings})
-    source = open_source(recipe.data)
+    source = open_dataset(recipe.data)
     names = source.class_names
     if not names:
         raise ValueError(
@@ -305,7 +305,7 @@ def compare(arguments: Arguments):
     images = pixels["test"].batch(slice(0, 250))[0].to(torch.uint8)
     ours = partial(drawn_by_ours, arguments, "progressive_vae", pipe)
     theirs = partial(drawn_by, arguments, "afternoon", [*flat.parts().values()], run.image_shape,
-                     flat.draw_labelled)  # fmt: skip
+                     flat.sample_labeled)  # fmt: skip
     columns = {
         f"progressive VAE, {minutes:g} minutes": {
             **yardstick.of_drawn(ours),
@@ -317,7 +317,7 @@ def compare(arguments: Arguments):
             **speeds_of_afternoon(flat, images, flat_costs),
         },
         f"{len(sample)} training images": yardstick.of_images(
-            as_unit(part) for part in sample.split(BATCH_SIZE)
+            uint8_to_unit(part) for part in sample.split(BATCH_SIZE)
         ),
     }  # fmt: skip
     if has_previews(pipe):  # which are expected pictures, as the other's are

@@ -43,7 +43,7 @@ from progressive_vae import (
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.code_cache import GridDataset, cached
 from progressive_vae.data.dataset import pixel_batches, read_images
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 from progressive_vae.evaluation.image_metrics import (
     ClassifierFeatures,
     features_of,
@@ -52,7 +52,7 @@ from progressive_vae.evaluation.image_metrics import (
 )
 from progressive_vae.evaluation.likelihood import code_use
 from progressive_vae.models.sampling import Sampler
-from progressive_vae.models.value_types import as_unit
+from progressive_vae.models.value_types import uint8_to_unit
 from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.scripts import run_script
 from progressive_vae.serialization import write_json
@@ -96,7 +96,7 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
     settings = DataSettings(
         dataset_name=arguments.dataset_name, eval_split="train", eval_fraction=1 / 12
     )
-    source, caches = open_source(settings), {}
+    source, caches = open_dataset(settings), {}
     for split, table in source.splits.items():
         manifest = source.manifests[split]
         images = read_images(table, shape=manifest.shape, **source.read_options(split))
@@ -200,7 +200,7 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
     prior = ProgressiveVAEPrior.from_pretrained(trained / "prior" / "prior")
     coarsest = ProgressiveVAELevel.from_pretrained(trained / "prior" / "level_1")
     images = pixels["test"].batch(slice(None))[0].to(torch.uint8)
-    real = features_of(extractor, as_unit(images).split(500))
+    real = features_of(extractor, uint8_to_unit(images).split(500))
     lines = [
         "| row | told to expect | from z_2 | from z_1 | from nothing | loss |",
         "|---|---|---|---|---|---|",

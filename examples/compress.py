@@ -41,9 +41,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codec.progressive import growing
+from progressive_vae.codec.progressive import progressive_previews
 from progressive_vae.data.dataset import decode
-from progressive_vae.evaluation.image_codecs import LOSSLESS, LOSSY, as_file
+from progressive_vae.evaluation.image_codecs import LOSSLESS, LOSSY, codec_roundtrip
 from progressive_vae.evaluation.likelihood import psnr_of
 from progressive_vae.image_files import (
     MODES,
@@ -83,7 +83,7 @@ def pack(
     max_pictures: int | None = None,
     pictures_per_part: int = 1024,
     arithmetic: str = "float",
-    beside_files: bool = True,
+    compare_with_codecs: bool = True,
 ):
     """Pictures into one file; its size is printed beside those of PNG, WebP and JPEG-XL files.
 
@@ -132,7 +132,7 @@ def pack(
         left_out += json.loads(table.schema.metadata[LEFT_OUT])
     for name in left_out:
         print(f"left out {name}")
-    print(sizes(pipe, whole, Path(file), named if beside_files else None))
+    print(sizes(pipe, whole, Path(file), named if compare_with_codecs else None))
 
 
 def unpack(file: str, output_dir: str, model: str = MODEL):
@@ -187,14 +187,14 @@ def grow(picture: str, file: str, model: str = MODEL):
         raise ValueError(f"expected a picture of mode {mode_of(pipe)}, got {picture}: {error}"
                          ) from error  # fmt: skip
     stream, views = pipe.compress(array[None])[0], dict[str, np.ndarray]()
-    for k, (length, view) in enumerate(growing(pipe, array[None], stream), 1):
+    for k, (length, view) in enumerate(progressive_previews(pipe, array[None], stream), 1):
         name = f"z_1: {length} bytes" if k == 1 else f"z_1 … z_{k}: {length} bytes"
         views[name] = as_array(view)
     views[f"all: {len(stream)} bytes"] = as_array(pipe.decompress(stream)[0])
     for name, qualities in LOSSY.items():
         with suppress(ImportError):  # imagecodecs is not there
             options = ({"distance" if name == "JPEG-XL" else "quality": q} for q in qualities)
-            files = [as_file(name, array.squeeze(), each) for each in options]
+            files = [codec_roundtrip(name, array.squeeze(), each) for each in options]
             contents, seen = min(files, key=lambda found: len(found[0]))
             views[f"{name}: {len(contents)} bytes"] = seen.reshape(array.shape)
     errors = {name: np.square(view - array.astype(float)).mean() for name, view in views.items()}
@@ -404,7 +404,7 @@ def loaded(model: str) -> ProgressiveVAEPipeline:
 def sizes(
     pipe: ProgressiveVAEPipeline, table: pa.Table, file: Path, named: datasets.Dataset | None
 ) -> str:
-    """Bytes, and bits of a colour of a pixel, beside those of other files of the same pictures."""
+    """Bytes, and bits of a color of a pixel, beside those of other files of the same pictures."""
     rows = table.to_pylist()
     count = sum(row["height"] * row["width"] for row in rows) * pipe.image_shape[0]
     streams = sum(len(tile) for row in rows for tile in row["tiles"])
@@ -417,7 +417,7 @@ def sizes(
                 flat = array.squeeze(-1) if array.shape[-1] == 1 else array
                 for name, options in LOSSLESS.items():
                     with suppress(ImportError):  # imagecodecs is not there
-                        size = len(as_file(name, flat, options)[0])
+                        size = len(codec_roundtrip(name, flat, options)[0])
                         found[f"{name} files"] = found.get(f"{name} files", 0) + size
     lines = [f"| {name} | {size} | {8 * size / count:.4f} |" for name, size in found.items()]
     title = f"| {len(rows)} pictures | bytes | bits/dim |"

@@ -31,7 +31,7 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.image_processor import from_pixel_values, pixel_value_batches
 from progressive_vae.paths import expand_home
 from progressive_vae.scripts import check_image_path, run_script, save_image
-from progressive_vae.visualization import picture_grid
+from progressive_vae.visualization import image_grid
 
 NUM_INPAINTINGS, NUM_VARIATIONS, NUM_PATHS = 4, 2, 3
 
@@ -128,7 +128,7 @@ def main(words: list[str]):
     rows += pipe.interpolate(
         images[:half], images[-half:], steps=count, generator=noise(half), **told
     ).images
-    save_image(picture_grid(rows, count), arguments.output)
+    save_image(image_grid(rows, count), arguments.output)
     print(f"drew {len(rows) // count - 2} rows of {count} in {time.perf_counter() - start:.1f} s")
     print(f"wrote {arguments.output}")
 

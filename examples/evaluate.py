@@ -36,20 +36,20 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.args import OF_TRAINING_IMAGES, DataSettings
 from progressive_vae.data.code_cache import GridDataset, cached
 from progressive_vae.data.dataset import pixel_batches, read_images
-from progressive_vae.data.source import open_source
-from progressive_vae.evaluation.image_codecs import beside_files, image_files
+from progressive_vae.data.source import open_dataset
+from progressive_vae.evaluation.image_codecs import compare_with_codecs, image_files
 from progressive_vae.evaluation.image_metrics import (
     Classifier,
     ClassifierFeatures,
     Inception,
     accuracy,
     cached_classifier,
-    cached_drawn,
-    draw_labelled,
+    cached_samples,
+    sample_labeled,
 )
 from progressive_vae.evaluation.likelihood import evaluate, label_accuracy, psnr_of, rate_distortion
 from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
-from progressive_vae.models.value_types import as_unit
+from progressive_vae.models.value_types import uint8_to_unit
 from progressive_vae.paths import expand_home, make_folder, replacing
 from progressive_vae.scripts import run_script
 from progressive_vae.serialization import write_json, write_text
@@ -90,7 +90,7 @@ def cache(
     arguments: Arguments, images: DataSettings, pipe: ProgressiveVAEPipeline
 ) -> dict[str, GridDataset]:
     """The images of both splits, which have to be as the model's."""
-    source, found = open_source(images), {}
+    source, found = open_dataset(images), {}
     print("\n".join(source.notes))
     for split, table in source.splits.items():
         manifest = replace(source.manifests[split], shape=pipe.image_shape)
@@ -104,8 +104,8 @@ def drawn_images(arguments: Arguments, pipe: ProgressiveVAEPipeline, count: int)
     """Images drawn at temperature 1, their classes in turn."""
     folder = Path(arguments.output_dir) / "cache" / f"drawn_{count}"
     factors = [getattr(pipe, name) for name in pipe.factor_names]
-    drawn = draw_labelled(pipe, count, arguments.seed)
-    return cached_drawn(folder, factors, pipe.image_shape, count, arguments.seed, drawn)
+    drawn = sample_labeled(pipe, count, arguments.seed)
+    return cached_samples(folder, factors, pipe.image_shape, count, arguments.seed, drawn)
 
 
 def extractor_of(arguments: Arguments, data: dict[str, GridDataset]) -> torch.nn.Module | None:
@@ -154,7 +154,7 @@ def distances_of(
     real = see(stored(data["test"]), count, extractor)
     sample = data["train"].sample(count, arguments.seed).split(BATCH_SIZE)
     sources = {
-        f"{count} training images": (as_unit(part) for part in sample),
+        f"{count} training images": (uint8_to_unit(part) for part in sample),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
         "nothing": stored(drawn),
     }
@@ -288,7 +288,9 @@ def measure(arguments: Arguments, images_of: DataSettings):
             (row["bits_per_dim"], row["mse_of_preview"]) for row in rows
         ]
         num_dims = math.prod(pipe.image_shape)
-        metrics["beside_files"] = beside_files(metrics["rate_distortion"], of_files, num_dims)
+        metrics["beside_files"] = compare_with_codecs(
+            metrics["rate_distortion"], of_files, num_dims
+        )
     metrics["curves"] = curves
     write_json(output_dir / "evaluation.json", metrics)
     plot(curves, output_dir / "rate_distortion.png")

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.paths import expand_home
 from progressive_vae.scripts import check_image_path, run_script, save_image
-from progressive_vae.visualization import picture_grid
+from progressive_vae.visualization import image_grid
 
 
 @dataclass
@@ -74,7 +74,7 @@ def main(words: list[str]):
         generator=[torch.Generator().manual_seed(arguments.seed + i) for i in range(count)],
     ).images
     seconds = time.perf_counter() - start
-    save_image(picture_grid(images, arguments.num_images_per_prompt), arguments.output)
+    save_image(image_grid(images, arguments.num_images_per_prompt), arguments.output)
     print(f"drew {count} images in {seconds:.1f} s, a row for each of {labels or ['no class']}")
     print(f"wrote {arguments.output}")
 

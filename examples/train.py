@@ -15,7 +15,7 @@
 
     accelerate launch examples/train.py --config examples/configs/colour_64.yaml \
             --train_data_dir pictures --resolution 64 --center_crop --max_train_minutes 60
-        a folder of colour pictures, N = 3, in an hour.
+        a folder of color pictures, N = 3, in an hour.
 
 A recipe (`--config`) has a section for each level, the prior, the data and the run; dotted flags
 win over it: `--level_1.hidden_size 96`, `--level_2.fit.learning_rate 1e-3`, and `--levels.…` for

@@ -14,7 +14,7 @@ from torch import Tensor
 from .arguments import as_integer
 from .configuration.level import NUM_PIXEL_VALUES
 from .image_files import MODES, convert_image, image_array, is_deep
-from .models.value_types import as_pixel_values, as_values
+from .models.value_types import signed_to_indices, uint8_to_signed
 
 Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | Iterable"
 
@@ -112,16 +112,16 @@ def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     if tuple(images.shape[1:]) != shape:
         raise ValueError(f"expected images of (C, H, W) = {shape}, got {tuple(images.shape[1:])}")
     if images.dtype == torch.uint8:
-        return as_pixel_values(images)
+        return uint8_to_signed(images)
     if not images.is_floating_point():
         raise ValueError(f"expected images of dtype uint8 or float, got {images.dtype}")
     lowest, highest = images.min().item(), images.max().item()
     if not (lowest >= 0 and highest <= 1):  # also catches NaN
         raise ValueError(f"expected images in [0, 1], got values in [{lowest}, {highest}]")
-    return as_pixel_values((images.float() * (NUM_PIXEL_VALUES - 1)).round())
+    return uint8_to_signed((images.float() * (NUM_PIXEL_VALUES - 1)).round())
 
 
-def fitted(
+def resize_and_convert(
     image: PIL.Image.Image, shape: tuple[int, int, int]
 ) -> tuple[PIL.Image.Image, list[str]]:
     """Any image as one of a pipeline's (C, H, W), and what was done to it, in words.
@@ -144,6 +144,6 @@ def from_pixel_values(
     """Pixel values (B, C, H, W) as `"pt"`, `"np"` (B, H, W, C), both in [0, 1], or `"pil"`."""
     if output_type != "pil":
         return VaeImageProcessor().postprocess(pixel_values.float(), output_type)
-    # Not by diffusers here: it squeezes grey images, and with them a side of length 1.
-    arrays = as_values(pixel_values).to(torch.uint8).movedim(1, -1).numpy()
+    # Not by diffusers here: it squeezes gray images, and with them a side of length 1.
+    arrays = signed_to_indices(pixel_values).to(torch.uint8).movedim(1, -1).numpy()
     return [PIL.Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

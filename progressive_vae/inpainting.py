@@ -21,14 +21,14 @@ from .codec.codec import CodingPipeline
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from .models.class_labels import Labels, label_ids
 from .models.distributions import Distribution
-from .models.orderings import Place
+from .models.orderings import WalkStep
 from .models.sampling import Generators, Sampler, as_generators, per_factor, uniform
-from .models.value_types import as_pixel_values, as_unit, as_values
-from .pipeline_inputs import ProgressiveVAEPipelineOutput, check_outputs, factor_controls
+from .models.value_types import signed_to_indices, uint8_to_signed, uint8_to_unit
+from .pipeline_inputs import ProgressiveVAEPipelineOutput, check_outputs, per_factor_sampling_kwargs
 
 
 @dataclass(frozen=True)
-class Known:
+class Observation:
     """What is known of a grid.
 
     Args:
@@ -40,18 +40,18 @@ class Known:
     values: Tensor
     trust: Tensor
 
-    def at(self, rows: Tensor) -> "Known":
-        return Known(self.values[rows], self.trust[rows])
+    def at(self, rows: Tensor) -> "Observation":
+        return Observation(self.values[rows], self.trust[rows])
 
-    def repeated(self, times: int) -> "Known":
-        return Known(*(x.repeat_interleave(times, 0) for x in (self.values, self.trust)))
+    def repeated(self, times: int) -> "Observation":
+        return Observation(*(x.repeat_interleave(times, 0) for x in (self.values, self.trust)))
 
-    def to(self, device: torch.device) -> "Known":
-        return Known(self.values.to(device), self.trust.to(device))
+    def to(self, device: torch.device) -> "Observation":
+        return Observation(self.values.to(device), self.trust.to(device))
 
 
-class Clamp:
-    """A `Choose` that returns what is known, takes a guess as often as it is trusted, and draws the
+class ClampedStep:
+    """A `StepFn` that returns what is known, takes a guess as often as it is trusted, and draws the
     rest.
 
     Args:
@@ -62,13 +62,13 @@ class Clamp:
     odds, in nats, of the model against this choice, where guesses were taken or not.
     """
 
-    def __init__(self, draw: Sampler, known: Known, guesses: bool):
+    def __init__(self, draw: Sampler, known: Observation, guesses: bool):
         self.draw, self.known, self.guesses = draw, known, guesses
         self.log_weights = known.trust.new_zeros(len(known.trust))
 
-    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
+    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
         drawn = self.draw.choose(distribution, place)
-        found = self.known.values[:, place.colour].flatten(1).index_select(1, place.positions)
+        found = self.known.values[:, place.color].flatten(1).index_select(1, place.positions)
         trust = self.known.trust.flatten(1).index_select(1, place.positions)
         is_taken = trust == 1
         if self.guesses:
@@ -121,7 +121,7 @@ def masks(mask_image: Images, size: tuple[int, int], count: int) -> Tensor:
 
 def filled(pixel_values: Tensor, mask: Tensor) -> Tensor:
     """Pixels (B, C, H, W), those under the mask going on smoothly from those around it: means of
-    ever larger surroundings, until there is something in them, or grey."""
+    ever larger surroundings, until there is something in them, or gray."""
     height, width = mask.shape[-2:]
     known = pixel_values.masked_fill(mask, 0)
     if max(height, width) == 1 or not mask.any():
@@ -157,7 +157,7 @@ class EditingPipeline(CodingPipeline):
         """Draw what is under a mask, from coarse to fine, given what is not.
 
         Pixels beside the mask stay as they are, to the bit. A code is kept if all pixels of its
-        patch are known: it is that of the image with smooth colours under the mask, for encoders
+        patch are known: it is that of the image with smooth colors under the mask, for encoders
         look beyond patches. Where a share 1/2 < q < 1 of a patch is known, that code is a guess,
         which a candidate takes with probability 2q − 1, and pays for. All else is drawn.
 
@@ -165,7 +165,7 @@ class EditingPipeline(CodingPipeline):
             image: one for each prompt.
             mask_image: one for all images or one for each: PIL, (B, H, W), (B, 1, H, W), or arrays
                 (B, H, W, 1), of uint8, floats in [0, 1] or bool. White (1) is drawn, black (0) is
-                known, grey is what it is nearer to.
+                known, gray is what it is nearer to.
             class_labels: one for each image, or none.
             num_candidates: draws of a factor for one image: one number, or a list for [prior,
                 level_1 … level_N]. Of them those go on, drawn by their weights, under which what is
@@ -188,7 +188,7 @@ class EditingPipeline(CodingPipeline):
         batch_size = as_integer("batch_size", batch_size, 1)
         counts = per_factor(self.factor_names, num_candidates=num_candidates)
         times = [as_integer("num_candidates", row["num_candidates"], 1) for row in counts]
-        rows = factor_controls(
+        rows = per_factor_sampling_kwargs(
             self.factor_names, [level.config for level in self.levels], 0, None,
             temperature=temperature, top_k=top_k, top_p=top_p, corruption=corruption,
         )  # fmt: skip
@@ -203,7 +203,7 @@ class EditingPipeline(CodingPipeline):
         generator = as_generators(generator, len(labels))
         stop = self.num_levels + (output_type != "latent")  # grids to end with
         done = [grid.values.clone() for grid in known]
-        parts = list(_alike(known, times, batch_size))
+        parts = list(_batches_with_same_start(known, times, batch_size))
         total = sum(max(0, stop - start) for start, _, _ in parts)
         with self._call(guidance_scale, total), self.progress_bar(total=total) as progress:
             for start, several, chosen in parts:
@@ -228,7 +228,7 @@ class EditingPipeline(CodingPipeline):
                     )
                     going = ended[factor + 1]
                     if (count, going) != (1, 1):
-                        survivors = resampled(weights.view(-1, count), going, noise)
+                        survivors = systematic_resample(weights.view(-1, count), going, noise)
                         drawn = [grid[survivors] for grid in drawn]
                     progress.update()
                 for grid, values in zip(done, drawn, strict=False):
@@ -236,35 +236,35 @@ class EditingPipeline(CodingPipeline):
         self.maybe_free_model_hooks()
         codes = [grid[:, 0] for grid in done[:-1]]
         images = codes[-1] if output_type == "latent" else from_pixel_values(
-            as_pixel_values(done[-1]), output_type
+            uint8_to_signed(done[-1]), output_type
         )  # fmt: skip
         if not return_dict:
             return images, codes
         return ProgressiveVAEPipelineOutput(images=images, codes=codes)
 
-    def _known(self, image: Images, mask_image: Images, batch_size: int) -> list[Known]:
+    def _known(self, image: Images, mask_image: Images, batch_size: int) -> list[Observation]:
         """Of z_1 … z_N and the image."""
         pixel_values = torch.cat(
             list(pixel_value_batches(image, self.image_shape, batch_size))
         ).float()
         mask = masks(mask_image, self.image_shape[1:], len(pixel_values))
-        values = as_values(filled(pixel_values, mask))
+        values = signed_to_indices(filled(pixel_values, mask))
         known = (~mask).double()
         every = torch.ones_like(known)
-        found = [Known(values, known.float())]
-        codes = self.encode(as_unit(values), batch_size)
+        found = [Observation(values, known.float())]
+        codes = self.encode(uint8_to_unit(values), batch_size)
         for level, z in zip(reversed(self.levels), reversed(codes), strict=True):
             side = level.config.downsample
             pad = (0, -known.shape[-1] % side, 0, -known.shape[-2] % side)
             known, every = (F.avg_pool2d(F.pad(x, pad), side) for x in (known, every))
             trust = (2 * known / every - 1).clamp(min=0)
-            found.insert(0, Known(z[:, None], trust.float()))
+            found.insert(0, Observation(z[:, None], trust.float()))
         return found
 
     def _fill(
         self,
         drawn: list[Tensor],
-        known: Known,
+        known: Observation,
         labels: Tensor,
         generator: Generators,
         told: dict,
@@ -277,12 +277,12 @@ class EditingPipeline(CodingPipeline):
         null = torch.full_like(labels, part.config.num_classes)
         if not part.config.num_classes or torch.equal(labels, null):
             told["guidance_scale"] = 1.0  # there is nothing to be guided by
-        clamp = Clamp(Sampler(len(labels), generator, **told), known.to(device), guesses)
+        clamp = ClampedStep(Sampler(len(labels), generator, **told), known.to(device), guesses)
         before = [grid[:, 0] for grid in drawn]
         if clamp.draw.is_guided:
             labels, before = torch.cat([labels, null]), [torch.cat([z, z]) for z in before]
         grid = self._walk(factor, before, labels, clamp, corruption)[: len(null)]
-        drawn.append(as_values(grid) if grid.ndim == 4 else grid[:, None])
+        drawn.append(signed_to_indices(grid) if grid.ndim == 4 else grid[:, None])
         return clamp.log_weights
 
     def variations(self, image: Images, level: int = 1, num_images_per_prompt: int = 1, **controls):
@@ -358,8 +358,8 @@ class EditingPipeline(CodingPipeline):
         return self.num_levels if level is None else as_integer("level", level, 1, self.num_levels)
 
 
-def _alike(
-    known: list[Known], times: list[int], batch_size: int
+def _batches_with_same_start(
+    known: list[Observation], times: list[int], batch_size: int
 ) -> Iterator[tuple[int, list[int], Tensor]]:
     """Examples that are drawn together, so that none takes other noise beside others than alone:
     how many grids of theirs are known whole, the numbers of candidates, and which they are, (n,).
@@ -381,7 +381,7 @@ def repeated(generator: Generators, times: int) -> Generators:
     )
 
 
-def resampled(log_weights: Tensor, number: int, generator: Generators) -> Tensor:
+def systematic_resample(log_weights: Tensor, number: int, generator: Generators) -> Tensor:
     """So many of each row of candidates (B, n), drawn by their weights, as indices into all B·n of
     them: systematic resampling, with one share for each row.
 

@@ -15,7 +15,7 @@ from .inpainting import EditingPipeline
 from .models.class_labels import Labels, known_labels, label_ids
 from .models.fingerprint import check_fingerprints
 from .models.level import ProgressiveVAELevel
-from .models.preview_decoder import Painter
+from .models.preview_decoder import PreviewDecoder
 from .models.prior import ProgressiveVAEPrior
 from .models.sampling import Generators, as_generators, part_of, per_factor
 from .pipeline_inputs import (
@@ -24,7 +24,7 @@ from .pipeline_inputs import (
     as_grids,
     changed_codes,
     check_outputs,
-    factor_controls,
+    per_factor_sampling_kwargs,
 )
 
 
@@ -130,12 +130,12 @@ class ProgressiveVAEPipeline(EditingPipeline):
         generator, stop = as_generators(generator, len(images)), 0
         for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
             start, stop = stop, stop + len(pixel_values)
-            chain = self._climb(pixel_values, part_of(generator, slice(start, stop)))
+            chain = self._encode_chain(pixel_values, part_of(generator, slice(start, stop)))
             batches.append([codes.cpu() for codes in chain[:-1]])
         self.maybe_free_model_hooks()
         return [torch.cat(level) for level in zip(*batches, strict=True)]
 
-    def _climb(self, pixel_values: Tensor, generator: Generators) -> list[Tensor]:
+    def _encode_chain(self, pixel_values: Tensor, generator: Generators) -> list[Tensor]:
         """[z_1 … z_N, s]."""
         chain = [pixel_values.to(self._execution_device)]
         for level in reversed(self.levels):
@@ -165,7 +165,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
         for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
             start, stop = stop, stop + len(pixel_values)
             given, rows = labels[start:stop], slice(start, stop)
-            chain = self._climb(pixel_values, part_of(generator, rows))  # z_1 … z_N, s
+            chain = self._encode_chain(pixel_values, part_of(generator, rows))  # z_1 … z_N, s
             codes = chain[:-1]
             factors = [prior.log_prob(codes[0], known_labels(given, prior.config))]
             for level, z, finer in zip(self.levels, codes, chain[1:], strict=True):
@@ -250,7 +250,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
         labels, given, count = self._prompts(
             class_labels, guidance_scale, codes, num_images_per_prompt
         )
-        controls = factor_controls(
+        controls = per_factor_sampling_kwargs(
             self.factor_names,
             [level.config for level in self.levels],
             len(given),
@@ -280,7 +280,9 @@ class ProgressiveVAEPipeline(EditingPipeline):
                 call.guidance_scale = guidance_scale  # the callback may have changed it
                 grids = [z[chunk].to(self._execution_device) for z in given]
                 noise = part_of(generator, chunk)
-                for step in self._descend(call, grids, labels[chunk], noise, controls, stop):
+                for step in self._ancestral_sample(
+                    call, grids, labels[chunk], noise, controls, stop
+                ):
                     is_watched = step < self.num_levels and not call.interrupt
                     if callback_on_step_end is not None and is_watched:
                         shown = {name: grids for name in callback_on_step_end_tensor_inputs}
@@ -311,7 +313,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
             return images, drawn
         return ProgressiveVAEPipelineOutput(images=images, codes=drawn)
 
-    def _descend(self, call, grids, labels, generator, controls, stop) -> Iterator[int]:
+    def _ancestral_sample(self, call, grids, labels, generator, controls, stop) -> Iterator[int]:
         """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
         given_levels = len(grids)
         if not grids:
@@ -388,9 +390,9 @@ class ProgressiveVAEPipeline(EditingPipeline):
         codes = as_grids(shown) if is_codes else self.encode(shown, batch_size)  # type: ignore
         check_grids(codes, [level.config for level in self.levels], self.grid_sizes)
         level = len(codes) if level is None else as_integer("level", level, 1, len(codes))
-        paint = Painter(self.levels[level - 1 :], self.grid_sizes[level:])
+        paint = PreviewDecoder(self.levels[level - 1 :], self.grid_sizes[level:])
         batches = [
-            paint.of_codes(grid.to(self._execution_device)).cpu()
+            paint.decode_codes(grid.to(self._execution_device)).cpu()
             for grid in codes[level - 1].split(batch_size)
         ]
         self.maybe_free_model_hooks()

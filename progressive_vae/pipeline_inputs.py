@@ -62,7 +62,7 @@ class _Calls(threading.local):
 _CALLS = _Calls()
 
 
-def factor_controls(
+def per_factor_sampling_kwargs(
     factor_names: list[str],
     configs: list[ProgressiveVAELevelConfig],
     num_given: int,

@@ -24,7 +24,7 @@ def stamp(prefix: str = "") -> dict[str, Any]:
     return {f"{prefix}format_version": FORMAT_VERSION, f"{prefix}progressive_vae": __version__}
 
 
-def take_stamp(fields: dict[str, Any], what: str, prefix: str = "") -> int:
+def pop_version(fields: dict[str, Any], what: str, prefix: str = "") -> int:
     """Take the stamp out of fields that were loaded, and return their format.
 
     Raises:

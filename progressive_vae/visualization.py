@@ -7,11 +7,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from .image_processor import from_pixel_values
-from .models.value_types import as_pixel_values
+from .models.value_types import uint8_to_signed
 from .pipeline import ProgressiveVAEPipeline
 
 
-def picture_grid(images: list[Image], columns: int) -> Image:
+def image_grid(images: list[Image], columns: int) -> Image:
     """Rows of `columns` images with a thin gap; small ones enlarged, pixel by pixel."""
     width, height = images[0].size
     scale, gap = max(1, 64 // max(width, height)), 2
@@ -23,9 +23,9 @@ def picture_grid(images: list[Image], columns: int) -> Image:
     return make_image_grid(cells, len(cells) // columns, columns)
 
 
-def symbol_picture(codes: Tensor) -> Image:
-    """A grid of codes, int64 (H_i, W_i), as a picture with a colour for each code."""
-    hue = (codes * 0.618034) % 1.0  # neighbouring numbers far apart
+def code_map(codes: Tensor) -> Image:
+    """A grid of codes, int64 (H_i, W_i), as a picture with a color for each code."""
+    hue = (codes * 0.618034) % 1.0  # neighboring numbers far apart
     light = 0.55 + 0.45 * ((codes * 0.754878) % 1.0)
     hsv = torch.stack([hue, torch.full_like(hue, 0.55), light], -1)
     bands = (255 * hsv).round().to(torch.uint8).movedim(-1, 0).cpu().numpy()
@@ -41,7 +41,7 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
         output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)
     else:
         output = pipe(num_images_per_prompt=rows * columns, generator=generators)
-    return picture_grid(output.images, columns)
+    return image_grid(output.images, columns)
 
 
 def has_previews(pipe: ProgressiveVAEPipeline) -> bool:
@@ -62,5 +62,5 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
     for level in range(1, pipe.num_levels + 1):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(images))]
         rows += pipe.decode(codes[:level], generator=generators)
-    rows += from_pixel_values(as_pixel_values(images), "pil")
-    return picture_grid(rows, len(images))
+    rows += from_pixel_values(uint8_to_signed(images), "pil")
+    return image_grid(rows, len(images))

@@ -134,9 +134,9 @@ def all_grids(num_values: int, height: int, width: int) -> torch.Tensor:
 def total_variation(log_prob: torch.Tensor, grids: torch.Tensor, drawn: torch.Tensor) -> float:
     """Between exp(log_prob) over all grids and the frequencies of drawn ones."""
     powers = (int(grids.max()) + 1) ** torch.arange(grids[0].numel())
-    frequencies = torch.bincount((drawn.flatten(1) * powers).sum(1), minlength=len(grids))
+    frequency_table = torch.bincount((drawn.flatten(1) * powers).sum(1), minlength=len(grids))
     order = (grids.flatten(1) * powers).sum(1)
-    return (frequencies[order] / len(drawn) - log_prob.exp()).abs().sum().item() / 2
+    return (frequency_table[order] / len(drawn) - log_prob.exp()).abs().sum().item() / 2
 
 
 @pytest.fixture(scope="module")

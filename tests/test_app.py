@@ -23,7 +23,7 @@ import yaml
 from conftest import HUB, load_script, tiny_level, tiny_pipeline, tiny_prior
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.image_processor import fitted
+from progressive_vae.image_processor import resize_and_convert
 
 PIP = 'pip install -e ".[demo,codec]" && pip install selenium'
 gradio = pytest.importorskip("gradio", reason=PIP)
@@ -64,7 +64,7 @@ def bomb() -> bytes:
 
 
 def photograph() -> PIL.Image.Image:
-    """Not of the model's size, colours or shape."""
+    """Not of the model's size, colors or shape."""
     x = np.linspace(0, 255, 120 * 80 * 3).reshape(80, 120, 3)
     return PIL.Image.fromarray(x.astype(np.uint8))
 
@@ -89,7 +89,7 @@ def test_what_is_seen_in_a_picture(app, shipped):
     *_, (found, bits, sizes, grown, codes) = page.look(as_png(photograph()))
     assert "converted from RGB to grayscale, its middle resized from 120×80 to 28×28" in found
     assert len(pictures_of(found)) == 3 + 2 and "of 1 kind" not in found
-    image = fitted(photograph(), shipped.image_shape)[0]
+    image = resize_and_convert(photograph(), shipped.image_shape)[0]
     stated = shipped.bits_per_dim(image)
     assert f"{stated['total']:.2f} bits/dim" in bits
     stream = shipped.compress(image)[0]
@@ -135,20 +135,20 @@ def test_pipelines_of_every_kind(app):
 @pytest.mark.parametrize("contents", [b"no picture", b"\x89PNG\r\n\x1a\n", TINY_IMAGE, bomb(),
                                       as_png(photograph())[:300], b"", None])  # fmt: skip
 def test_wrong_files_are_told_in_words(app, shipped, contents):
-    with pytest.raises(gradio.Error, match="Choose a picture" if not contents else "not a picture"):
+    with pytest.raises(gradio.Error, match="StepFn a picture" if not contents else "not a picture"):
         next(app.Page(shipped).look(contents))
 
 
 def test_any_picture_becomes_one_of_the_pipeline():
     array = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     glass = PIL.Image.new("RGBA", (9, 9), (0, 0, 0, 0))
-    image, done = fitted(glass, (3, 4, 6))
+    image, done = resize_and_convert(glass, (3, 4, 6))
     assert image.size == (6, 4) and np.all(np.asarray(image) == 255)
     assert done == ["transparency composited on white", "its middle resized from 9×9 to 6×4"]
-    image, done = fitted(PIL.Image.fromarray(array), (1, 8, 8))
+    image, done = resize_and_convert(PIL.Image.fromarray(array), (1, 8, 8))
     assert done == ["reduced to 8 bits over its range of values"] and np.asarray(image).max() == 255
-    grey = PIL.Image.new("L", (8, 8), 3)
-    assert fitted(grey, (1, 8, 8)) == (grey, [])
+    gray = PIL.Image.new("L", (8, 8), 3)
+    assert resize_and_convert(gray, (1, 8, 8)) == (gray, [])
 
 
 # ---- a Space of the Hub --------------------------------------------------------------------------
@@ -294,9 +294,9 @@ def test_a_visit(address, tmp_path):
         drawn = visitor.pictures("#drawn", 24)  # at once, for those who only look
         visitor.click("#other")
         drawn = visitor.pictures("#drawn", 24, unlike=drawn)
-        visitor.tab("Look")
+        visitor.tab("NeighborConditioning")
         visitor.click("#rest")
-        visitor.wait(lambda: "Choose a picture first" in visitor.html(".toast-wrap"))
+        visitor.wait(lambda: "StepFn a picture first" in visitor.html(".toast-wrap"))
         visitor.upload(tmp_path / "photograph.jpg")
         visitor.pictures("#grown", 3)
         assert "120×80 to 28×28" in visitor.pictures("#found", 5)
@@ -331,7 +331,7 @@ def screenshot(path: str):
         drawn.save(file)
         driver.get(url)
         visitor.pictures("#drawn", 24)
-        visitor.tab("Look")
+        visitor.tab("NeighborConditioning")
         visitor.upload(file)
         visitor.pictures("#grown", 3)
         visitor.pictures("#redrawn", 8)

@@ -18,7 +18,7 @@ from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.models import distributions
 from progressive_vae.models.fingerprint import fingerprint
-from progressive_vae.models.preview_decoder import Painter
+from progressive_vae.models.preview_decoder import PreviewDecoder
 from progressive_vae.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -92,16 +92,16 @@ def test_a_level_of_symbols_learns_by_the_picture():
     coarsest, finest = pipe.level_1.train(), pipe.level_2.requires_grad_(False)
     finer = torch.randint(4, (2, 3, 4))
 
-    paint = Painter([finest], [(5, 7)])
+    paint = PreviewDecoder([finest], [(5, 7)])
     plain = coarsest(finer).loss
     told = coarsest(finer, paint=paint).loss
     assert told > plain
     gradient = torch.autograd.grad(told - plain, coarsest.encoder.out[1].weight)[0]
     assert gradient.abs().max() > 0
     # An expectation that is certain and right costs nothing.
-    assert torch.equal(paint.of_codes(finer), finest.expect(finer, (5, 7)))
+    assert torch.equal(paint.decode_codes(finer), finest.expect(finer, (5, 7)))
     exact = torch.nn.functional.one_hot(finer, 4).movedim(-1, 1).float()
-    assert torch.allclose(paint.of_codes(finer), finest.expect(exact, (5, 7)), atol=1e-6)
+    assert torch.allclose(paint.decode_codes(finer), finest.expect(exact, (5, 7)), atol=1e-6)
 
 
 @pytest.mark.parametrize("num_symbols", [5, 2100])
@@ -124,7 +124,7 @@ def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
             assert torch.allclose(shown.sum(1), torch.ones(6, *size), atol=1e-5)
     preview = pipe.preview([codes], output_type="pt")
     assert torch.allclose(preview * 2 - 1, shown, atol=1e-5)
-    paint = Painter(levels[1:], pipe.grid_sizes[2:])
+    paint = PreviewDecoder(levels[1:], pipe.grid_sizes[2:])
     vectors = levels[1].quantizer.codebook[torch.randint(4, (2, 4, 4))].movedim(-1, 1)
     vectors.requires_grad_()
     gradient = torch.autograd.grad(paint(vectors).square().sum(), vectors)[0]

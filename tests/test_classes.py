@@ -8,7 +8,7 @@ from datasets import ClassLabel, Value
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.classes import Classes, find_classes
 from progressive_vae.data.dataset import read_images
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 
 CLASSES = ClassLabel(names=["cat", "dog"])
 
@@ -125,9 +125,9 @@ def test_the_format_of_a_data_set_is_laid_aside(kind):
     if kind == "custom":
         formatted = images.with_transform(lambda rows: {"x": [i.rotate(90) for i in rows["image"]]})
         with pytest.warns(UserWarning, match="transform of the data set is not applied"):
-            source = open_source(DataSettings(), formatted)
+            source = open_dataset(DataSettings(), formatted)
     else:
-        source = open_source(DataSettings(), images.with_format(kind, columns=["label"]))
+        source = open_dataset(DataSettings(), images.with_format(kind, columns=["label"]))
     assert source.class_names == ["cat", "dog"]
 
 
@@ -136,7 +136,7 @@ def test_the_format_of_a_data_set_is_laid_aside(kind):
 )
 def test_images_at_hand(make):
     images = [PIL.Image.new("L", (4, 4), i) for i in range(4)]
-    source = open_source(DataSettings(), make(images))
+    source = open_dataset(DataSettings(), make(images))
     assert sum(map(len, source.splits.values())) == 4
 
 
@@ -147,4 +147,4 @@ def images_of(images):
 @pytest.mark.parametrize("wrong", [b"abc", 7, [1, 2], ["a.png"], [], {"train": 1}])
 def test_what_is_no_data_set(wrong):
     with pytest.raises(ValueError, match=f"expected a data set of images.*{type(wrong).__name__}"):
-        open_source(DataSettings(), wrong)
+        open_dataset(DataSettings(), wrong)

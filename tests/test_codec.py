@@ -10,11 +10,11 @@ from test_auxiliary import ALONE, pipeline_of
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
-from progressive_vae.codec.codec import TOTAL, frequencies
+from progressive_vae.codec.codec import TOTAL, frequency_table
 from progressive_vae.configuration.choices import GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.distributions import Categorical
-from progressive_vae.models.value_types import of_unit
+from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
 SIZES = [(1, 1), (5, 7), (65, 33)]
@@ -27,7 +27,7 @@ KINDS = [
 
 
 def pipeline(size, num_classes=0, **kind):
-    """N = 2, coloured images; z_1 is small enough for a prior and z_2 for the raster order."""
+    """N = 2, colored images; z_1 is small enough for a prior and z_2 for the raster order."""
     raster = {"decoder_order": "raster"} if kind.get("decoder_order") == "raster" else {}
     finest = {**kind, **({"decoder_order": "lattice"} if raster else {})}
     if kind.get("pixel_distribution") in GUIDED:
@@ -47,7 +47,7 @@ def pipeline(size, num_classes=0, **kind):
 
 
 def pictures(count, size, channels=3):
-    """Noise and flat colours, first and last values among them."""
+    """Noise and flat colors, first and last values among them."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (count, channels, *size), generator=generator, dtype=torch.uint8)
     noise[0], noise[-1] = 0, 255
@@ -59,7 +59,7 @@ def pictures(count, size, channels=3):
 def test_images_come_back_in_as_many_bytes_as_the_model_says(kind, size):
     pipe = pipeline(size, **kind)
     drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
-    images = torch.cat([pictures(3, size), of_unit(drawn)])
+    images = torch.cat([pictures(3, size), unit_to_uint8(drawn)])
     streams = pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     bits = -sum(pipe.log_prob(images).values()) / math.log(2)
@@ -89,12 +89,12 @@ def test_streams_of_earlier_versions_are_read_as_many_at_a_time_as_they_were_mad
     newer, sizes = pipe.compress(images), []
     assert older[0][3] != newer[0][3]  # the header's byte for arithmetic
 
-    class Watched(codec.Reader):
+    class Watched(codec.EntropyDecoder):
         def __init__(self, streams, batch_size, numbers, may_end):
             super().__init__(streams, batch_size, numbers, may_end)
             sizes.append((len(numbers), batch_size))
 
-    monkeypatch.setattr(codec, "Reader", Watched)
+    monkeypatch.setattr(codec, "EntropyDecoder", Watched)
     mixed = [*older[:66], *newer[66:]]
     assert torch.equal(pipe.decompress(mixed), images)
     assert sizes == [(64, 64), (2, 64), (4, 128)]
@@ -188,7 +188,7 @@ def test_whole_numbers_in_proportion():
         logits[0, 0], logits[1, 1, 1:] = 0, -1e4  # uniform, and certain
         logits[0, 1] = 0
         logits[0, 1, num_values // 2], logits[0, 1, 0] = 0.77, -30  # whose softmax adds up to more
-        counts = torch.from_numpy(frequencies(Categorical(logits), 2)).double()
+        counts = torch.from_numpy(frequency_table(Categorical(logits), 2)).double()
         assert (counts >= 0).all() and (counts == counts.round()).all()
         assert (counts.sum(-1) == TOTAL - num_values).all()
         bits = -((counts + 1) / TOTAL).log2()
@@ -196,7 +196,7 @@ def test_whole_numbers_in_proportion():
         lost = (probabilities * (bits + probabilities.clamp(min=1e-300).log2())).sum(-1)
         assert (lost < 1e-4 * bits.max() + 0.005).all() and (lost > -1e-6).all()
     with pytest.raises(ValueError, match="a weight is not finite"):
-        frequencies(Categorical(logits * math.nan), 2)
+        frequency_table(Categorical(logits * math.nan), 2)
 
 
 def test_in_inference_mode_and_of_one_picture():

@@ -16,7 +16,7 @@ import torch
 from conftest import load_script, tiny_pipeline
 from test_auxiliary import AUXILIARY, pipeline_of
 
-# One pixel of 16 bits a colour, which Pillow reads as one of 8.
+# One pixel of 16 bits a color, which Pillow reads as one of 8.
 _CHUNKS = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),
            (b"IDAT", zlib.compress(b"\0" + b"\x12\x34" * 3)), (b"IEND", b"")]  # fmt: skip
 DEEP = b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -45,7 +45,7 @@ def folder(tmp_path):
     for i, (width, height) in enumerate(SIZES):
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
         PIL.Image.fromarray(pixels).save(folder / ("more/" * (i % 2) + f"{i}.png"))
-    PIL.Image.fromarray(pixels[..., 0]).save(folder / "grey.png")
+    PIL.Image.fromarray(pixels[..., 0]).save(folder / "gray.png")
     PIL.Image.fromarray(pixels).save(folder / "0.bmp")  # beside 0.png
     PIL.Image.new("RGBA", (3, 3)).save(folder / "glass.png")
     pages = [PIL.Image.new("RGB", (3, 3), (i, 0, 0)) for i in range(2)]
@@ -55,7 +55,7 @@ def folder(tmp_path):
     return folder
 
 
-def colours(path):
+def colors(path):
     return np.asarray(PIL.Image.open(path).convert("RGB"))
 
 
@@ -79,16 +79,16 @@ def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys,
         script.main(words)
     script.main(["unpack", str(file), str(again), "--model", model])
     written = sorted(str(path.relative_to(again)) for path in again.rglob("*.*"))
-    names = ["0.bmp.png", "0.png", "2.png", "4.png", "grey.png", "more/1.png", "more/3.png"]
+    names = ["0.bmp.png", "0.png", "2.png", "4.png", "gray.png", "more/1.png", "more/3.png"]
     assert written == names
     for name in names:
         source = folder / name.removesuffix(".png") if "bmp" in name else folder / name
-        assert np.array_equal(colours(again / name), colours(source))
+        assert np.array_equal(colors(again / name), colors(source))
     # What is there stays, what is not is made.
     (again / "0.png").unlink()
     (again / "2.png").write_text("mine")
     script.main(["unpack", str(file), str(again), "--model", model])
-    assert np.array_equal(colours(again / "0.png"), colours(folder / "0.png"))
+    assert np.array_equal(colors(again / "0.png"), colors(folder / "0.png"))
     assert (again / "2.png").read_text() == "mine"
 
 
@@ -112,7 +112,7 @@ def test_what_was_done_before_an_interruption_is_kept(script, model, folder, tmp
     script.main(words)
     assert len(calls) == 5  # four parts, of which one was begun twice
     assert sorted(pq.read_table(file)["name"].to_pylist()) == sorted(
-        ["0.bmp", "0.png", "2.png", "4.png", "grey.png", "more/1.png", "more/3.png"]
+        ["0.bmp", "0.png", "2.png", "4.png", "gray.png", "more/1.png", "more/3.png"]
     )
     assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.incomplete"))
 
@@ -142,7 +142,7 @@ def test_palettes_first_images_and_color_profiles(script, model, tmp_path, capsy
     script.main(["unpack", packed, str(tmp_path / "again"), "--model", model])
     for name in ("palette.png", "frame.gif", "phone.jpg", "profile.png"):
         back = next((tmp_path / "again").glob(f"{name}*"))
-        assert np.array_equal(colours(back), colours(folder / name)), name
+        assert np.array_equal(colors(back), colors(folder / name)), name
     assert PIL.Image.open(tmp_path / "again" / "profile.png").info["icc_profile"] == profile
 
 
@@ -155,7 +155,7 @@ def test_files_of_earlier_versions_and_of_windows(script, model, folder, tmp_pat
     table = table.set_column(0, "name", pa.array(["sub\\x.png"])).drop_columns(["icc_profile"])
     pq.write_table(table, packed)
     script.main(["unpack", packed, str(tmp_path / "again"), "--model", model])
-    assert np.array_equal(colours(tmp_path / "again" / "sub" / "x.png"), colours(folder / "0.png"))
+    assert np.array_equal(colors(tmp_path / "again" / "sub" / "x.png"), colors(folder / "0.png"))
 
 
 @pytest.mark.parametrize("source", ["~/no/such/folder", "./no", "/no/such"])
@@ -188,7 +188,7 @@ def test_a_data_set(script, model, tmp_path, capsys):
     assert "PNG" not in capsys.readouterr().out
     assert pq.read_table(file)["name"].to_pylist() == ["00000000", "00000001"]
     script.main(["unpack", str(file), str(tmp_path / "again"), "--model", model])
-    assert (colours(tmp_path / "again" / "00000001.png") == 1).all()
+    assert (colors(tmp_path / "again" / "00000001.png") == 1).all()
 
 
 def test_bad_files(script, model, folder, tmp_path):

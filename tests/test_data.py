@@ -19,7 +19,7 @@ from progressive_vae.data.dataset import (
     prepare_image,
     read_images,
 )
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 
 
 def table(images, **columns):
@@ -199,14 +199,14 @@ def test_a_limit_above_that_of_pillow():
 def test_numbers_of_a_source_are_positive(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"expected {name} >= 1, got {value}"):
-        open_source(DataSettings(dataset_name="digits", **wrong))
+        open_dataset(DataSettings(dataset_name="digits", **wrong))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LA"])
-def test_every_mode_of_8_bits_becomes_colour(mode):
-    grey = PIL.Image.new("L", (4, 3), 255)
+def test_every_mode_of_8_bits_becomes_color(mode):
+    gray = PIL.Image.new("L", (4, 3), 255)
     first = PIL.Image.new("RGB", (4, 3))
-    last = grey.convert("RGB" if mode == "LA" else "L").convert(mode)
+    last = gray.convert("RGB" if mode == "LA" else "L").convert(mode)
     if mode == "YCbCr":  # as `datasets` keeps it
         try:
             last.save(file := io.BytesIO(), "TIFF")

@@ -27,9 +27,9 @@ def bits_before_training(values, **config):
     return nats / (math.log(2) * values.numel())
 
 
-def test_smooth_colours_cost_little_before_anything_is_learned():
-    """Logistics begin at the neighbours of a pixel, and at the colour before; where the first
-    lattice is coarser, fewer pixels have no neighbour yet."""
+def test_smooth_colors_cost_little_before_anything_is_learned():
+    """Logistics begin at the neighbors of a pixel, and at the color before; where the first
+    lattice is coarser, fewer pixels have no neighbor yet."""
     noise = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0))
     slope = (50 + 2 * torch.arange(32) + torch.tensor([0, 40, 80]).view(3, 1, 1)).expand(3, 32, 32)
     assert bits_before_training(slope) < 5 < 8 < bits_before_training(noise)
@@ -74,13 +74,13 @@ def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, pixe
     drawn = level.sample(torch.zeros(40_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
     values = ((drawn + 1) * 127.5).round().long()
     assert torch.equal(values / 127.5 - 1, drawn)
-    frequencies = torch.bincount(values.flatten(), minlength=256) / len(drawn)
-    assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.04
+    frequency_table = torch.bincount(values.flatten(), minlength=256) / len(drawn)
+    assert (frequency_table - log_prob.exp()).abs().sum() / 2 < 0.04
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "logistics"])
-def test_colours_are_conditioned_on_each_other(distribution):
-    """Σ_{g,b} P(r, g, b) = P(r), which the walk shows first, and colours are not independent."""
+def test_colors_are_conditioned_on_each_other(distribution):
+    """Σ_{g,b} P(r, g, b) = P(r), which the walk shows first, and colors are not independent."""
     level = tiny_level(num_channels=3, downsample=2, pixel_distribution=distribution)
     code, red = torch.zeros(1, 1, 1, dtype=torch.long), 100
     green, blue = torch.cartesian_prod(torch.arange(256), torch.arange(256)).T

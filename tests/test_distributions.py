@@ -1,16 +1,23 @@
 import pytest
 import torch
 
-from progressive_vae.codec.fixed_point import whole_numbers
+from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 from progressive_vae.configuration.level import MANY_SYMBOLS
 from progressive_vae.models import distributions
-from progressive_vae.models.distributions import Categorical, Factored, PixelMixture, of_features
+from progressive_vae.models.distributions import (
+    Categorical,
+    DiscretizedLogisticMixture,
+    LowRankCategorical,
+    categorical_from_features,
+)
 
 
-def mixture(mean: float, precision: float, floor: float = 0.01) -> PixelMixture:
+def mixture(mean: float, precision: float, floor: float = 0.01) -> DiscretizedLogisticMixture:
     """One component, as good as all the mass."""
     weights = torch.tensor([1 - floor, floor]).view(2, 1, 1)
-    return PixelMixture(weights, torch.full((1, 1, 1), mean), torch.full((1, 1, 1), precision), 256)
+    return DiscretizedLogisticMixture(
+        weights, torch.full((1, 1, 1), mean), torch.full((1, 1, 1), precision), 256
+    )
 
 
 @pytest.mark.parametrize("mean", [-300.0, 0.0, 100.3, 255.0, 600.0])
@@ -47,12 +54,12 @@ def test_quantiles_are_where_the_mass_exceeds_the_share():
     means = torch.rand(8, 5, 40, generator=generator) * 300 - 20
     precisions = torch.rand(8, 5, 40, generator=generator) * 3
     weights = torch.randn(9, 5, 40, generator=generator).softmax(0)
-    distribution = PixelMixture(weights, means, precisions, 256)
+    distribution = DiscretizedLogisticMixture(weights, means, precisions, 256)
     shares = torch.rand(5, 40, generator=generator)
     cumulative = distribution.logits.exp().cumsum(-1)
     expected = torch.searchsorted(cumulative, shares[..., None], right=True)[..., 0]
-    assert torch.equal(distribution.quantiles(shares), expected)
-    ends = distribution.quantiles(torch.tensor([0.0, 1 - 2**-24]).expand(5, 2).repeat(1, 20))
+    assert torch.equal(distribution.icdf(shares), expected)
+    ends = distribution.icdf(torch.tensor([0.0, 1 - 2**-24]).expand(5, 2).repeat(1, 20))
     assert ends.min() >= 0 and ends.max() <= 255
 
 
@@ -68,21 +75,21 @@ def test_quantiles_agree_with_logits(kind):
         weights = torch.randn(9, *count, generator=generator).softmax(0)
         means = torch.rand(8, *count, generator=generator) * 300 - 20
         precisions = torch.rand(8, *count, generator=generator)
-        distribution = PixelMixture(weights, means, precisions, 256)
+        distribution = DiscretizedLogisticMixture(weights, means, precisions, 256)
         many = distribution  # its numbers are those of all places
-    drawn = many.quantiles(shares)
+    drawn = many.icdf(shares)
     assert drawn.shape == shares.shape and drawn.dtype == torch.long
     assert (drawn.diff() >= 0).all()
-    frequencies = torch.bincount(drawn.flatten(), minlength=256) / 20_000
-    assert torch.allclose(frequencies, distribution.logits.softmax(-1)[0, 0], atol=2e-4)
+    frequency_table = torch.bincount(drawn.flatten(), minlength=256) / 20_000
+    assert torch.allclose(frequency_table, distribution.logits.softmax(-1)[0, 0], atol=2e-4)
     last = torch.full((1, 20_000), 1 - 2**-24)
-    assert many.quantiles(last).max() <= 255
+    assert many.icdf(last).max() <= 255
 
 
 def test_no_quantile_is_a_value_that_cannot_be():
     logits = torch.tensor([float("-inf"), 0.0, 2.0, float("-inf"), -1.0, float("-inf")])
     shares = torch.tensor([[0.0, 0.1, 0.5, 1 - 2**-24, 1.0]])
-    drawn = Categorical(logits.expand(1, 5, -1)).quantiles(shares)
+    drawn = Categorical(logits.expand(1, 5, -1)).icdf(shares)
     assert set(drawn.flatten().tolist()) <= {1, 2, 4} and drawn[0, -1] == 4
 
 
@@ -98,17 +105,17 @@ def test_every_value_of_a_mixture_can_be_drawn(num_values):
     """Whatever their number: values are found by halving, which must not stop short of one."""
     weights = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, num_values)
     ones = torch.ones(1, 1, num_values)
-    mixture = PixelMixture(weights, ones, ones, num_values)
+    mixture = DiscretizedLogisticMixture(weights, ones, ones, num_values)
     shares = (torch.arange(num_values) + 0.5)[None] / num_values
-    assert mixture.quantiles(shares).tolist() == [[*range(num_values)]]
+    assert mixture.icdf(shares).tolist() == [[*range(num_values)]]
 
 
-def factored(num_values: int = 40) -> tuple[Factored, list[torch.Tensor]]:
+def factored(num_values: int = 40) -> tuple[LowRankCategorical, list[torch.Tensor]]:
     """Of 2×7 positions, and the three tensors that it is made of."""
     generator = torch.Generator().manual_seed(0)
     shapes = (2, 7, 5), (num_values, 5), (num_values,)
     made = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
-    return Factored(*made), made
+    return LowRankCategorical(*made), made
 
 
 @pytest.mark.parametrize("positions_at_a_time", [0, 1, 3, 7, 100])
@@ -117,8 +124,8 @@ def test_many_values_a_few_positions_at_a_time(positions_at_a_time, monkeypatch)
     monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", 2 * 40 * positions_at_a_time)
     few, made = factored()
     whole, vectors = Categorical(few.logits), torch.randn(40, 3)
-    assert torch.allclose(few.probabilities().sum(-1), torch.ones(2, 7), atol=1e-5)
-    assert torch.allclose(few.probabilities(), whole.probabilities(), atol=1e-6)
+    assert torch.allclose(few.probs().sum(-1), torch.ones(2, 7), atol=1e-5)
+    assert torch.allclose(few.probs(), whole.probs(), atol=1e-6)
     parts = few.parts()
     assert torch.equal(torch.cat([part.features for part in parts], 1), few.features)
     assert len(parts) == {0: 7, 1: 7, 3: 3}.get(positions_at_a_time, 1)
@@ -132,11 +139,11 @@ def test_many_values_a_few_positions_at_a_time(positions_at_a_time, monkeypatch)
         for one, other in zip(gradients, expected, strict=True):
             assert torch.allclose(one, other, atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(few.quantiles(shares), whole.quantiles(shares))
+        assert torch.equal(few.icdf(shares), whole.icdf(shares))
         assert torch.allclose(few.log_prob(values), whole.log_prob(values), atol=1e-5)
-    with whole_numbers():
-        ours = few.probabilities(), few.mean(vectors)
-    assert torch.allclose(ours[0], whole.probabilities(), atol=1e-4)
+    with fixed_point_arithmetic():
+        ours = few.probs(), few.mean(vectors)
+    assert torch.allclose(ours[0], whole.probs(), atol=1e-4)
     assert torch.allclose(ours[1], whole.mean(vectors), atol=1e-3)
 
 
@@ -154,6 +161,9 @@ def test_many_values_in_half_precision():
 
 
 def test_only_many_values_are_looked_at_in_parts():
-    for num_values, kind in ((MANY_SYMBOLS, Categorical), (MANY_SYMBOLS + 1, Factored)):
+    for num_values, kind in ((MANY_SYMBOLS, Categorical), (MANY_SYMBOLS + 1, LowRankCategorical)):
         table = torch.randn(num_values, 2)
-        assert type(of_features(torch.randn(1, 3, 2), table, torch.zeros(num_values))) is kind
+        assert (
+            type(categorical_from_features(torch.randn(1, 3, 2), table, torch.zeros(num_values)))
+            is kind
+        )

@@ -66,7 +66,7 @@ def test_known_pixels_stay_to_the_bit(order, finest):
     is_known = ~masks[:, None].expand_as(images)
     assert torch.equal(drawn[is_known], images[is_known])
     assert (drawn[~is_known] != images[~is_known]).float().mean() > 0.5
-    # Codes whose patches are known whole are kept: of the image with smooth colours in the hole.
+    # Codes whose patches are known whole are kept: of the image with smooth colors in the hole.
     pixels = images / 127.5 - 1
     smooth = (filled(pixels, masks[:, None]) + 1) * 127.5
     unknown = masks[:, None].float()

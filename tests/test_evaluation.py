@@ -12,8 +12,8 @@ from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.evaluation.image_metrics import (
     Classifier,
     cached_classifier,
-    draw_labelled,
     frechet_distance,
+    sample_labeled,
     train_classifier,
 )
 from progressive_vae.evaluation.likelihood import code_use, evaluate, label_accuracy
@@ -21,7 +21,7 @@ from progressive_vae.evaluation.likelihood import code_use, evaluate, label_accu
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Dark and light images, labelled so."""
+    """Dark and light images, labeled so."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(256) % 2
     grids = torch.randint(100, (256, 3, 5, 7), generator=generator) + 150 * labels.view(-1, 1, 1, 1)
@@ -83,7 +83,7 @@ def test_drawn_images_have_the_classes_that_any_factor_knows():
     told = tiny_level(num_channels=1, num_classes=3)
     pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[2, 2]), [told], (4, 4))
     pipe.set_progress_bar_config(disable=True)
-    parts = list(draw_labelled(pipe, 7, batch_size=4))
+    parts = list(sample_labeled(pipe, 7, batch_size=4))
     assert torch.cat([labels for _, labels in parts]).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert torch.cat([images for images, _ in parts]).shape == (7, 1, 4, 4)
 

@@ -25,7 +25,7 @@ def trained(tmp_path_factory):
     return output_dir
 
 
-def write_coloured(folder: Path, count: int):
+def write_colored(folder: Path, count: int):
     """Red and blue pictures of 16×16 in a folder for each class, for training and for testing."""
     generator = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -142,13 +142,13 @@ def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
 
 
 def test_evaluate_shows_previews_beside_files(tmp_path):
-    model, out, coloured = tmp_path / "model", tmp_path / "out", tmp_path / "coloured"
-    write_coloured(coloured, 8)
+    model, out, colored = tmp_path / "model", tmp_path / "out", tmp_path / "colored"
+    write_colored(colored, 8)
     levels = [tiny_level(num_symbols=3, seed=1, auxiliary_hidden_size=8, num_classes=2),
               tiny_level(num_channels=3, seed=2, auxiliary_hidden_size=8)]  # fmt: skip
     pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[4, 4]), levels)
     pipe.save_pretrained(model)
-    flags = ["--model", str(model), "--train_data_dir", str(coloured), "--output_dir", str(out)]
+    flags = ["--model", str(model), "--train_data_dir", str(colored), "--output_dir", str(out)]
     flags += ["--num_drawn", "8", "--num_drawn_to_learn_from", "0", "--classifier_steps", "2"]
     load_script("evaluate").main(flags)
     figures = json.loads((out / "evaluation.json").read_text())
@@ -160,9 +160,9 @@ def test_evaluate_shows_previews_beside_files(tmp_path):
     assert f"| z_1 … z_2 | {row['codes']['bytes']:.1f}, {curve['psnr_of_preview']:.2f} | " in text
 
 
-def test_benchmark_of_coloured_images_and_encoders_that_learn_first(tmp_path, monkeypatch):
-    recipe, coloured, out = tmp_path / "recipe.yaml", tmp_path / "coloured", tmp_path / "out"
-    write_coloured(coloured, 20)
+def test_benchmark_of_colored_images_and_encoders_that_learn_first(tmp_path, monkeypatch):
+    recipe, colored, out = tmp_path / "recipe.yaml", tmp_path / "colored", tmp_path / "out"
+    write_colored(colored, 20)
     recipe.write_text(
         "levels: {codebook_size: 8, hidden_size: 8, num_layers: 1, auxiliary_hidden_size: 8, "
         "encoder_fit: {train_batch_size: 8}, fit: {train_batch_size: 8}}\n"
@@ -174,7 +174,7 @@ def test_benchmark_of_coloured_images_and_encoders_that_learn_first(tmp_path, mo
     )
     script = load_script("benchmark")
     monkeypatch.setattr(speed, "TIMED_SECONDS", 0.02)
-    flags = ["--config", str(recipe), "--train_data_dir", str(coloured), "--output_dir", str(out)]
+    flags = ["--config", str(recipe), "--train_data_dir", str(colored), "--output_dir", str(out)]
     flags += ["--train_minutes", "0.02", "--num_drawn", "40", "--num_drawn_to_learn_from", "20"]
     script.main([*flags, "--classifier_steps", "3"])
     figures = json.loads((out / "benchmark.json").read_text())
@@ -223,7 +223,7 @@ def test_benchmark_measures_both(tmp_path, monkeypatch, capsys):
     pictures.mkdir()
     for i in range(20):
         PIL.Image.new("L", (8, 8), i).save(pictures / f"{i}.png")
-    flags += ["--train_data_dir", str(pictures), "--output_dir", str(tmp_path / "unlabelled")]
+    flags += ["--train_data_dir", str(pictures), "--output_dir", str(tmp_path / "unlabeled")]
     with pytest.raises(ValueError, match="expected a data set with labels"):
         script.main(flags)
 

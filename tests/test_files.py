@@ -1,6 +1,6 @@
 import pytest
 
-from progressive_vae.evaluation.image_codecs import beside_files
+from progressive_vae.evaluation.image_codecs import compare_with_codecs
 from progressive_vae.evaluation.likelihood import psnr_of
 
 
@@ -13,7 +13,7 @@ def test_previews_beside_the_best_files_that_are_no_larger():
         "JPEG": [(1.0, 20.0), (0.5, 200.0), (0.2, 800.0)],
         "WebP": [(0.05, 1000.0), (0.4, 90.0), (0.08, 1200.0)],  # larger is not always better
     }
-    found = beside_files(rows, curves, num_dims=80)
+    found = compare_with_codecs(rows, curves, num_dims=80)
     sizes = {
         name: [row[kind]["bytes"] for kind in ("codes", "JPEG", "WebP")]
         for name, row in found.items()

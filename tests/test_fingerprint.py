@@ -35,7 +35,7 @@ def test_rounding_leaves_the_fingerprint(quantizer):
         assert fingerprint([level.to(dtype)]) == before
 
 
-def test_an_optimisation_step_changes_the_fingerprint():
+def test_an_optimization_step_changes_the_fingerprint():
     level = tiny_level(num_channels=1, hidden_size=16)
     before = fingerprint([level])
     optimizer = torch.optim.AdamW(level.encoder.parameters(), lr=1e-3)

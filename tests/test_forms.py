@@ -10,14 +10,14 @@ from accelerate import Accelerator
 from test_greedy import RECIPE, train
 
 from progressive_vae.data.args import DataSettings
-from progressive_vae.data.augmentation import Forms, FormsDataset
+from progressive_vae.data.augmentation import Augmentation, AugmentedDataset
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.data.dataset import load_images
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 from progressive_vae.data.streaming import PixelStream
 
 
-def coloured(count: int, height: int, width: int) -> list[PIL.Image.Image]:
+def colored(count: int, height: int, width: int) -> list[PIL.Image.Image]:
     rng = np.random.default_rng(0)
     arrays = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     return [PIL.Image.fromarray(array) for array in arrays]
@@ -31,7 +31,7 @@ def cached(folder, grids):
 
 def test_all_forms_of_a_square_and_no_others(tmp_path):
     grids = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
-    found = FormsDataset(cached(tmp_path, grids), Forms(rotation=True, colours=True))
+    found = AugmentedDataset(cached(tmp_path, grids), Augmentation(rotation=True, colors=True))
     assert len(found) == 5 * 24
     rows = found.__getitems__(list(range(len(found))))
     assert [row["index"] for row in rows] == list(range(len(found)))
@@ -46,12 +46,12 @@ def test_all_forms_of_a_square_and_no_others(tmp_path):
 
 def test_what_is_no_square_keeps_its_shape(tmp_path):
     grids = torch.randint(256, (2, 1, 3, 5), generator=torch.Generator().manual_seed(0))
-    found = FormsDataset(cached(tmp_path, grids), Forms(rotation=True))
+    found = AugmentedDataset(cached(tmp_path, grids), Augmentation(rotation=True))
     assert len(found) == 4 and torch.equal(found[2]["grid"], grids[0].flip(-1, -2))
 
 
 def test_the_finest_level_alone_learns_from_them(tmp_path):
-    images = coloured(30, 8, 8)
+    images = colored(30, 8, 8)
     recipe = {**RECIPE, "data": {"random_rotation": True, "random_colours": True}}
     pipe = train(recipe, images, tmp_path)
     codes = GridDataset(tmp_path / "cache" / "level_2" / "train")
@@ -71,19 +71,19 @@ def test_a_decoder_of_codes_in_all_forms(tmp_path):
     """Its codes are those of the form at hand, which no cache holds."""
     levels = {**RECIPE["levels"], "auxiliary_hidden_size": 8, "encoder_fit": {"max_train_steps": 2}}
     recipe = {**RECIPE, "levels": levels, "data": {"random_colours": True}}
-    train(recipe, coloured(20, 8, 8), tmp_path)
+    train(recipe, colored(20, 8, 8), tmp_path)
     assert len(GridDataset(tmp_path / "cache" / "level_2" / "train")) == 18
-    train(recipe, coloured(20, 8, 8), tmp_path)  # all is done
+    train(recipe, colored(20, 8, 8), tmp_path)  # all is done
 
 
 def test_a_stream_comes_in_forms(tmp_path):
-    for i, image in enumerate(coloured(20, 4, 4)):
+    for i, image in enumerate(colored(20, 4, 4)):
         image.save(tmp_path / f"{i}.png")
     settings = DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.2)
     table = load_images(settings).splits["train"]
     manifest = Manifest("", "x", "train", (3, 4, 4), 256)
     columns = {"image_column": "image", "label_column": None, "buffer_size": 1}
-    stream = PixelStream(table, manifest, forms=Forms(colours=True), **columns)
+    stream = PixelStream(table, manifest, forms=Augmentation(colors=True), **columns)
     plain = next(iter(stream.batches(100)))[0]
     assert torch.equal(plain, next(iter(PixelStream(table, manifest, **columns).batches(100)))[0])
     orders = set()
@@ -97,9 +97,9 @@ def test_a_stream_comes_in_forms(tmp_path):
 
 
 def test_crops_of_each_training_image(tmp_path):
-    images = coloured(20, 6, 9)
+    images = colored(20, 6, 9)
     settings = DataSettings(resolution=6, center_crop=True, num_crops=30, random_flip=True)
-    source = open_source(settings, images)
+    source = open_dataset(settings, images)
     pixels = source.pixels(tmp_path, Accelerator(cpu=True))
     assert len(pixels["test"]) == 2 and len(pixels["train"]) == 18 * 30 * 2
     wholes = [np.asarray(row["image"]).transpose(2, 0, 1) for row in source.splits["train"]]
@@ -122,7 +122,7 @@ def test_crops_that_cannot_be(settings, message):
         DataSettings(**settings)
 
 
-def test_grey_pictures_have_no_other_colours():
-    grey = [image.convert("L") for image in coloured(4, 4, 4)]
-    with pytest.raises(ValueError, match="random_colours=False of grey pictures"):
-        open_source(DataSettings(random_colours=True), grey)
+def test_gray_pictures_have_no_other_colors():
+    gray = [image.convert("L") for image in colored(4, 4, 4)]
+    with pytest.raises(ValueError, match="random_colours=False of gray pictures"):
+        open_dataset(DataSettings(random_colours=True), gray)

@@ -17,7 +17,7 @@ from interruptions import weights
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 from progressive_vae.training import train
 from progressive_vae.training.args import RunSettings
 from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
@@ -168,17 +168,17 @@ def test_the_pixels_of_a_list_are_those_it_has(tmp_path):
         picture.resize((16, 16)).save(tmp_path / f"{i}.png")
         images.append(PIL.Image.open(tmp_path / f"{i}.png"))
         images[-1].thumbnail((8, 8))
-    source = open_source(DataSettings(eval_fraction=0.3), images)
+    source = open_dataset(DataSettings(eval_fraction=0.3), images)
     assert source.manifests["train"].shape == (3, 8, 8)
 
 
 def test_another_stream_is_told_apart(tmp_path):
     streams = [a_stream(None), a_dataset(None).shuffle(seed=1).to_iterable_dataset()]
     settings = DataSettings(eval_fraction=0.3, streaming=True)
-    names = [open_source(settings, s).manifests["train"].dataset for s in [*streams, streams[0]]]
+    names = [open_dataset(settings, s).manifests["train"].dataset for s in [*streams, streams[0]]]
     assert names[0] == names[2] != names[1]
     wider = dataclasses.replace(settings, shuffle_buffer_size=2)
-    assert open_source(wider, streams[0]).manifests["train"].dataset != names[0]
+    assert open_dataset(wider, streams[0]).manifests["train"].dataset != names[0]
 
 
 def test_what_ran_is_written_down_whatever_ran(tmp_path):

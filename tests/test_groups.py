@@ -11,7 +11,7 @@ def test_an_order_visits_every_position_once(order, downsample, num_groups):
     visits, strides = torch.zeros(8, 16, dtype=torch.long), []
     groups = ORDERS[order](config.num_groups, (8, 16))
     for group in groups:
-        group.put(visits, group.take(visits) + 1)
+        group.scatter_values(visits, group.gather_values(visits) + 1)
         strides.append(group.stride)
     assert (visits == 1).all()
     assert strides == sorted(strides, reverse=True)
@@ -25,27 +25,27 @@ def test_what_a_group_gathers_it_spreads_to_the_same_places(order, downsample, n
     for group in ORDERS[order](config.num_groups, (8, 16)):
         size = (8 // group.stride, 16 // group.stride)
         state = torch.randn(2, 3, *size)
-        spread = group.spread(group.gather(state), size)
-        assert torch.equal(group.gather(spread), group.gather(state))
-        assert (spread != 0).sum() == group.gather(state).numel()
+        scatter_features = group.scatter_features(group.gather_features(state), size)
+        assert torch.equal(group.gather_features(scatter_features), group.gather_features(state))
+        assert (scatter_features != 0).sum() == group.gather_features(state).numel()
 
 
 @pytest.mark.parametrize(
     "size, num_groups", [((8, 8), 7), ((5, 7), 7), ((3, 8), 7), ((8, 8), 10), ((5, 7), 10)]
 )
-def test_the_neighbours_of_a_position_are_known_before_it(size, num_groups):
+def test_the_neighbors_of_a_position_are_known_before_it(size, num_groups):
     unknown, inside = torch.full((8, 8), -1), torch.zeros(8, 8)
     inside[: size[0], : size[1]] = 1
     values = torch.arange(64).view(8, 8)
     for group in lattice_order(num_groups, (8, 8)):
-        near, is_inside = group.near(unknown, size), group.take(inside).bool()
+        neighbors, is_inside = group.neighbors(unknown, size), group.gather_values(inside).bool()
         if group.offset != (0, 0):
-            apart = near - group.take(values)  # rows are 8 apart
-            assert (near[:, is_inside] >= 0).all()
+            apart = neighbors - group.gather_values(values)  # rows are 8 apart
+            assert (neighbors[:, is_inside] >= 0).all()
             step = group.stride // 2
             distances = {abs(y * 8 + x) for y in (-step, 0, step) for x in (-step, 0, step)}
             assert set(apart[:, is_inside].abs().flatten().tolist()) <= distances - {0}
-        group.put(unknown, torch.where(is_inside, group.take(values), -1))
+        group.scatter_values(unknown, torch.where(is_inside, group.gather_values(values), -1))
 
 
 def test_the_random_order_is_the_same_for_ever():

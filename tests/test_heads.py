@@ -3,32 +3,40 @@ import torch
 from conftest import tiny_level
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.models.distributions import Categorical, Factored, PixelMixture
+from progressive_vae.models.distributions import (
+    Categorical,
+    DiscretizedLogisticMixture,
+    LowRankCategorical,
+)
 from progressive_vae.models.heads import (
-    FactoredLogits,
-    FreeLogits,
-    GuidedLogistics,
-    PixelLogistics,
-    PixelLogits,
+    GuidedLogisticMixtureHead,
+    LinearHead,
+    LogisticMixtureHead,
+    LowRankHead,
+    OrdinalPixelHead,
     make_head,
 )
 from progressive_vae.models.orderings import Lattice
 
 KINDS = [
-    (dict(num_symbols=5), FreeLogits, Categorical),
-    (dict(num_symbols=5, symbol_logit_rank=2), FactoredLogits, Categorical),
-    (dict(num_symbols=2049), FactoredLogits, Factored),
-    (dict(num_symbols=2049, symbol_logit_rank=0), FreeLogits, Factored),
-    (dict(num_channels=3, pixel_logit_rank=0), FreeLogits, Categorical),
-    (dict(num_channels=3), PixelLogits, Categorical),
-    (dict(num_channels=3, pixel_distribution="logistics"), PixelLogistics, PixelMixture),
+    (dict(num_symbols=5), LinearHead, Categorical),
+    (dict(num_symbols=5, symbol_logit_rank=2), LowRankHead, Categorical),
+    (dict(num_symbols=2049), LowRankHead, LowRankCategorical),
+    (dict(num_symbols=2049, symbol_logit_rank=0), LinearHead, LowRankCategorical),
+    (dict(num_channels=3, pixel_logit_rank=0), LinearHead, Categorical),
+    (dict(num_channels=3), OrdinalPixelHead, Categorical),
+    (
+        dict(num_channels=3, pixel_distribution="logistics"),
+        LogisticMixtureHead,
+        DiscretizedLogisticMixture,
+    ),
     (
         dict(num_channels=3, pixel_distribution="guided_logistics", auxiliary_hidden_size=8),
-        GuidedLogistics,
-        PixelMixture,
+        GuidedLogisticMixtureHead,
+        DiscretizedLogisticMixture,
     ),
 ]
-NUM_GUESSES = {PixelLogistics: 8, GuidedLogistics: 10}
+NUM_GUESSES = {LogisticMixtureHead: 8, GuidedLogisticMixtureHead: 10}
 
 
 @pytest.mark.parametrize(("config", "kind", "distribution"), KINDS)
@@ -61,16 +69,16 @@ def test_what_a_head_sees_has_weights_under_published_names(config, kind, _):
     assert names["stages.0.take_in.weight"].shape[1] == channels * (16 + 3 * is_seeing)
 
 
-def test_guesses_are_the_neighbours_and_their_mean():
-    head, grid = PixelLogistics(8, 256), torch.arange(16).view(1, 1, 4, 4) * 10
+def test_guesses_are_the_neighbors_and_their_mean():
+    head, grid = LogisticMixtureHead(8, 256), torch.arange(16).view(1, 1, 4, 4) * 10
     guesses = head.guesses(Lattice(2, (1, 1)), grid, (4, 4))[:, 0, 0, 0]
     assert guesses.tolist() == [0, 20, 80, 100] + 4 * [50]
     without = head.guesses(Lattice(2), grid, (4, 4))
     assert without[:, 0, 0, 0].tolist() == list(range(16, 256, 32))
 
 
-def test_guided_guesses_are_the_picture_and_what_neighbours_correct_of_it():
-    head, grid = GuidedLogistics(8, 256), torch.arange(16).view(1, 1, 4, 4) * 10
+def test_guided_guesses_are_the_picture_and_what_neighbors_correct_of_it():
+    head, grid = GuidedLogisticMixtureHead(8, 256), torch.arange(16).view(1, 1, 4, 4) * 10
     picture = grid + torch.tensor([5.0, -5.0]).repeat(2).view(1, 1, 1, 4)  # in turn, by columns
     guesses = head.guesses(Lattice(2, (1, 1)), grid, (4, 4), picture)[:, 0, 0, 0]
     assert guesses.tolist() == [0, 20, 80, 100] + 4 * [50] + [45, 40]

@@ -10,7 +10,7 @@ import pytest
 
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.dataset import load_images
-from progressive_vae.data.source import open_source
+from progressive_vae.data.source import open_dataset
 
 
 def write_images(folder, *names, count=6):
@@ -23,7 +23,7 @@ def write_images(folder, *names, count=6):
 
 def opened(folder, **settings):
     """The number of images in both splits, and the classes."""
-    source = open_source(DataSettings(train_data_dir=str(folder), **settings))
+    source = open_dataset(DataSettings(train_data_dir=str(folder), **settings))
     return sum(map(len, source.splits.values())), source.class_names
 
 
@@ -50,7 +50,7 @@ def test_folders_that_are_all_splits_are_splits(tmp_path, names, has_classes):
     inner = ("/cat/{}.png", "/dog/{}.png") if has_classes else ("/{}.png",)
     for name, count in zip(names, (6, 2), strict=True):
         write_images(tmp_path, *(name + each for each in inner), count=count)
-    source = open_source(DataSettings(train_data_dir=str(tmp_path)))
+    source = open_dataset(DataSettings(train_data_dir=str(tmp_path)))
     sizes = {split: len(table) for split, table in source.splits.items()}
     assert sizes == {"train": 6 * len(inner), "test": 2 * len(inner)}
     assert source.class_names == (["cat", "dog"] if has_classes else [])
@@ -58,10 +58,10 @@ def test_folders_that_are_all_splits_are_splits(tmp_path, names, has_classes):
 
 def test_a_split_that_is_not_used_is_named(tmp_path):
     write_images(tmp_path, "train/{}.png", "val/{}.png")
-    source = open_source(DataSettings(train_data_dir=str(tmp_path)))
+    source = open_dataset(DataSettings(train_data_dir=str(tmp_path)))
     assert sum(map(len, source.splits.values())) == 6
     assert any("validation" in note for note in source.notes)
-    used = open_source(DataSettings(train_data_dir=str(tmp_path), eval_split="validation"))
+    used = open_dataset(DataSettings(train_data_dir=str(tmp_path), eval_split="validation"))
     assert [len(table) for table in used.splits.values()] == [6, 6]
 
 
@@ -111,7 +111,7 @@ def test_other_files_among_images_are_left_aside(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / name)
     assert opened(tmp_path) == (6, [])
-    notes = open_source(DataSettings(train_data_dir=str(tmp_path))).notes
+    notes = open_dataset(DataSettings(train_data_dir=str(tmp_path))).notes
     assert any(name in note for note in notes) == (not name.startswith("."))
 
 
@@ -137,7 +137,7 @@ def test_a_file_that_changes_changes_the_data_set(tmp_path):
     for value in (1, 1, 2):
         if value == 2:
             PIL.Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "0.png")
-        source = open_source(DataSettings(train_data_dir=str(tmp_path)))
+        source = open_dataset(DataSettings(train_data_dir=str(tmp_path)))
         names.append([manifest.dataset for manifest in source.manifests.values()])
     assert names[0] == names[1] != names[2]
 
@@ -160,7 +160,7 @@ def test_a_data_set_that_was_saved_to_disk(tmp_path):
 
 def test_what_is_used_is_said(tmp_path):
     write_images(tmp_path, "cat/{}.png", "dog/{}.png", count=10)
-    source = open_source(DataSettings(train_data_dir=str(tmp_path)))
+    source = open_dataset(DataSettings(train_data_dir=str(tmp_path)))
     said = " ".join(source.notes)
     assert "20 images" in said and "18 to train, 2 to evaluate" in said and "cat, dog" in said
 
@@ -168,7 +168,7 @@ def test_what_is_used_is_said(tmp_path):
 def test_a_narrow_image_takes_the_memory_of_what_remains_of_it(tmp_path):
     write_images(tmp_path, "{}.png")
     PIL.Image.new("RGB", (1, 60_000)).save(tmp_path / "a spacer.png")
-    source = open_source(
+    source = open_dataset(
         DataSettings(train_data_dir=str(tmp_path), resolution=64, center_crop=True)
     )
     assert source.manifests["train"].shape == (3, 64, 64)
@@ -179,7 +179,7 @@ def test_gray_among_color_does_not_depend_on_the_order(tmp_path):
     for i in range(1, 8):
         PIL.Image.new("RGB", (8, 8), (i, 99, 0)).save(tmp_path / f"{i}.png")
     for mode, channels in ((None, 3), ("L", 1), ("RGB", 3)):
-        source = open_source(DataSettings(train_data_dir=str(tmp_path), image_mode=mode))
+        source = open_dataset(DataSettings(train_data_dir=str(tmp_path), image_mode=mode))
         assert source.manifests["train"].shape == (channels, 8, 8)
     with pytest.raises(ValueError, match="image_mode.*'CMYK'"):
         DataSettings(image_mode="CMYK")

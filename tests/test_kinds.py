@@ -12,7 +12,7 @@ from progressive_vae.configuration.choices import (
     PIXEL_ORDERS,
     QUANTIZERS,
 )
-from progressive_vae.models.orderings import Teacher
+from progressive_vae.models.orderings import TeacherForcing
 
 KINDS = [
     *({"decoder_order": order, "num_symbols": 5} for order in DECODER_ORDERS),
@@ -55,7 +55,7 @@ def test_trained_saved_loaded_and_walked(kind, tmp_path):
     assert torch.equal(codes, loaded.encode(finer))
     with torch.no_grad():
         nats = level.log_prob(finer, codes)
-        teacher = Teacher(level.entries.to_values(finer))
+        teacher = TeacherForcing(level.entries.to_values(finer))
         walked = loaded.walk(codes, teacher, finer_size=(5, 7))
     assert torch.equal(walked, finer)
     assert torch.allclose(torch.stack(teacher.terms).sum(0), nats, rtol=1e-4)

@@ -12,7 +12,7 @@ from progressive_vae.evaluation.sliced_wasserstein import (
 
 
 def smooth(count: int, seed: int, shape: tuple[int, int] = (5, 5)) -> torch.Tensor:
-    """Coloured clouds with a little texture, 64×64."""
+    """Colored clouds with a little texture, 64×64."""
     generator = torch.Generator().manual_seed(seed)
     clouds = torch.rand(count, 3, *shape, generator=generator)
     clouds = F.interpolate(clouds, (64, 64), mode="bilinear", align_corners=True)

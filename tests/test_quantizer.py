@@ -169,8 +169,8 @@ def test_a_categorical_encoder_draws_from_its_distribution():
     many = latents.expand(20_000, -1, -1, -1)
     drawn = module.encode(many, torch.Generator().manual_seed(0))
     for codes in (drawn, module(many).codes):  # the forward pass sees true draws too
-        frequencies = torch.bincount(codes.flatten(), minlength=4) / 20_000
-        assert (frequencies - probabilities).abs().sum() / 2 < 0.02
+        frequency_table = torch.bincount(codes.flatten(), minlength=4) / 20_000
+        assert (frequency_table - probabilities).abs().sum() / 2 < 0.02
     assert module.encode(latents).item() == probabilities.argmax()
     assert module.entropy(latents).item() == pytest.approx(
         torch.distributions.Categorical(probabilities).entropy().item(), rel=1e-4

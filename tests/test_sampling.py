@@ -13,9 +13,9 @@ def generator(seed=0):
 def test_draws_follow_the_distribution_and_never_take_what_cannot_be():
     logits = torch.tensor([float("-inf"), 0.0, 2.0, float("-inf"), -1.0, float("-inf")])
     drawn = Sampler(200_000, generator())(logits.expand(200_000, -1))
-    frequencies = torch.bincount(drawn, minlength=6) / 200_000
-    assert (frequencies - logits.softmax(-1)).abs().sum() / 2 < 0.005
-    assert frequencies[[0, 3, 5]].tolist() == [0, 0, 0]
+    frequency_table = torch.bincount(drawn, minlength=6) / 200_000
+    assert (frequency_table - logits.softmax(-1)).abs().sum() / 2 < 0.005
+    assert frequency_table[[0, 3, 5]].tolist() == [0, 0, 0]
 
 
 def test_the_last_number_below_one_takes_a_possible_value(monkeypatch):

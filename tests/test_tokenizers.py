@@ -73,7 +73,7 @@ def test_pixels_have_probabilities(tokenizer):
         masses = distribution.probabilities()
         assert masses.shape == (3, len(place.positions), 256) and masses.min() >= 0
         torch.testing.assert_close(masses.sum(-1), torch.ones_like(masses[..., 0]))
-        asked.append(place.colour)
+        asked.append(place.color)
         return masses.argmax(-1)
 
     level.walk(codes, choose, finer_size=(11, 13))
@@ -164,7 +164,7 @@ def test_large_batches_go_through_in_parts(monkeypatch):
         ({**VQ_MODEL, "norm_num_groups": 3}, "network of 'vq_model'.*divisible"),
         ({**VQ_MODEL, "num_vq_embeddings": 0}, "num_vq_embeddings >= 1 .* got 0"),
         ({**VQ_MODEL, "norm_num_groups": -1}, "norm_num_groups >= 1 .* got -1"),
-        ({**VQ_MODEL, "out_channels": 1}, "as many colours as it sees, got 1 and 3"),
+        ({**VQ_MODEL, "out_channels": 1}, "as many colors as it sees, got 1 and 3"),
         ({**JANUS, "double_latent": True}, "double_latent=False"),
         ({**DALLE, "n_hid": 4.5}, "network of 'dalle_dvae'"),
     ],

@@ -226,7 +226,7 @@ def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
         assert json.loads((output_dir / "metrics.json").read_text())["num_images"] == 30
 
 
-def test_a_folder_of_colour_pictures(script, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_color_pictures(script, tmp_path, monkeypatch, capsys):
     """The README's command for it, run as it stands but at tiny size: it says which phase of how
     many it is at, for how long, and what one does next."""
     command = next(c for c in readme_commands() if "--center_crop" in c)

@@ -25,27 +25,27 @@ def lattice_of(y: int, x: int, num_groups: int) -> int:
 def check_walk(walk, size, channels, groups):
     """Walk with true draws; the grid int64 (B, C, H, W) that was chosen, and its nats (B,).
 
-    Each position of each colour has to be asked for once: group after group (`groups` has their
-    numbers, (H, W), or `None`), in a group colour after colour, in a colour row by row.
+    Each position of each color has to be asked for once: group after group (`groups` has their
+    numbers, (H, W), or `None`), in a group color after color, in a color row by row.
     """
     asked, chosen = [], torch.full((2, channels, size[0] * size[1]), -1)
     nats = torch.zeros(2)
 
     def choose(distribution, place):
         assert place.positions.dtype == torch.long and len(place.positions)
-        asked.extend((place.group, place.colour, p) for p in place.positions.tolist())
+        asked.extend((place.group, place.color, p) for p in place.positions.tolist())
         logits = distribution.logits
         values = torch.distributions.Categorical(logits=logits).sample()
         by_logits = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
         assert torch.allclose(by_logits, distribution.log_prob(values), atol=1e-4)
         nats.add_(distribution.log_prob(values).sum(1))
-        chosen[:, place.colour, place.positions] = values
+        chosen[:, place.color, place.positions] = values
         return values
 
     with torch.no_grad():
         drawn = walk(choose)
     assert asked == sorted(asked)
-    places = [(colour, position) for _, colour, position in asked]
+    places = [(color, position) for _, color, position in asked]
     every = [(c, p) for c in range(channels) for p in range(size[0] * size[1])]
     assert sorted(places) == every
     group_of = {(c, p): g for g, c, p in asked}

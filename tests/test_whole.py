@@ -12,7 +12,7 @@ from test_codec import KINDS, pictures, pipeline
 from torch.nn import functional as F
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codec.fixed_point import whole_numbers
+from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ def test_functions_of_one_number(name):
     x = torch.cat([numbers(1000), torch.tensor([0.0, -0.0, 1e-30, 700.0, -700.0, -1e4])]).double()
     x = x.abs() if name == "log" else x
     function = getattr(torch, name)
-    with whole_numbers():
+    with fixed_point_arithmetic():
         found, single = function(x), function(x.float())
         assert x.clone().sigmoid_().equal(torch.sigmoid(x))
     assert found.dtype == torch.float64 and single.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_functions_of_many():
         yield torch.addcmul(x, x, x)
 
     expected = [*functions()]
-    with whole_numbers():
+    with fixed_point_arithmetic():
         found = [*functions()]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == theirs.dtype
@@ -67,7 +67,7 @@ def test_functions_of_many():
 def test_a_sum_does_not_depend_on_its_order():
     x, order = numbers(300, 400), torch.randperm(400, generator=torch.Generator().manual_seed(1))
     back = order.argsort()
-    with whole_numbers():
+    with fixed_point_arithmetic():
         assert torch.equal(x[:, order] @ x[:, order].T, x @ x.T)
         assert torch.equal(x[:, order].sum(1), x.sum(1))
         assert torch.equal(x[:, order].softmax(1)[:, back], x.softmax(1))
@@ -81,7 +81,7 @@ def test_what_cannot_be_exact_is_refused():
                  lambda: torch.rsub(x, 1.0, 2), lambda: 2**x, lambda: x.scatter_add(0, places, x),
                  lambda: x.index_put((places,), x, accumulate=True),
                  lambda: F.conv_transpose2d(picture, picture)):  # fmt: skip
-        with whole_numbers(), pytest.raises(ValueError, match="in whole numbers"):
+        with fixed_point_arithmetic(), pytest.raises(ValueError, match="in whole numbers"):
             call()
     with pytest.raises(ValueError, match=r"arithmetic among \('float', 'integer'\), got 'exact'"):
         tiny_pipeline().compress(pictures(1, (5, 7)), arithmetic="exact")

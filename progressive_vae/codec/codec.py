@@ -25,11 +25,11 @@ from ..image_processor import Images, as_images, pixel_value_batches
 from ..models.class_labels import Labels, known_labels, label_ids
 from ..models.distributions import Distribution
 from ..models.fingerprint import original_names
-from ..models.orderings import Choose, Place
-from ..models.value_types import as_pixel_values, as_values, of_unit
+from ..models.orderings import StepFn, WalkStep
+from ..models.value_types import signed_to_indices, uint8_to_signed, unit_to_uint8
 from ..pipeline_inputs import CallingPipeline
 from .bitstream import Header
-from .fixed_point import whole_numbers
+from .fixed_point import fixed_point_arithmetic
 
 ARITHMETICS = ("float", "integer")
 WORD, NUM_WORDS_BEYOND = 4, 4  # bytes of a word of code; words after the last one
@@ -55,15 +55,15 @@ def _family() -> Any:
     return _coder().model.Categorical(perfect=False)
 
 
-def frequencies(distribution: Distribution, count: int) -> np.ndarray:
+def frequency_table(distribution: Distribution, count: int) -> np.ndarray:
     """Whole numbers (count, n, V) that add up to 2²⁴ − V, in proportion to the probabilities of the
     first examples: to each the coder adds one. As they are whole, no sum of them is rounded."""
     # Of all of them: some functions say another last digit in a batch of another size.
-    probabilities = distribution.probabilities()
-    num_values = probabilities.shape[-1]
+    probs = distribution.probs()
+    num_values = probs.shape[-1]
     # Less than all, lest rounded ones add up to more: so no sum of theirs is rounded again.
     whole, slack = TOTAL - num_values, 64 + num_values // 8
-    counts = probabilities[:count].mul_(whole - slack).floor_()
+    counts = probs[:count].mul_(whole - slack).floor_()
     counts[..., 0] += whole - counts.sum(-1)  # what is left, somewhere
     if not (counts[..., 0] >= 0).all():  # which NaN is not
         raise ValueError("expected probabilities that add up to 1, got others: a weight is not "
@@ -71,8 +71,8 @@ def frequencies(distribution: Distribution, count: int) -> np.ndarray:
     return counts.cpu().numpy()
 
 
-class Writer:
-    """A `Choose` that follows known grids, and writes down each of the first examples.
+class EntropyEncoder:
+    """A `StepFn` that follows known grids, and writes down each of the first examples.
 
     Args:
         count: of the examples that are written.
@@ -82,14 +82,14 @@ class Writer:
         self.coders = [_coder().queue.RangeEncoder() for _ in range(count)]
         self.values = torch.empty(0, dtype=torch.long, device="cpu")
 
-    def follow(self, values: Tensor) -> Choose:
+    def follow(self, values: Tensor) -> StepFn:
         """Of the factor that comes next, int64 (B, C, H, W)."""
         self.values = values.flatten(2)
         return self
 
-    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
-        values = self.values[:, place.colour].index_select(1, place.positions)
-        tables = frequencies(distribution, len(self.coders))
+    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
+        values = self.values[:, place.color].index_select(1, place.positions)
+        tables = frequency_table(distribution, len(self.coders))
         if tables.shape[-1] > 1:  # else there is nothing to say
             symbols = values.cpu().numpy().astype(np.int32)
             for coder, row, table in zip(self.coders, symbols, tables, strict=False):
@@ -100,8 +100,8 @@ class Writer:
         return [coder.get_compressed().astype(">u4").tobytes() for coder in self.coders]
 
 
-class Reader:
-    """A `Choose` that reads what a `Writer` wrote; examples beyond that are as the last one.
+class EntropyDecoder:
+    """A `StepFn` that reads what an `EntropyEncoder` wrote; further examples repeat the last one.
 
     A stream that ends early is read twice, as if zeros or as if ones followed: as long as both say
     the same, what follows does not matter.
@@ -117,8 +117,8 @@ class Reader:
         ends = (b"\x00", b"\xff") if may_end else (b"\x00",)
         self.coders = [[_decoder(stream, end) for end in ends] for stream in streams]
 
-    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
-        tables = frequencies(distribution, len(self.coders))
+    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
+        tables = frequency_table(distribution, len(self.coders))
         symbols = np.zeros(tables.shape[:2], np.int32)
         if tables.shape[-1] > 1:
             rows = zip(self.coders, tables, self.numbers, strict=True)
@@ -180,15 +180,15 @@ class CodingPipeline(CallingPipeline):
         weights, made = self._weights_hash(), _hash(self._arithmetic(is_whole, size), 1)
         batches = pixel_value_batches(images, self.image_shape, size)
         for given, batch in zip(labels.split(size), batches, strict=True):
-            batch = as_pixel_values(as_values(batch).cpu())
-            size, writer = len(batch) if is_whole else size, Writer(len(batch))
+            batch = uint8_to_signed(signed_to_indices(batch).cpu())
+            size, writer = len(batch) if is_whole else size, EntropyEncoder(len(batch))
             shown = _padded(given, size)
             with self._computing(is_whole):
-                grids = self._climb(_padded(batch, size), None)
+                grids = self._encode_chain(_padded(batch, size), None)
                 for factor, grid in enumerate(grids):
-                    values = as_values(grid) if grid.ndim == 4 else grid[:, None]
+                    values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
                     self._walk(factor, grids[:factor], shown, writer.follow(values))
-            pixels = as_values(batch).to(torch.uint8)
+            pixels = signed_to_indices(batch).to(torch.uint8)
             for label, image, words in zip(given.tolist(), pixels, writer.words(), strict=True):
                 checksum = zlib.crc32(image.numpy().tobytes())
                 label = None if class_labels is None else label
@@ -252,14 +252,14 @@ class CodingPipeline(CallingPipeline):
         labels = [null if header.label is None else header.label for header in headers]
         shown = _padded(torch.tensor(labels, device="cpu"), size)
         words = [streams[number][h.length :] for number, h in zip(numbers, headers, strict=True)]
-        reader = Reader(words, len(shown), numbers, may_end=num_levels is not None)
+        reader = EntropyDecoder(words, len(shown), numbers, may_end=num_levels is not None)
         grids = list[Tensor]()
         with self._computing(headers[0].is_whole):
             for factor in range(self.num_levels + 1 if num_levels is None else num_levels):
                 grids.append(self._walk(factor, grids, shown, reader))
         if num_levels is not None:
             return self._shown([grid[:count] for grid in grids])  # without the padding
-        pixels = as_values(grids[-1][:count]).to(torch.uint8).cpu()
+        pixels = signed_to_indices(grids[-1][:count]).to(torch.uint8).cpu()
         for i, header, image in zip(numbers, headers, pixels, strict=True):
             if zlib.crc32(image.numpy().tobytes()) != header.checksum:
                 raise ValueError(f"expected pixels with the checksum of stream {i}, got others: "
@@ -288,7 +288,7 @@ class CodingPipeline(CallingPipeline):
     @contextmanager
     def _computing(self, is_whole: bool) -> Iterator[None]:
         with _ALONE, torch.autocast(self._execution_device.type, enabled=False):
-            with whole_numbers() if is_whole else nullcontext():
+            with fixed_point_arithmetic() if is_whole else nullcontext():
                 yield
 
     def _walk(
@@ -296,7 +296,7 @@ class CodingPipeline(CallingPipeline):
         factor: int,
         before: list[Tensor],
         class_labels: Tensor,
-        choose: Choose,
+        choose: StepFn,
         corruption: float = 0.0,
     ) -> Tensor:
         """Over z_1 if `factor` is 0, else over z_{factor + 1} or s, given [z_1 … z_factor]."""
@@ -312,8 +312,8 @@ class CodingPipeline(CallingPipeline):
         """What z_1 … z_k alone say, uint8 (B, C, H, W)."""
         codes = [grid.cpu() for grid in codes]
         if all(level.auxiliary is not None for level in self.levels):
-            return of_unit(self.preview(codes, output_type="pt"))
-        return of_unit(self(codes=codes, num_levels=len(codes), output_type="pt").images)
+            return unit_to_uint8(self.preview(codes, output_type="pt"))
+        return unit_to_uint8(self(codes=codes, num_levels=len(codes), output_type="pt").images)
 
     def _at_a_time(self) -> int:
         """Always, with others for padding where there are fewer: what is computed of an image may

@@ -41,7 +41,7 @@ EXACT = set(
 
 
 @contextmanager
-def whole_numbers() -> Iterator[None]:
+def fixed_point_arithmetic() -> Iterator[None]:
     """Operations of torch inside are exact, replaced by exact ones, or a `ValueError`."""
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Whole():
         yield

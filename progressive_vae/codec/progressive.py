@@ -10,7 +10,7 @@ from ..pipeline import ProgressiveVAEPipeline
 from .bitstream import Header
 
 
-def growing(
+def progressive_previews(
     pipe: ProgressiveVAEPipeline, image: Images, stream: bytes
 ) -> Iterator[tuple[int, Tensor]]:
     """Of each level from the coarsest on, the least number of the stream's first bytes that hold
@@ -24,10 +24,10 @@ def growing(
     bits = 0.0
     for k, factor in enumerate(pipe.factor_names[:-1], 1):
         bits -= nats[factor].item() / math.log(2)
-        yield shortest(pipe, stream, k, bits)
+        yield minimal_prefix(pipe, stream, k, bits)
 
 
-def shortest(
+def minimal_prefix(
     pipe: ProgressiveVAEPipeline, stream: bytes, num_levels: int, bits: float = 0.0
 ) -> tuple[int, Tensor]:
     """The least number of a stream's first bytes that hold z_1 … z_k, and what they show.

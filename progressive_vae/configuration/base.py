@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..serialization import read_json, stamp, take_stamp
+from ..serialization import pop_version, read_json, stamp
 
 MAX_CLASSES = 100_000  # more is a damaged or a hostile file
 
@@ -25,17 +25,17 @@ def strict_config(cls):
     """A strict dataclass whose every complaint, also on assignment, is a `ValueError`; what it
     saves is stamped, and a stamp that it cannot read is refused before anything else.
 
-    A class may have `of_format(found, fields) -> fields`, which reads what older formats wrote.
+    A class may have `upgrade_config(format, fields) -> fields`, which reads older formats.
     """
     cls = strict(cls)
     strict_init, strict_setattr, to_dict = cls.__init__, cls.__setattr__, cls.to_dict
     from_file = cls._dict_from_json_file.__func__
 
     def __init__(self, **kwargs):
-        found = take_stamp(kwargs, cls.__name__)
+        found = pop_version(kwargs, cls.__name__)
         kwargs.pop("auto_map", None)  # of a repository that holds code, to which it belongs
-        if hasattr(cls, "of_format"):
-            kwargs = cls.of_format(found, kwargs)
+        if hasattr(cls, "upgrade_config"):
+            kwargs = cls.upgrade_config(found, kwargs)
         dtype = kwargs.get("dtype")
         if not isinstance(dtype, (str, torch.dtype, type(None))):
             raise ValueError(f"{cls.__name__}: expected dtype like 'float32', got {dtype!r}")

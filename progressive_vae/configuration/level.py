@@ -28,7 +28,7 @@ from .choices import (
 )
 from .tokenizer import take_shape
 
-NUM_PIXEL_VALUES = 256  # of one colour of a pixel
+NUM_PIXEL_VALUES = 256  # of one color of a pixel
 MANY_SYMBOLS = 2048  # more have logits through a table, and are not held for a whole grid
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
@@ -53,7 +53,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     Exactly one of `num_channels` and `num_symbols` says what the finer grid is made of.
 
     Args:
-        num_channels: colours of the image, on the finest level; `None` on the others.
+        num_channels: colors of the image, on the finest level; `None` on the others.
         num_symbols: codebook size of the finer grid; `None` on the finest level.
         codebook_size: K, the number of codes of this level's grid.
         codebook_dim: D, the length of a code vector; `None` stands for 8, and for `"fsq"` for the
@@ -68,12 +68,12 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             a fifth, and no better in equal time.
         value_embed_dim: length of the vector by which the networks see one finer value.
         pixel_distribution: `"categorical"`, a probability of each value; with
-            `decoder_order="lattice"` also `"logistics"`, a mixture around the neighbours of a
+            `decoder_order="lattice"` also `"logistics"`, a mixture around the neighbors of a
             pixel that are known already, for smooth pictures, and `"guided_logistics"`, around
             what the auxiliary decoder expects, too.
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table through which the
             logits of pixels are made, so that near values learn together; 0 for a free logit of
-            every value, which is better for few images of few grey values.
+            every value, which is better for few images of few gray values.
         symbol_logit_rank: of symbols, the rank of the table through which their logits are made,
             those of the auxiliary decoder too; 0 for a free logit of every symbol; `None` stands
             for 64 beyond 2,048 symbols and 0 else.
@@ -95,7 +95,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         restart_threshold: of `"vq"`: a code used less than this fraction of the mean use is
             restarted.
         dither: of `"vq"`: root mean square of a pattern that the encoder adds to its latents and
-            decoders take away again, so that colours that are nearer to each other than codes
+            decoders take away again, so that colors that are nearer to each other than codes
             are can be told apart where they cover more than one code; 0 for none.
         gumbel_temperature: of `"gumbel"`: [at the start, at the end]; it anneals exponentially.
         gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied after each batch.
@@ -158,7 +158,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     finer_fingerprint: str | None = None
 
     @staticmethod
-    def of_format(found: int, fields: dict[str, Any]) -> dict[str, Any]:
+    def upgrade_config(found: int, fields: dict[str, Any]) -> dict[str, Any]:
         """What a level of an older format says in the words of this one."""
         if found < 3 and fields.get("decoder_order") == "raster":
             raise ValueError(
@@ -242,7 +242,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
-        if self.is_guessing and self.decoder_order != "lattice":
+        if self.has_component_means and self.decoder_order != "lattice":
             raise ValueError(
                 "expected decoder_order='lattice' for pixel_distribution="
                 f"{self.pixel_distribution!r}, got {self.decoder_order!r}"
@@ -314,7 +314,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         return self.auxiliary_hidden_size is not None or self.tokenizer_config is not None
 
     @property
-    def is_guessing(self) -> bool:
+    def has_component_means(self) -> bool:
         """Whether pixels have logistic distributions around guesses."""
         is_asked = self.is_finest and self.decoder_order != "auxiliary"
         return is_asked and self.pixel_distribution in GUESSING
@@ -322,7 +322,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def is_guided(self) -> bool:
         """Whether one of the guesses is what the auxiliary decoder expects."""
-        return self.is_guessing and self.pixel_distribution in GUIDED
+        return self.has_component_means and self.pixel_distribution in GUIDED
 
     @property
     def is_stochastic(self) -> bool:
@@ -331,7 +331,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
 
     @property
     def value_channels(self) -> int:
-        """Entries at one position of the finer grid: the colours of a pixel, or 1 for a symbol."""
+        """Entries at one position of the finer grid: the colors of a pixel, or 1 for a symbol."""
         return self.num_channels or 1
 
     @property

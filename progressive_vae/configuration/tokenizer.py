@@ -127,7 +127,7 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"expected positive numbers in tokenizer_config, got {shape._asdict()}")
     if channels_out != shape.num_channels:
         raise ValueError(
-            f"expected a tokenizer that shows as many colours as it sees, got {channels_out} and "
+            f"expected a tokenizer that shows as many colors as it sees, got {channels_out} and "
             f"{shape.num_channels}"
         )
     return Tokenizer(kind, fields, shape)

@@ -50,7 +50,7 @@ class DataSettings:
         random_rotation: the finest level learns from images turned by quarters, too (by halves
             where they are no squares); what is coarser, and so what is drawn, from them as they
             are.
-        random_colours: likewise, with colours exchanged for each other.
+        random_colours: likewise, with colors exchanged for each other.
         max_train_samples: so many images at most, drawn at random.
         max_eval_samples: likewise, of the held-out images.
         image_mode: "L" for gray images or "RGB" for color; where not given, "RGB" if any of the

@@ -43,7 +43,7 @@ Images: TypeAlias = (
 
 
 def load_digits() -> datasets.DatasetDict:
-    """scikit-learn's 1,797 digits, 8×8 with 17 grey values, as a data set of images.
+    """scikit-learn's 1,797 digits, 8×8 with 17 gray values, as a data set of images.
 
     The held-out split is stratified by class: 360 digits.
     """

@@ -16,7 +16,7 @@ from datasets.distributed import split_dataset_by_node
 from ..configuration.level import NUM_PIXEL_VALUES
 from ..image_files import GRAY_MODES, MODES, is_gray
 from .args import DataSettings
-from .augmentation import AS_THEY_ARE, Forms
+from .augmentation import IDENTITY, Augmentation
 from .classes import Classes, find_classes
 from .code_cache import GridDataset, Manifest, is_cache, write_cache
 from .dataset import (
@@ -62,7 +62,7 @@ class Source:
     notes: list[str]
     random_flip: bool = False
     num_crops: int = 1
-    forms: Forms = AS_THEY_ARE
+    forms: Augmentation = IDENTITY
     shuffle_buffer_size: int | None = None
     limit: int | None = None
 
@@ -181,7 +181,7 @@ def _first_image(table: Table, column: str, mode: str, settings: DataSettings) -
     raise ValueError(f"expected images in column {column!r}, got none that can be read: {reason}")
 
 
-def open_source(settings: DataSettings, images: Images | None = None) -> Source:
+def open_dataset(settings: DataSettings, images: Images | None = None) -> Source:
     """Open a data set; the first image of its training split settles the size.
 
     Args:
@@ -210,7 +210,7 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
     mode, is_settled = image_mode(splits["train"], column, settings)
     shape = _first_image(splits["train"], column, mode, settings)
     if settings.random_colours and shape[0] == 1:
-        raise ValueError("expected random_colours=False of grey pictures, got True")
+        raise ValueError("expected random_colours=False of gray pictures, got True")
     dataset, manifests = settings.dataset_name or settings.train_data_dir or "images", {}
     if Path(dataset).expanduser().exists():  # however its path is written
         dataset = str(Path(dataset).expanduser().resolve())
@@ -249,7 +249,7 @@ def open_source(settings: DataSettings, images: Images | None = None) -> Source:
         [*notes, _use(splits, shape, classes)],
         settings.random_flip,
         settings.num_crops,
-        Forms(settings.random_rotation, settings.random_colours),
+        Augmentation(settings.random_rotation, settings.random_colours),
         window if streaming else None,
         limits["train"],
     )

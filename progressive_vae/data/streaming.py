@@ -10,7 +10,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from .augmentation import AS_THEY_ARE, Forms, in_form
+from .augmentation import IDENTITY, Augmentation, augment
 from .code_cache import Manifest
 from .dataset import pixel_batches, read_images
 
@@ -39,7 +39,7 @@ class PixelStream(torch.utils.data.IterableDataset):
         table: datasets.IterableDataset,
         manifest: Manifest,
         random_flip: bool = False,
-        forms: Forms = AS_THEY_ARE,
+        forms: Augmentation = IDENTITY,
         buffer_size: int = 1000,
         limit: int | None = None,
         **options,
@@ -86,7 +86,7 @@ class PixelStream(torch.utils.data.IterableDataset):
                 is_empty = False
                 grid = torch.from_numpy(array.astype(np.int64))
                 if len(forms) > 1:
-                    grid = in_form(grid, forms[torch.randint(len(forms), (), generator=generator)])
+                    grid = augment(grid, forms[torch.randint(len(forms), (), generator=generator)])
                 if self.random_flip and torch.rand((), generator=generator) < 0.5:
                     grid = grid.flip(-1)
                 index = int(torch.randint(2**62, (), generator=generator))

@@ -37,7 +37,7 @@ def image_files(images: torch.Tensor) -> tuple[dict[str, float], dict[str, list]
     return lossless, {name: points for name, points in curves.items() if points}
 
 
-def beside_files(
+def compare_with_codecs(
     rows: dict[str, dict[str, float]], curves: dict[str, list], num_dims: int
 ) -> dict[str, dict[str, dict[str, float]]]:
     """For each row of `rate_distortion` the bytes of an image of `num_dims` values and its PSNR in
@@ -64,14 +64,14 @@ def file_figures(name: str, arrays: list[np.ndarray], options: dict) -> tuple[fl
     """Bits/dim, and the mean squared error of the pixels that are read again."""
     bits = squares = 0.0
     for array in arrays:
-        file, seen = as_file(name, array, options)
+        file, seen = codec_roundtrip(name, array, options)
         bits += 8 * len(file)
         squares += float(((seen.astype(float) - array) ** 2).sum())
     count = sum(array.size for array in arrays)
     return bits / count, squares / count
 
 
-def as_file(name: str, array: np.ndarray, options: dict) -> tuple[bytes, np.ndarray]:
+def codec_roundtrip(name: str, array: np.ndarray, options: dict) -> tuple[bytes, np.ndarray]:
     """A picture's file, and the pixels that are read again, uint8 of the same shape."""
     if name == "JPEG-XL":
         import imagecodecs

@@ -17,22 +17,22 @@ from tqdm.auto import tqdm
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, cached
 from ..data.streaming import PixelStream
-from ..models.value_types import as_pixel_values, as_unit, of_unit
+from ..models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
 from ..pipeline import ProgressiveVAEPipeline
 
 
 class Classifier(nn.Sequential):
     """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick.
-    That of coloured images, which are harder to tell apart, is deeper, with batch norm.
+    That of colored images, which are harder to tell apart, is deeper, with batch norm.
 
     Images may come from any device; logits are on the CPU.
     """
 
     def __init__(self, num_channels: int, num_classes: int):
         if num_channels == 1:
-            layers, width = _grey_layers(), 128
+            layers, width = _gray_layers(), 128
         else:
-            layers, width = _colour_layers(num_channels), 192
+            layers, width = _color_layers(num_channels), 192
         super().__init__(
             *layers,
             nn.AdaptiveAvgPool2d(4),
@@ -52,7 +52,7 @@ def _beside(module: nn.Module, images: Tensor) -> Tensor:
     return images.to(next(module.parameters()).device)
 
 
-def _grey_layers() -> list[nn.Module]:
+def _gray_layers() -> list[nn.Module]:
     return [
         nn.Conv2d(1, 32, 3, padding=1),
         nn.ReLU(),
@@ -63,7 +63,7 @@ def _grey_layers() -> list[nn.Module]:
     ]
 
 
-def _colour_layers(num_channels: int) -> list[nn.Module]:
+def _color_layers(num_channels: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for width, stride in ((32, 1), (48, 2), (96, 2), (96, 1), (192, 2)):
         convolution = nn.Conv2d(num_channels, width, 3, stride, padding=1, bias=False)
@@ -94,7 +94,7 @@ def train_classifier(
             is_labeled = labels != NO_LABEL
             if not is_labeled.any():
                 continue
-            logits = model(as_pixel_values(images[is_labeled]))
+            logits = model(uint8_to_signed(images[is_labeled]))
             loss = F.cross_entropy(logits, labels[is_labeled])
             optimizer.zero_grad()
             loss.backward()
@@ -151,7 +151,7 @@ class ClassifierFeatures(nn.Module):
 
 
 class Inception(torch.nn.Module):
-    """torchmetrics' Inception network on grey or coloured images in [0, 1]."""
+    """torchmetrics' Inception network on gray or colored images in [0, 1]."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
@@ -187,27 +187,27 @@ def frechet_distance(real: Tensor, drawn: Tensor) -> float:
     return metric.compute().item()
 
 
-def precision_recall(real: Tensor, drawn: Tensor, num_neighbours: int = 3) -> dict[str, float]:
+def precision_recall(real: Tensor, drawn: Tensor, num_neighbors: int = 3) -> dict[str, float]:
     """Of two sets of features (n, F): the share of drawn ones that lie among the real ones, and of
     real ones among the drawn ones.
 
-    A point lies among a set if it is nearer to one of its points than that point's k-th neighbour
+    A point lies among a set if it is nearer to one of its points than that point's k-th neighbor
     in the set (Kynkäänniemi et al. 2019).
     """
 
     def share_among(points: Tensor, others: Tensor) -> float:
         radii = [
-            torch.cdist(part, others).kthvalue(num_neighbours + 1).values
+            torch.cdist(part, others).kthvalue(num_neighbors + 1).values
             for part in others.split(1000)
         ]
-        radius = torch.cat(radii)  # the nearest neighbour of a point is itself
+        radius = torch.cat(radii)  # the nearest neighbor of a point is itself
         inside = [(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]
         return torch.cat(inside).double().mean().item()
 
     return {"precision": share_among(drawn, real), "recall": share_among(real, drawn)}
 
 
-def draw_labelled(
+def sample_labeled(
     pipe: ProgressiveVAEPipeline,
     num_images: int,
     seed: int = 0,
@@ -229,10 +229,10 @@ def draw_labelled(
             batch_size=batch_size,
             preview=preview,
         )
-        yield of_unit(drawn.images), labels
+        yield unit_to_uint8(drawn.images), labels
 
 
-def cached_drawn(
+def cached_samples(
     folder: str | Path,
     models: Iterable[nn.Module],
     shape: tuple[int, int, int],
@@ -259,7 +259,7 @@ def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000
     """
     right = count = 0
     for images, labels in dataset.batches(batch_size):
-        right += int((classifier(as_pixel_values(images)).argmax(1) == labels).sum())
+        right += int((classifier(uint8_to_signed(images)).argmax(1) == labels).sum())
         count += int((labels != NO_LABEL).sum())
     if not count:
         raise ValueError(f"expected labels in {dataset.folder}, got none")
@@ -278,10 +278,10 @@ def distance_of_samples(
     as many held-out ones, the first, in the features of a classifier."""
     extractor = ClassifierFeatures(classifier)
     real, drawn = (
-        features_of(extractor, (as_unit(images) for images, _ in batches))[:num_images]
+        features_of(extractor, (uint8_to_unit(images) for images, _ in batches))[:num_images]
         for batches in (
             islice(dataset.batches(batch_size), math.ceil(num_images / batch_size)),
-            draw_labelled(pipe, num_images, seed, batch_size),
+            sample_labeled(pipe, num_images, seed, batch_size),
         )
     )
     return frechet_distance(real, drawn)

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..configuration.level import NUM_PIXEL_VALUES
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset
-from ..models.value_types import as_unit
+from ..models.value_types import uint8_to_unit
 from ..pipeline import ProgressiveVAEPipeline
 from ..visualization import has_previews
 from .image_metrics import Classifier
@@ -97,7 +97,7 @@ def _views(
 ) -> Iterator[tuple[str, Tensor]]:
     """uint8 images, and what each level says of them, in [0, 1]."""
     codes, levels = pipe.encode(images), range(1, pipe.num_levels + 1)
-    yield "images", as_unit(images)
+    yield "images", uint8_to_unit(images)
     for i in levels:
         yield f"level_{i}", pipe.decode(codes[:i], "pt", generator)
     if has_previews(pipe):
@@ -115,8 +115,8 @@ def rate_distortion(
 ) -> dict[str, dict[str, float]]:
     """For each level k the bits/dim of z_1 … z_k, and what they tell of uint8 images (B, C, H, W).
 
-    `mse` is the mean squared error, in squares of the 256 grey values, of one draw from z_1 … z_k;
-    `mse_of_mean` that of the mean of `num_draws` draws, nearer to what a decoder that minimises
+    `mse` is the mean squared error, in squares of the 256 gray values, of one draw from z_1 … z_k;
+    `mse_of_mean` that of the mean of `num_draws` draws, nearer to what a decoder that minimizes
     squared error would show; `mse_of_preview` that of what auxiliary decoders expect, where there
     are any. `psnr` is 10 log10(255² / mse) in dB, `ssim` the structural similarity (Wang et al.
     2004), likewise, of images that have room for its window.
@@ -154,7 +154,7 @@ def rate_distortion(
 
 
 def psnr_of(squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error of 256 grey values; 138 at most,
+    """Peak signal-to-noise ratio in dB of a mean squared error of 256 gray values; 138 at most,
     where nothing differs."""
     return 10 * math.log10((NUM_PIXEL_VALUES - 1) ** 2 / max(squared_error, 1e-9))
 

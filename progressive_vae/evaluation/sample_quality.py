@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.code_cache import GridDataset
-from ..models.value_types import as_unit
+from ..models.value_types import uint8_to_unit
 from .image_metrics import features_of, frechet_distance, precision_recall
 from .sliced_wasserstein import patches_of, sliced_wasserstein
 
@@ -18,7 +18,7 @@ BATCH_SIZE = 250
 
 
 @dataclass
-class Seen:
+class ImageStats:
     """What distances know of a set of images.
 
     Args:
@@ -32,10 +32,10 @@ class Seen:
 
 def stored(images: GridDataset) -> Iterator[Tensor]:
     """Batches of images in [0, 1]."""
-    return (as_unit(grids) for grids, _ in images.batches(BATCH_SIZE))
+    return (uint8_to_unit(grids) for grids, _ in images.batches(BATCH_SIZE))
 
 
-def see(batches: Iterable[Tensor], num_images: int, extractor: nn.Module | None) -> Seen:
+def see(batches: Iterable[Tensor], num_images: int, extractor: nn.Module | None) -> ImageStats:
     """The first images of batches of `BATCH_SIZE` in [0, 1]."""
     features, patches, left = [], [], num_images
     for batch in islice(batches, math.ceil(num_images / BATCH_SIZE)):
@@ -43,10 +43,10 @@ def see(batches: Iterable[Tensor], num_images: int, extractor: nn.Module | None)
         features += [] if extractor is None else [features_of(extractor, [batch])]
         patches.append(patches_of([batch], num_images, left))
     columns = [torch.cat(scale) for scale in zip(*patches, strict=True)]
-    return Seen(columns, torch.cat(features) if features else None)
+    return ImageStats(columns, torch.cat(features) if features else None)
 
 
-def distances(real: Seen, drawn: Seen) -> dict[str, Any]:
+def distances(real: ImageStats, drawn: ImageStats) -> dict[str, Any]:
     """`sliced_wasserstein` of each scale and, where there are features, `frechet_distance`,
     `precision` and `recall`."""
     found: dict[str, Any] = {"sliced_wasserstein": sliced_wasserstein(real.patches, drawn.patches)}

@@ -65,20 +65,20 @@ def _random_patches(level: Tensor, count: int, generator: torch.Generator) -> Te
 
 def sliced_wasserstein(real: list[Tensor], drawn: list[Tensor], seed: int = 0) -> list[float]:
     """Of equally many patches of two sets at each scale: 1000 times the mean distance of their
-    sorted projections on random directions, each colour with mean 0 and variance 1."""
+    sorted projections on random directions, each color with mean 0 and variance 1."""
     generator, distances = torch.Generator().manual_seed(seed), []
     for ours, theirs in zip(real, drawn, strict=True):
         count = min(len(ours), len(theirs))
         directions = torch.randn(ours[0].numel(), NUM_DIRECTIONS, generator=generator)
         directions = directions / directions.norm(dim=0)
         projected = [
-            (_normalised(part[:count]).flatten(1) @ directions).sort(0).values
+            (_normalized(part[:count]).flatten(1) @ directions).sort(0).values
             for part in (ours, theirs)
         ]
         distances.append(1000 * (projected[0] - projected[1]).abs().mean().item())
     return distances
 
 
-def _normalised(patches: Tensor) -> Tensor:
+def _normalized(patches: Tensor) -> Tensor:
     variance, mean = torch.var_mean(patches, (0, 2, 3), keepdim=True)
     return (patches - mean) / (variance.sqrt() + 1e-8)

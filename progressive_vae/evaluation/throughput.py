@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..models.preview_decoder import Painter
-from ..models.value_types import as_pixel_values
+from ..models.preview_decoder import PreviewDecoder
+from ..models.value_types import uint8_to_signed
 from ..pipeline import ProgressiveVAEPipeline
 from ..visualization import has_previews
 
@@ -85,13 +85,13 @@ def speeds_of(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
 def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, float]:
     """GFLOP of one image, forward and backward, in each phase of training that there may be."""
     assert pipe.prior is not None
-    grids = [grid.to(pipe.device) for grid in (*pipe.encode(images), as_pixel_values(images))]
+    grids = [grid.to(pipe.device) for grid in (*pipe.encode(images), uint8_to_signed(images))]
     calls: dict[str, tuple[torch.nn.Module, dict[str, Any]]] = {}
     triples = zip(pipe.levels, grids[:-1], grids[1:], strict=True)
     calls["prior"] = pipe.prior, {"codes": grids[0]}
     for i, (level, codes, finer) in enumerate(triples, 1):
         can_paint = i < pipe.num_levels and has_previews(pipe)
-        paint = Painter(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
+        paint = PreviewDecoder(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
         told = {"paint": paint} if can_paint else {}
         calls[f"level_{i}"] = level, {"finer": finer, **told}
         for name in (f"decoder_{i}", f"refit_level_{i}"):

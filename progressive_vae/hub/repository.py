@@ -19,7 +19,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from ..models.modeling_utils import is_weights, variant_of
 from ..paths import replacing
-from ..serialization import read_json, stamp, take_stamp
+from ..serialization import pop_version, read_json, stamp
 from .model_card import PICTURES, for_repository, is_generated, model_card
 from .remote_code import files_with_code, is_code
 
@@ -93,7 +93,7 @@ class HubPipeline(DiffusionPipeline):
     @classmethod
     def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs):
         config_dict = dict(config_dict)
-        take_stamp(config_dict, INDEX, "_")
+        pop_version(config_dict, INDEX, "_")
         return super().extract_init_dict(config_dict, **kwargs)
 
     def save_pretrained(
@@ -242,7 +242,7 @@ def create_repository(
     return repo_id
 
 
-def open_repository(repo_id: str, private: bool | None = None):
+def ensure_writable_repository(repo_id: str, private: bool | None = None):
     """Find out before hours of training, not after them, whether the results may be pushed.
 
     Raises:

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 
 from ..configuration.level import ProgressiveVAELevelConfig
 from .decoders import Condition
-from .distributions import Categorical, Distribution, Factored, PixelMixture, of_features
-from .layers import ChannelNorm, Upsample, dithered, residual_blocks
-from .orderings import Choose, Place, Teacher, ask
+from .distributions import (
+    Categorical,
+    DiscretizedLogisticMixture,
+    Distribution,
+    LowRankCategorical,
+    categorical_from_features,
+)
+from .layers import LayerNorm2d, Upsample, dithered, residual_blocks
+from .orderings import StepFn, TeacherForcing, WalkStep, call_step_fn
 
 FLOOR = 1e-3  # the share of the uniform distribution, so that no pixel is impossible
 
@@ -37,7 +43,7 @@ class Auxiliary(nn.Module):
         self.config = config
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        """What it says, float32: of a picture its colours, then the logarithms of their scales,
+        """What it says, float32: of a picture its colors, then the logarithms of their scales,
         (B, 2C, H, W); of symbols what `_symbols` reads, (B, ..., H, W)."""
         raise NotImplementedError
 
@@ -49,7 +55,7 @@ class Auxiliary(nn.Module):
         return vectors.movedim(-1, 1).unflatten(2, said.shape[-2:])
 
     def judge(self, said: Tensor, finer: Tensor) -> Tensor:
-        teacher = Teacher(finer)
+        teacher = TeacherForcing(finer)
         self._walk(said, teacher)
         return torch.stack(teacher.terms).sum(0)
 
@@ -57,9 +63,9 @@ class Auxiliary(nn.Module):
         said = self(quantized, size)
         if self.config.is_finest:
             return self.expectation(said)
-        return self._symbols(said).probabilities().movedim(-1, 1).unflatten(2, size)
+        return self._symbols(said).probs().movedim(-1, 1).unflatten(2, size)
 
-    def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
+    def walk(self, condition: Condition, size: tuple[int, int], choose: StepFn) -> Tensor:
         return self._walk(self(condition.quantized, size), choose)
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
@@ -69,29 +75,31 @@ class Auxiliary(nn.Module):
     def check_causal(self):
         """It is: nothing follows."""
 
-    def _walk(self, said: Tensor, choose: Choose) -> Tensor:
-        """One group, whose colours are independent too."""
+    def _walk(self, said: Tensor, choose: StepFn) -> Tensor:
+        """One group, whose colors are independent too."""
         size, channels = said.shape[-2:], self.config.value_channels
         positions = torch.arange(math.prod(size), device=said.device)
         grids = [
-            ask(choose, self._of_colour(said, colour), Place(0, colour, positions), len(said))
-            for colour in range(channels)
+            call_step_fn(
+                choose, self._of_color(said, color), WalkStep(0, color, positions), len(said)
+            )
+            for color in range(channels)
         ]
         return torch.stack(grids, 1).unflatten(2, size)
 
-    def _of_colour(self, said: Tensor, colour: int) -> Distribution:
+    def _of_color(self, said: Tensor, color: int) -> Distribution:
         if not self.config.is_finest:
             return self._symbols(said)
         half = (self.config.num_values - 1) / 2
-        mean, log_scale = said.unflatten(1, (2, -1))[:, :, colour].flatten(2).unbind(1)  # (B, n)
+        mean, log_scale = said.unflatten(1, (2, -1))[:, :, color].flatten(2).unbind(1)  # (B, n)
         weights = torch.stack([torch.full_like(mean, 1 - FLOOR), torch.full_like(mean, FLOOR)])
         # It starts wide, and a scale of 1 is that of a tenth of the values.
         precision = (-(log_scale.clamp(-5, 5) + math.log(0.2 * half))).exp()
-        return PixelMixture(
+        return DiscretizedLogisticMixture(
             weights, (mean[None] + 1) * half, precision[None], self.config.num_values
         )
 
-    def _symbols(self, said: Tensor) -> Categorical | Factored:
+    def _symbols(self, said: Tensor) -> Categorical | LowRankCategorical:
         """Logits are said, (B, V, H, W)."""
         return Categorical(said.flatten(2).movedim(1, -1))
 
@@ -115,15 +123,15 @@ class AuxiliaryDecoder(Auxiliary):
             )
             layers.append(Upsample(width))
         self.layers = nn.Sequential(*layers)
-        self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, num_outputs, 3, padding=1))
+        self.out = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, num_outputs, 3, padding=1))
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
         quantized = dithered(quantized, -self.config.dither)
         x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
         return self.out(x)[..., : size[0], : size[1]].float()
 
-    def _symbols(self, said: Tensor) -> Categorical | Factored:
+    def _symbols(self, said: Tensor) -> Categorical | LowRankCategorical:
         if self.table is None:
             return super()._symbols(said)
         features = said.flatten(2).movedim(1, -1).to(self.table.weight)
-        return of_features(features, self.table.weight, self.table.bias)
+        return categorical_from_features(features, self.table.weight, self.table.bias)

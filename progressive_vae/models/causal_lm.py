@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .distributions import Categorical, Factored
-from .orderings import Choose, Place, ask
+from .distributions import Categorical, LowRankCategorical
+from .orderings import StepFn, WalkStep, call_step_fn
 
 NUM_CHECKED = 8  # symbols by which a network is found causal or not
 
 
-class Causal:
+class CausalLMMixin:
     """`∏_t P(token_t | context, tokens before it)`, for whoever has a causal network `backbone`.
 
     Who inherits says what the network is given and how its output is read:
@@ -31,21 +31,23 @@ class Causal:
     def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _read(self, output: ModelOutput) -> Categorical | Factored:
+    def _read(self, output: ModelOutput) -> Categorical | LowRankCategorical:
         raise NotImplementedError
 
-    def _steps(self, context: Tensor, length: int, choose: Choose) -> Tensor:
+    def _steps(self, context: Tensor, length: int, choose: StepFn) -> Tensor:
         """The chosen tokens, int64 (B, length)."""
         positions = torch.arange(length, device=context.device)
         before, known, tokens = positions.new_zeros(len(context), 0), None, []
         for step, position in enumerate(positions.split(1)):
             inputs = self._inputs(context, before, step)
             output, known = cached_step(self.backbone, known, **inputs)
-            before = ask(choose, self._read(output), Place(step, 0, position), len(context))
+            before = call_step_fn(
+                choose, self._read(output), WalkStep(step, 0, position), len(context)
+            )
             tokens.append(before)
         return torch.cat(tokens, 1)
 
-    def _at_once(
+    def _teacher_forced_log_prob(
         self, context: Tensor, tokens: Tensor, **asked: bool | None
     ) -> tuple[Tensor, ModelOutput]:
         """Nats of the tokens (B, L), (B,), and the output of the backbone that gives them."""

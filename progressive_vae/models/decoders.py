@@ -1,7 +1,7 @@
 """Forms of `P_Θ(finer | z)`: one walk over groups of positions, whatever the order.
 
 The positions of the finer grid are split into groups. The walk predicts them in sequence:
-positions inside a group are independent given z and all earlier groups, and the colours of one
+positions inside a group are independent given z and all earlier groups, and the colors of one
 pixel are predicted one after the other. Sampling and coding are the same walk with another
 `choose`. So is likelihood: no later value can be seen because it has not been put in yet. Only the
 raster order computes it otherwise, in one pass of a causal language model.
@@ -17,12 +17,12 @@ from transformers import AutoModel
 from transformers.utils import ModelOutput
 
 from ..configuration.level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
-from .causal_lm import NUM_CHECKED, Causal
-from .distributions import Categorical, Factored
-from .heads import Blind, make_head, make_logits
+from .causal_lm import NUM_CHECKED, CausalLMMixin
+from .distributions import Categorical, LowRankCategorical
+from .heads import NoConditioning, make_head, make_logits
 from .layers import (
+    AlignedLinear,
     Downsample,
-    PaddedLinear,
     PixelEmbedding,
     Upsample,
     ZeroConv2d,
@@ -30,7 +30,7 @@ from .layers import (
     dithered,
     residual_blocks,
 )
-from .orderings import ORDERS, Choose, Place, Teacher, ask, route
+from .orderings import ORDERS, StepFn, TeacherForcing, WalkStep, call_step_fn, group_schedule
 
 
 class Condition(NamedTuple):
@@ -51,13 +51,13 @@ class Condition(NamedTuple):
 
 
 class Decoder(nn.Module):
-    """`P_Θ(finer | z) = ∏_groups ∏_colours ∏_positions P(x | z, earlier groups and colours)`.
+    """`P_Θ(finer | z) = ∏_groups ∏_colors ∏_positions P(x | z, earlier groups and colors)`.
 
-    Finer grids are int64 (B, C, H, W) with values 0 … V − 1: pixels with C colours and V = 256,
+    Finer grids are int64 (B, C, H, W) with values 0 … V − 1: pixels with C colors and V = 256,
     or symbols with C = 1 and V = K_{i+1}. What the orders share is how z comes in. Each has
 
     - `walk(condition, size, choose)`: asks `choose` for every value of a finer grid of `size`
-      (H, W), group after group, in a group colour after colour, and returns the chosen grid;
+      (H, W), group after group, in a group color after color, and returns the chosen grid;
     - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,);
     - `check_causal()`: raises a `ValueError` if a walk would say something else.
     """
@@ -95,15 +95,17 @@ class Stage(nn.Module):
         super().__init__()
         width, channels = config.hidden_size, config.value_channels
         heads = [make_head(config) for _ in range(channels)]
-        known_dim = config.value_embed_dim + heads[0].miss_dim
+        known_dim = config.value_embed_dim + heads[0].residual_dim
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
         # Before the first group there is nothing to look at.
-        self.look = Blind() if is_first else heads[0].make_look(channels, width)
+        self.look = (
+            NoConditioning() if is_first else heads[0].make_neighbor_conditioning(channels, width)
+        )
         self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.logits = nn.ModuleList(heads)
-        # Later colours see the earlier ones of the same pixel.
-        self.colours = nn.ModuleList(PaddedLinear(known_dim, width) for _ in range(channels - 1))
+        # Later colors see the earlier ones of the same pixel.
+        self.colours = nn.ModuleList(AlignedLinear(known_dim, width) for _ in range(channels - 1))
         if not is_final:
             self.take_in = nn.Conv2d(channels * known_dim, width, 3, padding=1)
 
@@ -143,7 +145,7 @@ class GroupDecoder(Decoder):
             for before, group in zip(strides, groups, strict=False)
         )
 
-    def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
+    def walk(self, condition: Condition, size: tuple[int, int], choose: StepFn) -> Tensor:
         height, width = (math.ceil(n / self.cell) * self.cell for n in size)
         pyramid = self.pyramid(condition, (height, width))
         state, channels = pyramid.pop(), self.config.value_channels
@@ -151,7 +153,7 @@ class GroupDecoder(Decoder):
         picture = condition.picture
         if picture is not None:
             picture = F.pad(picture, (0, width - size[1], 0, height - size[0]))
-        groups = route(
+        groups = group_schedule(
             self.config.decoder_order, self.num_groups, tuple(size), (height, width), grid.device
         )
         for number, ((group, inside), stage) in enumerate(zip(groups, self.stages, strict=True)):
@@ -161,27 +163,27 @@ class GroupDecoder(Decoder):
                 state = state + pyramid.pop()
             guesses = stage.logits[0].guesses(group, grid, size, picture)  # (G, B, C, places)
             state = stage.blocks(stage.look(state, group, guesses))
-            features = stage.head(inside.select(group.gather(state), 1))  # (B, n, width)
+            features = stage.head(inside.select(group.gather_features(state), 1))  # (B, n, width)
             known: list[Tensor] = []  # of the values so far, (B, places, E) each
             misses = None
-            for colour, head in enumerate(stage.logits):
-                guess, place = guesses[:, :, colour], Place(number, colour, inside.positions)
+            for color, head in enumerate(stage.logits):
+                guess, place = guesses[:, :, color], WalkStep(number, color, inside.positions)
                 values = grid.new_zeros(len(grid), 0)
                 if len(place.positions):
                     distribution = head(F.silu(features), inside.select(guess), misses)
-                    values = ask(choose, distribution, place, len(grid))
-                values = inside.spread(values)
-                group.put(grid[:, colour], values)
-                if is_final and colour + 1 == channels:
+                    values = call_step_fn(choose, distribution, place, len(grid))
+                values = inside.scatter_features(values)
+                group.scatter_values(grid[:, color], values)
+                if is_final and color + 1 == channels:
                     break  # nothing looks at these values
                 missed = values - guess
                 known += [self.embedding(values), head.seen(missed).to(state)]
-                if colour + 1 < channels:
+                if color + 1 < channels:
                     shown = inside.select(torch.cat(known[-2:], -1), 1)
-                    features = features + stage.colours[colour](shown)
+                    features = features + stage.colours[color](shown)
                     misses = inside.select(missed)
             if not is_final:
-                taken = group.spread(torch.cat(known, -1), state.shape[-2:])
+                taken = group.scatter_features(torch.cat(known, -1), state.shape[-2:])
                 state = state + stage.take_in(taken)
         return grid[..., : size[0], : size[1]]
 
@@ -196,7 +198,7 @@ class GroupDecoder(Decoder):
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """The walk with a teacher."""
-        teacher = Teacher(finer)
+        teacher = TeacherForcing(finer)
         self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
         return torch.stack(teacher.terms).sum(0)
 
@@ -204,7 +206,7 @@ class GroupDecoder(Decoder):
         """A walk is: what follows has not been put in yet."""
 
 
-class RasterDecoder(Causal, Decoder):
+class RasterDecoder(CausalLMMixin, Decoder):
     """A causal transformer of transformers over symbols in raster order.
 
     What it sees at a position is z there, upsampled, and the symbol before; it predicts the
@@ -227,7 +229,7 @@ class RasterDecoder(Causal, Decoder):
         self.backbone = AutoModel.from_config(config.raster_config)
         self.logits = make_logits(config, embed_dim)
 
-    def walk(self, condition: Condition, size: tuple[int, int], choose: Choose) -> Tensor:
+    def walk(self, condition: Condition, size: tuple[int, int], choose: StepFn) -> Tensor:
         """The groups are the positions, one by one."""
         context = self._context(condition, size)
         return self._steps(context, math.prod(size), choose).unflatten(1, (1, *size))
@@ -235,10 +237,10 @@ class RasterDecoder(Causal, Decoder):
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """One pass for all positions."""
         context = self._context(condition, (finer.shape[-2], finer.shape[-1]))
-        return self._at_once(context, finer.flatten(1))[0]
+        return self._teacher_forced_log_prob(context, finer.flatten(1))[0]
 
     def check_causal(self):
-        """As `Causal._check_causal`, on a few random symbols."""
+        """As `CausalLMMixin._check_causal`, on a few random symbols."""
         noise = torch.Generator().manual_seed(0)
         shape = (2, self.config.codebook_dim, 1, math.ceil(NUM_CHECKED / self.config.downsample))
         kind = {"generator": noise, "device": noise.device}
@@ -263,7 +265,7 @@ class RasterDecoder(Causal, Decoder):
             embedded = F.pad(embedded, (0, 0, 1, 0))
         return {"inputs_embeds": context[:, start : start + embedded.shape[1]] + embedded}
 
-    def _read(self, output: ModelOutput) -> Categorical | Factored:
+    def _read(self, output: ModelOutput) -> Categorical | LowRankCategorical:
         return self.logits(output.last_hidden_state)
 
 

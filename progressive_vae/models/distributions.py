@@ -6,9 +6,9 @@ Each has five verbs, and nobody asks which one it is:
 - `logits`: of all values, (B, n, V), for those who change them;
 - `parts()`: of fewer positions each, in order, whose logits take little memory: as a rule one part,
   itself;
-- `probabilities()`: of all values, in fp32, for coders: (B, n, V), none less than 0; they add up
+- `probs()`: of all values, in fp32, for coders: (B, n, V), none less than 0; they add up
   to 1 but for rounding, which is a thousandth of what a large codebook's values have together;
-- `quantiles(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
+- `icdf(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
   (B, n). With uniform shares these are draws.
 
 Free probabilities of symbols have a sixth, `mean(vectors)`: of one vector for each value, (V, D),
@@ -42,13 +42,13 @@ class Categorical:
     def parts(self) -> "list[Categorical]":
         return [self]
 
-    def probabilities(self) -> Tensor:
+    def probs(self) -> Tensor:
         return self.logits.float().softmax(-1)
 
     def mean(self, vectors: Tensor) -> Tensor:
-        return self.probabilities() @ vectors.float()
+        return self.probs() @ vectors.float()
 
-    def quantiles(self, shares: Tensor) -> Tensor:
+    def icdf(self, shares: Tensor) -> Tensor:
         cumulative = self.logits.float().softmax(-1).cumsum(-1)
         total = cumulative[..., -1]
         # Rounding must not carry it to the end, where a value of probability 0 may stand.
@@ -57,7 +57,7 @@ class Categorical:
 
 
 @dataclass(frozen=True)
-class Factored:
+class LowRankCategorical:
     """A free probability for each of many values, whose logits are never there all at once: they
     are made for a few positions, asked, and forgotten, and for a gradient made again.
 
@@ -74,22 +74,22 @@ class Factored:
     def logits(self) -> Tensor:
         return F.linear(self.features, self.table, self.bias)
 
-    def parts(self) -> "list[Factored]":
+    def parts(self) -> "list[LowRankCategorical]":
         count = LOGITS_AT_A_TIME // (len(self.features) * len(self.table))
         parts = self.features.split(max(1, count), 1)
-        return [Factored(part, self.table, self.bias) for part in parts]
+        return [LowRankCategorical(part, self.table, self.bias) for part in parts]
 
     def log_prob(self, values: Tensor) -> Tensor:
         return self._in_parts(Categorical.log_prob, values)
 
-    def probabilities(self) -> Tensor:
-        return Categorical(self.logits).probabilities()
+    def probs(self) -> Tensor:
+        return Categorical(self.logits).probs()
 
     def mean(self, vectors: Tensor) -> Tensor:
         return self._in_parts(lambda part: part.mean(vectors))
 
-    def quantiles(self, shares: Tensor) -> Tensor:
-        return self._in_parts(Categorical.quantiles, shares)
+    def icdf(self, shares: Tensor) -> Tensor:
+        return self._in_parts(Categorical.icdf, shares)
 
     def _in_parts(self, ask: Callable[..., Tensor], *asked: Tensor) -> Tensor:
         """What the parts answer, each asked as a `Categorical`, with its positions of `asked`,
@@ -110,15 +110,17 @@ class Factored:
         return torch.cat(answers, 1)
 
 
-def of_features(features: Tensor, table: Tensor, bias: Tensor) -> Categorical | Factored:
+def categorical_from_features(
+    features: Tensor, table: Tensor, bias: Tensor
+) -> Categorical | LowRankCategorical:
     """Logits `features @ table.T + bias`, (B, n, V): at once unless values are many."""
-    factored = Factored(features, table, bias)
+    factored = LowRankCategorical(features, table, bias)
     return factored if len(table) > MANY_SYMBOLS else Categorical(factored.logits)
 
 
 @dataclass(frozen=True)
-class PixelMixture:
-    """K logistic distributions, rounded to the pixel values, and the uniform one: a discretised
+class DiscretizedLogisticMixture:
+    """K logistic distributions, rounded to the pixel values, and the uniform one: a discretized
     mixture of logistics (Salimans et al. 2017, PixelCNN++). 0 and V − 1 take what lies beyond.
 
     The components come first, so that all operations run over long rows.
@@ -143,7 +145,7 @@ class PixelMixture:
         masses = _between((edges - self.means) * self.precisions)[0]
         return ((self.weights[:-1] * masses).sum(0) + self._floor).log()
 
-    def parts(self) -> "list[PixelMixture]":
+    def parts(self) -> "list[DiscretizedLogisticMixture]":
         return [self]
 
     @property
@@ -155,7 +157,7 @@ class PixelMixture:
             probs = probs + weight * _between((edges - mean) * precision)
         return probs.log().movedim(0, -1)
 
-    def probabilities(self) -> Tensor:
+    def probs(self) -> Tensor:
         """As differences of what lies below, which in the tails says less than `logits`, in a fifth
         of the time."""
         flat = (x.flatten(1)[..., None] for x in (self.weights, self.means, self.precisions))
@@ -174,7 +176,7 @@ class PixelMixture:
         masses = found.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
         return masses.unflatten(0, self.means.shape[1:])
 
-    def quantiles(self, shares: Tensor) -> Tensor:
+    def icdf(self, shares: Tensor) -> Tensor:
         """Found by halving: in eight steps for 256 values."""
         weights, floor = self.weights[:-1], self._floor
         values = torch.zeros(shares.shape, dtype=torch.long, device=shares.device)
@@ -211,4 +213,4 @@ def _between(edges: Tensor) -> Tensor:
     return torch.where(holds_middle, 1 - lower - upper, (lower - upper).abs())
 
 
-Distribution = Categorical | Factored | PixelMixture
+Distribution = Categorical | LowRankCategorical | DiscretizedLogisticMixture

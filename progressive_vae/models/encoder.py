@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.level import ProgressiveVAELevelConfig
-from .layers import ChannelNorm, Downsample, dithered, residual_blocks
+from .layers import Downsample, LayerNorm2d, dithered, residual_blocks
 
 
 class Encoder(nn.Module):
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
                 residual_blocks(width, *blocks),
             ]
         self.layers = nn.Sequential(*layers)
-        self.out = nn.Sequential(ChannelNorm(width), nn.Conv2d(width, config.codebook_dim, 1))
+        self.out = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, config.codebook_dim, 1))
 
     @torch.no_grad()
     def embed_like(self, codebook: Tensor, generator: torch.Generator):

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @lru_cache
 @torch.inference_mode(False)  # of what is made with it a gradient may be asked later
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Numbers as float32 on a device, where they stay: a copy each time would make the host wait
     for all that the device has yet to do."""
     return torch.tensor(values, dtype=torch.float32, device=device)
@@ -23,7 +23,7 @@ def dithered(x: Tensor, scale: float) -> Tensor:
     """(B, D, H, W) and a pattern of a period of 4×4, whose root mean square is `scale`.
 
     Added before a quantizer and taken away after it (by −scale), it leaves sixteen different errors
-    where the same latent is found all over, and who sees the neighbours can take their mean:
+    where the same latent is found all over, and who sees the neighbors can take their mean:
     subtractive dither (Roberts 1962, "Picture coding using pseudo-random noise").
     """
     if not scale:
@@ -40,7 +40,7 @@ def _pattern(dim: int, device: torch.device) -> Tensor:
     return torch.from_numpy(cell / np.sqrt(np.mean(cell**2))).float().to(device)
 
 
-class ChannelNorm(nn.LayerNorm):
+class LayerNorm2d(nn.LayerNorm):
     """Layer norm over the channels of (B, C, H, W): free of transposes in channels_last, where
     group norm costs a third of a training step."""
 
@@ -56,7 +56,7 @@ class ZeroLinear(nn.Linear):
     """A linear map that starts at zero."""
 
 
-class PaddedLinear(nn.Linear):
+class AlignedLinear(nn.Linear):
     """A linear map of any number of features: libraries of matrix products say another last digit
     in other rows where it does not fill the registers of a processor."""
 
@@ -81,14 +81,14 @@ class PixelEmbedding(nn.Embedding):
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """x + conv(silu(conv(norm(x)))), the identity at initialisation;
+    """x + conv(silu(conv(norm(x)))), the identity at initialization;
     the second convolution mixes channels alone unless its kernel is 3×3.
 
     With gradient checkpointing the backward pass computes the activations again."""
 
     def __init__(self, width: int, kernel_size: int):
         super().__init__()
-        self.norm = ChannelNorm(width)
+        self.norm = LayerNorm2d(width)
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.conv2 = ZeroConv2d(width, width, kernel_size, padding=kernel_size // 2)
 

@@ -20,13 +20,13 @@ from .decoders import Condition, Decoder, make_decoder
 from .encoder import make_encoder
 from .heads import Head
 from .layers import init_weights
-from .modeling_utils import SavedModel
-from .orderings import Choose
+from .modeling_utils import VerifiedPreTrainedModel
+from .orderings import StepFn
 from .pretrained_tokenizers import make_tokenizer
-from .preview_decoder import Painter
+from .preview_decoder import PreviewDecoder
 from .quantizers import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
-from .value_types import make_entries, on_value_scale
+from .value_types import make_value_type, signed_to_255
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 
@@ -36,10 +36,10 @@ class ProgressiveVAELevelOutput(ModelOutput):
     """
     Args:
         loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus the
-            quantizer's own loss and the weighted error of the picture; minimise it.
+            quantizer's own loss and the weighted error of the picture; minimize it.
         log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
         codes: z_i, int64 (B, H_i, W_i).
-        latents: the encoder's output before quantisation, (B, D, H_i, W_i); `None` where the
+        latents: the encoder's output before quantization, (B, D, H_i, W_i); `None` where the
             codes were given.
     """
 
@@ -59,7 +59,7 @@ def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) ->
     return is_same and (grows or new.num_layers == old.num_layers)
 
 
-class ProgressiveVAELevel(SavedModel):
+class ProgressiveVAELevel(VerifiedPreTrainedModel):
     """One VAE of the chain; the finest one sees pixels, the others see symbols.
 
     `finer` is z_{i+1}: on the finest level `pixel_values`, floats (B, C, H, W) in [−1, 1] on the
@@ -76,7 +76,7 @@ class ProgressiveVAELevel(SavedModel):
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
-        self.entries = make_entries(config)
+        self.entries = make_value_type(config)
         self.auxiliary: Auxiliary | None = None
         if config.tokenizer_config is not None:
             self.encoder, self.quantizer, self.auxiliary = make_tokenizer(config)
@@ -110,7 +110,7 @@ class ProgressiveVAELevel(SavedModel):
         codes: Tensor | None = None,
         class_labels: Labels = None,
         generator: Generators = None,
-        paint: Painter | None = None,
+        paint: PreviewDecoder | None = None,
         return_dict: bool | None = None,
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
@@ -249,22 +249,22 @@ class ProgressiveVAELevel(SavedModel):
     def walk(
         self,
         codes: Tensor,
-        choose: Choose,
+        choose: StepFn,
         class_labels: Labels = None,
         corruption: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Visit the entries of z_{i+1} in the order in which P_Θ(z_{i+1} | z_i) predicts them.
 
-        Sampling, coding and likelihood are this with another `choose`. Each colour of each position
-        of the grid is asked for once: group after group of the decoder's order, in a group colour
-        after colour, in a colour position after position, row by row.
+        Sampling, coding and likelihood are this with another `choose`. Each color of each position
+        of the grid is asked for once: group after group of the decoder's order, in a group color
+        after color, in a color position after position, row by row.
 
         Args:
             codes: z_i, int64 (B, H_i, W_i).
             choose: `(distribution, place) -> values`, int64 (B, n) in 0 … V − 1. The distribution
                 has `log_prob(values)` and `logits`, (B, n, V), given z_i and what was chosen
-                before; the place has the numbers `group` and `colour`, and `positions`, int64 (n,),
+                before; the place has the numbers `group` and `color`, and `positions`, int64 (n,),
                 row-major indices in the grid (H_{i+1}, W_{i+1}).
             class_labels, corruption, finer_size: as in `sample`.
 
@@ -333,7 +333,7 @@ class ProgressiveVAELevel(SavedModel):
         self.conditional.check_causal()
 
     def after_step(self, output, gather: Callable[[Tensor], Tensor]):
-        """What follows an optimisation step with a `ProgressiveVAELevelOutput`: the codebook of
+        """What follows an optimization step with a `ProgressiveVAELevelOutput`: the codebook of
         `"vq"` moves, the temperature of `"gumbel"` anneals.
 
         Loops that do not call it get the same from the next forward pass in training mode, with
@@ -393,7 +393,7 @@ class ProgressiveVAELevel(SavedModel):
             if expected is None:
                 with torch.no_grad():
                     expected = self._require_auxiliary().expect(quantized, size)
-            picture = on_value_scale(expected.detach())  # its decoder learns for itself
+            picture = signed_to_255(expected.detach())  # its decoder learns for itself
         if self.decoder is not None:
             quantized = self.quantizer.standardized(quantized)
         return Condition(quantized, labels, corruption, picture)

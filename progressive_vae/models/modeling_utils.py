@@ -43,7 +43,7 @@ _WEIGHTS = re.compile(
 _TIMES, _TENSORS, _NUMBERS = 4, 1_000, 1_000_000
 
 
-class SavedModel(PreTrainedModel):
+class VerifiedPreTrainedModel(PreTrainedModel):
     """A model that is loaded whole or not at all.
 
     `save_pretrained` seals weight files: their headers hold the checksums of the weights and of

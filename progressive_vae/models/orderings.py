@@ -20,25 +20,27 @@ from torch import Tensor
 from .distributions import Distribution
 
 
-class Place(NamedTuple):
+class WalkStep(NamedTuple):
     """Where a walk stands.
 
     Args:
         group: its number, from 0.
-        colour: its number, from 0; of symbols always 0.
+        color: its number, from 0; of symbols always 0.
         positions: row-major indices of positions in the true grid (H, W), ascending, int64 (n,).
     """
 
     group: int
-    colour: int
+    color: int
     positions: Tensor
 
 
 # What to do at one step of a walk: it returns the values at the place, int64 (B, n).
-Choose = Callable[[Distribution, Place], Tensor]
+StepFn = Callable[[Distribution, WalkStep], Tensor]
 
 
-def ask(choose: Choose, distribution: Distribution, place: Place, batch_size: int) -> Tensor:
+def call_step_fn(
+    choose: StepFn, distribution: Distribution, place: WalkStep, batch_size: int
+) -> Tensor:
     """What `choose` returns, or a `ValueError` if it is not int64 (B, n)."""
     values, expected = choose(distribution, place), (batch_size, len(place.positions))
     if values.dtype != torch.long or values.shape != expected:
@@ -49,8 +51,8 @@ def ask(choose: Choose, distribution: Distribution, place: Place, batch_size: in
     return values
 
 
-class Teacher:
-    """A `Choose` that follows a known grid: `terms` are the nats of its values, (B,), step by step.
+class TeacherForcing:
+    """A `StepFn` that follows a known grid: `terms` are the nats of its values, (B,), step by step.
 
     Args:
         values: int64 (B, C, H, W).
@@ -59,8 +61,8 @@ class Teacher:
     def __init__(self, values: Tensor):
         self.entries, self.terms = values.flatten(2), list[Tensor]()
 
-    def __call__(self, distribution: Distribution, place: Place) -> Tensor:
-        values = self.entries[:, place.colour].index_select(1, place.positions)
+    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
+        values = self.entries[:, place.color].index_select(1, place.positions)
         self.terms.append(distribution.log_prob(values).sum(1))
         return values
 
@@ -76,11 +78,11 @@ class Lattice:
     stride: int
     offset: tuple[int, int] = (0, 0)
 
-    def take(self, grid: Tensor) -> Tensor:
+    def gather_values(self, grid: Tensor) -> Tensor:
         """The entries at this group's positions, (..., n)."""
         return self._view(grid).flatten(-2)
 
-    def near(self, grid: Tensor, size: tuple[int, int]) -> Tensor | None:
+    def neighbors(self, grid: Tensor, size: tuple[int, int]) -> Tensor | None:
         """The four entries around each position that are known before this group, (4, ..., n),
         mirrored at the borders of the true `size` (H, W); `None` where nothing is known.
 
@@ -92,16 +94,16 @@ class Lattice:
         found = grid.flatten(-2).index_select(-1, indices.flatten())
         return found.unflatten(-1, indices.shape).movedim(-2, 0)
 
-    def put(self, grid: Tensor, values: Tensor):
+    def scatter_values(self, grid: Tensor, values: Tensor):
         """The reverse: write (..., n)."""
         view = self._view(grid)
         view.copy_(values.unflatten(-1, view.shape[-2:]))
 
-    def gather(self, state: Tensor) -> Tensor:
+    def gather_features(self, state: Tensor) -> Tensor:
         """The state at this group's positions, (B, n, width)."""
         return state.movedim(1, -1).flatten(1, 2)
 
-    def spread(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
+    def scatter_features(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
         """Vectors (B, n, E) at their places in a state of the given size, (B, E, h, w)."""
         return vectors.unflatten(1, size).movedim(-1, 1)
 
@@ -114,7 +116,7 @@ class Lattice:
 def _near(
     lattice: Lattice, padded: tuple[int, int], size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Row-major indices in the padded grid of the entries that `Lattice.near` finds, (4, n)."""
+    """Row-major indices in the padded grid of the entries of `Lattice.neighbors`, (4, n)."""
     step, is_corner = lattice.stride // 2, min(lattice.offset) > 0
     rows, columns = (
         torch.arange(start, end, lattice.stride, device="cpu")
@@ -137,32 +139,32 @@ def _mirrored(indices: Tensor, step: int, length: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Scattered:
+class IndexGroup:
     """Any positions, as indices (n,) into the flattened finer grid; the state has one place for
-    each position of that grid, and 0 where `spread` has nothing to put."""
+    each position of that grid, and 0 where `scatter_features` has nothing to put."""
 
     positions: Tensor
     stride: int = 1
 
-    def take(self, grid: Tensor) -> Tensor:
+    def gather_values(self, grid: Tensor) -> Tensor:
         return grid.flatten(-2)[..., self.positions]
 
-    def near(self, grid: Tensor, size: tuple[int, int]) -> None:
-        """No entries, as `Lattice.near` finds: what is known lies anywhere."""
+    def neighbors(self, grid: Tensor, size: tuple[int, int]) -> None:
+        """No entries, as `Lattice.neighbors` finds: what is known lies anywhere."""
 
-    def put(self, grid: Tensor, values: Tensor):
+    def scatter_values(self, grid: Tensor, values: Tensor):
         grid.view(*grid.shape[:-2], -1)[..., self.positions] = values
 
-    def gather(self, state: Tensor) -> Tensor:
+    def gather_features(self, state: Tensor) -> Tensor:
         return state.movedim(1, -1).flatten(1, 2)[:, self.positions]
 
-    def spread(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
+    def scatter_features(self, vectors: Tensor, size: tuple[int, int]) -> Tensor:
         places = vectors.new_zeros(len(vectors), math.prod(size), vectors.shape[-1])
         places = places.index_copy(1, self.positions.to(places.device), vectors)
         return places.unflatten(1, size).movedim(-1, 1)
 
 
-Group = Lattice | Scattered
+Group = Lattice | IndexGroup
 
 
 def index_grid(size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
@@ -171,11 +173,11 @@ def index_grid(size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
     return F.pad(index, (0, padded[1] - size[1], 0, padded[0] - size[0]), value=-1)
 
 
-class Inside:
+class ValidPositions:
     """Which of a group's places lie in the true grid: all, some or none.
 
     Args:
-        found: `group.take(index_grid(…))`, int64 (n,).
+        found: `group.gather_values(index_grid(…))`, int64 (n,).
     """
 
     def __init__(self, found: Tensor, device: torch.device):
@@ -189,7 +191,7 @@ class Inside:
         """What x has at the places inside."""
         return x if self.places is None else x.index_select(dim, self.places)
 
-    def spread(self, values: Tensor) -> Tensor:
+    def scatter_features(self, values: Tensor) -> Tensor:
         """The reverse, of values (B, n): 0 at the places that are not inside."""
         if self.places is None:
             return values
@@ -223,7 +225,7 @@ def masked_order(num_groups: int, size: tuple[int, int]) -> list[Group]:
         round(count * (1 - math.cos(math.pi * t / (2 * num_groups)))) for t in range(num_groups + 1)
     ]
     parts = (np.sort(order[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True))
-    return [Scattered(torch.from_numpy(part)) for part in parts]
+    return [IndexGroup(torch.from_numpy(part)) for part in parts]
 
 
 # Of so many groups, and a padded grid's size (H, W), the groups in their order, whose strides are
@@ -233,14 +235,14 @@ ORDERS = {"factorized": factorized_order, "lattice": lattice_order, "masked": ma
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # of what is walked a gradient may be asked later
-def route(
+def group_schedule(
     order: str,
     num_groups: int,
     size: tuple[int, int],
     padded: tuple[int, int],
     device: torch.device,
-) -> list[tuple[Group, Inside]]:
+) -> list[tuple[Group, ValidPositions]]:
     """The groups of a padded grid in their order, and which places of each lie in the true one."""
     with torch.device("cpu"):
         index, groups = index_grid(size, padded), ORDERS[order](num_groups, padded)
-        return [(group, Inside(group.take(index), device)) for group in groups]
+        return [(group, ValidPositions(group.gather_values(index), device)) for group in groups]

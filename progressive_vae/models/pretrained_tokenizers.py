@@ -90,7 +90,7 @@ class TokenizerQuantizer(Quantizer, _Frozen):
         raise NotImplementedError
 
 
-class NearestCode(TokenizerQuantizer):
+class NearestCodeQuantizer(TokenizerQuantizer):
     """Of `VQModel`, and of `JanusVQVAE`, which decodes vectors of length 1."""
 
     def __init__(self, quantize: nn.Module, is_normalized: bool):
@@ -111,7 +111,7 @@ class NearestCode(TokenizerQuantizer):
         return found.view(len(latents), *latents.shape[-2:])
 
 
-class LargestLogit(TokenizerQuantizer):
+class ArgmaxQuantizer(TokenizerQuantizer):
     """Of the discrete VAE: latents are logits of codes, whose vectors its decoder begins with."""
 
     def __init__(self, input: nn.Conv2d):
@@ -223,7 +223,7 @@ def _parts(config, model, see, show, is_normalized=False, is_spatial=False):
     downsample = config.downsample
     return (
         TokenizerEncoder(see, downsample, encoder=model.encoder, quant_conv=model.quant_conv),
-        NearestCode(model.quantize, is_normalized),
+        NearestCodeQuantizer(model.quantize, is_normalized),
         TokenizerDecoder(
             config,
             show,
@@ -238,7 +238,7 @@ def _dalle_dvae(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
     fields = tokenizer.fields
     return (
         TokenizerEncoder(to_unit, config.downsample, blocks=dalle_encoder(fields)),
-        LargestLogit(nn.Conv2d(fields["vocab_size"], fields["n_init"], 1)),
+        ArgmaxQuantizer(nn.Conv2d(fields["vocab_size"], fields["n_init"], 1)),
         TokenizerDecoder(config, from_logits, decoder=dalle_decoder(fields)),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Painter:
+class PreviewDecoder:
     """From vectors of z_i, (B, D, H_i, W_i), to the picture, float (B, C, H, W) in [−1, 1], that
     auxiliary decoders make of them, with a gradient.
 
@@ -37,7 +37,7 @@ class Painter:
         return vectors
 
     @torch.no_grad()
-    def of_codes(self, codes: Tensor) -> Tensor:
+    def decode_codes(self, codes: Tensor) -> Tensor:
         """The same of z_i, int64 (B, H_i, W_i)."""
         codebook = self.codebook  # of a level that may wait on another device
         vectors = F.embedding(codes.to(codebook.device), codebook).movedim(-1, 1)
@@ -45,4 +45,4 @@ class Painter:
 
     def error(self, vectors: Tensor, codes: Tensor) -> Tensor:
         """The mean squared one of the picture of vectors that are expected of codes, a scalar."""
-        return F.mse_loss(self(vectors), self.of_codes(codes))
+        return F.mse_loss(self(vectors), self.decode_codes(codes))

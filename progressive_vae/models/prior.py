@@ -11,11 +11,11 @@ from transformers.utils import ModelOutput
 from ..arguments import as_integer
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import check_codes
-from .causal_lm import NUM_CHECKED, Causal
+from .causal_lm import NUM_CHECKED, CausalLMMixin
 from .class_labels import Labels, drop_labels, known_labels, label_ids
 from .distributions import Categorical
-from .modeling_utils import SavedModel
-from .orderings import Choose
+from .modeling_utils import VerifiedPreTrainedModel
+from .orderings import StepFn
 from .sampling import Generators, Sampler
 
 
@@ -23,7 +23,7 @@ from .sampling import Generators, Sampler
 class ProgressiveVAEPriorOutput(ModelOutput):
     """
     Args:
-        loss: scalar, −log P_Φ(z_1) in nats per code; minimise it.
+        loss: scalar, −log P_Φ(z_1) in nats per code; minimize it.
         log_prob: log P_Φ(z_1) in nats, summed over the grid, (B,).
         logits: of every code given the codes before it, (B, L_1, K_1).
         hidden_states, attentions: the backbone's, where asked for.
@@ -36,7 +36,7 @@ class ProgressiveVAEPriorOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class ProgressiveVAEPrior(Causal, SavedModel):
+class ProgressiveVAEPrior(CausalLMMixin, VerifiedPreTrainedModel):
     """`P_Φ(z_1 | class) = ∏_l P(code_l | class, code_1 … code_{l−1})`.
 
     The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
@@ -60,7 +60,7 @@ class ProgressiveVAEPrior(Causal, SavedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        # The backbone has initialised itself; modules of its kinds are all there are.
+        # The backbone has initialized itself; modules of its kinds are all there are.
         self.backbone._init_weights(module)
 
     def forward(
@@ -107,7 +107,7 @@ class ProgressiveVAEPrior(Causal, SavedModel):
     ) -> tuple[Tensor, ModelOutput]:
         """Nats (B,), and the output of the backbone that gives them."""
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
-        return self._at_once(self._prompt(labels), codes.flatten(1), **asked)
+        return self._teacher_forced_log_prob(self._prompt(labels), codes.flatten(1), **asked)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -144,14 +144,14 @@ class ProgressiveVAEPrior(Causal, SavedModel):
         return self.walk(len(asked), draw.choose, known_labels(asked, self.config))[:batch_size]
 
     @apply_forward_hook
-    def walk(self, batch_size: int, choose: Choose, class_labels: Labels = None) -> Tensor:
+    def walk(self, batch_size: int, choose: StepFn, class_labels: Labels = None) -> Tensor:
         """Visit the codes of z_1 in raster order, with the backbone's key-value cache.
 
         Args:
             batch_size: B, the number of grids.
             choose: `(distribution, place) -> codes`, int64 (B, 1), as in
                 `ProgressiveVAELevel.walk`: of each step the distribution of one code, given those
-                chosen before, and its place; groups are the positions, and the colour is 0.
+                chosen before, and its place; groups are the positions, and the color is 0.
 
         Returns:
             what was chosen, int64 (B, H_1, W_1).

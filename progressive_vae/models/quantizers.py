@@ -21,7 +21,7 @@ class QuantizerOutput(NamedTuple):
     codes: Tensor  # int64 (B, H, W)
     quantized: Tensor  # (B, D, H, W), with the quantizer's gradient
     kl: Tensor | float = 0.0  # KL(P_Ψ ‖ U) in nats, (B,); the constant L log K is left out
-    loss: Tensor | float = 0.0  # scalar, weighted: what else is to be minimised
+    loss: Tensor | float = 0.0  # scalar, weighted: what else is to be minimized
 
 
 class Quantizer(nn.Module):
@@ -71,7 +71,7 @@ class Quantizer(nn.Module):
             self.after_step(*self.pending, gather=lambda tensor: tensor)
 
     def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        """What follows an optimisation step; `gather` concatenates tensors of all processes."""
+        """What follows an optimization step; `gather` concatenates tensors of all processes."""
         self.pending = None
         self.update_from(latents, codes, gather)
 

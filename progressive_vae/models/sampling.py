@@ -14,7 +14,7 @@ from transformers import (
 
 from ..arguments import as_integer, as_number
 from .distributions import Categorical, Distribution
-from .orderings import Place
+from .orderings import WalkStep
 
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
@@ -112,14 +112,14 @@ class Sampler:
         shape = torch.Size((rows, *logits.shape[1:-1]))
         return self._draw(logits, self._shares(shape, logits.device))
 
-    def choose(self, distribution: Distribution, place: Place) -> Tensor:
+    def choose(self, distribution: Distribution, place: WalkStep) -> Tensor:
         """The same at one step of a walk; all its values are looked at only where they change, of
         many values at a few positions at a time."""
         positions = place.positions
         shape = torch.Size((self.batch_size, len(positions)))
         shares = self._shares(shape, positions.device)
         if not (shares is None or self.is_guided or self.warpers):
-            return distribution.quantiles(shares)
+            return distribution.icdf(shares)
         drawn, stop = [], 0
         for part in distribution.parts():
             logits = part.logits
@@ -144,7 +144,7 @@ class Sampler:
             return logits.argmax(-1)
         if self.warpers:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
-        return Categorical(logits).quantiles(shares)
+        return Categorical(logits).icdf(shares)
 
 
 def per_factor(factor_names: list[str], **controls) -> list[dict]:

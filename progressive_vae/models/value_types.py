@@ -1,4 +1,4 @@
-"""What an entry of a finer grid is: a colour of a pixel, or a symbol, with a value 0 … V − 1."""
+"""What an entry of a finer grid is: a color of a pixel, or a symbol, with a value 0 … V − 1."""
 
 from dataclasses import dataclass
 
@@ -11,34 +11,34 @@ from ..configuration.validation import check_codes
 _HALF = (NUM_PIXEL_VALUES - 1) / 2  # 127.5
 
 
-def as_pixel_values(values: Tensor) -> Tensor:
+def uint8_to_signed(values: Tensor) -> Tensor:
     """0 … 255, of any dtype -> float32 in [−1, 1]."""
     return values.float() / _HALF - 1
 
 
-def as_unit(values: Tensor) -> Tensor:
+def uint8_to_unit(values: Tensor) -> Tensor:
     """0 … 255, of any dtype -> float32 in [0, 1], as pictures outside are."""
     return values.float() / (NUM_PIXEL_VALUES - 1)
 
 
-def of_unit(images: Tensor) -> Tensor:
+def unit_to_uint8(images: Tensor) -> Tensor:
     """Floats in [0, 1] -> the nearest values, uint8 in 0 … 255."""
     return (images * (NUM_PIXEL_VALUES - 1)).round().to(torch.uint8)
 
 
-def on_value_scale(pixel_values: Tensor) -> Tensor:
+def signed_to_255(pixel_values: Tensor) -> Tensor:
     """Floats in [−1, 1] -> float32 in [0, 255]."""
     return (pixel_values.float() + 1) * _HALF
 
 
-def as_values(pixel_values: Tensor) -> Tensor:
+def signed_to_indices(pixel_values: Tensor) -> Tensor:
     """Floats in [−1, 1] -> the nearest values, int64 in 0 … 255."""
-    return on_value_scale(pixel_values).round().long()
+    return signed_to_255(pixel_values).round().long()
 
 
 @dataclass(frozen=True)
-class Pixels:
-    """Colours of pixels: float (B, C, H, W) in [−1, 1], on the values of an image."""
+class PixelValues:
+    """Colors of pixels: float (B, C, H, W) in [−1, 1], on the values of an image."""
 
     channels: int
 
@@ -57,15 +57,15 @@ class Pixels:
         lowest, highest = finer.min().item(), finer.max().item()
         if not (lowest >= -1 and highest <= 1):  # also catches NaN
             raise ValueError(f"expected finer in [-1, 1], got values in [{lowest}, {highest}]")
-        return as_values(finer)
+        return signed_to_indices(finer)
 
     def from_values(self, values: Tensor) -> Tensor:
         """The reverse."""
-        return as_pixel_values(values)
+        return uint8_to_signed(values)
 
 
 @dataclass(frozen=True)
-class Symbols:
+class CodeValues:
     """Codes of the finer level: int64 (B, H, W) in 0 … V − 1."""
 
     num_values: int
@@ -74,7 +74,7 @@ class Symbols:
         """int64 (B, 1, H, W).
 
         Raises:
-            ValueError: as `Pixels.to_values`.
+            ValueError: as `PixelValues.to_values`.
         """
         check_codes(finer, self.num_values, name="finer")
         return finer[:, None]
@@ -84,7 +84,7 @@ class Symbols:
         return values[:, 0]
 
 
-def make_entries(config: ProgressiveVAELevelConfig) -> Pixels | Symbols:
+def make_value_type(config: ProgressiveVAELevelConfig) -> PixelValues | CodeValues:
     """What the finer grid of a level is made of; its shape is `config.value_channels` and the
     number of values `config.num_values`."""
-    return Pixels(config.value_channels) if config.is_finest else Symbols(config.num_values)
+    return PixelValues(config.value_channels) if config.is_finest else CodeValues(config.num_values)

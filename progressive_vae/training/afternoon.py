@@ -1,4 +1,4 @@
-"""What one writes in an afternoon, to compare with: a VQ-VAE of one level whose decoder minimises
+"""What one writes in an afternoon, to compare with: a VQ-VAE of one level whose decoder minimizes
 squared error, and a causal transformer over its codes."""
 
 import math
@@ -13,11 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..data.code_cache import GridDataset
 from ..models.causal_lm import cached_step
 from ..models.quantizers import VectorQuantizer
-from ..models.value_types import as_pixel_values, of_unit
+from ..models.value_types import uint8_to_signed, unit_to_uint8
 
 
 class FlatVAE(nn.Module):
-    """One grid of codes, a quarter of the image's side; the decoder minimises squared error."""
+    """One grid of codes, a quarter of the image's side; the decoder minimizes squared error."""
 
     def __init__(self, num_channels: int, codebook_size: int = 128, width: int = 128):
         super().__init__()
@@ -112,7 +112,7 @@ class Afternoon:
         batches = train.random_batches(64)
 
         def inputs(images: Tensor) -> Tensor:
-            return as_pixel_values(images.to(self.device))
+            return uint8_to_signed(images.to(self.device))
 
         first = inputs(torch.cat([next(batches)[0] for _ in range(30)]))
         with torch.no_grad():
@@ -159,11 +159,11 @@ class Afternoon:
             inputs = drawn if use_cache else tokens
         return self.vae.decode(tokens[:, 1:].unflatten(1, self.size))
 
-    def draw_labelled(self, num_images: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def sample_labeled(self, num_images: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 images and their labels, the classes in turn."""
         torch.manual_seed(seed)
         for labels in (torch.arange(num_images) % self.num_classes).split(250):
-            yield of_unit(self.draw(labels, use_cache=True)).cpu(), labels
+            yield unit_to_uint8(self.draw(labels, use_cache=True)).cpu(), labels
 
     def parts(self) -> dict[str, nn.Module]:
         return {"vae": self.vae, "prior": self.prior}

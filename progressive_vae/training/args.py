@@ -16,10 +16,10 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to minimise one loss; the names are those of diffusers' training scripts.
+    """How to minimize one loss; the names are those of diffusers' training scripts.
 
     Args:
-        max_train_steps: optimisation steps; where a run has `max_train_minutes`, those that the
+        max_train_steps: optimization steps; where a run has `max_train_minutes`, those that the
             schedule of the learning rate speaks of, which then lasts as long as the fit.
         time_share: of `max_train_minutes`, beside the shares of the other fits.
         train_batch_size: images a step, on each process.

@@ -40,7 +40,7 @@ class Progress:
     """Where a fit stands.
 
     Args:
-        step: optimisation steps done.
+        step: optimization steps done.
         epoch, batch: passes over the data set done, and batches of the next one.
         seconds: spent so far, validations left out.
         waited: seconds of these in which the model waited for data.
@@ -62,7 +62,7 @@ class Checkpoints:
     """The checkpoints `checkpoint-{phase}-{step}` in a folder.
 
     Args:
-        every: optimisation steps from one to the next; `None` for none but that of a stop.
+        every: optimization steps from one to the next; `None` for none but that of a stop.
         total_limit: the number of a phase's checkpoints that are kept; `None` for all.
         resume: start phases from their checkpoints; "latest", or the path of one. `None`: start
             anew, and delete what is there.

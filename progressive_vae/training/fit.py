@@ -1,4 +1,4 @@
-"""One loss minimised: `fit()`, through which all phases go, on one process or many.
+"""One loss minimized: `fit()`, through which all phases go, on one process or many.
 
 Noise and order depend on the seed, the epoch and the example, not on the process: two processes
 with half the batch see what one sees. A model may be sharded over the processes (FSDP2).
@@ -31,7 +31,7 @@ from .checkpoints import Checkpoints, Progress, is_sharded
 from .muon import Muon, matrices_and_others
 
 
-class Shuffled(Sampler):
+class ResumableSampler(Sampler):
     """The indices 0 … n − 1 in an order that depends on the seed and the epoch alone, so that a fit
     that goes on within an epoch sees what it would have seen."""
 
@@ -238,7 +238,7 @@ def _loader(
     accelerator: Accelerator,
     batch_size: int,
     run: RunSettings,
-) -> tuple[DataLoader, Shuffled | PixelStream]:
+) -> tuple[DataLoader, ResumableSampler | PixelStream]:
     """The batches of this process, and what is told where they begin."""
     shared: dict[str, Any] = dict(
         batch_size=batch_size,
@@ -255,7 +255,7 @@ def _loader(
         return prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
         ), share
-    order = Shuffled(len(dataset), run.seed)
+    order = ResumableSampler(len(dataset), run.seed)
     drop_last = len(dataset) >= batch_size * accelerator.num_processes
     loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **shared)
     return accelerator.prepare(loader), order

@@ -22,8 +22,8 @@ from transformers.utils import logging as transformers_logging
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.validation import check_image_size
 from ..data.dataset import Images
-from ..data.source import open_source
-from ..hub.repository import figures, open_repository, push_or_warn
+from ..data.source import open_dataset
+from ..hub.repository import ensure_writable_repository, figures, push_or_warn
 from ..models.level import ProgressiveVAELevel
 from ..models.prior import ProgressiveVAEPrior
 from ..paths import expand_home, make_folder
@@ -39,7 +39,7 @@ from .report import (
     assemble,
     evaluate_and_save,
 )
-from .resume import check_work, given_levels, keep_recipe, take_given
+from .resume import check_resume, copy_pretrained_levels, given_levels, write_recipe
 from .run import PHASES, Run, make_accelerator
 
 # How pixels lie around a given tokenizer's picture is soon learned.
@@ -115,7 +115,7 @@ def train(
     with locked(folder, accelerator, part), checkpoints.listening(), _without_bars_of_files():
         # All configs are made, and all that is there is looked at, before any phase runs: a wrong
         # knob costs neither training nor what was trained before.
-        source = open_source(read.data, images)
+        source = open_dataset(read.data, images)
         accelerator.print("\n".join(source.notes))
         pixels, names = source.manifests["train"], source.class_names
         given_configs = {i: ProgressiveVAELevelConfig.from_pretrained(p) for i, p in given.items()}
@@ -127,7 +127,7 @@ def train(
             raise ValueError(f"expected phase among {['all', *names_of_all, 'evaluate']}, got "
                              f"{phase!r}; a refit needs its section")  # fmt: skip
         chosen = [each for each in order if phase in ("all", each.name)]
-        share_out(order, read.run.max_train_minutes)
+        allocate_time(order, read.run.max_train_minutes)
         number(chosen)
         for each in chosen:
             if isinstance(each, RefitPhase):
@@ -143,7 +143,7 @@ def train(
             for i, path in given.items()
             if is_first
         }
-        check_work(run, read, phase, is_first, chosen, configs, pixels, given_parts)
+        check_resume(run, read, phase, is_first, chosen, configs, pixels, given_parts)
         run.pixels = source.pixels(
             folder / "cache" / "pixels", accelerator, overwrite_cache, overwrite_output_dir
         )
@@ -159,7 +159,7 @@ def train(
         )
         if accelerator.is_main_process:
             if repo_id is not None:
-                open_repository(repo_id, hub_private_repo)
+                ensure_writable_repository(repo_id, hub_private_repo)
             if not (folder / ".gitignore").exists():
                 # What is not of the pipeline, for those who upload the folder by other means.
                 lines = [*BESIDE_THE_PIPELINE, f"{read.run.logging_dir}/"]
@@ -168,8 +168,8 @@ def train(
             with run.alone():
                 only = None if phase == "all" else chosen[0]
                 if accelerator.is_main_process:
-                    keep_recipe(run, read, given, only, is_first)
-        take_given(run, given_parts)
+                    write_recipe(run, read, given, only, is_first)
+        copy_pretrained_levels(run, given_parts)
         for each in chosen:
             each(run)
             if accelerator.is_main_process:
@@ -177,7 +177,7 @@ def train(
                 pictures = folder / "validation" / each.name
                 shown = f"; held-out pictures by it: {pictures}" if pictures.is_dir() else ""
                 print(f"{each.name} ({each.place}) is done{shown}")
-        pipe = measured(run, phase == "evaluate") if phase in ("all", "evaluate") else None
+        pipe = evaluate_or_load(run, phase == "evaluate") if phase in ("all", "evaluate") else None
         if accelerator.is_main_process:
             if pipe is None:
                 after = order[names_of_all.index(phase) + 1 :]
@@ -242,7 +242,7 @@ def greedy_order(
     return order
 
 
-def share_out(phases: list[Phase], minutes: float | None):
+def allocate_time(phases: list[Phase], minutes: float | None):
     """Give each phase its part of the time, as the shares say."""
     whole = sum(phase.settings.time_share for phase in phases)
     for phase in phases:
@@ -275,7 +275,7 @@ def check_fit(
         check_image_size(image_size, chain, None)
 
 
-def measured(run: Run, is_asked: bool) -> ProgressiveVAEPipeline:
+def evaluate_or_load(run: Run, is_asked: bool) -> ProgressiveVAEPipeline:
     """The pipeline, measured by one process, unless its figures are there and nobody asks."""
     run.grids("test", 1)  # an error if a level has changed since the coarser were trained
     if run.accelerator.is_main_process:

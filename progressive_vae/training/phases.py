@@ -20,12 +20,12 @@ from torch import Tensor
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import MAX_LEVELS, grid_sizes
-from ..data.augmentation import AS_THEY_ARE
+from ..data.augmentation import IDENTITY
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, PairedDataset
 from ..data.streaming import PixelStream
 from ..models.level import ProgressiveVAELevel
-from ..models.preview_decoder import Painter
+from ..models.preview_decoder import PreviewDecoder
 from ..models.prior import ProgressiveVAEPrior
 from ..pipeline import ProgressiveVAEPipeline
 from ..visualization import reconstruction_grid, sample_grid
@@ -83,7 +83,7 @@ class Phase:
             "seconds": self.seconds,
             **settings,
         }
-        if self.part == f"level_{run.num_levels}" and run.forms != AS_THEY_ARE:
+        if self.part == f"level_{run.num_levels}" and run.forms != IDENTITY:
             identity["forms"] = asdict(run.forms)
         return json.loads(json.dumps(identity))
 
@@ -200,7 +200,7 @@ class LevelPhase(Phase):
 
         validate = _level_validation(run, self, level)
         self._fit(run, level, train, to_inputs, validate, identity, began)
-        run.forget(self.index)  # the codes of the level that was there before
+        run.clear_cache(self.index)  # the codes of the level that was there before
         return level
 
 
@@ -345,12 +345,12 @@ def initialize_codebook(
     level.quantizer.initialize(vectors, generator, weight)
 
 
-def _painter(run: Run, finer_levels: list[ProgressiveVAELevel]) -> Painter:
+def _painter(run: Run, finer_levels: list[ProgressiveVAELevel]) -> PreviewDecoder:
     """By what a level of symbols learns how they look."""
     for level in finer_levels:
         level.to(run.accelerator.device)
     sizes = grid_sizes([level.config for level in finer_levels], run.image_shape[1:])[1:]
-    return Painter(finer_levels, sizes)
+    return PreviewDecoder(finer_levels, sizes)
 
 
 def _level_validation(

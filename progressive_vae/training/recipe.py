@@ -102,7 +102,7 @@ class Recipe:
                 config = given[i]
                 if not configs and config.num_channels != num_channels:
                     raise ValueError(
-                        f"expected a level of images with {num_channels} colours to start from, "
+                        f"expected a level of images with {num_channels} colors to start from, "
                         f"got one with num_channels={config.num_channels}"
                     )
             else:

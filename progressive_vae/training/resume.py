@@ -16,7 +16,7 @@ from .report import saved_sections, write_sections
 from .run import Run
 
 
-def check_work(
+def check_resume(
     run: Run,
     recipe: Recipe,
     name: str,
@@ -93,7 +93,7 @@ def given_identity(index: int, level: ProgressiveVAELevel) -> dict[str, str]:
     return {"phase": f"level_{index}", "given": fingerprint([level])}
 
 
-def take_given(run: Run, levels: Mapping[int, ProgressiveVAELevel]):
+def copy_pretrained_levels(run: Run, levels: Mapping[int, ProgressiveVAELevel]):
     """Copy the levels that are there already to where those that are trained will lie."""
     for index, level in levels.items():
         identity = given_identity(index, level)
@@ -101,7 +101,7 @@ def take_given(run: Run, levels: Mapping[int, ProgressiveVAELevel]):
             run.save(level, f"level_{index}", [identity])
 
 
-def keep_recipe(
+def write_recipe(
     run: Run, recipe: Recipe, given: Mapping[int, Path], phase: Phase | None, is_first: bool
 ):
     """Write down what runs, to be run again.

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..configuration.validation import MAX_LEVELS, grid_sizes
-from ..data.augmentation import AS_THEY_ARE, Forms, FormsDataset
+from ..data.augmentation import IDENTITY, Augmentation, AugmentedDataset
 from ..data.code_cache import GridDataset, Manifest, write_cache
 from ..data.streaming import PixelStream
 from ..evaluation.throughput import has_bf16
@@ -61,7 +61,7 @@ class Run:
     num_levels: int
     pixels: dict[str, GridDataset | PixelStream] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
-    forms: Forms = AS_THEY_ARE
+    forms: Augmentation = IDENTITY
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
     logged_steps: int = 0  # of the phases so far: some trackers want steps that only grow
@@ -143,13 +143,13 @@ class Run:
                 self.record(f"encode_{split}_{index}", count, time.perf_counter() - start)
         return GridDataset(folder, manifest)
 
-    def examples(self, index: int) -> GridDataset | FormsDataset | PixelStream:
+    def examples(self, index: int) -> GridDataset | AugmentedDataset | PixelStream:
         """What a level is fitted to: the training images' z_index, or for index = N + 1 their
         pixels in all forms."""
         grids = self.grids("train", index)
-        is_varied = index == self.num_levels + 1 and self.forms != AS_THEY_ARE
+        is_varied = index == self.num_levels + 1 and self.forms != IDENTITY
         if is_varied and isinstance(grids, GridDataset):
-            return FormsDataset(grids, self.forms)
+            return AugmentedDataset(grids, self.forms)
         return grids
 
     def _encode(
@@ -164,7 +164,7 @@ class Run:
         for grids, labels in tqdm(batches, desc="encode", total=count, disable=is_quiet):
             yield level.encode(as_finer(grids, level).to(level.device)).cpu(), labels
 
-    def forget(self, index: int):
+    def clear_cache(self, index: int):
         """Delete the cached codes of a level whose weights have just changed."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.output_dir / "cache" / f"level_{index}", ignore_errors=True)
