@@ -65,6 +65,22 @@ def test_a_split_that_is_not_used_is_named(tmp_path):
     assert [len(table) for table in used.splits.values()] == [6, 6]
 
 
+@pytest.mark.parametrize(
+    ("folders", "train_split"),
+    [(("val", "test"), "train"), (("train", "val"), "nonsense"), (("test",), "train")],
+)
+def test_images_of_other_splits_are_not_trained_on(tmp_path, folders, train_split):
+    write_images(tmp_path, *(f"{name}/{{}}.png" for name in folders))
+    with pytest.raises(ValueError, match=f"expected train_split among .*got '{train_split}'"):
+        opened(tmp_path, train_split=train_split)
+
+
+def test_two_folders_of_one_meaning_keep_their_names(tmp_path):
+    write_images(tmp_path, "train/{}.png", "valid/{}.png", "validation/{}.png")
+    source = open_source(DataSettings(train_data_dir=str(tmp_path), eval_split="valid"))
+    assert [len(table) for table in source.splits.values()] == [6, 6]
+
+
 def test_images_beside_splits_are_left_aside_aloud(tmp_path):
     write_images(tmp_path, "train/{}.png", "test/{}.png")
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "cover.png")

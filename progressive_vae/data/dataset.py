@@ -25,6 +25,7 @@ from ..image_files import (
     crop_square,
     image_array,
     is_gray,
+    list_files,
     open_image,
     resize_shorter_side,
 )
@@ -209,7 +210,11 @@ def _open_folder(folder: Path, settings: DataSettings) -> tuple[Mapping[str, Tab
         found = open_image_folder(folder, settings.train_split, settings.label_column)
         return found.splits, found.notes
     if not any(folder.rglob("*.parquet")):
-        raise ValueError(f"expected images or files of parquet in {folder}, got none")
+        count = len(list_files(folder))
+        raise ValueError(
+            f"expected images or files of parquet in {folder}, got {count} files without the "
+            "suffix of either"
+        )
     escaped = glob.escape(str(folder))  # a path is no pattern
     return _load("parquet", data_dir=escaped, streaming=settings.streaming), []
 

@@ -48,11 +48,11 @@ def open_image_folder(
 ) -> ImageFolder:
     """
     Args:
-        train_split: the split that has to be there for subfolders to be splits.
+        train_split: the split to train on; where subfolders are splits, it has to be among them.
         label_column: of a metadata file; one of the usual names where not given.
 
     Raises:
-        ValueError: no image in the folder.
+        ValueError: no image in the folder, or folders of splits without `train_split`.
     """
     folder = folder.resolve()
     files = list_files(folder)
@@ -76,6 +76,11 @@ def open_image_folder(
             f"left aside {len(images) - num_used} images that lie beside the folders of splits "
             f"{sorted(base.name for base, _ in groups.values())} in {root}",
             stacklevel=2,
+        )
+    if train_split not in groups:
+        raise ValueError(
+            f"expected train_split among {sorted(groups)}, the folders of splits in {root}, got "
+            f"{train_split!r}"
         )
     labels = {split: _folder_labels(base, paths) for split, (base, paths) in groups.items()}
     notes.insert(0, f"{len(images)} images in {folder}")
@@ -124,20 +129,22 @@ def _split_groups(
 ) -> dict[str, tuple[Path, list[Path]]]:
     """For each split its folder and its images."""
     children = _children(root, images)
-    folders = children - {None}
-    names = {
-        child: child if child == train_split else _STANDARD_NAMES.get(child.lower(), child.lower())
-        for child in folders
-        if child is not None and _is_split(child, train_split)
-    }
-    are_splits = len(set(names.values())) == len(folders) and train_split in names.values()
+    folders = {child for child in children if child is not None}
+    are_splits = folders and all(_is_split(child, train_split) for child in folders)
     # A single folder among loose images may as well be a class, as of images of trains.
     if not are_splits or (None in children and len(folders) == 1):
         return {train_split: (root, images)}
+    names = {child: _standard_name(child, train_split) for child in folders}
+    if len(set(names.values())) < len(names):  # both valid/ and validation/
+        names = {child: child for child in folders}
     return {
         split: (root / child, [path for path in images if path.is_relative_to(root / child)])
         for child, split in sorted(names.items())
     }
+
+
+def _standard_name(child: str, train_split: str) -> str:
+    return child if child == train_split else _STANDARD_NAMES.get(child.lower(), child.lower())
 
 
 def _folder_labels(base: Path, images: list[Path]) -> list[str | None]:
