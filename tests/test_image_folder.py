@@ -77,7 +77,7 @@ def test_images_of_other_splits_are_not_trained_on(tmp_path, folders, train_spli
 
 def test_two_folders_of_one_meaning_keep_their_names(tmp_path):
     write_images(tmp_path, "train/{}.png", "valid/{}.png", "validation/{}.png")
-    source = open_source(DataSettings(train_data_dir=str(tmp_path), eval_split="valid"))
+    source = open_dataset(DataSettings(train_data_dir=str(tmp_path), eval_split="valid"))
     assert [len(table) for table in source.splits.values()] == [6, 6]
 
 
