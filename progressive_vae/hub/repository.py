@@ -40,7 +40,7 @@ def register(pipeline: type[DiffusionPipeline], *parts: type):
     the code of parts that a repository may hold.
     """
     setattr(diffusers, pipeline.__name__, pipeline)
-    setattr(diffusers.pipelines, __package__, sys.modules[__package__])
+    setattr(diffusers.pipelines, "progressive_vae", sys.modules["progressive_vae"])
     classes = {part.__name__: LOADED_BY for part in parts}
     pipeline_loading_utils.LOADABLE_CLASSES["progressive_vae"] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
@@ -84,7 +84,7 @@ class HubPipeline(DiffusionPipeline):
         for name, value in contents.items():
             if not _is_slot(name) or value == [None, None]:
                 continue
-            if not _is_part(value) or (value[0] == __package__ and value[1] not in classes):
+            if not _is_part(value) or (value[0] == "progressive_vae" and value[1] not in classes):
                 raise ValueError(
                     f"expected [library, class] as {name} in {json_file}, got {value!r}: {_SAVE}"
                 )
