@@ -74,10 +74,14 @@ def check_walk(walk, size, channels, group_indices):
 @pytest.mark.parametrize(
     "kind",
     [
-        dict(num_channels=1), dict(num_channels=3), dict(num_channels=1, **LOGISTICS),
-        dict(num_channels=3, **LOGISTICS), dict(num_channels=3, **GUIDED), dict(num_symbols=5),
+        dict(num_channels=1),
+        dict(num_channels=3),
+        dict(num_channels=1, **LOGISTICS),
+        dict(num_channels=3, **LOGISTICS),
+        dict(num_channels=3, **GUIDED),
+        dict(num_symbols=5),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
 def test_a_level_has_one_step_for_each_entry(order, downsample, num_groups, kind):
     """Its log-probabilities add up to `log_prob`, and it returns the values of its steps."""
@@ -190,12 +194,15 @@ def test_invalid_arguments_are_refused(call, message):
 @pytest.mark.parametrize(
     "kind",
     [
-        dict(num_channels=3), dict(num_channels=1, **LOGISTICS), dict(num_channels=1, **GUIDED),
+        dict(num_channels=3),
+        dict(num_channels=1, **LOGISTICS),
+        dict(num_channels=1, **GUIDED),
         dict(num_channels=1, decoder_order="factorized"),
-        dict(num_channels=1, decoder_order="masked"), dict(num_symbols=5),
+        dict(num_channels=1, decoder_order="masked"),
+        dict(num_symbols=5),
         dict(num_symbols=5, decoder_order="raster"),
     ],
-)  # fmt: skip
+)
 def test_a_level_with_a_large_downsampling_factor(kind, downsample):
     level = tiny_level(downsample=downsample, **kind)
     size = (11, 13) if level.config.decoder_order == "raster" else (65, 70)

@@ -167,7 +167,7 @@ class GroupDecoder(Decoder):
             self.config.decoder_order, self.num_groups, tuple(size), (height, width), grid.device
         )
         for i, ((group, valid), stage) in enumerate(zip(schedule, self.stages, strict=True)):
-            # 1. Upsample to the group's stride; z enters again as long as it is finer.
+            # 1. Upsample to the group's stride; z enters again at strides down to its own.
             state = stage.upsample(state)
             if len(stage.upsample) and states:
                 state = state + states.pop()
