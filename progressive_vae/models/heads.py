@@ -85,7 +85,10 @@ class LinearHead(Head, ZeroLinear):
     """One logit per value, uniform at initialization: (B, n, width) -> (B, n, V)."""
 
     def forward(
-        self, features: Tensor, component_means=None, residuals=None
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Categorical | LowRankCategorical:
         return categorical_from_features(features, self.weight, self.bias)
 
@@ -106,7 +109,10 @@ class LowRankHead(Head):
         self.bias = nn.Parameter(torch.zeros(num_values))
 
     def forward(
-        self, features: Tensor, component_means=None, residuals=None
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Categorical | LowRankCategorical:
         return categorical_from_features(self.project(features), self.values.weight, self.bias)
 
@@ -146,8 +152,12 @@ class LogisticMixtureHead(Head):
         self.project = ZeroLinear(width, 4 * len(self.INITIAL_LOG_SCALES) + 1)
 
     def forward(
-        self, features: Tensor, component_means=None, residuals=None
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> DiscretizedLogisticMixture:
+        assert component_means is not None
         count = len(self.INITIAL_LOG_SCALES)
         with torch.autocast(features.device.type, enabled=False):
             weight = self.project.weight.float()
