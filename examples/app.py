@@ -198,7 +198,7 @@ class Page:
     def opened(self, contents: bytes | None) -> tuple[PIL.Image.Image, str]:
         """A file as a picture of the model's kind, and what was done to it."""
         if not contents:
-            raise gr.Error("StepFn a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
         try:
             image = open_image(contents, MAX_PICTURE_PIXELS).image
         except ValueError as error:
@@ -268,7 +268,7 @@ class Page:
     def redraw(self, codes: list[Tensor] | None, k: int, seed: int | None) -> str:
         """Eight pictures of the same z_1 … z_k."""
         if codes is None:
-            raise gr.Error("StepFn a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
         count, k = min(8, self.max_images), min(int(k), len(codes))
         told_to = {"num_images_per_prompt": count, "generator": generators(seed, count)}
         images = self.pipe(codes=codes[:k], **told_to).images

@@ -121,11 +121,11 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
     use = code_use(counts)
     draw, passes, start = Sampler(len(first)), [], time.process_time()
 
-    def choose(distribution, place):
-        passes.append(place)
-        return draw.choose(distribution, place)
+    def step_fn(distribution, step):
+        passes.append(step)
+        return draw.step(distribution, step)
 
-    level.walk(first, choose, finer_size=grids.shape[-2:])
+    level.walk(first, step_fn, finer_size=grids.shape[-2:])
     seconds = time.process_time() - start
     return {
         "bits_per_dim": nats / (math.log(2) * dimensions * len(held_out)),

@@ -21,9 +21,9 @@ from .codec.codec import CodingPipeline
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from .models.class_labels import Labels, label_ids
 from .models.distributions import Distribution
-from .models.orderings import WalkStep
 from .models.sampling import Generators, Sampler, as_generators, per_factor, uniform
 from .models.value_types import signed_to_indices, uint8_to_signed, uint8_to_unit
+from .models.walk import WalkStep
 from .pipeline_inputs import ProgressiveVAEPipelineOutput, check_outputs, per_factor_sampling_kwargs
 
 
@@ -66,10 +66,10 @@ class ClampedStep:
         self.draw, self.known, self.guesses = draw, known, guesses
         self.log_weights = known.trust.new_zeros(len(known.trust))
 
-    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
-        drawn = self.draw.choose(distribution, place)
-        found = self.known.values[:, place.color].flatten(1).index_select(1, place.positions)
-        trust = self.known.trust.flatten(1).index_select(1, place.positions)
+    def __call__(self, distribution: Distribution, step: WalkStep) -> Tensor:
+        drawn = self.draw.step(distribution, step)
+        found = self.known.values[:, step.channel].flatten(1).index_select(1, step.positions)
+        trust = self.known.trust.flatten(1).index_select(1, step.positions)
         is_taken = trust == 1
         if self.guesses:
             is_taken = uniform(trust.shape, self.draw.generator, trust.device) < trust

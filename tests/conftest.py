@@ -45,7 +45,10 @@ PIXEL_ORDERS = [
     ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
     ("lattice", 2, 7), ("lattice", 4, 10), ("masked", 2, 3), ("masked", 4, None),
 ]  # fmt: skip
+SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
 ORDER_NAMES = "order, downsample, num_groups"
+LOGISTICS = {"pixel_distribution": "logistics"}
+GUIDED = {"pixel_distribution": "guided_logistics", "auxiliary_hidden_size": 8}
 
 
 def randomize(model, seed: int = 0, scale: float = 0.5):

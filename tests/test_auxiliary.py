@@ -107,7 +107,7 @@ def test_a_level_of_symbols_learns_by_the_picture():
 @pytest.mark.parametrize("num_symbols", [5, 2100])
 def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
     """They are what probabilities of all symbols would make, passed on from level to level."""
-    monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", 50_000)  # several parts
+    monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 50_000)  # several parts
     shared = {"decoder_order": "auxiliary", "auxiliary_hidden_size": 8}
     levels = [
         tiny_level(num_symbols=4, seed=1, **shared),

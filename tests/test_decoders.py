@@ -3,8 +3,11 @@ import math
 import pytest
 import torch
 from conftest import (
+    GUIDED,
+    LOGISTICS,
     ORDER_NAMES,
     PIXEL_ORDERS,
+    SYMBOL_ORDERS,
     all_grids,
     level_of,
     tiny_level,
@@ -13,34 +16,37 @@ from conftest import (
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 
-SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
 
-
-def bits_before_training(values, **config):
-    """Of pixels (3, 32, 32) by a level with logistics, each."""
+def initial_bits_per_dim(pixels, **config):
+    """Bits per dimension of pixels (3, 32, 32) under an untrained logistic mixture."""
     config = ProgressiveVAELevelConfig(
-        num_channels=3, downsample=4, hidden_size=8, pixel_distribution="logistics", **config
+        num_channels=3, downsample=4, hidden_size=8, **LOGISTICS, **config
     )
-    level, codes = ProgressiveVAELevel(config).eval(), torch.zeros(1, 8, 8, dtype=torch.long)
+    level = ProgressiveVAELevel(config).eval()
+    codes = torch.zeros(1, 8, 8, dtype=torch.long)
     with torch.no_grad():
-        nats = -level.log_prob(values[None] / 127.5 - 1, codes).item()
-    return nats / (math.log(2) * values.numel())
+        log_prob = level.log_prob(pixels[None] / 127.5 - 1, codes).item()
+    return -log_prob / (math.log(2) * pixels.numel())
 
 
-def test_smooth_colors_cost_little_before_anything_is_learned():
-    """Logistics begin at the neighbors of a pixel, and at the color before; where the first
-    lattice is coarser, fewer pixels have no neighbor yet."""
+def test_an_untrained_logistic_mixture_predicts_smooth_images():
+    """Means start at the decoded neighbors and move with the residuals of the previous channel.
+
+    With a coarser first lattice fewer pixels have no neighbors.
+    """
     noise = torch.randint(256, (3, 32, 32), generator=torch.Generator().manual_seed(0))
-    slope = (50 + 2 * torch.arange(32) + torch.tensor([0, 40, 80]).view(3, 1, 1)).expand(3, 32, 32)
-    assert bits_before_training(slope) < 5 < 8 < bits_before_training(noise)
-    plain = torch.full((3, 32, 32), 200)
-    bits = [bits_before_training(plain, num_groups=n) for n in (7, 10, 13, 16)]
+    ramp = (50 + 2 * torch.arange(32) + torch.tensor([0, 40, 80]).view(3, 1, 1)).expand(3, 32, 32)
+    assert initial_bits_per_dim(ramp) < 5 < 8 < initial_bits_per_dim(noise)
+    constant = torch.full((3, 32, 32), 200)
+    bits = [initial_bits_per_dim(constant, num_groups=n) for n in (7, 10, 13, 16)]
     assert bits == sorted(bits, reverse=True)
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
 @pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
-def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, size):
+def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
+    order, downsample, num_groups, size
+):
     level = level_of(order, downsample, num_groups, num_symbols=3)
     grids = all_grids(3, *size)
     codes = torch.ones(1, *level.codes_size(size), dtype=torch.long)
@@ -49,57 +55,54 @@ def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, si
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert log_prob.std() > 0.1  # not the uniform distribution
     generator = torch.Generator().manual_seed(0)
-    drawn = level.sample(codes.expand(40_000, -1, -1), generator=generator, finer_size=size)
-    assert total_variation(log_prob, grids, drawn) < 0.03
-
-
-LOGISTICS = dict(pixel_distribution="logistics")
-GUIDED = dict(pixel_distribution="guided_logistics", auxiliary_hidden_size=8)
+    samples = level.sample(codes.expand(40_000, -1, -1), generator=generator, finer_size=size)
+    assert total_variation(log_prob, grids, samples) < 0.03
 
 
 @pytest.mark.parametrize(
-    "pixels", [dict(pixel_logit_rank=0), dict(pixel_logit_rank=64), LOGISTICS, GUIDED]
+    "head", [dict(pixel_logit_rank=0), dict(pixel_logit_rank=64), LOGISTICS, GUIDED]
 )
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
-def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, pixels):
-    if pixels in (LOGISTICS, GUIDED) and order != "lattice":
+def test_probabilities_of_all_pixel_values_sum_to_one(order, downsample, num_groups, head):
+    if head in (LOGISTICS, GUIDED) and order != "lattice":
         with pytest.raises(ValueError, match="expected decoder_order='lattice'"):
-            level_of(order, downsample, num_groups, num_channels=1, **pixels)
+            level_of(order, downsample, num_groups, num_channels=1, **head)
         return
-    level = level_of(order, downsample, num_groups, num_channels=1, **pixels)
+    level = level_of(order, downsample, num_groups, num_channels=1, **head)
     pixels = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
     with torch.no_grad():
         log_prob = level.log_prob(pixels, torch.zeros(256, 1, 1, dtype=torch.long))
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
-    drawn = level.sample(torch.zeros(40_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
-    values = ((drawn + 1) * 127.5).round().long()
-    assert torch.equal(values / 127.5 - 1, drawn)
-    frequency_table = torch.bincount(values.flatten(), minlength=256) / len(drawn)
-    assert (frequency_table - log_prob.exp()).abs().sum() / 2 < 0.04
+    samples = level.sample(torch.zeros(40_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
+    values = ((samples + 1) * 127.5).round().long()
+    assert torch.equal(values / 127.5 - 1, samples)
+    frequencies = torch.bincount(values.flatten(), minlength=256) / len(samples)
+    assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.04
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "logistics"])
-def test_colors_are_conditioned_on_each_other(distribution):
-    """Σ_{g,b} P(r, g, b) = P(r), which the walk shows first, and colors are not independent."""
+def test_channels_are_conditioned_on_each_other(distribution):
+    """Σ_{g,b} P(r, g, b) = P(r), the walk's first distribution, and P(b | r, g) depends on g."""
     level = tiny_level(num_channels=3, downsample=2, pixel_distribution=distribution)
-    code, red = torch.zeros(1, 1, 1, dtype=torch.long), 100
+    code = torch.zeros(1, 1, 1, dtype=torch.long)
+    red = 100
     green, blue = torch.cartesian_prod(torch.arange(256), torch.arange(256)).T
     values = torch.stack([torch.full_like(green, red), green, blue], 1).view(-1, 3, 1, 1)
     with torch.no_grad():
         log_prob = torch.cat(
             [level.log_prob(v / 127.5 - 1, code.expand(len(v), 1, 1)) for v in values.split(8192)]
         ).view(256, 256)
-        first = []
+        logits = []
 
-        def choose(distribution, place):
-            first.append(distribution.logits)
-            return first[-1].argmax(-1)
+        def step_fn(distribution, step):
+            logits.append(distribution.logits)
+            return logits[-1].argmax(-1)
 
-        level.walk(code, choose, finer_size=(1, 1))
-    expected = first[0].log_softmax(-1)[0, 0, red]
+        level.walk(code, step_fn, finer_size=(1, 1))
+    expected = logits[0].log_softmax(-1)[0, 0, red]
     assert log_prob.logsumexp((0, 1)).item() == pytest.approx(expected.item(), abs=1e-3)
-    given_green = log_prob.log_softmax(1)
-    assert (given_green[0] - given_green[200]).abs().max() > 0.1
+    blue_log_prob = log_prob.log_softmax(1)  # log P(b | r, g)
+    assert (blue_log_prob[0] - blue_log_prob[200]).abs().max() > 0.1
 
 
 def test_a_raster_decoder_refuses_large_grids():
@@ -109,7 +112,7 @@ def test_a_raster_decoder_refuses_large_grids():
         level.sample(codes)
 
 
-def test_a_factorized_decoder_knows_only_the_codes():
+def test_a_factorized_decoder_is_conditioned_on_codes_only():
     level = tiny_level(num_symbols=3, decoder_order="factorized")
     codes = torch.zeros(9, 1, 1, dtype=torch.long)
     grids = all_grids(3, 1, 2)
@@ -118,7 +121,7 @@ def test_a_factorized_decoder_knows_only_the_codes():
     assert torch.allclose(joint, joint.sum(1, keepdim=True) * joint.sum(0), atol=1e-5)
 
 
-def test_a_fresh_decoder_is_uniform():
+def test_an_untrained_decoder_is_uniform():
     level = ProgressiveVAELevel(ProgressiveVAELevelConfig(num_symbols=3, hidden_size=8))
     with torch.no_grad():
         log_prob = level.log_prob(all_grids(3, 2, 2), torch.zeros(81, 1, 1, dtype=torch.long))
@@ -126,9 +129,10 @@ def test_a_fresh_decoder_is_uniform():
 
 
 @pytest.mark.parametrize("rank", [0, 64])
-def test_a_fresh_decoder_of_pixels_is_uniform(rank):
+def test_an_untrained_pixel_decoder_is_uniform(rank):
     config = ProgressiveVAELevelConfig(num_channels=1, hidden_size=8, pixel_logit_rank=rank)
-    pixels, codes = torch.rand(2, 1, 3, 3) * 2 - 1, torch.zeros(2, 2, 2, dtype=torch.long)
+    pixels = torch.rand(2, 1, 3, 3) * 2 - 1
+    codes = torch.zeros(2, 2, 2, dtype=torch.long)
     with torch.no_grad():
         log_prob = ProgressiveVAELevel(config).log_prob(pixels, codes)
     assert torch.allclose(log_prob, torch.full((2,), -9 * math.log(256)))

@@ -117,14 +117,14 @@ def posterior_of(pipe, image, mask, known):
     z_1, z_2 = z_1[pairs[:, 0]], z_2[pairs[:, 1]]
     nats = pipe.prior.log_prob(z_1) + pipe.level_1.log_prob(z_2, z_1)
 
-    def choose(distribution, place):
-        values = image.flatten()[place.positions].expand(len(z_2), -1)
+    def step_fn(distribution, step):
+        values = image.flatten()[step.positions].expand(len(z_2), -1)
         said = distribution.log_prob(values)
-        nats.add_(said.masked_fill(mask.flatten()[place.positions], 0).sum(1))
+        nats.add_(said.masked_fill(mask.flatten()[step.positions], 0).sum(1))
         return values
 
     with torch.no_grad():
-        pipe.level_2.walk(z_2, choose, finer_size=tuple(image.shape))
+        pipe.level_2.walk(z_2, step_fn, finer_size=tuple(image.shape))
     for z, (values, trust) in zip((z_1, z_2), known, strict=True):
         is_known = trust.flatten() == 1
         differs = (z.flatten(1) != values.flatten()) & is_known

@@ -188,7 +188,7 @@ def test_a_class_conditional_decoder(order):
 def test_half_precision_still_knows_256_values(distribution):
     level = tiny_level(num_channels=1, pixel_distribution=distribution).to(torch.bfloat16)
     pixels = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
-    assert torch.equal(level.entries.to_values(pixels).flatten(), torch.arange(256))
+    assert torch.equal(level.value_type.to_indices(pixels).flatten(), torch.arange(256))
     assert level.log_prob(pixels, level.encode(pixels)).isfinite().all()
     assert level.sample(level.encode(pixels)).shape == pixels.shape
 
@@ -281,7 +281,7 @@ def test_output_has_the_loss_in_front():
 @pytest.mark.parametrize("rank", [None, 0, 3])
 @pytest.mark.parametrize("order", ["lattice", "raster", "auxiliary"])
 def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch):
-    monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", 4096 * 6)  # several parts
+    monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 4096 * 6)  # several parts
     level = tiny_level(
         num_symbols=4096, decoder_order=order, auxiliary_hidden_size=8, symbol_logit_rank=rank
     )
@@ -321,7 +321,7 @@ def test_draws_of_many_symbols_do_not_depend_on_the_parts(monkeypatch):
     level = tiny_level(num_symbols=2100, num_classes=2)
     codes, drawn = torch.randint(3, (3, 2, 3)), []
     for count in (2**23, 2100 * 6 * 2):
-        monkeypatch.setattr(distributions, "LOGITS_AT_A_TIME", count)
+        monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", count)
         for controls in ({"top_p": 0.5}, {"guidance_scale": 2.0, "temperature": 0.7}):
             generator = torch.Generator().manual_seed(0)
             drawn.append(level.sample(codes, [0, 1, 0], generator=generator, **controls))

@@ -5,7 +5,7 @@ import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
 from progressive_vae.configuration.choices import QUANTIZERS, fsq_levels
-from progressive_vae.models.layers import dithered
+from progressive_vae.models.layers import add_dither
 from progressive_vae.models.quantizers import (
     FiniteScalarQuantizer,
     GumbelQuantizer,
@@ -34,8 +34,8 @@ def test_dither_tells_apart_what_is_nearer_than_codes_are():
 
     def error(scale: float) -> torch.Tensor:
         """Of the mean over the grid of what decoders see, for each latent."""
-        codes = module.encode(dithered(latents, scale))
-        seen = dithered(module.lookup(codes), -scale)
+        codes = module.encode(add_dither(latents, scale))
+        seen = add_dither(module.lookup(codes), -scale)
         assert (seen - latents).abs().max() <= 0.501  # no error is larger than without
         return (seen - latents).mean((1, 2, 3)).abs()
 
@@ -47,10 +47,10 @@ def test_dither_tells_apart_what_is_nearer_than_codes_are():
 @pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 4), (9, 2)])
 def test_dither_is_a_pattern_of_the_grid_and_goes_again(size):
     x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
-    assert dithered(x, 0.0) is x
-    with_it = dithered(x, 0.7)
-    assert torch.allclose(dithered(with_it, -0.7), x, atol=1e-6)
-    whole = dithered(torch.zeros(1, 3, 8, 8), 0.7)
+    assert add_dither(x, 0.0) is x
+    with_it = add_dither(x, 0.7)
+    assert torch.allclose(add_dither(with_it, -0.7), x, atol=1e-6)
+    whole = add_dither(torch.zeros(1, 3, 8, 8), 0.7)
     assert torch.equal(whole[..., :4, :4], whole[..., 4:, 4:])
     assert torch.allclose(whole.square().mean().sqrt(), torch.tensor(0.7))
     assert torch.allclose((with_it - x)[0], whole.repeat(1, 1, 2, 1)[0, :, : size[0], : size[1]],

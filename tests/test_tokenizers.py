@@ -69,14 +69,14 @@ def test_pixels_have_probabilities(tokenizer):
     torch.nn.init.normal_(level.auxiliary.scales[3].weight)
     codes, asked = level.encode(pixels()), []
 
-    def choose(distribution, place):
-        masses = distribution.probabilities()
-        assert masses.shape == (3, len(place.positions), 256) and masses.min() >= 0
+    def step_fn(distribution, step):
+        masses = distribution.probs()
+        assert masses.shape == (3, len(step.positions), 256) and masses.min() >= 0
         torch.testing.assert_close(masses.sum(-1), torch.ones_like(masses[..., 0]))
-        asked.append(place.color)
+        asked.append(step.channel)
         return masses.argmax(-1)
 
-    level.walk(codes, choose, finer_size=(11, 13))
+    level.walk(codes, step_fn, finer_size=(11, 13))
     assert asked == [0, 1, 2]
     drawn = level.sample(codes, generator=torch.Generator().manual_seed(0), finer_size=(11, 13))
     assert drawn.shape == (3, 3, 11, 13)

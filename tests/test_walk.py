@@ -1,149 +1,169 @@
-"""The walk over a grid, in every order, whatever the grid is made of and how large it is."""
+"""The autoregressive loop, for each ordering, type of value and size of the grid."""
 
 import pytest
 import torch
-from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of, tiny_level, tiny_prior
-from test_decoders import GUIDED, LOGISTICS, SYMBOL_ORDERS
+from conftest import (
+    GUIDED,
+    LOGISTICS,
+    ORDER_NAMES,
+    PIXEL_ORDERS,
+    SYMBOL_ORDERS,
+    level_of,
+    tiny_level,
+    tiny_prior,
+)
 
 from progressive_vae.models.sampling import Sampler
+from progressive_vae.models.walk import TeacherForcing
 
 SIZES = [(1, 1), (5, 7), (6, 9), (3, 1)]
 
 
-def lattice_of(y: int, x: int, num_groups: int) -> int:
-    """The number of the lattice that holds a position."""
-    stride, number = 2 ** (num_groups // 3), 0
+def lattice_index(y: int, x: int, num_groups: int) -> int:
+    """The index of the lattice that contains a position."""
+    stride = 2 ** (num_groups // 3)
     if y % stride == 0 and x % stride == 0:
         return 0
+    last_index = 0
     while True:
-        stride, number = stride // 2, number + 3
+        stride //= 2
+        last_index += 3  # each halving of the stride adds three lattices
         if y % stride == 0 and x % stride == 0:
-            odd = (y // stride % 2, x // stride % 2)
-            return number - 2 + [(1, 1), (0, 1), (1, 0)].index(odd)
+            parity = (y // stride % 2, x // stride % 2)
+            return last_index - 2 + [(1, 1), (0, 1), (1, 0)].index(parity)
 
 
-def check_walk(walk, size, channels, groups):
-    """Walk with true draws; the grid int64 (B, C, H, W) that was chosen, and its nats (B,).
+def check_walk(walk, size, channels, group_indices):
+    """Run a walk with samples, and check its steps and distributions.
 
-    Each position of each color has to be asked for once: group after group (`groups` has their
-    numbers, (H, W), or `None`), in a group color after color, in a color row by row.
+    Each channel of each position has exactly one step, in the sequence of groups, channels and
+    positions. `group_indices` are the expected groups of all H·W positions, or `None`.
+
+    Returns:
+        the output of the walk, the values of its steps, int64 (2, C, H, W), and their nats, (2,).
     """
-    asked, chosen = [], torch.full((2, channels, size[0] * size[1]), -1)
+    num_positions = size[0] * size[1]
+    visits = []  # (group, channel, position)
+    values = torch.full((2, channels, num_positions), -1)
     nats = torch.zeros(2)
 
-    def choose(distribution, place):
-        assert place.positions.dtype == torch.long and len(place.positions)
-        asked.extend((place.group, place.color, p) for p in place.positions.tolist())
+    def step_fn(distribution, step):
+        assert step.positions.dtype == torch.long and len(step.positions)
+        visits.extend((step.group, step.channel, p) for p in step.positions.tolist())
         logits = distribution.logits
-        values = torch.distributions.Categorical(logits=logits).sample()
-        by_logits = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0]
-        assert torch.allclose(by_logits, distribution.log_prob(values), atol=1e-4)
-        nats.add_(distribution.log_prob(values).sum(1))
-        chosen[:, place.color, place.positions] = values
-        return values
+        samples = torch.distributions.Categorical(logits=logits).sample()
+        log_prob = distribution.log_prob(samples)
+        expected = logits.log_softmax(-1).gather(-1, samples[..., None])[..., 0]
+        assert torch.allclose(log_prob, expected, atol=1e-4)
+        nats.add_(log_prob.sum(1))
+        values[:, step.channel, step.positions] = samples
+        return samples
 
     with torch.no_grad():
-        drawn = walk(choose)
-    assert asked == sorted(asked)
-    places = [(color, position) for _, color, position in asked]
-    every = [(c, p) for c in range(channels) for p in range(size[0] * size[1])]
-    assert sorted(places) == every
-    group_of = {(c, p): g for g, c, p in asked}
-    assert all(group_of[c, p] == group_of[0, p] for c, p in every)
-    if groups is not None:
-        assert [group_of[0, p] for _, p in every[: len(groups)]] == groups
-    return drawn, chosen.view(2, channels, *size), nats
+        output = walk(step_fn)
+    assert visits == sorted(visits)
+    entries = [(channel, position) for _, channel, position in visits]
+    assert sorted(entries) == [(c, p) for c in range(channels) for p in range(num_positions)]
+    group_of = {(channel, position): group for group, channel, position in visits}
+    assert all(group_of[c, p] == group_of[0, p] for c, p in entries)
+    if group_indices is not None:
+        assert [group_of[0, p] for p in range(num_positions)] == group_indices
+    return output, values.view(2, channels, *size), nats
 
 
 @pytest.mark.parametrize(
     "kind",
     [
-        dict(num_channels=1), dict(num_channels=3), dict(num_channels=1, **LOGISTICS),
-        dict(num_channels=3, **LOGISTICS), dict(num_channels=3, **GUIDED), dict(num_symbols=5),
+        dict(num_channels=1),
+        dict(num_channels=3),
+        dict(num_channels=1, **LOGISTICS),
+        dict(num_channels=3, **LOGISTICS),
+        dict(num_channels=3, **GUIDED),
+        dict(num_symbols=5),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
-def test_a_level_is_asked_for_each_true_entry_once(order, downsample, num_groups, kind):
-    """Its distributions are those of the likelihood, and the grid is what was chosen."""
+def test_a_level_has_one_step_for_each_entry(order, downsample, num_groups, kind):
+    """Its log-probabilities add up to `log_prob`, and it returns the values of its steps."""
     if "num_channels" in kind and (order == "raster" or order != "lattice" and len(kind) > 1):
         return
     level = level_of(order, downsample, num_groups, **kind)
     for height, width in SIZES:
         codes = torch.randint(3, (2, *level.codes_size((height, width))))
-        rows = [(y, x) for y in range(height) for x in range(width)]
-        groups = {
-            "raster": list(range(len(rows))),
-            "factorized": [0] * len(rows),
-            "lattice": [lattice_of(y, x, level.config.num_groups or 0) for y, x in rows],
+        positions = [(y, x) for y in range(height) for x in range(width)]
+        group_indices = {
+            "raster": list(range(len(positions))),
+            "factorized": [0] * len(positions),
+            "lattice": [lattice_index(y, x, level.config.num_groups or 0) for y, x in positions],
         }.get(order)
-        drawn, chosen, nats = check_walk(
-            lambda choose, z=codes, size=(height, width): level.walk(z, choose, finer_size=size),
+        finer, values, nats = check_walk(
+            lambda step_fn, z=codes, size=(height, width): level.walk(z, step_fn, finer_size=size),
             (height, width),
             level.config.value_channels,
-            groups,
+            group_indices,
         )
         with torch.no_grad():
-            assert torch.allclose(nats, level.log_prob(drawn, codes), rtol=1e-4, atol=1e-4)
-        assert torch.equal(level.entries.to_values(drawn), chosen)
+            assert torch.allclose(nats, level.log_prob(finer, codes), rtol=1e-4, atol=1e-4)
+        assert torch.equal(level.value_type.to_indices(finer), values)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_prior_is_asked_for_each_code_once(size):
-    prior, labels = tiny_prior(grid_size=list(size), num_classes=2), torch.tensor([0, 1])
-    drawn, chosen, nats = check_walk(
-        lambda choose: prior.walk(2, choose, labels), size, 1, list(range(size[0] * size[1]))
+def test_a_prior_has_one_step_for_each_code(size):
+    prior = tiny_prior(grid_size=list(size), num_classes=2)
+    labels = torch.tensor([0, 1])
+    codes, values, nats = check_walk(
+        lambda step_fn: prior.walk(2, step_fn, labels), size, 1, list(range(size[0] * size[1]))
     )
-    assert torch.equal(drawn, chosen[:, 0])
+    assert torch.equal(codes, values[:, 0])
     with torch.no_grad():
-        assert torch.allclose(nats, prior.log_prob(drawn, labels), rtol=1e-4, atol=1e-4)
+        assert torch.allclose(nats, prior.log_prob(codes, labels), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", ["lattice", "raster"])
 def test_sampling_is_a_walk(order):
     level = tiny_level(num_symbols=5, num_classes=2, corruption=0.2, decoder_order=order)
-    codes, labels = torch.randint(3, (3, 3, 4)), torch.tensor([0, 1, 1])
-    generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    given = dict(class_labels=labels, corruption=0.1, finer_size=(5, 7))
-    expected = level.sample(codes, generator=generator(), temperature=0.9, **given)
-    draw = Sampler(3, generator(), temperature=0.9)
+    codes = torch.randint(3, (3, 3, 4))
+    labels = torch.tensor([0, 1, 1])
+
+    def generator():
+        return torch.Generator().manual_seed(0)
+
+    kwargs = dict(class_labels=labels, corruption=0.1, finer_size=(5, 7))
+    expected = level.sample(codes, generator=generator(), temperature=0.9, **kwargs)
+    sampler = Sampler(3, generator(), temperature=0.9)
     with torch.no_grad():
-        assert torch.equal(level.walk(codes, draw.choose, **given), expected)
+        assert torch.equal(level.walk(codes, sampler.step, **kwargs), expected)
     prior = tiny_prior(num_classes=2)
-    drawn = prior.walk(3, Sampler(3, generator()).choose, labels)
-    assert torch.equal(drawn, prior.sample(3, labels, generator=generator()))
+    samples = prior.walk(3, Sampler(3, generator()).step, labels)
+    assert torch.equal(samples, prior.sample(3, labels, generator=generator()))
 
 
-def test_a_walk_carries_gradients():
-    level, codes = tiny_level(num_symbols=5), torch.zeros(2, 2, 2, dtype=torch.long)
-    nats = []
-
-    def choose(distribution, place):
-        nats.append(distribution.log_prob(torch.zeros(2, len(place.positions)).long()).sum())
-        return torch.zeros(2, len(place.positions)).long()
-
-    level.walk(codes, choose)
-    sum(nats).backward()
+def test_a_walk_has_gradients():
+    level = tiny_level(num_symbols=5)
+    teacher = TeacherForcing(torch.zeros(2, 1, 4, 4, dtype=torch.long))
+    level.walk(torch.zeros(2, 2, 2, dtype=torch.long), teacher)
+    teacher.log_prob().sum().backward()
     assert all(p.grad is not None for p in level.decoder.parameters())
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (torch.zeros(2, 3).long(), r"choose to return int64 of shape \(2, 1\), got .*\(2, 3\)"),
+        (torch.zeros(2, 3).long(), r"step_fn .*int64 of shape \(2, 1\), got .*\(2, 3\)"),
         (torch.zeros(1, 1).long(), r"of shape \(2, 1\), got .*\(1, 1\)"),
         (torch.zeros(2, 1), r"int64 of shape \(2, 1\), got torch.float32"),
     ],
 )
-def test_bad_choices(values, message):
+def test_values_of_another_shape_or_dtype_are_refused(values, message):
     codes = torch.zeros(2, 1, 1, dtype=torch.long)
     for walk in (
-        lambda choose: tiny_level(num_symbols=5).walk(codes, choose),
-        lambda choose: tiny_level(num_channels=1).walk(codes, choose),
-        lambda choose: tiny_level(num_symbols=5, decoder_order="raster").walk(codes, choose),
-        lambda choose: tiny_prior().walk(2, choose),
+        lambda step_fn: tiny_level(num_symbols=5).walk(codes, step_fn),
+        lambda step_fn: tiny_level(num_channels=1).walk(codes, step_fn),
+        lambda step_fn: tiny_level(num_symbols=5, decoder_order="raster").walk(codes, step_fn),
+        lambda step_fn: tiny_prior().walk(2, step_fn),
     ):
         with pytest.raises(ValueError, match=message):
-            walk(lambda distribution, place: values)
+            walk(lambda distribution, step: values)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +185,7 @@ def test_bad_choices(values, message):
         (lambda m: tiny_prior(num_classes=2).walk(2, None, [0]), "expected 2 class_labels, got 1"),
     ],
 )
-def test_bad_input(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny_level(num_symbols=5))
 
@@ -174,13 +194,16 @@ def test_bad_input(call, message):
 @pytest.mark.parametrize(
     "kind",
     [
-        dict(num_channels=3), dict(num_channels=1, **LOGISTICS), dict(num_channels=1, **GUIDED),
+        dict(num_channels=3),
+        dict(num_channels=1, **LOGISTICS),
+        dict(num_channels=1, **GUIDED),
         dict(num_channels=1, decoder_order="factorized"),
-        dict(num_channels=1, decoder_order="masked"), dict(num_symbols=5),
+        dict(num_channels=1, decoder_order="masked"),
+        dict(num_symbols=5),
         dict(num_symbols=5, decoder_order="raster"),
     ],
-)  # fmt: skip
-def test_one_level_may_span_a_large_factor(kind, downsample):
+)
+def test_a_level_with_a_large_downsampling_factor(kind, downsample):
     level = tiny_level(downsample=downsample, **kind)
     size = (11, 13) if level.config.decoder_order == "raster" else (65, 70)
     codes_size = tuple(-(-n // downsample) for n in size)
@@ -190,28 +213,29 @@ def test_one_level_may_span_a_large_factor(kind, downsample):
         finer = torch.randint(5, (2, *size))
     codes = level.encode(finer)
     assert codes.shape == (2, *codes_size)
-    drawn, chosen, nats = check_walk(
-        lambda choose: level.walk(codes, choose, finer_size=size),
+    output, _, nats = check_walk(
+        lambda step_fn: level.walk(codes, step_fn, finer_size=size),
         size,
         level.config.value_channels,
         None,
     )
     with torch.no_grad():
-        assert torch.allclose(nats, level.log_prob(drawn, codes), rtol=1e-4)
-    sampled = level.sample(codes, finer_size=size)
-    assert sampled.shape == finer.shape and sampled.dtype == finer.dtype
+        assert torch.allclose(nats, level.log_prob(output, codes), rtol=1e-4)
+    samples = level.sample(codes, finer_size=size)
+    assert samples.shape == finer.shape and samples.dtype == finer.dtype
     if level.config.decoder_order == "lattice":
         assert level.config.num_groups == 1 + 3 * (downsample.bit_length() - 1)
 
 
-def test_pixel_orders_are_walked_in_all_their_groups():
-    for order, downsample, num_groups in PIXEL_ORDERS:
-        level, numbers = level_of(order, downsample, num_groups, num_channels=1), []
+@pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
+def test_a_gray_image_has_one_step_for_each_group(order, downsample, num_groups):
+    level = level_of(order, downsample, num_groups, num_channels=1)
+    groups = []
 
-        def choose(distribution, place, numbers=numbers):
-            numbers.append(place.group)
-            return distribution.logits.argmax(-1)
+    def step_fn(distribution, step):
+        groups.append(step.group)
+        return distribution.logits.argmax(-1)
 
-        with torch.no_grad():
-            level.walk(torch.zeros(1, 4, 4).long(), choose)
-        assert numbers == list(range(level.config.num_groups))
+    with torch.no_grad():
+        level.walk(torch.zeros(1, 4, 4).long(), step_fn)
+    assert groups == list(range(level.config.num_groups))

@@ -25,8 +25,8 @@ from ..image_processor import Images, as_images, pixel_value_batches
 from ..models.class_labels import Labels, known_labels, label_ids
 from ..models.distributions import Distribution
 from ..models.fingerprint import original_names
-from ..models.orderings import StepFn, WalkStep
 from ..models.value_types import signed_to_indices, uint8_to_signed, unit_to_uint8
+from ..models.walk import StepFn, WalkStep
 from ..pipeline_inputs import CallingPipeline
 from .bitstream import Header
 from .fixed_point import fixed_point_arithmetic
@@ -87,8 +87,8 @@ class EntropyEncoder:
         self.values = values.flatten(2)
         return self
 
-    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
-        values = self.values[:, place.color].index_select(1, place.positions)
+    def __call__(self, distribution: Distribution, step: WalkStep) -> Tensor:
+        values = self.values[:, step.channel].index_select(1, step.positions)
         tables = frequency_table(distribution, len(self.coders))
         if tables.shape[-1] > 1:  # else there is nothing to say
             symbols = values.cpu().numpy().astype(np.int32)
@@ -117,14 +117,14 @@ class EntropyDecoder:
         ends = (b"\x00", b"\xff") if may_end else (b"\x00",)
         self.coders = [[_decoder(stream, end) for end in ends] for stream in streams]
 
-    def __call__(self, distribution: Distribution, place: WalkStep) -> Tensor:
+    def __call__(self, distribution: Distribution, step: WalkStep) -> Tensor:
         tables = frequency_table(distribution, len(self.coders))
         symbols = np.zeros(tables.shape[:2], np.int32)
         if tables.shape[-1] > 1:
             rows = zip(self.coders, tables, self.numbers, strict=True)
             for i, (coders, table, number) in enumerate(rows):
                 symbols[i] = self._read(coders, table, number)
-        rows = torch.from_numpy(symbols).long().to(place.positions.device)
+        rows = torch.from_numpy(symbols).long().to(step.positions.device)
         return torch.cat([rows, rows[-1:].expand(self.batch_size - len(rows), -1)])
 
     def _read(self, coders: list[Any], table: np.ndarray, number: int) -> np.ndarray:
@@ -296,17 +296,17 @@ class CodingPipeline(CallingPipeline):
         factor: int,
         before: list[Tensor],
         class_labels: Tensor,
-        choose: StepFn,
+        step_fn: StepFn,
         corruption: float = 0.0,
     ) -> Tensor:
         """Over z_1 if `factor` is 0, else over z_{factor + 1} or s, given [z_1 … z_factor]."""
         if factor == 0:
             prior = self._require_prior()
             known = known_labels(class_labels, prior.config)
-            return prior.walk(len(class_labels), choose, known)
+            return prior.walk(len(class_labels), step_fn, known)
         level, size = self.levels[factor - 1], self.grid_sizes[factor]
         known = known_labels(class_labels, level.config)
-        return level.walk(before[factor - 1], choose, known, corruption, size)
+        return level.walk(before[factor - 1], step_fn, known, corruption, size)
 
     def _shown(self, codes: list[Tensor]) -> Tensor:
         """What z_1 … z_k alone say, uint8 (B, C, H, W)."""

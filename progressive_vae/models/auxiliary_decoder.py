@@ -19,8 +19,8 @@ from .distributions import (
     LowRankCategorical,
     categorical_from_features,
 )
-from .layers import LayerNorm2d, Upsample, dithered, residual_blocks
-from .orderings import StepFn, TeacherForcing, WalkStep, call_step_fn
+from .layers import LayerNorm2d, Upsample, add_dither, residual_blocks
+from .walk import StepFn, TeacherForcing, WalkStep, call_step_fn
 
 FLOOR = 1e-3  # the share of the uniform distribution, so that no pixel is impossible
 
@@ -51,13 +51,13 @@ class Auxiliary(nn.Module):
         if self.config.is_finest:
             return said[:, : self.config.value_channels].clamp(-1, 1)
         assert finer_codebook is not None
-        vectors = self._symbols(said).mean(finer_codebook.to(said))  # (B, H·W, D)
+        vectors = self._symbols(said).expected_embedding(finer_codebook.to(said))  # (B, H·W, D)
         return vectors.movedim(-1, 1).unflatten(2, said.shape[-2:])
 
     def judge(self, said: Tensor, finer: Tensor) -> Tensor:
         teacher = TeacherForcing(finer)
         self._walk(said, teacher)
-        return torch.stack(teacher.terms).sum(0)
+        return teacher.log_prob()
 
     def expect(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
         said = self(quantized, size)
@@ -65,8 +65,9 @@ class Auxiliary(nn.Module):
             return self.expectation(said)
         return self._symbols(said).probs().movedim(-1, 1).unflatten(2, size)
 
-    def walk(self, condition: Condition, size: tuple[int, int], choose: StepFn) -> Tensor:
-        return self._walk(self(condition.quantized, size), choose)
+    def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
+        """Run the autoregressive loop, which has one step per channel."""
+        return self._walk(self(condition.quantized, size), step_fn)
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         size = (finer.shape[-2], finer.shape[-1])
@@ -75,13 +76,13 @@ class Auxiliary(nn.Module):
     def check_causal(self):
         """It is: nothing follows."""
 
-    def _walk(self, said: Tensor, choose: StepFn) -> Tensor:
+    def _walk(self, said: Tensor, step_fn: StepFn) -> Tensor:
         """One group, whose colors are independent too."""
         size, channels = said.shape[-2:], self.config.value_channels
         positions = torch.arange(math.prod(size), device=said.device)
         grids = [
             call_step_fn(
-                choose, self._of_color(said, color), WalkStep(0, color, positions), len(said)
+                step_fn, self._of_color(said, color), WalkStep(0, color, positions), len(said)
             )
             for color in range(channels)
         ]
@@ -126,7 +127,7 @@ class AuxiliaryDecoder(Auxiliary):
         self.out = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, num_outputs, 3, padding=1))
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        quantized = dithered(quantized, -self.config.dither)
+        quantized = add_dither(quantized, -self.config.dither)
         x = self.layers(quantized.contiguous(memory_format=torch.channels_last))
         return self.out(x)[..., : size[0], : size[1]].float()
 

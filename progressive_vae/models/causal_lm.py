@@ -1,102 +1,116 @@
-"""A causal network of transformers over a sequence of symbols: step by step with its key-value
-cache, all steps in one pass, and the check that both say the same."""
+"""Autoregressive models over a sequence of codes, with a causal language model of transformers.
 
+The token-by-token loop uses the model's key-value cache; likelihood takes one pass over all tokens;
+a check compares the two.
+"""
+
+import functools
 import inspect
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .distributions import Categorical, LowRankCategorical
-from .orderings import StepFn, WalkStep, call_step_fn
+from .walk import StepFn, WalkStep, call_step_fn
 
-NUM_CHECKED = 8  # symbols by which a network is found causal or not
+NUM_CHECKED_TOKENS = 8
 
 
 class CausalLMMixin:
-    """`∏_t P(token_t | context, tokens before it)`, for whoever has a causal network `backbone`.
+    """`∏_t P(token_t | context, earlier tokens)` for modules with a causal network `backbone`.
 
-    Who inherits says what the network is given and how its output is read:
+    Subclasses define the backbone's inputs and how its output is read:
 
-    - `_inputs(context, before, start)` -> keywords of the backbone, (B, n, ...), for n steps from
-      `start` on. The context has a row for each example. `before` are the tokens before these
-      steps, int64 (B, n), or (B, n − 1) from step 0 on, as there is none before it.
-    - `_read(output)` -> the distributions of the n tokens.
+    - `_inputs(context, previous, start)` -> the backbone's keyword arguments, (B, n, ...), for the
+      n steps from `start` on. `context` has one row per example. `previous` has the token before
+      each of these steps, int64 (B, n); from step 0 on (B, n − 1), as step 0 has none.
+    - `_distribution(output)` -> the distributions of the n tokens.
     """
 
     backbone: nn.Module
 
-    def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
+    def _inputs(self, context: Tensor, previous: Tensor, start: int) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def _read(self, output: ModelOutput) -> Categorical | LowRankCategorical:
+    def _distribution(self, output: ModelOutput) -> Categorical | LowRankCategorical:
         raise NotImplementedError
 
-    def _steps(self, context: Tensor, length: int, choose: StepFn) -> Tensor:
-        """The chosen tokens, int64 (B, length)."""
+    def _generate(self, context: Tensor, length: int, step_fn: StepFn) -> Tensor:
+        """Run the autoregressive loop with a key-value cache: the tokens, int64 (B, length)."""
         positions = torch.arange(length, device=context.device)
-        before, known, tokens = positions.new_zeros(len(context), 0), None, []
-        for step, position in enumerate(positions.split(1)):
-            inputs = self._inputs(context, before, step)
-            output, known = cached_step(self.backbone, known, **inputs)
-            before = call_step_fn(
-                choose, self._read(output), WalkStep(step, 0, position), len(context)
-            )
-            tokens.append(before)
+        previous = positions.new_zeros(len(context), 0)
+        cache = None
+        tokens = []
+        for t, position in enumerate(positions.split(1)):
+            output, cache = cached_step(self.backbone, cache, **self._inputs(context, previous, t))
+            distribution = self._distribution(output)
+            step = WalkStep(t, 0, position)
+            previous = call_step_fn(step_fn, distribution, step, len(context))  # (B, 1)
+            tokens.append(previous)
         return torch.cat(tokens, 1)
 
     def _teacher_forced_log_prob(
-        self, context: Tensor, tokens: Tensor, **asked: bool | None
+        self, context: Tensor, tokens: Tensor, **output_flags: bool | None
     ) -> tuple[Tensor, ModelOutput]:
-        """Nats of the tokens (B, L), (B,), and the output of the backbone that gives them."""
+        """One pass over tokens (B, L): their log-probability in nats, (B,), and the output."""
         inputs = self._inputs(context, tokens[:, :-1], 0)
-        output = self.backbone(**inputs, use_cache=False, **asked)
-        return self._read(output).log_prob(tokens).sum(1), output
+        output = self.backbone(**inputs, use_cache=False, **output_flags)
+        return self._distribution(output).log_prob(tokens).sum(1), output
 
     @torch.no_grad()
     def _check_causal(self, context: Tensor, tokens: Tensor):
-        """Raise a `ValueError` unless the backbone says of a symbol, step by step with its cache,
-        what it says in one pass over all of them: only then can its bits be believed."""
-        kind = type(self.backbone.config).__name__
+        """Compare the backbone's outputs token by token, with its cache, to those of one pass.
+
+        It compares hidden states or logits of the backbone itself, since a layer after it may be
+        initialized at zero.
+
+        Raises:
+            ValueError: they differ, so the one-pass likelihood depends on later tokens.
+        """
         inputs = self._inputs(context, tokens[:, :-1], 0)
-        # What it says is its output, not what is read there, which may start at zero.
-        at_once, known, steps = self.backbone(**inputs, use_cache=False)[0], None, []
-        for step in range(tokens.shape[1]):
-            one = {name: value[:, step : step + 1] for name, value in inputs.items()}
-            output, known = cached_step(self.backbone, known, **one)
-            self._read(output)
-            steps.append(output[0])
-        difference = (torch.cat(steps, 1) - at_once).abs().max()
-        if not difference <= 1e-3 * at_once.abs().max():
+        expected = self.backbone(**inputs, use_cache=False)[0]  # (B, L, E)
+        cache = None
+        outputs = []
+        for t in range(tokens.shape[1]):
+            step_inputs = {name: value[:, t : t + 1] for name, value in inputs.items()}
+            output, cache = cached_step(self.backbone, cache, **step_inputs)
+            self._distribution(output)  # raises if the output lacks what is read from it
+            outputs.append(output[0])
+        difference = (torch.cat(outputs, 1) - expected).abs().max()
+        if not difference <= 1e-3 * expected.abs().max():  # also catches NaN
             raise ValueError(
-                f"expected backbone_config of a causal language model, got {kind}, whose logits "
-                f"differ by {difference.item():.2g} when the codes that follow are known"
+                "expected backbone_config of a causal language model, got "
+                f"{type(self.backbone.config).__name__}, whose outputs differ by "
+                f"{difference.item():.2g} when later codes are in the input"
             )
 
 
-@cache
-def _cache_name(forward: Callable) -> str:
-    """What a causal model calls its key-value cache: `cache` since transformers 5.24."""
+@functools.cache
+def _cache_argument(forward: Callable) -> str:
+    """The argument name of the key-value cache: `cache` since transformers 5.24."""
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def cached_step(backbone: nn.Module, known, **inputs: Tensor):
-    """One step of a causal model of transformers.
+def cached_step(backbone: nn.Module, cache, **inputs: Tensor):
+    """Run one step of a causal model of transformers.
 
     Args:
-        known: the key-value cache of the steps before, `None` at first.
+        cache: the key-value cache of the previous steps, `None` at the first.
         inputs: `input_ids`, int64 (B, 1), or `inputs_embeds`, (B, 1, width).
 
     Returns:
-        The model's output, and the cache that knows this step too.
+        The model's output, and the cache with this step added.
+
+    Raises:
+        ValueError: the model returns no cache.
     """
-    name = _cache_name(type(backbone).forward)
-    output = backbone(**inputs, **{name: known}, use_cache=True)
+    name = _cache_argument(type(backbone).forward)
+    output = backbone(**inputs, **{name: cache}, use_cache=True)
     if name not in output:
         raise ValueError(
             "expected backbone_config of a causal language model with a key-value cache, got "
-            f"{type(backbone.config).__name__}, which gives {list(output)}"
+            f"{type(backbone.config).__name__}, which returns {list(output)}"
         )
     return output, output[name]

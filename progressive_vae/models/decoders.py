@@ -1,10 +1,12 @@
-"""Forms of `P_Θ(finer | z)`: one walk over groups of positions, whatever the order.
+"""Decoders `P_Θ(finer | z)`: one autoregressive loop over groups of positions.
 
-The positions of the finer grid are split into groups. The walk predicts them in sequence:
-positions inside a group are independent given z and all earlier groups, and the colors of one
-pixel are predicted one after the other. Sampling and coding are the same walk with another
-`choose`. So is likelihood: no later value can be seen because it has not been put in yet. Only the
-raster order computes it otherwise, in one pass of a causal language model.
+An ordering splits the positions of the finer grid into groups, which are predicted in sequence.
+Within a group positions are independent given z and all earlier groups; the color channels of a
+pixel are predicted one after the other.
+
+Sampling, coding and likelihood run the same `walk` with different step functions. A value becomes
+visible to the network only after its step, so `GroupDecoder` is causal by construction. The raster
+decoder computes the likelihood in one pass of a causal language model instead.
 """
 
 import math
@@ -17,9 +19,9 @@ from transformers import AutoModel
 from transformers.utils import ModelOutput
 
 from ..configuration.level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
-from .causal_lm import NUM_CHECKED, CausalLMMixin
+from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
 from .distributions import Categorical, LowRankCategorical
-from .heads import NoConditioning, make_head, make_logits
+from .heads import NoConditioning, make_categorical_head, make_head
 from .layers import (
     AlignedLinear,
     Downsample,
@@ -27,39 +29,40 @@ from .layers import (
     Upsample,
     ZeroConv2d,
     ZeroEmbedding,
-    dithered,
+    add_dither,
     residual_blocks,
 )
-from .orderings import ORDERS, StepFn, TeacherForcing, WalkStep, call_step_fn, group_schedule
+from .orderings import ORDERINGS, Group, ValidPositions, group_schedule
+from .walk import StepFn, TeacherForcing, WalkStep, call_step_fn
 
 
 class Condition(NamedTuple):
-    """What a decoder is given.
+    """The inputs of a decoder besides the finer grid.
 
     Args:
         quantized: codebook[z], (B, D, h, w).
         class_labels: ids, int64 (B,); `None` is the null class.
         corruption: the probability with which each code of z was replaced, (B,); `None` is 0.
-        picture: what is expected of the finer grid, where the config asks for guidance: float
-            (B, C, H, W), in 0 … V − 1.
+        preview: the auxiliary decoder's mean image, if the config is guided: float (B, C, H, W)
+            in 0 … V − 1.
     """
 
     quantized: Tensor
     class_labels: Tensor | None = None
     corruption: Tensor | None = None
-    picture: Tensor | None = None
+    preview: Tensor | None = None
 
 
 class Decoder(nn.Module):
-    """`P_Θ(finer | z) = ∏_groups ∏_colors ∏_positions P(x | z, earlier groups and colors)`.
+    """`P_Θ(finer | z) = ∏_groups ∏_channels ∏_positions P(x | z, earlier groups and channels)`.
 
-    Finer grids are int64 (B, C, H, W) with values 0 … V − 1: pixels with C colors and V = 256,
-    or symbols with C = 1 and V = K_{i+1}. What the orders share is how z comes in. Each has
+    The finer grid is int64 (B, C, H, W) with values 0 … V − 1: pixels with C channels and V = 256,
+    or codes with C = 1 and V = K_{i+1}. This base class embeds the condition. Subclasses have
 
-    - `walk(condition, size, choose)`: asks `choose` for every value of a finer grid of `size`
-      (H, W), group after group, in a group color after color, and returns the chosen grid;
+    - `walk(condition, size, step_fn)`: the autoregressive loop over a finer grid of `size` (H, W),
+      which returns the values of all steps, int64 (B, C, H, W);
     - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,);
-    - `check_causal()`: raises a `ValueError` if a walk would say something else.
+    - `check_causal()`: raises a `ValueError` if `walk` and `log_prob` disagree.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -71,14 +74,14 @@ class Decoder(nn.Module):
         if config.corruption:
             self.corruption_embedding = ZeroEmbedding(1, config.hidden_size)
 
-    def start(self, condition: Condition) -> Tensor:
-        """The state before the walk, (B, width, h, w)."""
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """The state before the first group, (B, width, h, w)."""
         quantized, class_labels, corruption, _ = condition
-        state = self.stem(dithered(quantized, -self.config.dither))
+        state = self.stem(add_dither(quantized, -self.config.dither))
         if self.config.num_classes:
             if class_labels is None:
-                null = self.config.num_classes
-                class_labels = torch.full((len(state),), null, device=state.device)
+                null_class = self.config.num_classes
+                class_labels = torch.full((len(state),), null_class, device=state.device)
             state = state + self.class_embedding(class_labels.to(state.device))[:, :, None, None]
         if self.config.corruption and corruption is not None:
             strength = (corruption / self.config.corruption).to(state)[:, None]  # 0 … 1
@@ -87,131 +90,169 @@ class Decoder(nn.Module):
 
 
 class Stage(nn.Module):
-    """The part of a group decoder that belongs to one group: refine, predict, take in."""
+    """The layers of a group decoder that belong to one group. Their names are state-dict keys."""
 
     def __init__(
         self, config: ProgressiveVAELevelConfig, num_upsamples: int, is_first: bool, is_final: bool
     ):
         super().__init__()
-        width, channels = config.hidden_size, config.value_channels
+        width = config.hidden_size
+        channels = config.value_channels
         heads = [make_head(config) for _ in range(channels)]
-        known_dim = config.value_embed_dim + heads[0].residual_dim
+        embed_dim = config.value_embed_dim + heads[0].residual_dim  # of one decoded value
         self.upsample = nn.Sequential(*(Upsample(width) for _ in range(num_upsamples)))
-        # Before the first group there is nothing to look at.
+        # `look` adds the neighbors' values to the state; the first group has no neighbors.
         self.look = (
             NoConditioning() if is_first else heads[0].make_neighbor_conditioning(channels, width)
         )
         self.blocks = residual_blocks(width, config.num_layers, config.block_kernel_size)
+        # `head` maps the state to features, `logits` has one output head per channel.
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.logits = nn.ModuleList(heads)
-        # Later colors see the earlier ones of the same pixel.
-        self.colours = nn.ModuleList(AlignedLinear(known_dim, width) for _ in range(channels - 1))
+        # `colours` conditions each later channel on the previous one of the same pixel.
+        self.colours = nn.ModuleList(AlignedLinear(embed_dim, width) for _ in range(channels - 1))
         if not is_final:
-            self.take_in = nn.Conv2d(channels * known_dim, width, 3, padding=1)
+            # `take_in` adds the group's values to the state.
+            self.take_in = nn.Conv2d(channels * embed_dim, width, 3, padding=1)
 
 
 class GroupDecoder(Decoder):
-    """A convolution net that carries one state through all groups: all of them cost one pass.
+    """A convolutional network that carries one state through all groups.
 
-    Where lattices begin coarser than z, so does the state, and z comes in again at each halving of
-    the stride down to its own: a U-net whose way down is linear and whose way up is the walk.
+    Its stages together cost one forward pass, whatever the number of groups. If the first lattices
+    are coarser than z, the state starts at their stride, and z enters again at each halving of the
+    stride down to its own. This is a U-net with a linear way down, whose way up is the walk.
 
-    The state covers the grid padded to whole cells of the coarsest lattice. Values beyond the true
-    grid are 0, and nobody is asked for them.
+    The state covers the grid padded to whole cells of the coarsest lattice. Values in the padding
+    are 0, and steps leave them out.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.num_groups = config.num_groups or 1
-        with torch.device("cpu"):  # positions are numbers, where weights are not there yet
-            cell = config.downsample, config.downsample
-            groups = ORDERS[config.decoder_order](self.num_groups, cell)
+        cell_size = (config.downsample, config.downsample)
+        with torch.device("cpu"):  # positions need values, also if weights are on "meta"
+            groups = ORDERINGS[config.decoder_order](self.num_groups, cell_size)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
-        if len(groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
+        if len(groups) > 1 or config.value_channels > 1:  # else no value is an input
             self.embedding = embedding(config.num_values, config.value_embed_dim)
         self.cell = max(config.downsample, groups[0].stride)
         self.descents = nn.ModuleList(
             Downsample(config.hidden_size, config.hidden_size)
             for _ in range(int(math.log2(self.cell // config.downsample)))
         )
-        strides = [self.cell, *(group.stride for group in groups)]
+        previous_strides = [self.cell, *(group.stride for group in groups)]
         self.stages = nn.ModuleList(
             Stage(
                 config,
-                int(math.log2(before // group.stride)),
+                int(math.log2(previous // group.stride)),
                 is_first=group is groups[0],
                 is_final=group is groups[-1],
             )
-            for before, group in zip(strides, groups, strict=False)
+            for previous, group in zip(previous_strides, groups, strict=False)
         )
 
-    def walk(self, condition: Condition, size: tuple[int, int], choose: StepFn) -> Tensor:
+    def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
+        """Run the autoregressive loop: group after group, channel after channel."""
         height, width = (math.ceil(n / self.cell) * self.cell for n in size)
-        pyramid = self.pyramid(condition, (height, width))
-        state, channels = pyramid.pop(), self.config.value_channels
-        grid = state.new_zeros(len(state), channels, height, width, dtype=torch.long)
-        picture = condition.picture
-        if picture is not None:
-            picture = F.pad(picture, (0, width - size[1], 0, height - size[0]))
-        groups = group_schedule(
+        states = self.pyramid(condition, (height, width))
+        state = states.pop()  # (B, width, h, w)
+        grid = state.new_zeros(
+            len(state), self.config.value_channels, height, width, dtype=torch.long
+        )
+        preview = condition.preview
+        if preview is not None:
+            preview = F.pad(preview, (0, width - size[1], 0, height - size[0]))
+        schedule = group_schedule(
             self.config.decoder_order, self.num_groups, tuple(size), (height, width), grid.device
         )
-        for number, ((group, inside), stage) in enumerate(zip(groups, self.stages, strict=True)):
-            is_final = number + 1 == len(groups)
+        for i, ((group, valid), stage) in enumerate(zip(schedule, self.stages, strict=True)):
+            # 1. Upsample to the group's stride; z enters again at strides down to its own.
             state = stage.upsample(state)
-            if len(stage.upsample) and pyramid:
-                state = state + pyramid.pop()
-            guesses = stage.logits[0].guesses(group, grid, size, picture)  # (G, B, C, places)
-            state = stage.blocks(stage.look(state, group, guesses))
-            features = stage.head(inside.select(group.gather_features(state), 1))  # (B, n, width)
-            known: list[Tensor] = []  # of the values so far, (B, places, E) each
-            misses = None
-            for color, head in enumerate(stage.logits):
-                guess, place = guesses[:, :, color], WalkStep(number, color, inside.positions)
-                values = grid.new_zeros(len(grid), 0)
-                if len(place.positions):
-                    distribution = head(F.silu(features), inside.select(guess), misses)
-                    values = call_step_fn(choose, distribution, place, len(grid))
-                values = inside.scatter_features(values)
-                group.scatter_values(grid[:, color], values)
-                if is_final and color + 1 == channels:
-                    break  # nothing looks at these values
-                missed = values - guess
-                known += [self.embedding(values), head.seen(missed).to(state)]
-                if color + 1 < channels:
-                    shown = inside.select(torch.cat(known[-2:], -1), 1)
-                    features = features + stage.colours[color](shown)
-                    misses = inside.select(missed)
-            if not is_final:
-                taken = group.scatter_features(torch.cat(known, -1), state.shape[-2:])
-                state = state + stage.take_in(taken)
+            if len(stage.upsample) and states:
+                state = state + states.pop()
+            # 2. Refine the state, with the decoded neighbors of the group's positions.
+            means = stage.logits[0].component_means(group, grid, size, preview)  # (G, B, C, n')
+            state = stage.blocks(stage.look(state, group, means))
+            # 3. Predict the group's values and write them into the grid.
+            embedded = self._walk_group(i, group, valid, stage, state, means, grid, step_fn)
+            # 4. Add the values to the state, for the groups that follow.
+            if embedded is not None:
+                state = state + stage.take_in(group.scatter_features(embedded, state.shape[-2:]))
         return grid[..., : size[0], : size[1]]
 
-    def pyramid(self, condition: Condition, padded: tuple[int, int]) -> list[Tensor]:
-        """What z says of the padded grid, at its own stride and at each coarser one of lattices."""
-        state = self.start(condition)
-        height, width = (n // self.config.downsample for n in padded)
+    def _walk_group(
+        self,
+        group_index: int,
+        group: Group,
+        valid: ValidPositions,
+        stage: Stage,
+        state: Tensor,
+        component_means: Tensor,
+        grid: Tensor,
+        step_fn: StepFn,
+    ) -> Tensor | None:
+        """Predict the channels of one group in sequence and write their values into `grid`.
+
+        The group has n' positions in the padded grid, n of them in the true grid.
+
+        Args:
+            state: (B, width, h, w).
+            component_means: (G, B, C, n').
+            grid: int64 (B, C, H, W).
+
+        Returns:
+            the embedded values, (B, n', C·E), or `None` after the final group.
+        """
+        is_final = group_index + 1 == len(self.stages)
+        features = stage.head(valid.select(group.gather_features(state), 1))  # (B, n, width)
+        embedded: list[Tensor] = []
+        previous_residuals = None
+        for channel, head in enumerate(stage.logits):
+            means = component_means[:, :, channel]  # (G, B, n')
+            step = WalkStep(group_index, channel, valid.positions)
+            values = grid.new_zeros(len(grid), 0)
+            if len(step.positions):
+                distribution = head(F.silu(features), valid.select(means), previous_residuals)
+                values = call_step_fn(step_fn, distribution, step, len(grid))  # (B, n)
+            values = valid.scatter(values)  # (B, n')
+            group.scatter_values(grid[:, channel], values)
+            if is_final and channel + 1 == len(stage.logits):
+                return None  # the last values of the grid are no inputs
+            # The next channel and later groups are conditioned on the value and its residuals.
+            residuals = values - means  # (G, B, n')
+            embedded += [self.embedding(values), head.embed_residuals(residuals).to(state)]
+            if channel + 1 < len(stage.logits):
+                channel_embedding = valid.select(torch.cat(embedded[-2:], -1), 1)  # (B, n, E)
+                features = features + stage.colours[channel](channel_embedding)
+                previous_residuals = valid.select(residuals)
+        return torch.cat(embedded, -1)
+
+    def pyramid(self, condition: Condition, padded_size: tuple[int, int]) -> list[Tensor]:
+        """The embedded condition at z's own stride, then at each coarser stride of lattices."""
+        state = self.embed_condition(condition)
+        height, width = (n // self.config.downsample for n in padded_size)
         states = [F.pad(state, (0, width - state.shape[-1], 0, height - state.shape[-2]))]
-        for descend in self.descents:
-            states.append(descend(states[-1]))
+        for descent in self.descents:
+            states.append(descent(states[-1]))
         return states
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
-        """The walk with a teacher."""
+        """The walk with teacher forcing."""
         teacher = TeacherForcing(finer)
         self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
-        return torch.stack(teacher.terms).sum(0)
+        return teacher.log_prob()
 
     def check_causal(self):
-        """A walk is: what follows has not been put in yet."""
+        """Passes: `log_prob` is a walk, in which later values do not exist yet."""
 
 
 class RasterDecoder(CausalLMMixin, Decoder):
-    """A causal transformer of transformers over symbols in raster order.
+    """A causal language model of transformers over codes in raster order.
 
-    What it sees at a position is z there, upsampled, and the symbol before; it predicts the
-    symbol at that position. Positions are learned: the places of a small grid differ more than a
-    distance in raster order says.
+    Its input at a position is the upsampled condition there plus the embedding of the previous
+    code. The default backbone learns absolute positions: in a small grid these matter more than
+    distances in raster order.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -221,18 +262,18 @@ class RasterDecoder(CausalLMMixin, Decoder):
         self.upsample = nn.Sequential(
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
-        with torch.device("meta"):  # only to ask how wide it is
+        with torch.device("meta"):  # without weights: only its width is needed
             backbone = AutoModel.from_config(config.raster_config)
             embed_dim = backbone.get_input_embeddings().embedding_dim
-        # z comes in at zero, or it would drown the backbone's embeddings, which start small.
+        # Starts at zero: otherwise z outweighs the backbone's embeddings, which start small.
         self.condition = ZeroConv2d(width, embed_dim, 1)
         self.backbone = AutoModel.from_config(config.raster_config)
-        self.logits = make_logits(config, embed_dim)
+        self.logits = make_categorical_head(config, embed_dim)
 
-    def walk(self, condition: Condition, size: tuple[int, int], choose: StepFn) -> Tensor:
-        """The groups are the positions, one by one."""
+    def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
+        """Run the autoregressive loop; each group is one position."""
         context = self._context(condition, size)
-        return self._steps(context, math.prod(size), choose).unflatten(1, (1, *size))
+        return self._generate(context, math.prod(size), step_fn).unflatten(1, (1, *size))
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """One pass for all positions."""
@@ -240,32 +281,33 @@ class RasterDecoder(CausalLMMixin, Decoder):
         return self._teacher_forced_log_prob(context, finer.flatten(1))[0]
 
     def check_causal(self):
-        """As `CausalLMMixin._check_causal`, on a few random symbols."""
-        noise = torch.Generator().manual_seed(0)
-        shape = (2, self.config.codebook_dim, 1, math.ceil(NUM_CHECKED / self.config.downsample))
-        kind = {"generator": noise, "device": noise.device}
-        quantized = torch.randn(shape, dtype=torch.float32, **kind).to(self.stem.weight)
-        tokens = torch.randint(self.config.num_values, (2, NUM_CHECKED), **kind)
-        context = self._context(Condition(quantized), (1, NUM_CHECKED))
+        """`CausalLMMixin._check_causal` on a few random codes."""
+        generator = torch.Generator().manual_seed(0)
+        on_cpu = {"generator": generator, "device": generator.device}
+        length = math.ceil(NUM_CHECKED_TOKENS / self.config.downsample)
+        shape = (2, self.config.codebook_dim, 1, length)
+        quantized = torch.randn(shape, dtype=torch.float32, **on_cpu).to(self.stem.weight)
+        tokens = torch.randint(self.config.num_values, (2, NUM_CHECKED_TOKENS), **on_cpu)
+        context = self._context(Condition(quantized), (1, NUM_CHECKED_TOKENS))
         self._check_causal(context, tokens.to(context.device))
 
     def _context(self, condition: Condition, size: tuple[int, int]) -> Tensor:
-        """What z says at each position, (B, H·W, E)."""
+        """The upsampled condition at each position, (B, H·W, E)."""
         if math.prod(size) > MAX_RASTER_POSITIONS:
             raise ValueError(
                 f"expected a finer grid of at most {MAX_RASTER_POSITIONS} positions for "
                 f"decoder_order='raster', got {size[0]}×{size[1]}"
             )
-        state = self.condition(self.upsample(self.blocks(self.start(condition))))
+        state = self.condition(self.upsample(self.blocks(self.embed_condition(condition))))
         return state[..., : size[0], : size[1]].movedim(1, -1).flatten(1, 2)
 
-    def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
-        embedded = self.backbone.get_input_embeddings()(before)
+    def _inputs(self, context: Tensor, previous: Tensor, start: int) -> dict[str, Tensor]:
+        embedded = self.backbone.get_input_embeddings()(previous)
         if start == 0:
             embedded = F.pad(embedded, (0, 0, 1, 0))
         return {"inputs_embeds": context[:, start : start + embedded.shape[1]] + embedded}
 
-    def _read(self, output: ModelOutput) -> Categorical | LowRankCategorical:
+    def _distribution(self, output: ModelOutput) -> Categorical | LowRankCategorical:
         return self.logits(output.last_hidden_state)
 
 

@@ -1,18 +1,17 @@
-"""What a decoder says of the entries of one group: distributions over values 0 … V − 1.
+"""Predictive distributions of the values 0 … V − 1 at n positions of a grid.
 
-Each has five verbs, and nobody asks which one it is:
+Their common interface:
 
-- `log_prob(values)`: in nats and fp32, (B, n);
-- `logits`: of all values, (B, n, V), for those who change them;
-- `parts()`: of fewer positions each, in order, whose logits take little memory: as a rule one part,
-  itself;
-- `probs()`: of all values, in fp32, for coders: (B, n, V), none less than 0; they add up
-  to 1 but for rounding, which is a thousandth of what a large codebook's values have together;
-- `icdf(shares)`: the smallest values up to which the mass exceeds shares in [0, 1), int64
-  (B, n). With uniform shares these are draws.
+- `log_prob(values)`: int64 (B, n) -> nats, float32 (B, n);
+- `logits`: unnormalized log-probabilities of all values, (B, n, V), for samplers that modify them;
+- `probs()`: probabilities of all values, for entropy coders: float32 (B, n, V), at least 0, with
+  a sum of 1 up to rounding errors;
+- `icdf(u)`: the smallest value whose cumulative probability exceeds u, for u in [0, 1): (B, n) ->
+  int64 (B, n). With uniform u these are samples;
+- `chunks()`: distributions of consecutive positions whose logits fit into little memory.
 
-Free probabilities of symbols have a sixth, `mean(vectors)`: of one vector for each value, (V, D),
-the expected one, (B, n, D).
+The categorical distributions also have `expected_embedding(table)`: for one vector per value,
+(V, D), the expected vector, (B, n, D).
 """
 
 from collections.abc import Callable
@@ -25,13 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..configuration.level import MANY_SYMBOLS
 
-LOGITS_AT_A_TIME = 2**23  # of many values: 32 MB in fp32, which C libraries give back at once
-ENTRIES_AT_A_TIME = 512  # of a mixture's tables, which a processor keeps at hand
+LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the system at once
+POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
+OUTSIDE = 1e6  # an edge far beyond all pixel values
 
 
 @dataclass(frozen=True)
 class Categorical:
-    """A free probability for each value; logits (B, n, V)."""
+    """One logit per value, (B, n, V)."""
 
     logits: Tensor
 
@@ -39,31 +39,33 @@ class Categorical:
         logits = self.logits.flatten(0, 1).float()
         return -F.cross_entropy(logits, values.flatten(), reduction="none").view(values.shape)
 
-    def parts(self) -> "list[Categorical]":
+    def chunks(self) -> "list[Categorical]":
         return [self]
 
     def probs(self) -> Tensor:
         return self.logits.float().softmax(-1)
 
-    def mean(self, vectors: Tensor) -> Tensor:
-        return self.probs() @ vectors.float()
+    def expected_embedding(self, table: Tensor) -> Tensor:
+        return self.probs() @ table.float()
 
-    def icdf(self, shares: Tensor) -> Tensor:
-        cumulative = self.logits.float().softmax(-1).cumsum(-1)
+    def icdf(self, u: Tensor) -> Tensor:
+        cumulative = self.probs().cumsum(-1)
         total = cumulative[..., -1]
-        # Rounding must not carry it to the end, where a value of probability 0 may stand.
-        threshold = torch.minimum(shares * total, torch.nextafter(total, torch.zeros_like(total)))
+        # A threshold rounded up to the total would return the last value, whatever its probability.
+        threshold = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 
 
 @dataclass(frozen=True)
 class LowRankCategorical:
-    """A free probability for each of many values, whose logits are never there all at once: they
-    are made for a few positions, asked, and forgotten, and for a gradient made again.
+    """A categorical distribution over many values, whose logits are computed chunk by chunk.
+
+    The full logits never exist at once; the backward pass computes each chunk again.
 
     Args:
         features: (B, n, r).
-        table, bias: the logits are `features @ table.T + bias`, of (V, r) and (V,).
+        table: (V, r).
+        bias: (V,); the logits are `features @ table.T + bias`.
     """
 
     features: Tensor
@@ -74,61 +76,66 @@ class LowRankCategorical:
     def logits(self) -> Tensor:
         return F.linear(self.features, self.table, self.bias)
 
-    def parts(self) -> "list[LowRankCategorical]":
-        count = LOGITS_AT_A_TIME // (len(self.features) * len(self.table))
-        parts = self.features.split(max(1, count), 1)
-        return [LowRankCategorical(part, self.table, self.bias) for part in parts]
+    def chunks(self) -> "list[LowRankCategorical]":
+        num_positions = LOGITS_PER_CHUNK // (len(self.features) * len(self.table))
+        chunks = self.features.split(max(1, num_positions), 1)
+        return [LowRankCategorical(chunk, self.table, self.bias) for chunk in chunks]
 
     def log_prob(self, values: Tensor) -> Tensor:
-        return self._in_parts(Categorical.log_prob, values)
+        return self._map_chunks(Categorical.log_prob, values)
 
     def probs(self) -> Tensor:
         return Categorical(self.logits).probs()
 
-    def mean(self, vectors: Tensor) -> Tensor:
-        return self._in_parts(lambda part: part.mean(vectors))
+    def expected_embedding(self, table: Tensor) -> Tensor:
+        return self._map_chunks(lambda chunk: chunk.expected_embedding(table))
 
-    def icdf(self, shares: Tensor) -> Tensor:
-        return self._in_parts(Categorical.icdf, shares)
+    def icdf(self, u: Tensor) -> Tensor:
+        return self._map_chunks(Categorical.icdf, u)
 
-    def _in_parts(self, ask: Callable[..., Tensor], *asked: Tensor) -> Tensor:
-        """What the parts answer, each asked as a `Categorical`, with its positions of `asked`,
-        (B, n)."""
+    def _map_chunks(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        """Concatenate `function(chunk as a Categorical, its positions of the arguments (B, n))`."""
 
-        def answer(features: Tensor, *asked: Tensor) -> Tensor:
-            return ask(Categorical(F.linear(features, self.table, self.bias)), *asked)
+        def apply(features: Tensor, *rows: Tensor) -> Tensor:
+            return function(Categorical(F.linear(features, self.table, self.bias)), *rows)
 
-        answers, stop = [], 0
-        for part in self.parts():
-            start, stop = stop, stop + part.features.shape[1]
-            rows = [x[:, start:stop] for x in asked]
+        results = []
+        stop = 0
+        for chunk in self.chunks():
+            start = stop
+            stop += chunk.features.shape[1]
+            rows = [x[:, start:stop] for x in arguments]
             if torch.is_grad_enabled():
-                answers.append(checkpoint(answer, part.features, *rows, use_reentrant=False,
-                                          preserve_rng_state=False))  # fmt: skip
+                result = checkpoint(
+                    apply, chunk.features, *rows, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                answers.append(answer(part.features, *rows))
-        return torch.cat(answers, 1)
+                result = apply(chunk.features, *rows)
+            results.append(result)
+        return torch.cat(results, 1)
 
 
 def categorical_from_features(
     features: Tensor, table: Tensor, bias: Tensor
 ) -> Categorical | LowRankCategorical:
-    """Logits `features @ table.T + bias`, (B, n, V): at once unless values are many."""
-    factored = LowRankCategorical(features, table, bias)
-    return factored if len(table) > MANY_SYMBOLS else Categorical(factored.logits)
+    """The distribution with logits `features @ table.T + bias`, (B, n, V)."""
+    low_rank = LowRankCategorical(features, table, bias)
+    return low_rank if len(table) > MANY_SYMBOLS else Categorical(low_rank.logits)
 
 
 @dataclass(frozen=True)
 class DiscretizedLogisticMixture:
-    """K logistic distributions, rounded to the pixel values, and the uniform one: a discretized
-    mixture of logistics (Salimans et al. 2017, PixelCNN++). 0 and V − 1 take what lies beyond.
+    """A mixture of K discretized logistics and the uniform distribution over pixel values.
 
-    The components come first, so that all operations run over long rows.
+    P(x) = Σ_k w_k [σ((x + ½ − μ_k) / s_k) − σ((x − ½ − μ_k) / s_k)] + w_u / V; the values 0 and
+    V − 1 also get the tails (Salimans et al. 2017, PixelCNN++).
+
+    Components are the first dimension, so that elementwise operations run over long rows.
 
     Args:
-        weights: of the K components and the uniform one, summing to 1: (K + 1, B, n).
-        means: in pixel values, (K, B, n).
-        precisions: the inverse of the scales, (K, B, n).
+        weights: w_1 … w_K and w_u, which sum to 1: (K + 1, B, n).
+        means: μ in units of pixel values, (K, B, n).
+        precisions: 1 / s, (K, B, n).
         num_values: V, a power of two.
     """
 
@@ -138,79 +145,83 @@ class DiscretizedLogisticMixture:
     num_values: int
 
     def log_prob(self, values: Tensor) -> Tensor:
-        middles = values.float()  # integers minus 0.5 would have torch's default dtype
-        lower = (middles - 0.5).masked_fill(values == 0, -1e6)
-        upper = (middles + 0.5).masked_fill(values == self.num_values - 1, 1e6)
-        edges = torch.stack([lower, upper])[:, None]
-        masses = _between((edges - self.means) * self.precisions)[0]
+        centers = values.float()  # first: integers minus 0.5 would have torch's default dtype
+        lower = (centers - 0.5).masked_fill(values == 0, -OUTSIDE)
+        upper = (centers + 0.5).masked_fill(values == self.num_values - 1, OUTSIDE)
+        edges = torch.stack([lower, upper])[:, None]  # (2, 1, B, n)
+        masses = _logistic_mass((edges - self.means) * self.precisions)[0]  # (K, B, n)
         return ((self.weights[:-1] * masses).sum(0) + self._floor).log()
 
-    def parts(self) -> "list[DiscretizedLogisticMixture]":
+    def chunks(self) -> "list[DiscretizedLogisticMixture]":
         return [self]
 
     @property
     def logits(self) -> Tensor:
-        edges = _edges(0, self.num_values + 1, self.means.device)[:, None, None]
-        edges[0], edges[-1] = -1e6, 1e6
-        probs = self._floor.repeat(self.num_values, 1, 1)
+        edges = _lower_edges(0, self.num_values + 1, self.means.device)[:, None, None]
+        edges[0] = -OUTSIDE
+        edges[-1] = OUTSIDE
+        probs = self._floor.repeat(self.num_values, 1, 1)  # (V, B, n)
+        # The last weight has no mean: it belongs to the uniform distribution, the floor.
         for weight, mean, precision in zip(self.weights, self.means, self.precisions, strict=False):
-            probs = probs + weight * _between((edges - mean) * precision)
+            probs = probs + weight * _logistic_mass((edges - mean) * precision)
         return probs.log().movedim(0, -1)
 
     def probs(self) -> Tensor:
-        """As differences of what lies below, which in the tails says less than `logits`, in a fifth
-        of the time."""
-        flat = (x.flatten(1)[..., None] for x in (self.weights, self.means, self.precisions))
-        weights, means, precisions = flat  # (K, B · n, 1)
-        edges = _edges(1, self.num_values, means.device)
-        found = torch.zeros(
+        """Differences of the cumulative distribution: less accurate than `logits` in the tails,
+        but five times faster."""
+        weights = self.weights.flatten(1)[..., None]  # (K + 1, B·n, 1)
+        means = self.means.flatten(1)[..., None]
+        precisions = self.precisions.flatten(1)[..., None]
+        edges = _lower_edges(1, self.num_values, means.device)  # (V − 1,)
+        # Column v is the logistics' mass below value v.
+        cumulative = torch.zeros(
             means.shape[1], self.num_values + 1, dtype=torch.float32, device=means.device
         )
-        found[:, -1] = 1 - weights[-1, :, 0]
-        for start in range(0, len(found), ENTRIES_AT_A_TIME):
-            part = slice(start, start + ENTRIES_AT_A_TIME)
-            below = found[part, 1:-1]
+        cumulative[:, -1] = 1 - weights[-1, :, 0]
+        for start in range(0, len(cumulative), POSITIONS_PER_CHUNK):
+            chunk = slice(start, start + POSITIONS_PER_CHUNK)
+            below = cumulative[chunk, 1:-1]
             for weight, mean, precision in zip(weights, means, precisions, strict=False):
-                x = (edges - mean[part]).mul_(precision[part]).sigmoid_()
-                below.addcmul_(x, weight[part])
-        masses = found.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
-        return masses.unflatten(0, self.means.shape[1:])
+                cdf = (edges - mean[chunk]).mul_(precision[chunk]).sigmoid_()
+                below.addcmul_(cdf, weight[chunk])
+        probs = cumulative.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
+        return probs.unflatten(0, self.means.shape[1:])
 
-    def icdf(self, shares: Tensor) -> Tensor:
-        """Found by halving: in eight steps for 256 values."""
-        weights, floor = self.weights[:-1], self._floor
-        values = torch.zeros(shares.shape, dtype=torch.long, device=shares.device)
+    def icdf(self, u: Tensor) -> Tensor:
+        """Binary search: eight evaluations of the cumulative distribution for 256 values."""
+        weights = self.weights[:-1]
+        floor = self._floor
+        values = torch.zeros(u.shape, dtype=torch.long, device=u.device)
         for power in reversed(range((self.num_values - 1).bit_length())):
-            below = values + 2**power  # values less than this one
-            mass = (weights * self._cumulative(below.float() - 0.5)).sum(0) + floor * below
-            is_above = (mass > shares) | (below >= self.num_values)
-            values = torch.where(is_above, values, below)
+            candidates = values + 2**power
+            logistics = ((candidates.float() - 0.5 - self.means) * self.precisions).sigmoid()
+            mass_below = (weights * logistics).sum(0) + floor * candidates
+            is_too_large = (mass_below > u) | (candidates >= self.num_values)
+            values = torch.where(is_too_large, values, candidates)
         return values
 
     @property
     def _floor(self) -> Tensor:
-        """The uniform distribution's mass of one value, (B, n)."""
+        """The uniform distribution's mass of one value, w_u / V: (B, n)."""
         return self.weights[-1] / self.num_values
 
-    def _cumulative(self, edges: Tensor) -> Tensor:
-        """Of each component at edges (B, n)."""
-        return ((edges - self.means) * self.precisions).sigmoid()
 
-
-def _edges(start: int, stop: int, device: torch.device) -> Tensor:
+def _lower_edges(start: int, stop: int, device: torch.device) -> Tensor:
     """The lower edges of the values start … stop − 1, float32."""
     return torch.arange(start, stop, dtype=torch.float32, device=device) - 0.5
 
 
-def _between(edges: Tensor) -> Tensor:
-    """The mass of the standard logistic between edges that grow, (E, ...) -> (E − 1, ...).
+def _logistic_mass(edges: Tensor) -> Tensor:
+    """The standard logistic's mass between consecutive increasing edges, (E, ...) -> (E − 1, ...).
 
-    What lies above its middle is measured from above: differences of numbers near 1 would be lost.
+    Both edges above 0 use the upper tail: the difference of two cumulative probabilities near 1
+    would lose all digits.
     """
     tails = (-edges.abs()).sigmoid()
-    lower, upper = tails[:-1], tails[1:]
-    holds_middle = (edges[:-1] < 0) & (edges[1:] > 0)
-    return torch.where(holds_middle, 1 - lower - upper, (lower - upper).abs())
+    lower = tails[:-1]
+    upper = tails[1:]
+    contains_zero = (edges[:-1] < 0) & (edges[1:] > 0)
+    return torch.where(contains_zero, 1 - lower - upper, (lower - upper).abs())
 
 
 Distribution = Categorical | LowRankCategorical | DiscretizedLogisticMixture

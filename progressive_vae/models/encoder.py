@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.level import ProgressiveVAELevelConfig
-from .layers import Downsample, LayerNorm2d, dithered, residual_blocks
+from .layers import Downsample, LayerNorm2d, add_dither, residual_blocks
 
 
 class Encoder(nn.Module):
@@ -59,7 +59,7 @@ class Encoder(nn.Module):
         else:  # pixels stay float32 outside: 16-bit floats do not hold the 256 values
             x = finer.to(self.out[1].weight.dtype)
         latents = self.out(self.layers(x.contiguous(memory_format=torch.channels_last)))
-        return dithered(latents, self.dither)
+        return add_dither(latents, self.dither)
 
 
 def make_encoder(config: ProgressiveVAELevelConfig) -> Encoder:

@@ -1,5 +1,17 @@
-"""Heads: from what a network knows of some positions to distributions over their values, and what a
-head wants to see of the values around them."""
+"""Output heads: from the features of positions to distributions over their values.
+
+One head predicts one color channel of a group of positions (or its codes). A categorical head sees
+features only. A mixture head also sees pixel values that are already decoded, in this order:
+
+1. `component_means`: before the group is predicted, the head collects G estimates of every value
+   from the decoded neighbors (and from a preview). They are the initial means of its G components.
+2. `make_neighbor_conditioning`: a module that adds these estimates to the network's state.
+3. `forward`: features + component means (+ residuals of the previous channel) -> distribution.
+4. `embed_residuals`: after a channel is decoded, residuals = values − component means. Their
+   embedding conditions later channels and later groups.
+
+Shape letters: B batch, C channels, n positions of the group, G components, V values.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -18,73 +30,89 @@ from .layers import AlignedLinear, PixelEmbedding, ZeroLinear, cached_constant
 from .orderings import Group
 
 
-class NoConditioning(nn.Module):
-    """Adds nothing to a state."""
-
-    def forward(self, state: Tensor, group: Group, guesses: Tensor) -> Tensor:
-        return state
-
-
 class Head(nn.Module):
-    """From the features of positions to the distribution of one of their colors, or symbols.
+    """The interface; its defaults are those of a head without component means, G = 0."""
 
-    A head may make G guesses of each value before it is asked, from the values that are known
-    around it. A network then sees more of the values than their embeddings: what was known around
-    a group, and by how much the guesses of earlier colors missed. By default G = 0.
-
-    - `forward(features, guesses, misses)` -> `Distribution` of n positions: features (B, n, width),
-      guesses (G, B, n), and misses, values less guesses, of the color before; `None` has none.
-    """
-
-    residual_dim = 0  # numbers by which a network sees what was missed of one value
+    residual_dim = 0  # width of `embed_residuals`
 
     def forward(
-        self, features: Tensor, guesses: Tensor | None = None, misses: Tensor | None = None
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Distribution:
+        """The distribution of one channel at n positions.
+
+        Args:
+            features: (B, n, width).
+            component_means: of this channel, (G, B, n).
+            residuals: of the previous channel, (G, B, n); `None` for the first channel.
+        """
         raise NotImplementedError
 
     def init_weights(self):
-        """Sets tensors of its own to their start, but leaves loaded ones alone."""
+        """Initialize parameters that belong to the head itself, unless they are loaded."""
 
     def make_neighbor_conditioning(self, channels: int, width: int) -> nn.Module:
-        """(state, group, guesses) -> the state with what is known around the group's positions."""
+        """A module (state, group, component_means) -> state, which adds the neighbors' values."""
         return NoConditioning()
 
-    def guesses(
-        self, group: Group, grid: Tensor, size: tuple[int, int], picture: Tensor | None = None
+    def component_means(
+        self, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
     ) -> Tensor:
-        """Of the group's values, (G, B, C, n), where the values (B, C, H, W) before it are put in
-        already; `size` is the true (H, W), and `picture` what is expected of the whole grid."""
+        """Estimates of the group's values before any of them is decoded, float32 (G, B, C, n).
+
+        Args:
+            grid: the padded grid, int64 (B, C, H, W); values of earlier groups are written.
+            size: (H, W) of the true grid.
+            preview: the auxiliary decoder's mean image, float (B, C, H, W) in 0 … V − 1.
+        """
         return group.gather_values(grid)[None][:0].float()
 
-    def seen(self, misses: Tensor) -> Tensor:
-        """Values less guesses (G, B, n) -> (B, n, miss_dim)."""
-        return misses.new_zeros(*misses.shape[1:], self.residual_dim)
+    def embed_residuals(self, residuals: Tensor) -> Tensor:
+        """Values minus component means, (G, B, n) -> (B, n, residual_dim)."""
+        return residuals.new_zeros(*residuals.shape[1:], self.residual_dim)
+
+
+class NoConditioning(nn.Module):
+    """Returns the state unchanged."""
+
+    def forward(self, state: Tensor, group: Group, component_means: Tensor) -> Tensor:
+        return state
 
 
 class LinearHead(Head, ZeroLinear):
-    """A logit of its own for every value: (B, n, width) -> (B, n, V)."""
+    """One logit per value, uniform at initialization: (B, n, width) -> (B, n, V)."""
 
     def forward(
-        self, features: Tensor, guesses=None, misses=None
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Categorical | LowRankCategorical:
         return categorical_from_features(features, self.weight, self.bias)
 
 
 class LowRankHead(Head):
-    """Logits of many symbols, uniform at initialization, through a table of lower rank than their
-    number: (B, n, width) -> (B, n, V)."""
+    """Logits through a table of low rank, uniform at initialization: (B, n, width) -> (B, n, V).
+
+    For large codebooks: rank · (width + V) weights instead of width · V.
+    """
 
     Table = nn.Embedding
 
     def __init__(self, width: int, rank: int, num_values: int):
         super().__init__()
+        # The names of these three are state-dict keys.
         self.project = ZeroLinear(width, rank)
-        self.values = self.Table(num_values, rank)
+        self.values = self.Table(num_values, rank)  # the table, one row per value
         self.bias = nn.Parameter(torch.zeros(num_values))
 
     def forward(
-        self, features: Tensor, guesses=None, misses=None
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
     ) -> Categorical | LowRankCategorical:
         return categorical_from_features(self.project(features), self.values.weight, self.bias)
 
@@ -93,121 +121,146 @@ class LowRankHead(Head):
 
 
 class OrdinalPixelHead(LowRankHead):
-    """Logits of pixel values, uniform at initialization; near values learn together.
+    """A low-rank head whose table starts with similar rows for similar pixel values.
 
-    What one value teaches reaches its neighbors through the ordinal table, of lower rank than
-    their number, but the distribution can take any shape: the table and the biases are learned too.
+    A gradient for one value therefore also moves the logits of nearby values. Table and bias are
+    learned, so the distribution can take any shape.
     """
 
     Table = PixelEmbedding
 
 
 class LogisticMixtureHead(Head):
-    """Logistic distributions around guesses of a pixel, uniform ones at first where there are none.
+    """A discretized mixture of G = 8 logistics, whose means start at decoded neighbors.
 
-    Four components begin at the nearest pixels that are known, as pictures repeat, and four, from
-    narrow to wide, at their mean, as pictures are smooth. Colors change together: a guess moves
-    by what it missed of the color before. Of the group that comes first the guesses are spread
-    over all values.
+    Components 0–3 start at the four nearest decoded pixels, which helps where textures repeat.
+    Components 4–7 start at the mean of these, with scales from narrow to wide, which helps where
+    images are smooth. The first group has no neighbors; its means are spread over all values.
+
+    Color channels are correlated: by default a component's mean moves by its residual of the
+    previous channel.
     """
 
-    LOG_SCALES: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0)  # at first
+    INITIAL_LOG_SCALES: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0)
     residual_dim = 3
 
     def __init__(self, width: int, num_values: int):
         super().__init__()
         self.num_values = num_values
-        self.project = ZeroLinear(width, 4 * len(self.LOG_SCALES) + 1)
+        # G + 1 weights (the last one of the uniform distribution), G offsets of the means,
+        # G log-scales and G coefficients of the previous channel's residuals.
+        self.project = ZeroLinear(width, 4 * len(self.INITIAL_LOG_SCALES) + 1)
 
-    def forward(self, features: Tensor, guesses=None, misses=None) -> DiscretizedLogisticMixture:
-        count = len(self.LOG_SCALES)
+    def forward(
+        self,
+        features: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
+    ) -> DiscretizedLogisticMixture:
+        assert component_means is not None
+        count = len(self.INITIAL_LOG_SCALES)
         with torch.autocast(features.device.type, enabled=False):
-            weight, bias = self.project.weight.float(), self.project.bias.float()
-            numbers = F.linear(features.float(), weight, bias).movedim(-1, 0).contiguous()
-            weights, offsets, log_scales, slopes = numbers.split([count + 1, count, count, count])
-            means = guesses + offsets.clamp(-6, 6).sinh()  # fine near the guess, coarse far away
-            if misses is not None:
-                means = means + (1 + slopes) * misses
-            start = cached_constant(self.LOG_SCALES, features.device)
-            log_scales = (log_scales + start[:, None, None]).clamp(-3, 5)
+            weight = self.project.weight.float()
+            bias = self.project.bias.float()
+            params = F.linear(features.float(), weight, bias)  # (B, n, 4G + 1)
+            params = params.movedim(-1, 0).contiguous()  # (4G + 1, B, n)
+            weights, offsets, log_scales, slopes = params.split([count + 1, count, count, count])
+            # sinh: fine steps near the initial mean, coarse steps far from it.
+            means = component_means + offsets.clamp(-6, 6).sinh()
+            if residuals is not None:
+                means = means + (1 + slopes) * residuals
+            initial = cached_constant(self.INITIAL_LOG_SCALES, features.device)
+            log_scales = (log_scales + initial[:, None, None]).clamp(-3, 5)
             return DiscretizedLogisticMixture(
                 weights.softmax(0), means, (-log_scales).exp(), self.num_values
             )
 
     def make_neighbor_conditioning(self, channels: int, width: int) -> nn.Module:
-        return NeighborConditioning(channels, len(self.LOG_SCALES), width)
+        return NeighborConditioning(channels, len(self.INITIAL_LOG_SCALES), width)
 
-    def guesses(
-        self, group: Group, grid: Tensor, size: tuple[int, int], picture: Tensor | None = None
+    def component_means(
+        self, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
     ) -> Tensor:
         neighbors = group.neighbors(grid, size)  # (4, B, C, n)
         if neighbors is not None:
             neighbors = neighbors.float()
-            return torch.cat([neighbors, neighbors.mean(0, keepdim=True).expand_as(neighbors)])
-        eighths = torch.arange(8, dtype=torch.float32, device=grid.device)
-        middles = (eighths + 0.5) * (self.num_values / 8)
-        return middles.view(8, 1, 1, 1).expand(8, *group.gather_values(grid).shape)
+            mean = neighbors.mean(0, keepdim=True)  # (1, B, C, n)
+            return torch.cat([neighbors, mean.expand_as(neighbors)])  # (8, B, C, n)
+        # First group: the centers of eight equal intervals of 0 … V − 1.
+        intervals = torch.arange(8, dtype=torch.float32, device=grid.device)
+        centers = (intervals + 0.5) * (self.num_values / 8)
+        return centers.view(8, 1, 1, 1).expand(8, *group.gather_values(grid).shape)
 
-    def seen(self, misses: Tensor) -> Tensor:
-        return soft_differences(misses[-1])
+    def embed_residuals(self, residuals: Tensor) -> Tensor:
+        return multiscale_tanh(residuals[-1])  # those of the last component
 
 
 class GuidedLogisticMixtureHead(LogisticMixtureHead):
-    """Two more components begin at a picture that is expected: as it is, and corrected by what it
-    missed of the known neighbors. Of the group that comes first all are near the picture. (Where
-    `Lattice.neighbors` has a 0 for want of an entry, along short sides, the correction is void.)
+    """Adds two components that start at the auxiliary decoder's mean image, the preview: G = 10.
 
-    A decoder that is given an auxiliary decoder's picture: Lucas & Verbeek 2017, "Auxiliary guided
-    autoregressive variational autoencoders".
+    Component 8 starts at the preview itself. Component 9 starts at the preview plus its mean error
+    on the decoded neighbors. In the first group all components start near the preview.
+
+    Source: Lucas & Verbeek 2017, "Auxiliary guided autoregressive variational autoencoders".
     """
 
-    LOG_SCALES = (*LogisticMixtureHead.LOG_SCALES, 2.0, 1.0)
+    INITIAL_LOG_SCALES = (*LogisticMixtureHead.INITIAL_LOG_SCALES, 2.0, 1.0)
 
-    def guesses(
-        self, group: Group, grid: Tensor, size: tuple[int, int], picture: Tensor | None = None
+    def component_means(
+        self, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
     ) -> Tensor:
-        assert picture is not None  # the level sees to it
-        expected, known = group.gather_values(picture), group.neighbors(picture, size)
-        if known is None:  # apart from each other where their scales are alike, lest they stay so
-            steps = cached_constant((-36, -12, 12, 36, 0, 0, 0, 0, 3, -3), expected.device)
-            return expected + steps[:, None, None, None]
-        guesses = super().guesses(group, grid, size)
-        missed = (guesses[:4] - known).mean(0)
-        return torch.cat([guesses, torch.stack([expected, expected + missed])])
+        assert preview is not None  # the level computes it if the config is guided
+        preview_values = group.gather_values(preview)  # (B, C, n)
+        preview_neighbors = group.neighbors(preview, size)  # (4, B, C, n)
+        if preview_neighbors is None:
+            # Components with equal scales need different means, or they would stay equal.
+            shifts = cached_constant((-36, -12, 12, 36, 0, 0, 0, 0, 3, -3), preview.device)
+            return preview_values + shifts[:, None, None, None]
+        means = super().component_means(group, grid, size)  # (8, B, C, n)
+        # Along short sides, where `Lattice.neighbors` returns a 0, this error means nothing.
+        preview_error = (means[:4] - preview_neighbors).mean(0)  # (B, C, n)
+        return torch.cat([means, torch.stack([preview_values, preview_values + preview_error])])
 
 
 class NeighborConditioning(AlignedLinear):
-    """Adds to a state how all guesses but their plain mean differ from it: those around a pixel,
-    and those of a picture."""
+    """Adds to the state a linear map of component means, relative to the neighbors' mean.
 
-    def __init__(self, channels: int, num_guesses: int, width: int):
-        super().__init__(3 * channels * (num_guesses - 4), width)
+    Components 5–7 repeat that mean (component 4) and are left out. It subclasses its linear map
+    since `look.weight` and `look.bias` are state-dict keys.
+    """
 
-    def forward(self, state: Tensor, group: Group, guesses: Tensor) -> Tensor:  # type: ignore[override]
-        neighbors, mean, more = guesses[:4], guesses[4], guesses[8:]
-        differences = torch.cat([neighbors, more]) - mean
-        steps = soft_differences(differences).permute(1, 3, 0, 2, 4).flatten(2).to(state)
-        return state + group.scatter_features(super().forward(steps), state.shape[-2:])
+    def __init__(self, channels: int, num_components: int, width: int):
+        super().__init__(3 * channels * (num_components - 4), width)
+
+    def forward(  # type: ignore[override]
+        self, state: Tensor, group: Group, component_means: Tensor
+    ) -> Tensor:
+        neighbors = component_means[:4]
+        neighbor_mean = component_means[4]
+        previews = component_means[8:]
+        differences = torch.cat([neighbors, previews]) - neighbor_mean  # (G − 4, B, C, n)
+        embedded = multiscale_tanh(differences)  # (G − 4, B, C, n, 3)
+        embedded = embedded.permute(1, 3, 0, 2, 4).flatten(2).to(state)  # (B, n, (G − 4)·C·3)
+        return state + group.scatter_features(super().forward(embedded), state.shape[-2:])
 
 
-def soft_differences(differences: Tensor) -> Tensor:
-    """Differences of pixel values, to which small ones matter most: (...) -> (..., 3)."""
+def multiscale_tanh(differences: Tensor) -> Tensor:
+    """tanh of differences of pixel values at three scales: (...) -> (..., 3)."""
     scales = cached_constant((1.0, 6.0, 36.0), differences.device)
     return (differences[..., None] / scales).tanh()
 
 
 def make_head(config: ProgressiveVAELevelConfig) -> Head:
-    """The head of a group decoder, for one color, or for symbols."""
-    width, num_values = config.hidden_size, config.num_values
+    """The head of one channel in a group decoder."""
     if config.is_guided:
-        return GuidedLogisticMixtureHead(width, num_values)
+        return GuidedLogisticMixtureHead(config.hidden_size, config.num_values)
     if config.has_component_means:
-        return LogisticMixtureHead(width, num_values)
-    return make_logits(config, width)
+        return LogisticMixtureHead(config.hidden_size, config.num_values)
+    return make_categorical_head(config, config.hidden_size)
 
 
-def make_logits(config: ProgressiveVAELevelConfig, width: int) -> Head:
-    """A head of so wide features that gives each value a probability of its own."""
+def make_categorical_head(config: ProgressiveVAELevelConfig, width: int) -> Head:
+    """A head for features (B, n, width) that models a free probability of each value."""
     if config.is_finest and config.pixel_logit_rank:
         return OrdinalPixelHead(width, config.pixel_logit_rank, config.num_values)
     if not config.is_finest and config.symbol_logit_rank:

@@ -1,4 +1,4 @@
-"""Convolution nets on (B, C, H, W) in channels_last."""
+"""Layers for (B, C, H, W) in channels_last, and their initialization."""
 
 import math
 from functools import lru_cache
@@ -12,79 +12,86 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 @lru_cache
-@torch.inference_mode(False)  # of what is made with it a gradient may be asked later
+@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
 def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers as float32 on a device, where they stay: a copy each time would make the host wait
-    for all that the device has yet to do."""
+    """A float32 tensor that stays on the device: a new copy at each call would synchronize."""
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
-def dithered(x: Tensor, scale: float) -> Tensor:
-    """(B, D, H, W) and a pattern of a period of 4×4, whose root mean square is `scale`.
+def add_dither(x: Tensor, scale: float) -> Tensor:
+    """Add a fixed pattern of period 4×4 and root mean square `scale` to (B, D, H, W).
 
-    Added before a quantizer and taken away after it (by −scale), it leaves sixteen different errors
-    where the same latent is found all over, and who sees the neighbors can take their mean:
+    It is added before a quantizer and removed after it, with −scale. Equal latents then get
+    sixteen different quantization errors, which a network that sees neighbors can average:
     subtractive dither (Roberts 1962, "Picture coding using pseudo-random noise").
     """
     if not scale:
         return x
     height, width = x.shape[-2:]
-    pattern = _pattern(x.shape[1], x.device).repeat(1, math.ceil(height / 4), math.ceil(width / 4))
+    pattern = _dither_pattern(x.shape[1], x.device)
+    pattern = pattern.repeat(1, math.ceil(height / 4), math.ceil(width / 4))
     return x + scale * pattern[:, :height, :width].to(x)
 
 
 @lru_cache
-@torch.inference_mode(False)  # of what is made with it a gradient may be asked later
-def _pattern(dim: int, device: torch.device) -> Tensor:
-    cell = np.random.RandomState(0).uniform(-1, 1, (dim, 4, 4))  # a frozen stream
+@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
+def _dither_pattern(dim: int, device: torch.device) -> Tensor:
+    # The stream of `RandomState` never changes, so saved models keep their pattern.
+    cell = np.random.RandomState(0).uniform(-1, 1, (dim, 4, 4))
     return torch.from_numpy(cell / np.sqrt(np.mean(cell**2))).float().to(device)
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of (B, C, H, W): free of transposes in channels_last, where
-    group norm costs a third of a training step."""
+    """Layer norm over the channels of (B, C, H, W).
+
+    In channels_last it needs no transposes, where group norm takes a third of a training step.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class ZeroConv2d(nn.Conv2d):
-    """A convolution that starts at zero."""
+    """A convolution whose weights start at zero."""
 
 
 class ZeroLinear(nn.Linear):
-    """A linear map that starts at zero."""
+    """A linear map whose weights start at zero."""
 
 
 class AlignedLinear(nn.Linear):
-    """A linear map of any number of features: libraries of matrix products say another last digit
-    in other rows where it does not fill the registers of a processor."""
+    """A linear map whose input is padded to a multiple of 16 features.
+
+    Otherwise matrix products round differently in different rows, where the number of features does
+    not fill a processor's registers. The codec needs results that are equal in every batch.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        missing = (0, -self.in_features % 16)
-        return F.linear(F.pad(x, missing), F.pad(self.weight, missing), self.bias)
+        padding = (0, -self.in_features % 16)
+        return F.linear(F.pad(x, padding), F.pad(self.weight, padding), self.bias)
 
 
 class ZeroEmbedding(nn.Embedding):
-    """A table of vectors that start at zero."""
+    """An embedding whose vectors start at zero."""
 
 
 class PixelEmbedding(nn.Embedding):
-    """A vector for each pixel value; near values start near."""
+    """A vector for each pixel value; nearby values start with similar vectors."""
 
     def ordinal_features(self) -> Tensor:
         """√2 cos(π k x / 2) for x in [0, 2]: (V, E)."""
-        kind = {"dtype": torch.float32, "device": self.weight.device}
-        x = torch.linspace(0, 2, self.num_embeddings, **kind)
-        k = torch.arange(self.embedding_dim, **kind)
+        kwargs = {"dtype": torch.float32, "device": self.weight.device}
+        x = torch.linspace(0, 2, self.num_embeddings, **kwargs)
+        k = torch.arange(self.embedding_dim, **kwargs)
         return 2**0.5 * torch.cos(math.pi / 2 * k * x[:, None])
 
 
 class ResidualBlock(GradientCheckpointingLayer):
-    """x + conv(silu(conv(norm(x)))), the identity at initialization;
-    the second convolution mixes channels alone unless its kernel is 3×3.
+    """x + conv2(silu(conv1(norm(x)))), the identity at initialization.
 
-    With gradient checkpointing the backward pass computes the activations again."""
+    The second convolution has a kernel of `kernel_size`, 1 or 3. With gradient checkpointing the
+    backward pass computes the activations again.
+    """
 
     def __init__(self, width: int, kernel_size: int):
         super().__init__()
@@ -124,9 +131,9 @@ def residual_blocks(width: int, num_layers: int, kernel_size: int) -> nn.Sequent
 
 
 def init_weights(module: nn.Module):
-    """Unit variance forward, zero where the type says so; leaves loaded weights alone.
+    """Initialize one module by its type: unit variance forward, or zero.
 
-    transformers visits leaves first and nothing twice: a module says by its own type how it starts.
+    transformers calls it for leaves first, once for each module; loaded weights stay unchanged.
     """
     if isinstance(module, (ZeroConv2d, ZeroLinear)):
         init.zeros_(module.weight)

@@ -21,12 +21,12 @@ from .encoder import make_encoder
 from .heads import Head
 from .layers import init_weights
 from .modeling_utils import VerifiedPreTrainedModel
-from .orderings import StepFn
 from .pretrained_tokenizers import make_tokenizer
 from .preview_decoder import PreviewDecoder
 from .quantizers import Quantizer, make_quantizer
 from .sampling import Generators, Sampler, uniform
 from .value_types import make_value_type, signed_to_255
+from .walk import StepFn
 
 NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
 
@@ -76,7 +76,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
-        self.entries = make_value_type(config)
+        self.value_type = make_value_type(config)
         self.auxiliary: Auxiliary | None = None
         if config.tokenizer_config is not None:
             self.encoder, self.quantizer, self.auxiliary = make_tokenizer(config)
@@ -131,7 +131,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
         """
-        values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
+        values, labels = self.value_type.to_indices(finer), self._labels(class_labels, len(finer))
         if labels is not None and self.training:
             labels = drop_labels(labels, self.config, generator)
         latents = corruption = None
@@ -179,14 +179,14 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
 
         With a generator (or one for each example) z_i is drawn, where the encoder is stochastic.
         """
-        self.entries.to_values(finer)
+        self.value_type.to_indices(finer)
         return self.quantizer.encode(self.encoder(finer), generator)
 
     @apply_forward_hook
     @torch.no_grad()
     def encoder_entropy(self, finer: Tensor) -> Tensor:
         """H(P_Ψ(z_i | z_{i+1})) in nats, summed over the grid, (B,); 0 of a deterministic one."""
-        self.entries.to_values(finer)
+        self.value_type.to_indices(finer)
         return self.quantizer.entropy(self.encoder(finer))
 
     @apply_forward_hook
@@ -196,7 +196,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         Raises:
             ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
         """
-        values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
+        values, labels = self.value_type.to_indices(finer), self._labels(class_labels, len(finer))
         self._check_pair(codes, values)
         size = (values.shape[-2], values.shape[-1])
         condition = self._condition(self.quantizer.lookup(codes), size, labels)
@@ -243,33 +243,33 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         shown = codes
         if draw.is_guided:
             labels, shown = torch.cat([labels, null]), torch.cat([codes, codes])
-        return self.walk(shown, draw.choose, labels, corruption, finer_size)[: len(codes)]
+        return self.walk(shown, draw.step, labels, corruption, finer_size)[: len(codes)]
 
     @apply_forward_hook
     def walk(
         self,
         codes: Tensor,
-        choose: StepFn,
+        step_fn: StepFn,
         class_labels: Labels = None,
         corruption: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Visit the entries of z_{i+1} in the order in which P_Θ(z_{i+1} | z_i) predicts them.
+        """Run the autoregressive loop of P_Θ(z_{i+1} | z_i) and call `step_fn` at each step.
 
-        Sampling, coding and likelihood are this with another `choose`. Each color of each position
-        of the grid is asked for once: group after group of the decoder's order, in a group color
-        after color, in a color position after position, row by row.
+        Sampling, coding and likelihood are this loop with different step functions. It visits each
+        channel of each position once: group after group of the ordering, in a group channel after
+        channel, in a channel position after position, in row-major order.
 
         Args:
             codes: z_i, int64 (B, H_i, W_i).
-            choose: `(distribution, place) -> values`, int64 (B, n) in 0 … V − 1. The distribution
-                has `log_prob(values)` and `logits`, (B, n, V), given z_i and what was chosen
-                before; the place has the numbers `group` and `color`, and `positions`, int64 (n,),
+            step_fn: `(distribution, step) -> values`, int64 (B, n) in 0 … V − 1. The distribution
+                has `log_prob(values)` and `logits`, (B, n, V), conditioned on z_i and all earlier
+                values. The step has the indices `group` and `channel`, and `positions`, int64 (n,),
                 row-major indices in the grid (H_{i+1}, W_{i+1}).
             class_labels, corruption, finer_size: as in `sample`.
 
         Returns:
-            what was chosen: pixels, float (B, C, H, W) in [−1, 1], or codes, int64
+            the values of all steps: pixels, float (B, C, H, W) in [−1, 1], or codes, int64
             (B, H_{i+1}, W_{i+1}).
 
         Raises:
@@ -288,8 +288,8 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
         strength = quantized.new_full((len(codes),), corruption) if corruption else None
         condition = self._condition(quantized, size, labels, strength)
-        values = self.conditional.walk(condition, size, choose)
-        return self.entries.from_values(values)
+        values = self.conditional.walk(condition, size, step_fn)
+        return self.value_type.from_indices(values)
 
     @apply_forward_hook
     def expectation(

@@ -11,12 +11,12 @@ from transformers.utils import ModelOutput
 from ..arguments import as_integer
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import check_codes
-from .causal_lm import NUM_CHECKED, CausalLMMixin
+from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
 from .class_labels import Labels, drop_labels, known_labels, label_ids
 from .distributions import Categorical
 from .modeling_utils import VerifiedPreTrainedModel
-from .orderings import StepFn
 from .sampling import Generators, Sampler
+from .walk import StepFn
 
 
 @dataclass
@@ -89,7 +89,8 @@ class ProgressiveVAEPrior(CausalLMMixin, VerifiedPreTrainedModel):
         }
         asked = {k: getattr(self.config, k) if v is None else v for k, v in asked.items()}
         log_prob, found = self._teacher_forced(codes, labels, **asked)
-        loss, logits = -log_prob.mean() / self.config.sequence_length, self._read(found).logits
+        loss = -log_prob.mean() / self.config.sequence_length
+        logits = self._distribution(found).logits
         output = ProgressiveVAEPriorOutput(
             loss, log_prob, logits, found.get("hidden_states"), found.get("attentions")
         )
@@ -141,20 +142,22 @@ class ProgressiveVAEPrior(CausalLMMixin, VerifiedPreTrainedModel):
         if torch.equal(labels, null):
             draw.guidance_scale = 1.0  # there is nothing to be guided by
         asked = torch.cat([labels, null]) if draw.is_guided else labels
-        return self.walk(len(asked), draw.choose, known_labels(asked, self.config))[:batch_size]
+        return self.walk(len(asked), draw.step, known_labels(asked, self.config))[:batch_size]
 
     @apply_forward_hook
-    def walk(self, batch_size: int, choose: StepFn, class_labels: Labels = None) -> Tensor:
-        """Visit the codes of z_1 in raster order, with the backbone's key-value cache.
+    def walk(self, batch_size: int, step_fn: StepFn, class_labels: Labels = None) -> Tensor:
+        """Run the autoregressive loop of P_Φ(z_1) and call `step_fn` at each step.
+
+        It visits the codes in raster order and uses the backbone's key-value cache.
 
         Args:
             batch_size: B, the number of grids.
-            choose: `(distribution, place) -> codes`, int64 (B, 1), as in
-                `ProgressiveVAELevel.walk`: of each step the distribution of one code, given those
-                chosen before, and its place; groups are the positions, and the color is 0.
+            step_fn: `(distribution, step) -> codes`, int64 (B, 1), as in
+                `ProgressiveVAELevel.walk`. Each step is one code, conditioned on the earlier ones;
+                its group is its position, its channel 0.
 
         Returns:
-            what was chosen, int64 (B, H_1, W_1).
+            the codes, int64 (B, H_1, W_1).
 
         Raises:
             ValueError: a batch size below 1, labels that are none, or codes of another shape or
@@ -162,13 +165,13 @@ class ProgressiveVAEPrior(CausalLMMixin, VerifiedPreTrainedModel):
         """
         batch_size = as_integer("batch_size", batch_size, 1)
         labels = label_ids(class_labels, self.config, batch_size).to(self.device)
-        codes = self._steps(self._prompt(labels), self.config.sequence_length, choose)
+        codes = self._generate(self._prompt(labels), self.config.sequence_length, step_fn)
         return codes.unflatten(1, tuple(self.config.grid_size))
 
     def check_causal(self):
         """Raise a `ValueError` unless the backbone says of a code, step by step with its cache,
         what it says in one pass over all codes: only then can its bits be believed."""
-        length = min(self.config.sequence_length, NUM_CHECKED)
+        length = min(self.config.sequence_length, NUM_CHECKED_TOKENS)
         noise = torch.Generator().manual_seed(0)
         shape = (2, length)
         tokens = torch.randint(
@@ -180,8 +183,8 @@ class ProgressiveVAEPrior(CausalLMMixin, VerifiedPreTrainedModel):
     def _prompt(self, labels: Tensor) -> Tensor:
         return (labels + self.config.codebook_size)[:, None]
 
-    def _inputs(self, context: Tensor, before: Tensor, start: int) -> dict[str, Tensor]:
-        return {"input_ids": before if start else torch.cat([context, before], 1)}
+    def _inputs(self, context: Tensor, previous: Tensor, start: int) -> dict[str, Tensor]:
+        return {"input_ids": previous if start else torch.cat([context, previous], 1)}
 
-    def _read(self, output: ModelOutput) -> Categorical:
+    def _distribution(self, output: ModelOutput) -> Categorical:
         return Categorical(output.logits[..., : self.config.codebook_size])

@@ -1,4 +1,4 @@
-"""Draws from distributions over values, with one generator for a batch or one per example."""
+"""Sampling from predictive distributions, with one generator for a batch or one per example."""
 
 from typing import Any, TypeAlias
 
@@ -14,19 +14,18 @@ from transformers import (
 
 from ..arguments import as_integer, as_number
 from .distributions import Categorical, Distribution
-from .orderings import WalkStep
+from .walk import WalkStep
 
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
 
-MIN_TEMPERATURE = 1e-6  # less is 0: logits divided by it would leave the range of fp32
+MIN_TEMPERATURE = 1e-6  # lower ones are 0: logits divided by them would overflow fp32
 
 
 def as_generators(generator: Any, count: int | None = None) -> Generators:
-    """One generator of torch, or a list with one for each of `count` examples, or `None`.
+    """Check a generator argument: `None`, one generator, or one for each of `count` examples.
 
     Raises:
-        ValueError: another kind of generator, as a seed or one of numpy, or a list of another
-            length.
+        ValueError: another type, such as a seed or a numpy generator, or a list of another length.
     """
     if generator is None or isinstance(generator, torch.Generator):
         return generator
@@ -42,35 +41,37 @@ def as_generators(generator: Any, count: int | None = None) -> Generators:
 
 
 def part_of(generator: Generators, rows: slice) -> Generators:
-    """The generators of some examples, where each has its own."""
+    """The generators of a slice of the batch, if each example has its own."""
     return generator[rows] if isinstance(generator, list) else generator
 
 
 def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> Tensor:
-    """Noise in [0, 1) of a shape (B, ...), float32, drawn where the generators live and moved to
-    `device`; with a list, row b is drawn with generator b alone."""
+    """Uniform noise in [0, 1) of a shape (B, ...), float32 on `device`.
+
+    It is sampled on the generators' own devices; with a list, row b depends on generator b only.
+    """
     generator = as_generators(generator)
-    # The numbers of a seed depend on the dtype, so it must not be torch's default one.
-    kind = torch.float32
+    # The stream of a seed depends on the dtype, so it must not be torch's default dtype.
+    dtype = torch.float32
     if isinstance(generator, list):
-        rows = [torch.rand(shape[1:], generator=g, dtype=kind, device=g.device) for g in generator]
-        # One copy for all: a device waits for each.
+        rows = [torch.rand(shape[1:], generator=g, dtype=dtype, device=g.device) for g in generator]
+        # One copy for all rows: each copy to a device synchronizes.
         return torch.stack([row.to(rows[0].device) for row in rows]).to(device)
     source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, dtype=kind, device=source).to(device)
+    return torch.rand(shape, generator=generator, dtype=dtype, device=source).to(device)
 
 
 class Sampler:
-    """Draws int64 (B, ...) from logits (B, ..., V) by inversion: one uniform number for each.
+    """Samples int64 (B, ...) from logits (B, ..., V) by inversion, with one uniform number each.
 
-    With a list of generators example b sees the noise of generator b alone, so that an image does
-    not depend on the batch it is drawn in. Generators may live on another device than the logits.
+    With a list of generators, example b depends on generator b only, whatever the batch. Generators
+    may be on another device than the logits.
 
-    With a guidance scale s other than 1 the logits come as (2B, ...), those given the class and
-    then those given the null class; the draws are from `null + s·(class − null)` (classifier-free
-    guidance, Ho & Salimans 2022), and come twice, as (2B, ...), for both halves to go on with.
+    With a guidance scale s other than 1 the batch has 2B rows: logits conditioned on the class,
+    then logits of the null class. Samples come from `null + s·(class − null)` (classifier-free
+    guidance, Ho & Salimans 2022) and are returned twice, (2B, ...), as inputs of both halves.
 
-    Temperatures below `MIN_TEMPERATURE` are 0.
+    Temperatures below `MIN_TEMPERATURE` take the most probable value.
 
     Raises:
         ValueError: a batch size below 1, a negative or non-finite temperature, top_k < 1, top_p
@@ -91,10 +92,10 @@ class Sampler:
         self.batch_size = as_integer("batch_size", batch_size, 1)
         self.generator = as_generators(generator, self.batch_size)
         temperature = as_number("temperature", temperature, ">= 0", lambda x: x >= 0)
-        self.greedy = temperature < MIN_TEMPERATURE
+        self.is_greedy = temperature < MIN_TEMPERATURE
         self.guidance_scale = as_number("guidance_scale", guidance_scale, ">= 0", lambda x: x >= 0)
         self.warpers = LogitsProcessorList()
-        if not self.greedy and temperature != 1:
+        if not self.is_greedy and temperature != 1:
             self.warpers.append(TemperatureLogitsWarper(temperature))
         if top_k is not None:
             self.warpers.append(TopKLogitsWarper(as_integer("top_k", top_k, 1)))
@@ -108,54 +109,65 @@ class Sampler:
         return self.guidance_scale != 1
 
     def __call__(self, logits: Tensor) -> Tensor:
-        rows = len(logits) // 2 if self.is_guided else len(logits)
-        shape = torch.Size((rows, *logits.shape[1:-1]))
-        return self._draw(logits, self._shares(shape, logits.device))
+        num_rows = len(logits) // 2 if self.is_guided else len(logits)
+        shape = torch.Size((num_rows, *logits.shape[1:-1]))
+        return self._sample(logits, self._noise(shape, logits.device))
 
-    def choose(self, distribution: Distribution, place: WalkStep) -> Tensor:
-        """The same at one step of a walk; all its values are looked at only where they change, of
-        many values at a few positions at a time."""
-        positions = place.positions
+    def step(self, distribution: Distribution, step: WalkStep) -> Tensor:
+        """A `StepFn` that samples the values of one step of a walk.
+
+        Logits are computed only where they have to be modified, and then chunk by chunk.
+        """
+        positions = step.positions
         shape = torch.Size((self.batch_size, len(positions)))
-        shares = self._shares(shape, positions.device)
-        if not (shares is None or self.is_guided or self.warpers):
-            return distribution.icdf(shares)
-        drawn, stop = [], 0
-        for part in distribution.parts():
-            logits = part.logits
-            start, stop = stop, stop + logits.shape[1]
-            drawn.append(self._draw(logits, None if shares is None else shares[:, start:stop]))
-        return torch.cat(drawn, 1)
+        u = self._noise(shape, positions.device)
+        if not (u is None or self.is_guided or self.warpers):
+            return distribution.icdf(u)
+        samples = []
+        stop = 0
+        for chunk in distribution.chunks():
+            logits = chunk.logits
+            start = stop
+            stop += logits.shape[1]
+            samples.append(self._sample(logits, None if u is None else u[:, start:stop]))
+        return torch.cat(samples, 1)
 
-    def _shares(self, shape: torch.Size, device: torch.device) -> Tensor | None:
-        """Uniform ones, where there is anything to draw."""
-        return None if self.greedy else uniform(shape, self.generator, device)
+    def _noise(self, shape: torch.Size, device: torch.device) -> Tensor | None:
+        """Uniform numbers, or `None` for greedy decoding."""
+        return None if self.is_greedy else uniform(shape, self.generator, device)
 
-    def _draw(self, logits: Tensor, shares: Tensor | None) -> Tensor:
+    def _sample(self, logits: Tensor, u: Tensor | None) -> Tensor:
         logits = logits.float()
         if self.is_guided:
-            given, null = logits.chunk(2)
-            values = self._of_logits(null + self.guidance_scale * (given - null), shares)
+            conditional, null = logits.chunk(2)
+            values = self._invert(null + self.guidance_scale * (conditional - null), u)
             return torch.cat([values, values])
-        return self._of_logits(logits, shares)
+        return self._invert(logits, u)
 
-    def _of_logits(self, logits: Tensor, shares: Tensor | None) -> Tensor:
-        if shares is None:
+    def _invert(self, logits: Tensor, u: Tensor | None) -> Tensor:
+        if u is None:
             return logits.argmax(-1)
         if self.warpers:
             logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
-        return Categorical(logits).icdf(shares)
+        return Categorical(logits).icdf(u)
 
 
-def per_factor(factor_names: list[str], **controls) -> list[dict]:
-    """The sampling controls of each factor: every value is one for all of them, or a list (a tuple,
-    array or tensor with one dimension)."""
+def per_factor(factor_names: list[str], **sampling_kwargs) -> list[dict]:
+    """The sampling arguments of each factor.
+
+    Args:
+        sampling_kwargs: each is one value for all factors, or a list with one per factor (or a
+            tuple, or an array or tensor with one dimension).
+
+    Raises:
+        ValueError: a list of another length.
+    """
     columns = []
-    for name, value in controls.items():
+    for name, value in sampling_kwargs.items():
         if isinstance(value, (np.ndarray, Tensor)) and value.ndim:
             value = value.tolist()
         values = list(value) if isinstance(value, (list, tuple)) else [value] * len(factor_names)
         if len(values) != len(factor_names):
             raise ValueError(f"expected {name} to be one or a list for {factor_names}, got {value}")
         columns.append(values)
-    return [dict(zip(controls, row, strict=True)) for row in zip(*columns, strict=True)]
+    return [dict(zip(sampling_kwargs, row, strict=True)) for row in zip(*columns, strict=True)]

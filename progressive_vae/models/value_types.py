@@ -1,4 +1,7 @@
-"""What an entry of a finer grid is: a color of a pixel, or a symbol, with a value 0 … V − 1."""
+"""The two types of a finer grid's entries, and conversions between ranges of pixel values.
+
+An entry is one color channel of a pixel, or a code. Models see both as indices 0 … V − 1.
+"""
 
 from dataclasses import dataclass
 
@@ -17,7 +20,7 @@ def uint8_to_signed(values: Tensor) -> Tensor:
 
 
 def uint8_to_unit(values: Tensor) -> Tensor:
-    """0 … 255, of any dtype -> float32 in [0, 1], as pictures outside are."""
+    """0 … 255, of any dtype -> float32 in [0, 1], the range of image libraries."""
     return values.float() / (NUM_PIXEL_VALUES - 1)
 
 
@@ -38,15 +41,15 @@ def signed_to_indices(pixel_values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PixelValues:
-    """Colors of pixels: float (B, C, H, W) in [−1, 1], on the values of an image."""
+    """Color channels of pixels: float (B, C, H, W) in [−1, 1], on the 256 values of an image."""
 
     channels: int
 
-    def to_values(self, finer: Tensor) -> Tensor:
-        """int64 (B, C, H, W) in 0 … V − 1.
+    def to_indices(self, finer: Tensor) -> Tensor:
+        """Pixels -> int64 (B, C, H, W) in 0 … V − 1.
 
         Raises:
-            ValueError: `finer` of another shape or dtype, or out of its range.
+            ValueError: `finer` of another shape or dtype, or outside its range.
         """
         if finer.ndim != 4 or finer.shape[1] != self.channels or not finer.numel():
             raise ValueError(
@@ -54,14 +57,15 @@ class PixelValues:
             )
         if not finer.is_floating_point():
             raise ValueError(f"expected finer of a floating dtype in [-1, 1], got {finer.dtype}")
-        lowest, highest = finer.min().item(), finer.max().item()
+        lowest = finer.min().item()
+        highest = finer.max().item()
         if not (lowest >= -1 and highest <= 1):  # also catches NaN
             raise ValueError(f"expected finer in [-1, 1], got values in [{lowest}, {highest}]")
         return signed_to_indices(finer)
 
-    def from_values(self, values: Tensor) -> Tensor:
-        """The reverse."""
-        return uint8_to_signed(values)
+    def from_indices(self, indices: Tensor) -> Tensor:
+        """The inverse."""
+        return uint8_to_signed(indices)
 
 
 @dataclass(frozen=True)
@@ -70,21 +74,23 @@ class CodeValues:
 
     num_values: int
 
-    def to_values(self, finer: Tensor) -> Tensor:
-        """int64 (B, 1, H, W).
+    def to_indices(self, finer: Tensor) -> Tensor:
+        """Codes -> int64 (B, 1, H, W).
 
         Raises:
-            ValueError: as `PixelValues.to_values`.
+            ValueError: as `PixelValues.to_indices`.
         """
         check_codes(finer, self.num_values, name="finer")
         return finer[:, None]
 
-    def from_values(self, values: Tensor) -> Tensor:
-        """The reverse."""
-        return values[:, 0]
+    def from_indices(self, indices: Tensor) -> Tensor:
+        """The inverse."""
+        return indices[:, 0]
 
 
 def make_value_type(config: ProgressiveVAELevelConfig) -> PixelValues | CodeValues:
-    """What the finer grid of a level is made of; its shape is `config.value_channels` and the
-    number of values `config.num_values`."""
+    """The type of the entries of a level's finer grid.
+
+    The grid's channels are `config.value_channels`, its number of values `config.num_values`.
+    """
     return PixelValues(config.value_channels) if config.is_finest else CodeValues(config.num_values)

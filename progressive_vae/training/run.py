@@ -373,4 +373,4 @@ def _is_cost(cost: Any) -> bool:
 
 def as_finer(grids: Tensor, level: ProgressiveVAELevel) -> Tensor:
     """What a level sees of cached grids: pixels in [−1, 1] on the finest level, else symbols."""
-    return level.entries.from_values(grids) if level.config.is_finest else grids
+    return level.value_type.from_indices(grids) if level.config.is_finest else grids

@@ -1,4 +1,4 @@
-"""Causal networks of transformers under a raster decoder; `test_prior.py` has those of priors."""
+"""Causal language models in a raster decoder; `test_prior.py` tests those of priors."""
 
 import pytest
 import torch
@@ -7,69 +7,81 @@ from transformers import GPT2Config, LlamaConfig, OPTConfig
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 
-SMALL = {"hidden_size": 12, "num_attention_heads": 2, "intermediate_size": 16,
-         "num_hidden_layers": 1}  # fmt: skip
+SMALL = {
+    "hidden_size": 12,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+}
 BACKBONES = [
     {**SMALL, "model_type": "llama"},
     LlamaConfig(**SMALL),
     GPT2Config(n_embd=12, n_layer=1, n_head=2, n_positions=4),
-    OPTConfig(hidden_size=12, word_embed_proj_dim=6, ffn_dim=16, num_hidden_layers=1,
-              num_attention_heads=2, dropout=0.0, max_position_embeddings=4),
+    OPTConfig(
+        hidden_size=12,
+        word_embed_proj_dim=6,
+        ffn_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        dropout=0.0,
+        max_position_embeddings=4,
+    ),
     {"model_type": "mamba", "hidden_size": 12, "state_size": 4, "num_hidden_layers": 1},
-]  # fmt: skip
+]
 
 
-def raster(backbone, **config):
+def raster_level(backbone, **config):
     return tiny_level(num_symbols=3, decoder_order="raster", backbone_config=backbone, **config)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_a_raster_decoder_of_any_causal_network(backbone, tmp_path):
-    level = raster(backbone)
-    assert level.config.hidden_size == 8  # the network has another width
+def test_a_raster_decoder_with_any_causal_backbone(backbone, tmp_path):
+    level = raster_level(backbone)
+    assert level.config.hidden_size == 8  # the backbone has another width
     level.check_causal()
-    grids, code = all_grids(3, 2, 2), torch.zeros(1, 1, 1, dtype=torch.long)
+    grids = all_grids(3, 2, 2)
+    code = torch.zeros(1, 1, 1, dtype=torch.long)
     with torch.no_grad():
         log_prob = level.log_prob(grids, code.expand(81, -1, -1))
-        long = level.sample(torch.zeros(1, 8, 8, dtype=torch.long))  # 256 positions
-        assert level.log_prob(long, torch.zeros(1, 8, 8, dtype=torch.long)).isfinite()
+        large = level.sample(torch.zeros(1, 8, 8, dtype=torch.long))  # 256 positions
+        assert level.log_prob(large, torch.zeros(1, 8, 8, dtype=torch.long)).isfinite()
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4) and log_prob.std() > 0.1
     generator = torch.Generator().manual_seed(0)
-    drawn = level.sample(code.expand(40_000, -1, -1), generator=generator)
-    assert total_variation(log_prob, grids, drawn) < 0.03
+    samples = level.sample(code.expand(40_000, -1, -1), generator=generator)
+    assert total_variation(log_prob, grids, samples) < 0.03
     level.save_pretrained(tmp_path)
     loaded = ProgressiveVAELevel.from_pretrained(tmp_path)
     assert loaded.config.backbone_config.vocab_size == 3
     with torch.no_grad():
-        again = loaded.log_prob(grids, code.expand(81, -1, -1))
-    assert torch.allclose(again, log_prob)
+        loaded_log_prob = loaded.log_prob(grids, code.expand(81, -1, -1))
+    assert torch.allclose(loaded_log_prob, log_prob)
 
 
-def test_the_default_is_an_opt_of_the_levels_own_size():
+def test_the_default_backbone_is_an_opt_of_the_levels_size():
     level = tiny_level(num_symbols=3, decoder_order="raster", num_layers=3, hidden_size=16)
     backbone = level.decoder.backbone.config
     assert level.config.backbone_config is None and backbone.model_type == "opt"
     assert (backbone.hidden_size, backbone.num_hidden_layers, backbone.vocab_size) == (16, 3, 3)
     assert backbone.max_position_embeddings == 256
     level.check_causal()
-    tiny_level(num_symbols=3).check_causal()  # other orders cannot fail
+    tiny_level(num_symbols=3).check_causal()  # other orderings are causal by construction
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_a_network_that_sees_what_follows_is_refused(fresh):
-    """Also before it has learned, when all logits are 0."""
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_bidirectional_backbone_is_refused(is_trained):
+    """Also before training, when all logits are 0."""
     config = ProgressiveVAELevelConfig(
         num_symbols=5, decoder_order="raster", backbone_config={**SMALL, "model_type": "bert"}
     )
     level = ProgressiveVAELevel(config).eval()
-    if not fresh:
+    if is_trained:
         randomize(level)
-    with pytest.raises(ValueError, match="expected backbone_config of a causal language model"):
+    with pytest.raises(ValueError, match="backbone_config .*BertConfig"):
         level.check_causal()
 
 
-def test_the_backbone_is_told_the_attention_and_dtype(tmp_path):
-    raster(BACKBONES[0]).save_pretrained(tmp_path)
+def test_the_backbone_has_the_attention_and_dtype_of_the_level(tmp_path):
+    raster_level(BACKBONES[0]).save_pretrained(tmp_path)
     for attention in ("eager", "sdpa"):
         loaded = ProgressiveVAELevel.from_pretrained(
             tmp_path, attn_implementation=attention, dtype="bfloat16"
@@ -78,17 +90,17 @@ def test_the_backbone_is_told_the_attention_and_dtype(tmp_path):
         assert (backbone._attn_implementation, backbone.dtype) == (attention, torch.bfloat16)
 
 
-def test_a_refit_with_another_network():
+def test_a_refit_with_another_backbone():
     level = tiny_level(num_symbols=3)
     finer = torch.randint(3, (2, 4, 4))
     codes = level.encode(finer)
     refitted = level.with_decoder(decoder_order="raster", backbone_config=BACKBONES[0])
     assert refitted.config.backbone_config.model_type == "llama"
     assert torch.equal(refitted.encode(finer), codes)
-    same = refitted.with_decoder(class_dropout=0.5)
+    copied = refitted.with_decoder(class_dropout=0.5)  # keeps the decoder's weights
     with torch.no_grad():
-        assert torch.equal(same.log_prob(finer, codes), refitted.log_prob(finer, codes))
-    other = refitted.with_decoder(backbone_config={**BACKBONES[0], "num_hidden_layers": 2})
-    assert other.config.backbone_config.num_hidden_layers == 2
-    back = refitted.with_decoder(decoder_order="lattice")
-    assert back.config.backbone_config is None
+        assert torch.equal(copied.log_prob(finer, codes), refitted.log_prob(finer, codes))
+    deeper = refitted.with_decoder(backbone_config={**BACKBONES[0], "num_hidden_layers": 2})
+    assert deeper.config.backbone_config.num_hidden_layers == 2
+    lattice = refitted.with_decoder(decoder_order="lattice")
+    assert lattice.config.backbone_config is None
