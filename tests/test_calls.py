@@ -164,7 +164,7 @@ def test_a_temperature_next_to_nothing_is_nothing(pipe):
         (dict(codes=[torch.full((1, 1, 1), 3)]), "codes of level 1 in 0 … 2"),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], class_labels=[0]),
-            "class_labels=None, as no drawn factor .*got .0.",
+            "class_labels=None, as no sampled factor .*got .0.",
         ),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], guidance_scale=2.0),
@@ -247,7 +247,7 @@ def test_arguments_of_other_methods(pipe, images):
                        lambda: pipe.encode(images, "all"),
                        lambda: pipe.inpaint(images, images[:, :1], batch_size=None)],
         "steps": [lambda: pipe.interpolate(images, images, steps=True)],
-        "num_candidates": [lambda: pipe.inpaint(images, images[:, :1], num_candidates="16")],
+        "num_particles": [lambda: pipe.inpaint(images, images[:, :1], num_particles="16")],
         "class_labels": [lambda: pipe.log_prob(images, [0, 1, None, 0]),
                          lambda: pipe.compress(images, {0, 1})],
         "num_levels": [lambda: pipe.decompress([b"0" * 12], num_levels="1")],

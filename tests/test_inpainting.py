@@ -14,7 +14,7 @@ from conftest import (
 )
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.inpainting import filled
+from progressive_vae.inpainting import fill_masked_region, observe
 
 KINDS = [
     ("lattice", dict(decoder_order="lattice", num_channels=3)),
@@ -61,14 +61,14 @@ def bytes_of(images):
 def test_known_pixels_stay_to_the_bit(order, finest):
     pipe = two_levels(order, finest)
     images, masks = some_images(pipe, 100), some_masks(pipe, 100)
-    output = pipe.inpaint(images, masks, num_candidates=2, output_type="pt")
+    output = pipe.inpaint(images, masks, num_particles=2, output_type="pt")
     drawn = bytes_of(output.images)
     is_known = ~masks[:, None].expand_as(images)
     assert torch.equal(drawn[is_known], images[is_known])
     assert (drawn[~is_known] != images[~is_known]).float().mean() > 0.5
     # Codes whose patches are known whole are kept: of the image with smooth colors in the hole.
     pixels = images / 127.5 - 1
-    smooth = (filled(pixels, masks[:, None]) + 1) * 127.5
+    smooth = (fill_masked_region(pixels, masks[:, None]) + 1) * 127.5
     unknown = masks[:, None].float()
     codes = pipe.encode(smooth.round().to(torch.uint8))
     for z, found in reversed(list(zip(codes, output.codes, strict=True))):
@@ -140,7 +140,7 @@ def test_many_candidates_draw_from_the_posterior():
     pipe = quiet(ProgressiveVAEPipeline.from_levels(prior, levels, [4, 6]))
     image, mask = some_images(pipe, 1, 3), torch.zeros(4, 6, dtype=torch.bool)
     mask[2:, 1:4] = True
-    known = [(x.values[0], x.trust[0]) for x in pipe._known(image, mask, 1)]
+    known = [(x.values[0], x.confidence[0]) for x in observe(pipe.stack, image, mask, 1)]
     shares = known[0][1].unique().tolist()
     assert any(0 < share < 1 for share in shares) and 1 in known[1][1]
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_many_candidates_draw_from_the_posterior():
     distances = {}
     for number in (1, 8, 64):
         codes = pipe.inpaint(
-            image, mask, num_images_per_prompt=1000, num_candidates=number,
+            image, mask, num_images_per_prompt=1000, num_particles=number,
             generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=2**13,
         ).codes  # fmt: skip
         drawn = torch.cat([z.flatten(1) for z in codes], 1)
@@ -223,8 +223,8 @@ def test_interpolation_ends_in_the_pictures(pipe, images, level):
         (lambda p, x: p.inpaint(x[..., 1:], torch.ones(5, 7)), "expected images of"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), [1]), "expected 4 class_labels, got 1"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), guidance_scale=2.0), "without class_labels"),
-        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_candidates=0), "num_candidates >= 1"),
-        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_candidates=[1, 2]), "num_candidates to"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_particles=0), "num_particles >= 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_particles=[1, 2]), "num_particles to"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_images_per_prompt=0), "per_prompt >= 1"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), temperature=-1), "temperature >= 0"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), output_type="x"), "output_type in"),
