@@ -110,8 +110,11 @@ class ProgressiveVAEPipeline(HubPipeline):
 
     @property
     def stack(self) -> LevelStack:
-        """The model without diffusers: the prior and the levels, run on the execution device."""
-        return LevelStack(self.prior, self.levels, self.config.image_size, self._execution_device)
+        """The model without diffusers: the prior and the levels, on the execution device."""
+        return self._stack_on(self._execution_device)
+
+    def _stack_on(self, device: torch.device | None) -> LevelStack:
+        return LevelStack(self.prior, self.levels, self.config.image_size, device)
 
     @property
     def levels(self) -> list[ProgressiveVAELevel]:
@@ -126,28 +129,28 @@ class ProgressiveVAEPipeline(HubPipeline):
     @property
     def factor_names(self) -> list[str]:
         """The factors of P(s, z) in the order of sampling: prior, level_1 … level_N."""
-        return self.stack.factor_names
+        return self._stack_on(None).factor_names  # without a search for the execution device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        return self.stack.image_shape
+        return self._stack_on(None).image_shape
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, then the image."""
-        return self.stack.grid_sizes
+        return self._stack_on(None).grid_sizes
 
     @property
     def labels(self) -> dict[str, int]:
         """Class names -> class ids."""
-        config = self.stack.class_config
+        config = self._stack_on(None).class_config
         names = config.id2label if config.num_classes else {}
         return {name: i for i, name in names.items()}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of names, as in diffusers' DiT pipeline."""
-        return self.stack.label_ids(label).tolist()
+        return self._stack_on(None).label_ids(label).tolist()
 
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""
