@@ -168,10 +168,10 @@ class Page:
         the inside."""
         pipe, number, count = self.pipe, self.pipe.num_levels + 1, int(count)
         asked = None if label == NO_CLASS else [label] * count
-        labels = label_ids(asked, pipe._class_config, count)
+        labels = label_ids(asked, pipe.stack.class_config, count)
         draws, grids, rows = generators(seed, count), list[Tensor](), list[str]()
         for i in range(number):
-            part = pipe.levels[i - 1] if i else pipe._require_prior()
+            part = pipe.levels[i - 1] if i else pipe.stack.require_prior()
             given = {"class_labels": known_labels(labels, part.config), "generator": draws}
             given |= {"temperature": controls[i], "guidance_scale": controls[number + i]}
             if i == 0:
@@ -258,7 +258,7 @@ class Page:
                 )
         rows = [(name, float(size), f"{size} bytes", ours) for name, size, ours in sizes]
         views = []
-        for k, (length, view) in enumerate(progressive_previews(self.pipe, image, stream), 1):
+        for k, (length, view) in enumerate(progressive_previews(self.pipe.stack, image, stream), 1):
             view = from_pixel_values(uint8_to_signed(view[None]), "pil")[0]
             views.append(picture(view, self.size, f"{length} bytes: {kept(k)}"))
         views.append(picture(image, self.size, f"all {len(stream)} bytes: no loss"))

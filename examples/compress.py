@@ -187,7 +187,7 @@ def grow(picture: str, file: str, model: str = MODEL):
         raise ValueError(f"expected a picture of mode {mode_of(pipe)}, got {picture}: {error}"
                          ) from error  # fmt: skip
     stream, views = pipe.compress(array[None])[0], dict[str, np.ndarray]()
-    for k, (length, view) in enumerate(progressive_previews(pipe, array[None], stream), 1):
+    for k, (length, view) in enumerate(progressive_previews(pipe.stack, array[None], stream), 1):
         name = f"z_1: {length} bytes" if k == 1 else f"z_1 … z_{k}: {length} bytes"
         views[name] = as_array(view)
     views[f"all: {len(stream)} bytes"] = as_array(pipe.decompress(stream)[0])

@@ -108,7 +108,7 @@ def main(words: list[str]):
     candidates = arguments.num_candidates
     drawn = pipe.inpaint(
         images, masks, num_images_per_prompt=NUM_INPAINTINGS,
-        num_candidates=candidates[0] if len(candidates) == 1 else candidates,
+        num_particles=candidates[0] if len(candidates) == 1 else candidates,
         generator=noise(NUM_INPAINTINGS * count), **classes,
     ).images  # fmt: skip
     rows += [image for i in range(NUM_INPAINTINGS) for image in drawn[i::NUM_INPAINTINGS]]

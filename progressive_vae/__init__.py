@@ -3,21 +3,27 @@ autoregressive prior over the coarsest code grid.
 
     P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)
 
-`ProgressiveVAELevel` is `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)`, `ProgressiveVAEPrior` is
-`P_Φ(z_1)`, and `ProgressiveVAEPipeline` chains them: sampling, likelihood, codec, editing.
+`ProgressiveVAELevel` is `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)`, and `ProgressiveVAEPrior` is
+`P_Φ(z_1)`. `stack.LevelStack` is their product: likelihood, sampling, autoregressive loops. Codec
+and inpainting are functions of a stack; `ProgressiveVAEPipeline` offers them all as a diffusers
+pipeline.
 
-| folder | content |
+| file or folder | content |
 |---|---|
 | `configuration/` | configs of levels, prior, tokenizers; which of them fit together |
-| `models/` | level and prior, and what they consist of |
+| `models/` | level and prior, and their components |
+| `stack.py` | `LevelStack`: prior and levels as one model |
 | `codec/` | lossless compression: entropy coding, byte format, fixed-point arithmetic |
+| `inpainting.py` | inpainting by sequential importance resampling, interpolation of codes |
 | `hub/` | saving, pushing, model cards, code in repositories |
+| `pipeline.py` | `ProgressiveVAEPipeline` |
+| `visualization.py` | grids of samples, codes and reconstructions |
 | `data/` | data sets of images, cached pixels and codes, augmentation |
 | `evaluation/` | bits per dimension, Fréchet distances, rate and distortion, throughput |
 | `training/` | `train()`, its phases, recipes and checkpoints |
 
-Imports go one way: configuration → models → image files, image processor, visualization → codec,
-inpainting, hub → pipeline → data → evaluation → training.
+Imports go one way: configuration → models → image files, image processor → stack → pipeline inputs
+→ codec, inpainting, hub → pipeline → visualization → data → evaluation → training.
 """
 
 from transformers import AutoConfig, AutoModel

@@ -1,4 +1,4 @@
-"""Numbers that callers pass, as Python's own, or an error that names the argument."""
+"""Check numeric arguments: a Python number, or an error that names the argument."""
 
 import math
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def as_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
-    """An integer in minimum … maximum, of Python, numpy or torch.
+    """An integer of Python, numpy or torch in minimum … maximum, as an `int`.
 
     Raises:
-        ValueError: a value of another kind, a bool among them, or one out of range.
+        ValueError: a value of another type, such as bool, or out of range.
     """
     number = _as_scalar(value)
     is_integer = isinstance(number, Integral) and not isinstance(number, bool)
@@ -21,23 +21,24 @@ def as_integer(name: str, value: Any, minimum: int, maximum: int | None = None) 
     if is_integer and minimum <= number and (maximum is None or number <= maximum):
         return int(number)
     limits = f">= {minimum}" if maximum is None else f"in {minimum} … {maximum}"
-    raise ValueError(f"expected {name} {limits}, got {_shown(value)}")
+    raise ValueError(f"expected {name} {limits}, got {_as_text(value)}")
 
 
 def as_number(name: str, value: Any, limits: str, is_allowed: Callable[[float], bool]) -> float:
-    """A finite float of Python, numpy or torch.
+    """A finite number of Python, numpy or torch, as a `float`.
 
     Args:
-        limits: the range as text, for the error; `is_allowed` is the same as a function.
+        limits: the range as text, for the error.
+        is_allowed: the range as a function.
 
     Raises:
-        ValueError: a value of another kind, a bool among them, or one out of range.
+        ValueError: a value of another type, such as bool, or out of range.
     """
     number = _as_scalar(value)
     if isinstance(number, Real) and not isinstance(number, bool):
         if math.isfinite(number) and is_allowed(float(number)):
             return float(number)
-    raise ValueError(f"expected {name} {limits}, got {_shown(value)}")
+    raise ValueError(f"expected {name} {limits}, got {_as_text(value)}")
 
 
 def _as_scalar(value: Any) -> Any:
@@ -49,8 +50,8 @@ def _as_scalar(value: Any) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    """As `str`, but with quotes around text, and the type where it alone tells what is wrong."""
+def _as_text(value: Any) -> str:
+    """As `str`, with quotes around text, and with the type of anything but numbers."""
     if isinstance(value, (str, bytes)):
         return repr(value)
     return f"{value}" if isinstance(value, (int, float)) else f"{value} ({type(value).__name__})"

@@ -1,4 +1,4 @@
-"""What users hold (PIL images, arrays, tensors) as `pixel_values`: floats in [−1, 1]."""
+"""PIL images, arrays or tensors to `pixel_values` and back: floats in [−1, 1]."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
@@ -20,17 +20,17 @@ Images: TypeAlias = "PIL.Image.Image | np.ndarray | Tensor | Iterable"
 
 
 def as_images(images: Any) -> np.ndarray | Tensor | Sequence:
-    """An array or tensor as it is, one PIL image as a list, and all else that can be iterated in
-    order (tuples, columns of a data set, generators) as a sequence, which has a length.
+    """Images as a sequence with a length: arrays and tensors unchanged, one PIL image as a list,
+    other ordered iterables (tuples, columns of a data set, generators) as a list.
 
     Raises:
-        ValueError: anything else.
+        ValueError: another type.
     """
     if isinstance(images, PIL.Image.Image):
         return [images]
     is_array = isinstance(images, (np.ndarray, Tensor)) and images.ndim > 0
-    is_other = isinstance(images, (str, bytes, Mapping, Set)) or not isinstance(images, Iterable)
-    if not is_array and (is_other or isinstance(images, (np.ndarray, Tensor))):
+    is_excluded = isinstance(images, (str, bytes, Mapping, Set, np.ndarray, Tensor))
+    if not is_array and (is_excluded or not isinstance(images, Iterable)):
         raise ValueError(
             f"expected images as PIL images, arrays or tensors, got {[type(images).__name__]}"
         )
@@ -43,35 +43,37 @@ def pixel_value_batches(
     """Batches of pixel values, float (b, C, H, W) in [−1, 1] on the 256 values.
 
     Args:
-        images: a PIL image or several of them in any iterable that `as_images` takes; uint8 arrays
-            (B, H, W, C) or (B, H, W), or tensors (B, C, H, W), or several of such without B, in
-            0 … 255; or float ones in [0, 1], which are rounded to 8 bits.
+        images: one PIL image, or an iterable of them that `as_images` accepts; uint8 arrays
+            (B, H, W, C) or (B, H, W), tensors (B, C, H, W), or lists of such without B, in
+            0 … 255; or floats in [0, 1], which are rounded to 8 bits.
         shape: (C, H, W) that every image must have.
 
     Raises:
-        ValueError: no images, or any of another kind, shape, dtype, mode or range; a batch_size
-            below 1.
+        ValueError: no images, or an image of another type, shape, dtype, mode or range; a
+            batch_size below 1.
     """
-    batch_size, images = as_integer("batch_size", batch_size, 1), as_images(images)
+    batch_size = as_integer("batch_size", batch_size, 1)
+    images = as_images(images)
     if not len(images):
         raise ValueError("expected images, got a list of length 0")
     if isinstance(images, (np.ndarray, Tensor)):
         for start in range(0, len(images), batch_size):
             yield _pixel_values(_as_tensor(images[start : start + batch_size], shape), shape)
         return
-    rest = iter(images)  # a column of a data set is decoded batch by batch
-    while batch := list(itertools.islice(rest, batch_size)):
-        _check_kinds(batch)
+    remaining = iter(images)  # a column of a data set is decoded batch by batch
+    while batch := list(itertools.islice(remaining, batch_size)):
+        _check_types(batch)
         yield _pixel_values(_as_tensor(batch, shape), shape)
 
 
-def _check_kinds(images: list):
+def _check_types(images: list):
     """Raise a `ValueError` unless all are PIL images, or all are arrays, or all are tensors."""
-    kinds = {type(image) for image in images}
-    if not all(issubclass(kind, (np.ndarray, Tensor, PIL.Image.Image)) for kind in kinds) or (
-        len(kinds) > 1 and not all(issubclass(kind, PIL.Image.Image) for kind in kinds)
-    ):
-        names = sorted(kind.__name__ for kind in kinds)
+    types = {type(image) for image in images}
+    # Images from several files are of several classes of Pillow's.
+    is_pil = all(issubclass(image_type, PIL.Image.Image) for image_type in types)
+    is_array = len(types) == 1 and isinstance(images[0], (np.ndarray, Tensor))
+    if not is_pil and not is_array:
+        names = sorted(image_type.__name__ for image_type in types)
         raise ValueError(f"expected images as PIL images, arrays or tensors, got {names}")
 
 
@@ -84,7 +86,7 @@ def _as_tensor(images: np.ndarray | Tensor | list, shape: tuple[int, int, int]) 
             raise ValueError(f"expected images of one size, got {sorted(sizes)}")
         images = torch.stack(images) if isinstance(images[0], Tensor) else np.stack(images)
     if isinstance(images, np.ndarray):
-        # Unlike those of torch they may run backwards, or be read-only.
+        # Arrays of numpy may have negative strides or be read-only, which torch does not allow.
         return VaeImageProcessor.numpy_to_pt(np.require(images, requirements=["C", "W"]))
     return images
 
@@ -124,17 +126,17 @@ def _pixel_values(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 def resize_and_convert(
     image: PIL.Image.Image, shape: tuple[int, int, int]
 ) -> tuple[PIL.Image.Image, list[str]]:
-    """Any image as one of a pipeline's (C, H, W), and what was done to it, in words.
+    """An image with a pipeline's (C, H, W), and a description of each conversion step.
 
-    Its middle is resized, transparency is composited on white, and more than 8 bits become 8, over
-    the image's own range of values.
+    The center crop is resized, transparency is composited on white, and deeper images are scaled
+    to 8 bits by their own range of values.
     """
     channels, height, width = shape
     size = image.size
     converted, steps, _ = convert_image(image, MODES[channels], reduce_depth=True)
     if size != (width, height):
         converted = PIL.ImageOps.fit(converted, (width, height))
-        steps.append(f"its middle resized from {size[0]}×{size[1]} to {width}×{height}")
+        steps.append(f"center crop resized from {size[0]}×{size[1]} to {width}×{height}")
     return converted, steps
 
 
@@ -144,6 +146,6 @@ def from_pixel_values(
     """Pixel values (B, C, H, W) as `"pt"`, `"np"` (B, H, W, C), both in [0, 1], or `"pil"`."""
     if output_type != "pil":
         return VaeImageProcessor().postprocess(pixel_values.float(), output_type)
-    # Not by diffusers here: it squeezes gray images, and with them a side of length 1.
+    # Not by diffusers: it squeezes gray images, and a side of length 1 with the channel.
     arrays = signed_to_indices(pixel_values).to(torch.uint8).movedim(1, -1).numpy()
     return [PIL.Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

@@ -1,89 +1,104 @@
-"""Pictures drawn anew in part: inpainting, variations, what lies between two.
+"""Inpainting and interpolation: functions of a `LevelStack`.
 
-A walk that returns what is known where it is known, and draws elsewhere, draws every value given
-all that comes before it in the walk and all coarser codes. What comes after it, and what finer
-grids know, has its say by weights: of some candidates those go on under which what is known is
-likely (sequential importance resampling, Gordon et al. 1993). The more candidates, the nearer are
-the draws to the posterior.
+Inpainting samples from the posterior given observed pixels and codes. A walk returns observed
+values where there are any and samples the others, each given all earlier values of the walk and all
+coarser codes. Later values and finer grids enter by importance weights: of several particles those
+are resampled under which the observations are likely (sequential importance resampling, Gordon et
+al. 1993). More particles approximate the posterior better.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from .arguments import as_integer
-from .codec.codec import CodingPipeline
-from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
-from .models.class_labels import Labels, label_ids
+from .image_processor import Images, as_images, pixel_value_batches
+from .models.class_labels import Labels
 from .models.distributions import Distribution
 from .models.sampling import Generators, Sampler, as_generators, per_factor, uniform
 from .models.value_types import signed_to_indices, uint8_to_signed, uint8_to_unit
 from .models.walk import WalkStep
-from .pipeline_inputs import ProgressiveVAEPipelineOutput, check_outputs, per_factor_sampling_kwargs
+from .pipeline_inputs import guided_label_ids, per_factor_sampling_kwargs
+from .stack import LevelStack
+
+NO_PROGRESS_BAR = partial(tqdm, disable=True)
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What is known of a grid.
+    """Observed values of one grid.
 
     Args:
         values: int64 (B, C, H, W).
-        trust: in each of them, float (B, 1, H, W): 1 where they are known, 0 where they say
-            nothing, and between where they are a guess.
+        confidence: float (B, 1, H, W): 1 where values are observed, 0 where they are not, and
+            between where they are a guess.
     """
 
     values: Tensor
-    trust: Tensor
+    confidence: Tensor
 
-    def at(self, rows: Tensor) -> "Observation":
-        return Observation(self.values[rows], self.trust[rows])
+    def select(self, rows: Tensor) -> "Observation":
+        return Observation(self.values[rows], self.confidence[rows])
 
-    def repeated(self, times: int) -> "Observation":
-        return Observation(*(x.repeat_interleave(times, 0) for x in (self.values, self.trust)))
+    def repeat_interleave(self, repeats: int) -> "Observation":
+        return Observation(
+            self.values.repeat_interleave(repeats, 0), self.confidence.repeat_interleave(repeats, 0)
+        )
 
     def to(self, device: torch.device) -> "Observation":
-        return Observation(self.values.to(device), self.trust.to(device))
+        return Observation(self.values.to(device), self.confidence.to(device))
 
 
 class ClampedStep:
-    """A `StepFn` that returns what is known, takes a guess as often as it is trusted, and draws the
-    rest.
+    """A `StepFn` that returns observed values, takes a guess with its confidence as probability,
+    and samples the rest.
 
     Args:
-        draw: for as many examples as are known.
-        guesses: some values may be guesses, and noise says which are taken.
+        sampler: for as many examples as are observed.
+        has_guesses: some values may be guesses; noise decides which are taken.
 
-    `log_weights` (B,) are the nats of what is known, each value given what came before it, and the
-    odds, in nats, of the model against this choice, where guesses were taken or not.
+    `log_weights` (B,) are importance weights in nats: of an observed value its log-probability
+    given earlier ones, of a guess the log-odds of the model against the proposal.
     """
 
-    def __init__(self, draw: Sampler, known: Observation, guesses: bool):
-        self.draw, self.known, self.guesses = draw, known, guesses
-        self.log_weights = known.trust.new_zeros(len(known.trust))
+    def __init__(self, sampler: Sampler, observation: Observation, has_guesses: bool):
+        self.sampler = sampler
+        self.observation = observation
+        self.has_guesses = has_guesses
+        self.log_weights = observation.confidence.new_zeros(len(observation.confidence))
 
     def __call__(self, distribution: Distribution, step: WalkStep) -> Tensor:
-        drawn = self.draw.step(distribution, step)
-        found = self.known.values[:, step.channel].flatten(1).index_select(1, step.positions)
-        trust = self.known.trust.flatten(1).index_select(1, step.positions)
-        is_taken = trust == 1
-        if self.guesses:
-            is_taken = uniform(trust.shape, self.draw.generator, trust.device) < trust
-        count, times = len(trust), len(drawn) // len(trust)  # twice, where it is guided
-        values = torch.where(is_taken.repeat(times, 1), found.repeat(times, 1), drawn)
+        samples = self.sampler.step(distribution, step)
+        observed = self.observation.values[:, step.channel].flatten(1)
+        observed = observed.index_select(1, step.positions)
+        confidence = self.observation.confidence.flatten(1).index_select(1, step.positions)
+        is_taken = confidence == 1
+        if self.has_guesses:
+            noise = uniform(confidence.shape, self.sampler.generator, confidence.device)
+            is_taken = noise < confidence
+        # With classifier-free guidance the batch has a conditional and an unconditional half.
+        count = len(confidence)
+        halves = len(samples) // count
+        values = torch.where(is_taken.repeat(halves, 1), observed.repeat(halves, 1), samples)
         nats = distribution.log_prob(values)[:count]
-        is_found = (values[:count] == found) & (trust > 0)
-        odds = nats - (trust + (1 - trust) * nats.exp()).log()
-        self.log_weights += torch.where(is_found, odds, -(-trust).log1p()).sum(1)
+        # The proposal has mass c + (1 − c)·p at a guess of confidence c, and (1 − c)·p elsewhere.
+        is_observed = (values[:count] == observed) & (confidence > 0)
+        odds = nats - (confidence + (1 - confidence) * nats.exp()).log()
+        self.log_weights += torch.where(is_observed, odds, -(-confidence).log1p()).sum(1)
         return values
 
 
-def masks(mask_image: Images, size: tuple[int, int], count: int) -> Tensor:
-    """Where images are to be drawn, bool (count, 1, H, W): where a mask is nearer to white.
+def preprocess_mask(mask_image: Images, size: tuple[int, int], count: int) -> Tensor:
+    """Where images are to be sampled, bool (count, 1, H, W): where a mask is nearer to white
+    than to black.
 
     Raises:
         ValueError: no mask, one of another size, or in a range that its dtype does not have, or
@@ -95,6 +110,7 @@ def masks(mask_image: Images, size: tuple[int, int], count: int) -> Tensor:
         raise ValueError(f"mask_image: {error}") from error
     if not isinstance(mask_image, (np.ndarray, Tensor)):
         mask_image = list(mask_image)
+    # Bring every accepted type to (B, 1, H, W), or to a list of gray PIL images.
     if isinstance(mask_image, list) and all(isinstance(x, PIL.Image.Image) for x in mask_image):
         mask_image = [x.convert("L") for x in mask_image]
     elif isinstance(mask_image, list) and all(hasattr(x, "shape") for x in mask_image):
@@ -111,279 +127,231 @@ def masks(mask_image: Images, size: tuple[int, int], count: int) -> Tensor:
         elif mask_image.dtype == torch.uint8 and mask_image.numel() and mask_image.max() == 1:
             raise ValueError("expected a mask_image of uint8 in 0 … 255, got one in 0 … 1")
     try:
-        found = torch.cat(list(pixel_value_batches(mask_image, (1, *size), batch_size=256)))
+        masks = torch.cat(list(pixel_value_batches(mask_image, (1, *size), batch_size=256)))
     except ValueError as error:
         raise ValueError(f"mask_image: {error}") from error
-    if len(found) not in (1, count):
-        raise ValueError(f"expected one mask_image or {count}, got {len(found)}")
-    return (found > 0).expand(count, -1, -1, -1)
+    if len(masks) not in (1, count):
+        raise ValueError(f"expected one mask_image or {count}, got {len(masks)}")
+    return (masks > 0).expand(count, -1, -1, -1)
 
 
-def filled(pixel_values: Tensor, mask: Tensor) -> Tensor:
-    """Pixels (B, C, H, W), those under the mask going on smoothly from those around it: means of
-    ever larger surroundings, until there is something in them, or gray."""
+def fill_masked_region(pixel_values: Tensor, mask: Tensor) -> Tensor:
+    """Pixels (B, C, H, W) whose masked region continues its surroundings smoothly.
+
+    A pyramid of means over unmasked pixels, interpolated back; gray where there are none.
+    """
     height, width = mask.shape[-2:]
-    known = pixel_values.masked_fill(mask, 0)
+    unmasked = pixel_values.masked_fill(mask, 0)
     if max(height, width) == 1 or not mask.any():
-        return known
-    pairs = (F.pad(x, (0, width % 2, 0, height % 2)) for x in (known, (~mask).to(known)))
-    total, share = (F.avg_pool2d(x, 2) for x in pairs)
-    coarse = filled(total / share.clamp(min=0.25), share == 0)
+        return unmasked
+    pad = (0, width % 2, 0, height % 2)
+    total = F.avg_pool2d(F.pad(unmasked, pad), 2)
+    share = F.avg_pool2d(F.pad((~mask).to(unmasked), pad), 2)
+    coarse = fill_masked_region(total / share.clamp(min=0.25), share == 0)
     smooth = F.interpolate(coarse, scale_factor=2, mode="bilinear")[..., :height, :width]
     return torch.where(mask, smooth, pixel_values)
 
 
-class EditingPipeline(CodingPipeline):
-    """A pipeline that draws pictures anew in part."""
+def observe(
+    stack: LevelStack, image: Images, mask_image: Images, batch_size: int
+) -> list[Observation]:
+    """What a masked image determines of z_1 … z_N and of itself.
 
-    @torch.no_grad()
-    def inpaint(
-        self,
-        image: Images,
-        mask_image: Images,
-        class_labels: Labels = None,
-        num_images_per_prompt: int = 1,
-        num_candidates: int | list[int] = 16,
-        guidance_scale: float | list[float] = 1.0,
-        temperature: float | list[float] = 1.0,
-        top_k: int | list | None = None,
-        top_p: float | list | None = None,
-        corruption: float | list[float] = 0.0,
-        generator: Generators = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        batch_size: int = 256,
-    ):
-        """Draw what is under a mask, from coarse to fine, given what is not.
+    A code is observed if all pixels of its patch are: it is that of the image with a smooth
+    filling, as encoders look beyond patches. Of a patch observed to a share q > ½ the code is a
+    guess of confidence 2q − 1.
+    """
+    batches = list(pixel_value_batches(image, stack.image_shape, batch_size))
+    pixel_values = torch.cat(batches).float()
+    mask = preprocess_mask(mask_image, stack.image_shape[1:], len(pixel_values))
+    values = signed_to_indices(fill_masked_region(pixel_values, mask))
+    observed = (~mask).double()
+    inside = torch.ones_like(observed)  # without the padding of incomplete patches
+    observations = [Observation(values, observed.float())]
+    codes = stack.encode_images(uint8_to_unit(values), batch_size)
+    for config, z in zip(reversed(stack.configs), reversed(codes), strict=True):
+        side = config.downsample
+        pad = (0, -observed.shape[-1] % side, 0, -observed.shape[-2] % side)
+        observed = F.avg_pool2d(F.pad(observed, pad), side)
+        inside = F.avg_pool2d(F.pad(inside, pad), side)
+        confidence = (2 * observed / inside - 1).clamp(min=0)
+        observations.insert(0, Observation(z[:, None], confidence.float()))
+    return observations
 
-        Pixels beside the mask stay as they are, to the bit. A code is kept if all pixels of its
-        patch are known: it is that of the image with smooth colors under the mask, for encoders
-        look beyond patches. Where a share 1/2 < q < 1 of a patch is known, that code is a guess,
-        which a candidate takes with probability 2q − 1, and pays for. All else is drawn.
 
-        Args:
-            image: one for each prompt.
-            mask_image: one for all images or one for each: PIL, (B, H, W), (B, 1, H, W), or arrays
-                (B, H, W, 1), of uint8, floats in [0, 1] or bool. White (1) is drawn, black (0) is
-                known, gray is what it is nearer to.
-            class_labels: one for each image, or none.
-            num_candidates: draws of a factor for one image: one number, or a list for [prior,
-                level_1 … level_N]. Of them those go on, drawn by their weights, under which what is
-                known is likely: the more, the better parts fit, and the longer it takes
-                (codes cost least). 1 takes the first as it comes. The limit is the posterior given
-                the pixels and codes that are known, at temperature 1 without guidance (with them,
-                roughly).
-            batch_size: candidates drawn at a time.
-            num_images_per_prompt, guidance_scale, temperature, top_k, top_p, corruption, generator,
-                output_type: as in `__call__`.
+@torch.no_grad()
+def inpaint(
+    stack: LevelStack,
+    image: Images,
+    mask_image: Images,
+    class_labels: Labels = None,
+    num_images_per_prompt: int = 1,
+    num_particles: int | list[int] = 16,
+    guidance_scale: float | list[float] = 1.0,
+    temperature: float | list[float] = 1.0,
+    top_k: int | list | None = None,
+    top_p: float | list | None = None,
+    corruption: float | list[float] = 0.0,
+    generator: Generators = None,
+    batch_size: int = 256,
+    with_pixels: bool = True,
+    progress_bar: Callable[..., Any] = NO_PROGRESS_BAR,
+) -> list[Tensor]:
+    """[z_1 … z_N], int64 (B, H_i, W_i) each, and, `with_pixels`, s, float (B, C, H, W) in [−1, 1],
+    sampled given the pixels outside the mask; all on the CPU.
 
-        Returns:
-            `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`: what was drawn or kept.
+    Args:
+        progress_bar: called with the `total` number of steps; a context with `update()`.
 
-        Raises:
-            ValueError: images, masks, labels or controls that are none or do not fit, or a
-                pipeline without a prior where codes of z_1 are to be drawn.
-        """
-        num_images_per_prompt = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
-        batch_size = as_integer("batch_size", batch_size, 1)
-        counts = per_factor(self.factor_names, num_candidates=num_candidates)
-        times = [as_integer("num_candidates", row["num_candidates"], 1) for row in counts]
-        rows = per_factor_sampling_kwargs(
-            self.factor_names, [level.config for level in self.levels], 0, None,
-            temperature=temperature, top_k=top_k, top_p=top_p, corruption=corruption,
-        )  # fmt: skip
-        scales = per_factor(self.factor_names, guidance_scale=guidance_scale)
-        controls = [row | scale for row, scale in zip(rows, scales, strict=True)]
-        check_outputs(output_type, (), [])
-        generator = as_generators(generator)
-        known = self._known(image, mask_image, batch_size)
-        labels = self._guided_labels(class_labels, guidance_scale, len(known[0].trust))
-        labels = labels.repeat_interleave(num_images_per_prompt)
-        known = [grid.repeated(num_images_per_prompt) for grid in known]
-        generator = as_generators(generator, len(labels))
-        stop = self.num_levels + (output_type != "latent")  # grids to end with
-        done = [grid.values.clone() for grid in known]
-        parts = list(_batches_with_same_start(known, times, batch_size))
-        total = sum(max(0, stop - start) for start, _, _ in parts)
-        with self._call(guidance_scale, total), self.progress_bar(total=total) as progress:
-            for start, several, chosen in parts:
-                noise = generator
-                if isinstance(generator, list):
-                    noise = [generator[i] for i in chosen.tolist()]
-                given = [grid.at(chosen).to(self._execution_device) for grid in known]
-                drawn = [grid.values for grid in given[:start]]
-                ended = [*several[:stop], 1]  # one of the last candidates remains
-                for factor in range(start, stop):
-                    count = ended[factor]
-                    if factor == start:
-                        drawn = [grid.repeat_interleave(count, 0) for grid in drawn]
-                    told = dict(controls[factor])
-                    if factor:
-                        told["corruption"] *= factor != start  # what is given is right
-                    # Where nothing is known, there is nothing to guess.
-                    guesses = factor < self.num_levels and bool(given[-1].trust.any())
-                    shown, each = labels[chosen].repeat_interleave(count), repeated(noise, count)
-                    weights = self._fill(
-                        drawn, given[factor].repeated(count), shown, each, told, guesses
-                    )
-                    going = ended[factor + 1]
-                    if (count, going) != (1, 1):
-                        survivors = systematic_resample(weights.view(-1, count), going, noise)
-                        drawn = [grid[survivors] for grid in drawn]
-                    progress.update()
-                for grid, values in zip(done, drawn, strict=False):
-                    grid[chosen] = values.cpu()
-        self.maybe_free_model_hooks()
-        codes = [grid[:, 0] for grid in done[:-1]]
-        images = codes[-1] if output_type == "latent" else from_pixel_values(
-            uint8_to_signed(done[-1]), output_type
-        )  # fmt: skip
-        if not return_dict:
-            return images, codes
-        return ProgressiveVAEPipelineOutput(images=images, codes=codes)
+    The other arguments, and the errors, are those of `ProgressiveVAEPipeline.inpaint`.
+    """
+    num_images_per_prompt = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+    batch_size = as_integer("batch_size", batch_size, 1)
+    rows = per_factor(stack.factor_names, num_particles=num_particles)
+    particle_counts = [as_integer("num_particles", row["num_particles"], 1) for row in rows]
+    kwargs = per_factor_sampling_kwargs(
+        stack, 0, None, temperature=temperature, top_k=top_k, top_p=top_p, corruption=corruption
+    )
+    scales = per_factor(stack.factor_names, guidance_scale=guidance_scale)
+    kwargs = [row | scale for row, scale in zip(kwargs, scales, strict=True)]
+    generator = as_generators(generator)
+    observations = observe(stack, image, mask_image, batch_size)
+    num_images = len(observations[0].values)
+    labels = guided_label_ids(stack, class_labels, guidance_scale, num_images)
+    labels = labels.repeat_interleave(num_images_per_prompt)
+    observations = [x.repeat_interleave(num_images_per_prompt) for x in observations]
+    generator = as_generators(generator, len(labels))
 
-    def _known(self, image: Images, mask_image: Images, batch_size: int) -> list[Observation]:
-        """Of z_1 … z_N and the image."""
-        pixel_values = torch.cat(
-            list(pixel_value_batches(image, self.image_shape, batch_size))
-        ).float()
-        mask = masks(mask_image, self.image_shape[1:], len(pixel_values))
-        values = signed_to_indices(filled(pixel_values, mask))
-        known = (~mask).double()
-        every = torch.ones_like(known)
-        found = [Observation(values, known.float())]
-        codes = self.encode(uint8_to_unit(values), batch_size)
-        for level, z in zip(reversed(self.levels), reversed(codes), strict=True):
-            side = level.config.downsample
-            pad = (0, -known.shape[-1] % side, 0, -known.shape[-2] % side)
-            known, every = (F.avg_pool2d(F.pad(x, pad), side) for x in (known, every))
-            trust = (2 * known / every - 1).clamp(min=0)
-            found.insert(0, Observation(z[:, None], trust.float()))
-        return found
+    num_grids = stack.num_levels + with_pixels
+    results = [x.values.clone() for x in observations]
+    batches = list(_batches_with_same_start(observations, particle_counts, batch_size))
+    total = sum(max(0, num_grids - start) for start, _, _ in batches)
+    with progress_bar(total=total) as progress:
+        for start, counts, rows_of_batch in batches:
+            noise = generator
+            if isinstance(generator, list):
+                noise = [generator[i] for i in rows_of_batch.tolist()]
+            grids = _sample_particles(
+                stack,
+                [x.select(rows_of_batch).to(stack.device) for x in observations],
+                start,
+                [*counts[:num_grids], 1],  # one of the last particles remains
+                labels[rows_of_batch],
+                noise,
+                kwargs,
+                progress.update,
+            )
+            for result, values in zip(results, grids, strict=False):
+                result[rows_of_batch] = values.cpu()
+    codes = [result[:, 0] for result in results[:-1]]
+    return [*codes, uint8_to_signed(results[-1])] if with_pixels else codes
 
-    def _fill(
-        self,
-        drawn: list[Tensor],
-        known: Observation,
-        labels: Tensor,
-        generator: Generators,
-        told: dict,
-        guesses: bool,
-    ) -> Tensor:
-        """Appends the next grid, int64 (B, C, H, W), to `drawn`, and returns its log weights."""
-        factor, device = len(drawn), self._execution_device
-        part = self.levels[factor - 1] if factor else self._require_prior()
-        corruption = min(told.pop("corruption", 0.0), getattr(part.config, "corruption", 0.0))
-        null = torch.full_like(labels, part.config.num_classes)
-        if not part.config.num_classes or torch.equal(labels, null):
-            told["guidance_scale"] = 1.0  # there is nothing to be guided by
-        clamp = ClampedStep(Sampler(len(labels), generator, **told), known.to(device), guesses)
-        before = [grid[:, 0] for grid in drawn]
-        if clamp.draw.is_guided:
-            labels, before = torch.cat([labels, null]), [torch.cat([z, z]) for z in before]
-        grid = self._walk(factor, before, labels, clamp, corruption)[: len(null)]
-        drawn.append(signed_to_indices(grid) if grid.ndim == 4 else grid[:, None])
-        return clamp.log_weights
 
-    def variations(self, image: Images, level: int = 1, num_images_per_prompt: int = 1, **controls):
-        """Images that have their coarser codes z_1 … z_k, k = `level`, in common with the given
-        ones; the rest is drawn.
+def _sample_particles(
+    stack: LevelStack,
+    observations: list[Observation],
+    start: int,
+    counts: list[int],
+    labels: Tensor,
+    generator: Generators,
+    kwargs: list[dict],
+    on_step: Callable[[], Any],
+) -> list[Tensor]:
+    """Sequential importance resampling over the grids from `start` on.
 
-        Further keywords as in `__call__`, whose output it returns; `class_labels` are one for each
-        image.
-        """
-        codes = self.encode(image, **_batch(controls))[: self._checked(level)]
-        return self(codes=codes, num_images_per_prompt=num_images_per_prompt, **controls)
+    Args:
+        start: the number of grids that are observed completely.
+        counts: particles of every grid, and at last those that remain.
 
-    @torch.no_grad()
-    def interpolate(
-        self,
-        image: Images,
-        other: Images,
-        level: int | None = None,
-        steps: int = 5,
-        class_labels: Labels = None,
-        generator: Generators = None,
-        **controls,
-    ):
-        """Images on the way from one picture to another, in the codes z_k, k = `level` (N where not
-        given): at weight w each is the code nearest to (1 − w)·(the one's code vector) +
-        w·(the other's), and what is finer is drawn, with the same noise all the way.
+    Returns:
+        [z_1 … z_N (, s)], int64 (B · counts[-1], C, H, W) each.
+    """
+    grids = [x.values for x in observations[:start]]
+    # Without any observed pixel there are no guesses.
+    has_observed_pixels = bool(observations[-1].confidence.any())
+    for factor in range(start, len(counts) - 1):
+        count = counts[factor]
+        survivors_count = counts[factor + 1]
+        options = dict(kwargs[factor])
+        if factor == start:
+            grids = [grid.repeat_interleave(count, 0) for grid in grids]
+            if factor:
+                options["corruption"] = 0.0  # observed codes are free of noise
+        grid, log_weights = _sample_clamped(
+            stack,
+            factor,
+            grids[-1][:, 0] if grids else None,
+            observations[factor].repeat_interleave(count),
+            labels.repeat_interleave(count),
+            _repeat_generators(generator, count),
+            options,
+            has_guesses=factor < stack.num_levels and has_observed_pixels,
+        )
+        grids.append(grid)
+        if (count, survivors_count) != (1, 1):
+            log_weights = log_weights.view(-1, count)
+            survivors = systematic_resample(log_weights, survivors_count, generator)
+            grids = [grid[survivors] for grid in grids]
+        on_step()
+    return grids
 
-        Args:
-            image, other: as many as each other.
-            steps: weights from 0 to 1, where all codes are the one's and the other's.
-            class_labels: one for each pair, or none.
-            generator: one for all, or one for each pair.
 
-        Returns:
-            what `__call__` does, whose further keywords it takes, `preview` among them: all steps
-            of the first pair, then those of the second; `codes` coarser than z_k are those that
-            the encoders find in it.
-        """
-        level, steps = self._checked(level), as_integer("steps", steps, 2)
-        ends = [self.encode(x, **_batch(controls))[:level] for x in (image, other)]
-        count = len(ends[0][0])
-        if len(ends[1][0]) != count:
-            raise ValueError(f"expected other to be {count} images, got {len(ends[1][0])}")
-        generator = as_generators(generator, count)
-        quantizer = self.levels[level - 1].quantizer
-        codebook = quantizer.codebook.float().cpu()
-        source, target = (codebook[z[-1]] for z in ends)  # (B, H, W, D)
-        on_the_way = []
-        weights = torch.linspace(0, 1, steps, dtype=torch.float32, device=codebook.device)
-        for weight in weights[1:-1]:
-            vectors = torch.lerp(source, target, weight).flatten(0, -2)
-            on_the_way.append(torch.cdist(vectors, codebook).argmin(1).view(ends[0][-1].shape))
-        codes = [torch.stack([ends[0][-1], *on_the_way, ends[1][-1]], 1).flatten(0, 1)]
-        for coarser in reversed(self.levels[: level - 1]):
-            parts = codes[0].split(as_integer("batch_size", controls.get("batch_size", 256), 1))
-            found = [coarser.encode(z.to(self._execution_device)).cpu() for z in parts]
-            codes.insert(0, torch.cat(found))
-        noise = generator if isinstance(generator, list) else [generator] * count
-        devices = ["cpu" if g is None else g.device for g in noise]
-        seeds = [
-            int(torch.randint(2**62, (), generator=g, device=device))
-            for g, device in zip(noise, devices, strict=True)
-        ]
-        alike = [torch.Generator().manual_seed(seed) for seed in seeds for _ in range(steps)]
-        labels = None
-        if class_labels is not None:
-            ids = label_ids(class_labels, self._class_config, count)
-            labels = ids.repeat_interleave(steps)
-        return self(labels, codes=codes, generator=alike, **controls)
-
-    def _checked(self, level: int | None) -> int:
-        """1 … N; N where not given."""
-        return self.num_levels if level is None else as_integer("level", level, 1, self.num_levels)
+def _sample_clamped(
+    stack: LevelStack,
+    factor: int,
+    coarser: Tensor | None,
+    observation: Observation,
+    labels: Tensor,
+    generator: Generators,
+    options: dict,
+    has_guesses: bool,
+) -> tuple[Tensor, Tensor]:
+    """One grid of each particle, int64 (B, C, H, W), and log importance weights (B,)."""
+    config = stack.factor(factor).config
+    corruption = min(options.pop("corruption", 0.0), getattr(config, "corruption", 0.0))
+    count = len(labels)
+    null = torch.full_like(labels, config.num_classes)
+    if not config.num_classes or torch.equal(labels, null):
+        options["guidance_scale"] = 1.0  # there is no class to guide towards
+    step_fn = ClampedStep(Sampler(count, generator, **options), observation, has_guesses)
+    if step_fn.sampler.is_guided:
+        labels = torch.cat([labels, null])
+        coarser = None if coarser is None else torch.cat([coarser, coarser])
+    grid = stack.walk(factor, coarser, step_fn, labels, corruption)[:count]
+    values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
+    return values, step_fn.log_weights
 
 
 def _batches_with_same_start(
-    known: list[Observation], times: list[int], batch_size: int
+    observations: list[Observation], counts: list[int], batch_size: int
 ) -> Iterator[tuple[int, list[int], Tensor]]:
-    """Examples that are drawn together, so that none takes other noise beside others than alone:
-    how many grids of theirs are known whole, the numbers of candidates, and which they are, (n,).
+    """Batches of examples that start at the same grid, so that the noise of an example does not
+    depend on its batch.
+
+    Yields the number of completely observed grids, the numbers of particles, and rows, (n,).
     """
-    is_whole = torch.stack([(grid.trust == 1).flatten(1).all(1) for grid in known], 1)
-    start = is_whole.long().cumprod(1).sum(1)
-    is_blank = ~known[-1].trust.flatten(1).any(1)  # so that all candidates are as good
+    is_complete = torch.stack([(x.confidence == 1).flatten(1).all(1) for x in observations], 1)
+    start = is_complete.long().cumprod(1).sum(1)
+    is_blank = ~observations[-1].confidence.flatten(1).any(1)
     kinds = start.masked_fill(is_blank, -1)
     for kind in kinds.unique().tolist():
-        several = [1] * len(times) if kind < 0 else times
-        for part in (kinds == kind).nonzero()[:, 0].split(max(1, batch_size // max(several))):
-            yield max(0, kind), several, part
+        # Without observations all particles weigh the same: one is enough.
+        particle_counts = [1] * len(counts) if kind < 0 else counts
+        rows = (kinds == kind).nonzero()[:, 0]
+        for part in rows.split(max(1, batch_size // max(particle_counts))):
+            yield max(0, kind), particle_counts, part
 
 
-def repeated(generator: Generators, times: int) -> Generators:
-    """That of each example for each of its candidates."""
-    return (
-        [g for g in generator for _ in range(times)] if isinstance(generator, list) else generator
-    )
+def _repeat_generators(generator: Generators, repeats: int) -> Generators:
+    """The generator of each example for each of its particles."""
+    if isinstance(generator, list):
+        return [g for g in generator for _ in range(repeats)]
+    return generator
 
 
 def systematic_resample(log_weights: Tensor, number: int, generator: Generators) -> Tensor:
-    """So many of each row of candidates (B, n), drawn by their weights, as indices into all B·n of
-    them: systematic resampling, with one share for each row.
+    """`number` of each row of particles (B, n), sampled by their weights, as indices into all B·n
+    of them: systematic resampling, with one uniform number for each row.
 
     Args:
         generator: one, or one for each row.
@@ -396,5 +364,52 @@ def systematic_resample(log_weights: Tensor, number: int, generator: Generators)
     return (chosen + count * torch.arange(rows, device=chosen.device)[:, None]).flatten()
 
 
-def _batch(controls: dict) -> dict:
-    return {name: controls[name] for name in ("batch_size",) if name in controls}
+@torch.no_grad()
+def interpolate(
+    stack: LevelStack,
+    image: Images,
+    other: Images,
+    level: int,
+    steps: int = 5,
+    batch_size: int = 256,
+) -> list[Tensor]:
+    """Codes [z_1 … z_k], k = `level`, on the way from one image to another.
+
+    At weight w, z_k is the code nearest to (1 − w)·(code vector of `image`) + w·(code vector of
+    `other`); coarser codes are the encoders' codes of it.
+
+    Returns:
+        int64 (B · steps, H_i, W_i) each: all steps of the first pair, then of the second.
+
+    Raises:
+        ValueError: not as many images on either side, or fewer than two steps.
+    """
+    batch_size = as_integer("batch_size", batch_size, 1)
+    source_codes = stack.encode_images(image, batch_size)[level - 1]
+    target_codes = stack.encode_images(other, batch_size)[level - 1]
+    count = len(source_codes)
+    if len(target_codes) != count:
+        raise ValueError(f"expected other to be {count} images, got {len(target_codes)}")
+    codebook = stack.levels[level - 1].quantizer.codebook.float().cpu()
+    source = codebook[source_codes]  # (B, H, W, D)
+    target = codebook[target_codes]
+    weights = torch.linspace(0, 1, steps, dtype=torch.float32, device=codebook.device)
+    between = []
+    for weight in weights[1:-1]:
+        vectors = torch.lerp(source, target, weight).flatten(0, -2)
+        between.append(torch.cdist(vectors, codebook).argmin(1).view(source_codes.shape))
+    codes = [torch.stack([source_codes, *between, target_codes], 1).flatten(0, 1)]
+    for coarser in reversed(stack.levels[: level - 1]):
+        parts = codes[0].split(batch_size)
+        codes.insert(0, torch.cat([coarser.encode(z.to(stack.device)).cpu() for z in parts]))
+    return codes
+
+
+def shared_noise(generator: Generators, count: int, steps: int) -> list[torch.Generator]:
+    """Generators for `steps` images of each of `count` pairs: the same noise for all steps."""
+    sources = generator if isinstance(generator, list) else [generator] * count
+    seeds = []
+    for source in sources:
+        device = "cpu" if source is None else source.device
+        seeds.append(int(torch.randint(2**62, (), generator=source, device=device)))
+    return [torch.Generator().manual_seed(seed) for seed in seeds for _ in range(steps)]

@@ -1,34 +1,56 @@
-"""`ProgressiveVAEPipeline`: the levels and the prior, chained."""
+"""`ProgressiveVAEPipeline`: the levels and the prior as a diffusers pipeline."""
 
 import math
+import threading
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .arguments import as_integer
-from .configuration.validation import MAX_LEVELS, check_grids, check_parts, grid_sizes
+from .codec import codec
+from .configuration.validation import MAX_LEVELS, check_parts
+from .hub.repository import HubPipeline
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
-from .inpainting import EditingPipeline
-from .models.class_labels import Labels, known_labels, label_ids
+from .inpainting import inpaint, interpolate, shared_noise
+from .models.class_labels import Labels
 from .models.fingerprint import check_fingerprints
 from .models.level import ProgressiveVAELevel
-from .models.preview_decoder import PreviewDecoder
 from .models.prior import ProgressiveVAEPrior
 from .models.sampling import Generators, as_generators, part_of, per_factor
 from .pipeline_inputs import (
-    Call,
     ProgressiveVAEPipelineOutput,
     as_grids,
-    changed_codes,
+    callback_codes,
     check_outputs,
+    is_codes,
     per_factor_sampling_kwargs,
+    prompt_inputs,
 )
+from .stack import LevelStack
 
 
-class ProgressiveVAEPipeline(EditingPipeline):
+@dataclass
+class CallState:
+    """State of one sampling call; callbacks read and change it through the pipeline.
+
+    Args:
+        guidance_scale: of the factors that follow, one or a list for all.
+        num_timesteps: the factors that the call samples, times its batches.
+        interrupt: a callback set it to end the call early.
+    """
+
+    guidance_scale: float | list[float] = 1.0
+    num_timesteps: int = 0
+    interrupt: bool = False
+    is_running: bool = False
+
+
+class ProgressiveVAEPipeline(HubPipeline):
     """`P(s, z) = P_Φ(z_1) · ∏ P_Θ(z_i | z_{i−1}) · P_Θ(s | z_N)`.
 
     Lists over levels start with the coarsest: `codes[i - 1]` is z_i. Wherever images come in they
@@ -37,7 +59,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
 
     Args:
         prior: `P_Φ(z_1)`; without it (`None`) everything works that needs no prior.
-        level_1 … level_8: the levels, without a hole; level_1 is the coarsest.
+        level_1 … level_8: the levels, without a gap; level_1 is the coarsest.
         image_size: [H, W]; derived from the prior's grid where not given.
     """
 
@@ -59,6 +81,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
         image_size: list[int] | tuple[int, ...] | None = None,
     ):
         super().__init__()
+        self._call_states: dict[int, CallState] = {}  # of each thread the current or last call
         self.register_modules(
             prior=prior, level_1=level_1, level_2=level_2, level_3=level_3, level_4=level_4,
             level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
@@ -83,7 +106,15 @@ class ProgressiveVAEPipeline(EditingPipeline):
         slots: dict[str, Any] = {f"level_{i}": level for i, level in enumerate(levels, 1)}
         return cls(prior, **slots, image_size=image_size)
 
-    # ---- the chain ------------------------------------------------------------------------------
+    # ---- components -----------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> LevelStack:
+        """The model without diffusers: the prior and the levels, on the execution device."""
+        return self._stack_on(self._execution_device)
+
+    def _stack_on(self, device: torch.device | None) -> LevelStack:
+        return LevelStack(self.prior, self.levels, self.config.image_size, device)
 
     @property
     def levels(self) -> list[ProgressiveVAELevel]:
@@ -98,23 +129,92 @@ class ProgressiveVAEPipeline(EditingPipeline):
     @property
     def factor_names(self) -> list[str]:
         """The factors of P(s, z) in the order of sampling: prior, level_1 … level_N."""
-        return ["prior", *(f"level_{i}" for i in range(1, self.num_levels + 1))]
+        return self._stack_on(None).factor_names  # without a search for the execution device
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        height, width = self.config.image_size
-        return self.levels[-1].config.value_channels, height, width
+        return self._stack_on(None).image_shape
 
     @property
     def grid_sizes(self) -> list[tuple[int, int]]:
         """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, then the image."""
-        height, width = self.config.image_size
-        return grid_sizes([level.config for level in self.levels], (height, width))
+        return self._stack_on(None).grid_sizes
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Class names -> class ids."""
+        config = self._stack_on(None).class_config
+        names = config.id2label if config.num_classes else {}
+        return {name: i for i, name in names.items()}
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Class ids of names, as in diffusers' DiT pipeline."""
+        return self._stack_on(None).label_ids(label).tolist()
+
+    def enable_sequential_cpu_offload(self, *args, **kwargs):
+        """Not supported: weights are read outside of the `forward` that its hooks wait for."""
+        raise ValueError("expected enable_model_cpu_offload in place of the sequential one")
+
+    # ---- state of a call, one for each thread ---------------------------------------------------
+
+    @contextmanager
+    def _new_call(
+        self, guidance_scale: float | list[float], num_timesteps: int
+    ) -> Iterator[CallState]:
+        """The state of a call while it runs; at the end of a nested call, which a callback made,
+        the outer call's state is current again."""
+        thread = threading.get_ident()
+        outer = self._call_states.get(thread)
+        state = CallState(guidance_scale, num_timesteps, is_running=True)
+        self._call_states[thread] = state
+        try:
+            yield state
+        finally:
+            state.is_running = False
+            if outer is not None and outer.is_running:
+                self._call_states[thread] = outer
+
+    @property
+    def _call_state(self) -> CallState:
+        """Of the call that this thread runs, or ran last."""
+        return self._call_states.setdefault(threading.get_ident(), CallState())
+
+    @property
+    def guidance_scale(self) -> float | list[float]:
+        """Of this thread's current or last call."""
+        return self._call_state.guidance_scale
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended this thread's current or last call."""
+        return self._call_state.interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of this thread's current or last call."""
+        return self._call_state.num_timesteps
+
+    # Callbacks assign these two names, as in diffusers' own pipelines.
+
+    @property
+    def _guidance_scale(self) -> float | list[float]:
+        return self._call_state.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float | list[float]):
+        self._call_state.guidance_scale = scale
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call_state.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool):
+        self._call_state.interrupt = interrupt
 
     # ---- inference: image -> codes -> nats ------------------------------------------------------
 
-    @torch.no_grad()
     def encode(
         self,
         images: Images,
@@ -123,26 +223,13 @@ class ProgressiveVAEPipeline(EditingPipeline):
     ) -> list[Tensor]:
         """[z_1 … z_N] of the images, int64 (B, H_i, W_i) each: the encoders, finest first.
 
-        With a generator (or one for each image) the codes of stochastic encoders are drawn, else
-        the most probable ones.
+        With a generator (or one for each image) the codes of stochastic encoders are sampled,
+        else they are the most probable ones.
         """
-        batches, images = [], as_images(images)
-        generator, stop = as_generators(generator, len(images)), 0
-        for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
-            start, stop = stop, stop + len(pixel_values)
-            chain = self._encode_chain(pixel_values, part_of(generator, slice(start, stop)))
-            batches.append([codes.cpu() for codes in chain[:-1]])
+        codes = self.stack.encode_images(images, batch_size, generator)
         self.maybe_free_model_hooks()
-        return [torch.cat(level) for level in zip(*batches, strict=True)]
+        return codes
 
-    def _encode_chain(self, pixel_values: Tensor, generator: Generators) -> list[Tensor]:
-        """[z_1 … z_N, s]."""
-        chain = [pixel_values.to(self._execution_device)]
-        for level in reversed(self.levels):
-            chain.insert(0, level.encode(chain[0], generator))
-        return chain
-
-    @torch.no_grad()
     def log_prob(
         self,
         images: Images,
@@ -154,30 +241,25 @@ class ProgressiveVAEPipeline(EditingPipeline):
 
         Args:
             class_labels: for the class-conditional factors; `None` is the null class for all.
-            generator: z is drawn from the encoders instead, and `"encoders"` is their entropy
+            generator: z is sampled from the encoders instead, and `"encoders"` is their entropy
                 H(P_Ψ(z | s)) in nats: the sum of all entries is then a bound on log P(s), in
                 expectation, whether the encoders are stochastic or not.
         """
-        prior, terms, images = self._require_prior(), [], as_images(images)
-        batch_size = as_integer("batch_size", batch_size, 1)
-        labels = label_ids(class_labels, self._class_config, len(images))
-        generator, stop = as_generators(generator, len(images)), 0
-        for pixel_values in pixel_value_batches(images, self.image_shape, batch_size):
-            start, stop = stop, stop + len(pixel_values)
-            given, rows = labels[start:stop], slice(start, stop)
-            chain = self._encode_chain(pixel_values, part_of(generator, rows))  # z_1 … z_N, s
-            codes = chain[:-1]
-            factors = [prior.log_prob(codes[0], known_labels(given, prior.config))]
-            for level, z, finer in zip(self.levels, codes, chain[1:], strict=True):
-                factors.append(level.log_prob(finer, z, known_labels(given, level.config)))
-            if generator is not None:
-                pairs = zip(self.levels, chain[1:], strict=True)
-                factors.append(sum(level.encoder_entropy(finer) for level, finer in pairs))
-            terms.append([factor.float().cpu() for factor in factors])
+        stack = self.stack
+        stack.require_prior()
+        images = as_images(images)
+        labels = stack.label_ids(class_labels, len(images))
+        generator = as_generators(generator, len(images))
+        batches: list[dict[str, Tensor]] = []
+        stop = 0
+        for pixel_values in pixel_value_batches(images, stack.image_shape, batch_size):
+            rows = slice(stop, stop + len(pixel_values))
+            stop = rows.stop
+            class_ids = None if class_labels is None else labels[rows]
+            terms = stack.log_prob(pixel_values, class_ids, part_of(generator, rows))
+            batches.append({name: nats.float().cpu() for name, nats in terms.items()})
         self.maybe_free_model_hooks()
-        columns = (torch.cat(column) for column in zip(*terms, strict=True))
-        names = [*self.factor_names, *(["encoders"] if generator is not None else [])]
-        return dict(zip(names, columns, strict=True))
+        return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
     def bits_per_dim(
         self,
@@ -214,25 +296,26 @@ class ProgressiveVAEPipeline(EditingPipeline):
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("codes",),
         batch_size: int = 256,
     ):
-        """Draw images from coarse to fine.
+        """Sample images from coarse to fine.
 
         Args:
             class_labels: ints or names of `id2label`, one for each prompt; `None`: one prompt of
                 the null class.
-            num_images_per_prompt: images for each label (or for each of the given grids).
+            num_images_per_prompt: images for each label (or for each of the initial grids).
             guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
                 for none.
             temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
-            corruption: the share of wrong codes that levels refitted with corruption are told to
-                expect in what was drawn, not given; a level that knows less is told its most.
+            corruption: noise level on codes that levels refitted with corruption are conditioned
+                on, for sampled codes, not for those in `codes`; at most the level's own.
                 These five are one for all factors, or a list for [prior, level_1 … level_N].
             generator: one for all, or one for each image, so that an image does not depend on its
                 batch; CPU generators work on any device.
             codes: grids [z_1 … z_k] to start from, int64 (B, H_i, W_i) each: only what is finer
-                is drawn.
-            num_levels: k < N for a preview: z_1 … z_k are drawn, finer factors take their most
+                is sampled.
+            num_levels: k < N for a preview: z_1 … z_k are sampled, finer factors take their most
                 probable values.
-            preview: show what the auxiliary decoder expects of z_N, in place of drawing pixels.
+            preview: return the auxiliary decoder's expected image of z_N, in place of sampled
+                pixels.
             output_type: `"pil"`, `"np"` (B, H, W, C) in [0, 1], `"pt"` (B, C, H, W) in [0, 1], or
                 `"latent"`, the finest codes.
             callback_on_step_end: called after each factor of codes as `(pipe, step, step,
@@ -240,20 +323,19 @@ class ProgressiveVAEPipeline(EditingPipeline):
                 set `pipe._guidance_scale` for the factors that follow. `pipe._interrupt = True`
                 ends the call: it returns the batches that are complete. If there are none, it
                 returns the codes [z_1 … z_k] so far, and their preview as images. Without the
-                auxiliary decoders finer factors take their most probable values, as fast as that
-                is.
-            batch_size: images drawn at a time.
+                auxiliary decoders finer factors take their most probable values.
+            batch_size: images sampled at a time.
 
         Returns:
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
         """
-        labels, given, count = self._prompts(
-            class_labels, guidance_scale, codes, num_images_per_prompt
+        stack = self.stack
+        labels, initial = prompt_inputs(
+            stack, class_labels, guidance_scale, codes, num_images_per_prompt
         )
-        controls = per_factor_sampling_kwargs(
-            self.factor_names,
-            [level.config for level in self.levels],
-            len(given),
+        sampling_kwargs = per_factor_sampling_kwargs(
+            stack,
+            len(initial),
             num_levels,
             temperature=temperature,
             top_k=top_k,
@@ -261,92 +343,75 @@ class ProgressiveVAEPipeline(EditingPipeline):
             corruption=corruption,
         )
         check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
+        count = len(labels)
         generator = as_generators(generator, count)
         batch_size = as_integer("batch_size", batch_size, 1)
         starts = range(0, count, batch_size)
-        is_drawn = output_type != "latent" and not preview  # with its pixels
-        stop = self.num_levels + is_drawn  # grids to end with
-        # Codes of some levels are enough for the images of a call that a callback ends.
-        has_previews = all(level.auxiliary is not None for level in self.levels)
-        is_enough = output_type == "latent" or has_previews
-        total = len(starts) * (stop - len(given))
+        with_pixels = output_type != "latent" and not preview
+        num_grids = stack.num_levels + with_pixels
+        # If a callback ends the call, codes of some levels are enough for its images.
+        is_preview_enough = output_type == "latent" or stack.has_previews
+        total = len(starts) * (num_grids - len(initial))
         batches: list[list[Tensor]] = []
+        # Ancestral sampling, batch by batch: z_1, z_2 … z_N, s.
         with (
-            self._call(guidance_scale, total) as call,
+            self._new_call(guidance_scale, total) as call,
             self.progress_bar(total=total) as progress,
         ):
             for start in starts:
-                chunk = slice(start, min(start + batch_size, count))
-                call.guidance_scale = guidance_scale  # the callback may have changed it
-                grids = [z[chunk].to(self._execution_device) for z in given]
-                noise = part_of(generator, chunk)
-                for step in self._ancestral_sample(
-                    call, grids, labels[chunk], noise, controls, stop
-                ):
-                    is_watched = step < self.num_levels and not call.interrupt
+                rows = slice(start, min(start + batch_size, count))
+                call.guidance_scale = guidance_scale  # a callback may have changed it
+                grids = [z[rows].to(stack.device) for z in initial]
+                noise = part_of(generator, rows)
+                for factor in range(len(initial), num_grids):
+                    kwargs = _step_kwargs(stack, factor, call, sampling_kwargs[factor])
+                    if factor and factor == len(initial):
+                        kwargs["corruption"] = 0.0  # the caller's codes are free of noise
+                    coarser = grids[-1] if grids else None
+                    grids.append(stack.sample(factor, coarser, labels[rows], noise, **kwargs))
+                    is_watched = factor < stack.num_levels and not call.interrupt
                     if callback_on_step_end is not None and is_watched:
-                        shown = {name: grids for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, step, step, shown)
-                        configs = [level.config for level in self.levels]
-                        found = changed_codes(changed, grids, configs, self.grid_sizes)
-                        grids[:] = [z.to(self._execution_device) for z in found]
+                        tensors = {name: grids for name in callback_on_step_end_tensor_inputs}
+                        result = callback_on_step_end(self, factor, factor, tensors)
+                        grids = callback_codes(result, grids, stack)
                     progress.update()
-                    if call.interrupt and (batches or is_enough):
+                    if call.interrupt and (batches or is_preview_enough):
                         break
                     if call.interrupt:
-                        for row in controls:
-                            row["temperature"] = 0.0
-                if len(grids) == stop or not batches:
+                        sampling_kwargs = [{**row, "temperature": 0.0} for row in sampling_kwargs]
+                if len(grids) == num_grids or not batches:
                     batches.append([grid.cpu() for grid in grids])
                 if call.interrupt:
                     break
-            columns = [torch.cat(column) for column in zip(*batches, strict=True)]
-            drawn = columns[: self.num_levels]
-            if len(columns) > self.num_levels:
-                images = from_pixel_values(columns[-1], output_type)
-            elif output_type == "latent":
-                images = drawn[-1]
-            else:
-                images = self.preview(drawn, output_type=output_type, batch_size=batch_size)
+        columns = [torch.cat(column) for column in zip(*batches, strict=True)]
+        sampled_codes = columns[: stack.num_levels]
+        if len(columns) > stack.num_levels:
+            images = from_pixel_values(columns[-1], output_type)
+        elif output_type == "latent":
+            images = sampled_codes[-1]
+        else:
+            level = len(sampled_codes)
+            pixel_values = stack.preview(sampled_codes[-1], level, batch_size)
+            images = from_pixel_values(pixel_values, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
-            return images, drawn
-        return ProgressiveVAEPipelineOutput(images=images, codes=drawn)
-
-    def _ancestral_sample(self, call, grids, labels, generator, controls, stop) -> Iterator[int]:
-        """Ancestral sampling: appends z_1, z_2 … z_N, s to `grids`, yields each factor's index."""
-        given_levels = len(grids)
-        if not grids:
-            prior = self._require_prior()
-            given, told = known_labels(labels, prior.config), controls[0] | self._guidance(call, 0)
-            grids.append(prior.sample(len(labels), given, generator=generator, **told))
-            yield 0
-        for i in range(len(grids), stop):
-            level, size = self.levels[i - 1], self.grid_sizes[i]
-            told = controls[i] | self._guidance(call, i)
-            given = known_labels(labels, level.config)
-            is_drawn = i != given_levels
-            told["corruption"] = min(told["corruption"], level.config.corruption) * is_drawn
-            grids.append(
-                level.sample(grids[-1], given, generator=generator, finer_size=size, **told)
-            )
-            yield i
-
-    def _guidance(self, call: Call, factor: int) -> dict[str, float]:
-        return per_factor(self.factor_names, guidance_scale=call.guidance_scale)[factor]
+            return images, sampled_codes
+        return ProgressiveVAEPipelineOutput(images=images, codes=sampled_codes)
 
     def decode(
         self,
         codes: list[Tensor],
         output_type: str = "pil",
         generator: Generators = None,
-        **controls,
+        **sampling_kwargs,
     ):
-        """Images of the codes [z_1 … z_k]; finer grids, where not given, are drawn too.
+        """Images of the codes [z_1 … z_k]; finer grids that are missing are sampled too.
 
-        Given all N grids only the image is drawn, from z_N. Further keywords as in `__call__`.
+        From all N grids only the image is sampled, given z_N. Further keywords as in `__call__`.
         """
-        return self(codes=codes, output_type=output_type, generator=generator, **controls).images
+        return self(
+            codes=codes, output_type=output_type, generator=generator, **sampling_kwargs
+        ).images
 
     def reconstruct(
         self,
@@ -354,15 +419,15 @@ class ProgressiveVAEPipeline(EditingPipeline):
         level: int | None = None,
         output_type: str = "pil",
         generator: Generators = None,
-        **controls,
+        **sampling_kwargs,
     ):
-        """Images drawn again from their own z_1 … z_k, k = `level` (N where not given).
+        """Reconstructions of images from their own z_1 … z_k, k = `level` (N if not given).
 
-        k = 1 shows what the coarsest codes alone say. Further keywords as in `__call__`.
+        k = 1 is a reconstruction from the coarsest codes only. Further keywords as in `__call__`.
         """
-        level = self._checked(level)
-        batch = {"batch_size": controls["batch_size"]} if "batch_size" in controls else {}
-        return self.decode(self.encode(images, **batch)[:level], output_type, generator, **controls)
+        level = self._check_level(level)
+        codes = self.encode(images, sampling_kwargs.get("batch_size", 256))[:level]
+        return self.decode(codes, output_type, generator, **sampling_kwargs)
 
     @torch.no_grad()
     def preview(
@@ -372,32 +437,222 @@ class ProgressiveVAEPipeline(EditingPipeline):
         output_type: str = "pil",
         batch_size: int = 256,
     ):
-        """What the auxiliary decoders expect to see of z_k: one pass a level, nothing is drawn.
+        """The auxiliary decoders' expected image of z_k: one pass a level, nothing is sampled.
 
         Args:
             shown: codes [z_1 … z_k], or images, which are encoded.
-            level: k; where not given the finest level that there are codes of.
+            level: k; the finest level that there are codes of if not given.
             output_type: as in `__call__`.
 
         Raises:
             ValueError: a level from k on without an auxiliary decoder, codes or images that are
                 none, or a `level` of which there are no codes.
         """
+        stack = self.stack
         batch_size = as_integer("batch_size", batch_size, 1)
-        is_codes = isinstance(shown, (list, tuple)) and all(
-            isinstance(z, (np.ndarray, Tensor)) and z.dtype in (torch.long, np.int64) for z in shown
-        )
-        codes = as_grids(shown) if is_codes else self.encode(shown, batch_size)  # type: ignore
-        check_grids(codes, [level.config for level in self.levels], self.grid_sizes)
+        codes = as_grids(shown) if is_codes(shown) else stack.encode_images(shown, batch_size)
+        stack.check_codes(codes)
         level = len(codes) if level is None else as_integer("level", level, 1, len(codes))
-        paint = PreviewDecoder(self.levels[level - 1 :], self.grid_sizes[level:])
-        batches = [
-            paint.decode_codes(grid.to(self._execution_device)).cpu()
-            for grid in codes[level - 1].split(batch_size)
-        ]
+        pixel_values = stack.preview(codes[level - 1], level, batch_size)
         self.maybe_free_model_hooks()
-        return from_pixel_values(torch.cat(batches), output_type)
+        return from_pixel_values(pixel_values, output_type)
 
-    def enable_sequential_cpu_offload(self, *args, **kwargs):
-        """Not supported: weights are read outside of the `forward` that its hooks wait for."""
-        raise ValueError("expected enable_model_cpu_offload in place of the sequential one")
+    # ---- editing ---------------------------------------------------------------------------------
+
+    def inpaint(
+        self,
+        image: Images,
+        mask_image: Images,
+        class_labels: Labels = None,
+        num_images_per_prompt: int = 1,
+        num_particles: int | list[int] = 16,
+        guidance_scale: float | list[float] = 1.0,
+        temperature: float | list[float] = 1.0,
+        top_k: int | list | None = None,
+        top_p: float | list | None = None,
+        corruption: float | list[float] = 0.0,
+        generator: Generators = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        batch_size: int = 256,
+        num_candidates: int | list[int] | None = None,
+    ):
+        """Sample the region under a mask, from coarse to fine, given the rest of the image.
+
+        Pixels outside the mask are returned unchanged. A code is fixed if all pixels of its patch
+        are outside: it is that of the image with a smooth filling under the mask, as encoders look
+        beyond patches. If a share 1/2 < q < 1 of a patch is outside, that code is a guess, which a
+        particle takes with probability 2q − 1, at a cost in weight. All else is sampled.
+
+        Args:
+            image: one for each prompt.
+            mask_image: one for all images or one for each: PIL, (B, H, W), (B, 1, H, W), or arrays
+                (B, H, W, 1), of uint8, floats in [0, 1] or bool. White (1) is sampled, black (0) is
+                observed, gray is what it is nearer to.
+            class_labels: one for each image, or none.
+            num_particles: of each factor, for one image: one number, or a list for [prior,
+                level_1 … level_N]. Particles are resampled by their weights, under which observed
+                values are likely: the more, the better parts fit, and the longer it takes
+                (codes cost least). 1 takes the first sample. The limit is the posterior given the
+                observed pixels and codes, at temperature 1 without guidance (with them, roughly).
+            batch_size: particles sampled at a time.
+            num_images_per_prompt, guidance_scale, temperature, top_k, top_p, corruption, generator,
+                output_type: as in `__call__`.
+            num_candidates: deprecated name of `num_particles`.
+
+        Returns:
+            `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
+
+        Raises:
+            ValueError: images, masks, labels or sampling arguments that do not fit, or a pipeline
+                without a prior where codes of z_1 are to be sampled.
+        """
+        if num_candidates is not None:
+            warnings.warn(
+                "num_candidates is deprecated, use num_particles", DeprecationWarning, stacklevel=2
+            )
+            num_particles = num_candidates
+        check_outputs(output_type, (), [])
+        grids = inpaint(
+            self.stack,
+            image,
+            mask_image,
+            class_labels,
+            num_images_per_prompt,
+            num_particles,
+            guidance_scale,
+            temperature,
+            top_k,
+            top_p,
+            corruption,
+            generator,
+            batch_size,
+            with_pixels=output_type != "latent",
+            progress_bar=self.progress_bar,
+        )
+        self.maybe_free_model_hooks()
+        codes = grids[: self.num_levels]
+        is_latent = output_type == "latent"
+        images = codes[-1] if is_latent else from_pixel_values(grids[-1], output_type)
+        if not return_dict:
+            return images, codes
+        return ProgressiveVAEPipelineOutput(images=images, codes=codes)
+
+    def variations(
+        self, image: Images, level: int = 1, num_images_per_prompt: int = 1, **sampling_kwargs
+    ):
+        """Images that share their coarser codes z_1 … z_k, k = `level`, with the input images; the
+        rest is sampled.
+
+        Further keywords as in `__call__`, whose output it returns; `class_labels` are one for each
+        image.
+        """
+        level = self._check_level(level)
+        codes = self.encode(image, sampling_kwargs.get("batch_size", 256))[:level]
+        return self(codes=codes, num_images_per_prompt=num_images_per_prompt, **sampling_kwargs)
+
+    def interpolate(
+        self,
+        image: Images,
+        other: Images,
+        level: int | None = None,
+        steps: int = 5,
+        class_labels: Labels = None,
+        generator: Generators = None,
+        **sampling_kwargs,
+    ):
+        """Images on the way from one image to another, in the codes z_k, k = `level` (N if not
+        given): at weight w each is the code nearest to (1 − w)·(code vector of the one) +
+        w·(code vector of the other), and what is finer is sampled, with the same noise for all
+        steps.
+
+        Args:
+            image, other: the same number of images.
+            steps: the number of weights from 0 to 1, both included.
+            class_labels: one for each pair, or none.
+            generator: one for all, or one for each pair.
+
+        Returns:
+            what `__call__` does, whose further keywords it takes, `preview` among them: all steps
+            of the first pair, then those of the second; `codes` coarser than z_k are those that
+            the encoders return for it.
+        """
+        level = self._check_level(level)
+        steps = as_integer("steps", steps, 2)
+        stack = self.stack
+        batch_size = sampling_kwargs.get("batch_size", 256)
+        codes = interpolate(stack, image, other, level, steps, batch_size)
+        count = len(codes[0]) // steps
+        noise = shared_noise(as_generators(generator, count), count, steps)
+        labels = None
+        if class_labels is not None:
+            labels = stack.label_ids(class_labels, count).repeat_interleave(steps)
+        return self(labels, codes=codes, generator=noise, **sampling_kwargs)
+
+    # ---- compression -----------------------------------------------------------------------------
+
+    def compress(
+        self, images: Images, class_labels: Labels = None, arithmetic: str = "float"
+    ) -> list[bytes]:
+        """One stream of bytes for each image. Its length is `log_prob` in bits, rounded up to
+        words of 32 bits, plus a header of eight bytes (with a class, nine or more).
+
+        A stream does not depend on the other images of the call. Floating-point results differ in
+        the last bits between machines: a float stream of another machine may be unreadable, which
+        raises an error. Streams in integer arithmetic are portable, take several times as long, and
+        are hardly larger.
+
+        Args:
+            images: of the pipeline's size.
+            class_labels: of the class-conditional factors, one for each image; they are in the
+                streams. `None` is the null class.
+            arithmetic: "float", or "integer" for fixed-point arithmetic.
+
+        Raises:
+            ValueError: a pipeline without a prior; images, labels or arithmetic that are invalid;
+                or a backbone with an operation that fixed-point arithmetic does not have.
+            ImportError: the extra `codec` is not installed.
+        """
+        streams = codec.compress(self.stack, images, class_labels, arithmetic)
+        self.maybe_free_model_hooks()
+        return streams
+
+    def decompress(self, data: bytes | list[bytes], num_levels: int | None = None) -> Tensor:
+        """The images that were compressed, bit for bit, uint8 (B, C, H, W).
+
+        Args:
+            data: a stream, or a list of them.
+            num_levels: k: read only z_1 … z_k, and return the auxiliary decoders' expected images,
+                or if there are none the most probable values. Prefixes of streams suffice then; no
+                checksum tells whether the result is right.
+
+        Raises:
+            ValueError: streams that end too early, were made by another model, are damaged, or
+                cannot be read with the arithmetic of this machine; `num_levels` out of range.
+            ImportError: the extra `codec` is not installed.
+        """
+        images = codec.decompress(self.stack, data, num_levels)
+        self.maybe_free_model_hooks()
+        return images
+
+    def stream_id(self, arithmetic: str = "float") -> str:
+        """The identity of all streams that this pipeline makes on this machine, in hexadecimal: of
+        its weights and of the arithmetic.
+
+        Args:
+            arithmetic: as in `compress`.
+        """
+        return codec.stream_id(self.stack, arithmetic)
+
+    def _check_level(self, level: int | None) -> int:
+        """1 … N; N if not given."""
+        return self.num_levels if level is None else as_integer("level", level, 1, self.num_levels)
+
+
+def _step_kwargs(stack: LevelStack, factor: int, call: CallState, sampling_kwargs: dict) -> dict:
+    """The sampling arguments of one factor, with the call's current guidance scale."""
+    scales = per_factor(stack.factor_names, guidance_scale=call.guidance_scale)
+    kwargs = {**sampling_kwargs, **scales[factor]}
+    if factor:
+        kwargs["corruption"] = min(kwargs["corruption"], stack.configs[factor - 1].corruption)
+    return kwargs

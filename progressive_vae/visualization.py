@@ -1,4 +1,4 @@
-"""Images side by side: drawn ones, and what each level says of given ones."""
+"""Image grids: samples, code maps, and reconstructions of each level."""
 
 import PIL.Image
 import torch
@@ -12,9 +12,10 @@ from .pipeline import ProgressiveVAEPipeline
 
 
 def image_grid(images: list[Image], columns: int) -> Image:
-    """Rows of `columns` images with a thin gap; small ones enlarged, pixel by pixel."""
+    """Rows of `columns` images with a thin gap; small ones are enlarged without interpolation."""
     width, height = images[0].size
-    scale, gap = max(1, 64 // max(width, height)), 2
+    scale = max(1, 64 // max(width, height))
+    gap = 2
     cells = []
     for image in images:
         cell = PIL.Image.new(image.mode, (width * scale + gap, height * scale + gap))
@@ -24,8 +25,8 @@ def image_grid(images: list[Image], columns: int) -> Image:
 
 
 def code_map(codes: Tensor) -> Image:
-    """A grid of codes, int64 (H_i, W_i), as a picture with a color for each code."""
-    hue = (codes * 0.618034) % 1.0  # neighboring numbers far apart
+    """A grid of codes, int64 (H_i, W_i), as an image with one color for each code."""
+    hue = (codes * 0.618034) % 1.0  # golden ratio: colors of neighboring codes differ
     light = 0.55 + 0.45 * ((codes * 0.754878) % 1.0)
     hsv = torch.stack([hue, torch.full_like(hue, 0.55), light], -1)
     bands = (255 * hsv).round().to(torch.uint8).movedim(-1, 0).cpu().numpy()
@@ -33,7 +34,7 @@ def code_map(codes: Tensor) -> Image:
 
 
 def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
-    """Drawn images: a row for each class (at most 10), or 10 rows of an unconditional model."""
+    """Samples: a row for each class (at most 10), or 10 rows of an unconditional model."""
     assert pipe.prior is not None
     rows = min(pipe.prior.config.num_classes, 10) or 10
     generators = [torch.Generator().manual_seed(seed + i) for i in range(rows * columns)]
@@ -46,16 +47,17 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
 
 def has_previews(pipe: ProgressiveVAEPipeline) -> bool:
     """Whether all levels have auxiliary decoders."""
-    return all(level.auxiliary is not None for level in pipe.levels)
+    return pipe.stack.has_previews
 
 
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
     """One row for each level, from the coarsest to the finest, then the images themselves.
 
-    Row i shows uint8 images (B, C, H, W) drawn again from their own z_1 … z_i; above the rows of
-    what is drawn are those of what auxiliary decoders expect, where there are any.
+    Row i holds reconstructions of uint8 images (B, C, H, W) from their own z_1 … z_i. The rows of
+    sampled reconstructions follow those of the auxiliary decoders' previews, if there are any.
     """
-    codes, rows = pipe.encode(images), []
+    codes = pipe.encode(images)
+    rows: list[Image] = []
     if has_previews(pipe):
         for level in range(1, pipe.num_levels + 1):
             rows += pipe.preview(codes, level)

@@ -87,7 +87,7 @@ def test_levels_appear_as_the_pipeline_draws_them(app, shipped):
 def test_what_is_seen_in_a_picture(app, shipped):
     page = app.Page(shipped)
     *_, (found, bits, sizes, grown, codes) = page.look(as_png(photograph()))
-    assert "converted from RGB to grayscale, its middle resized from 120×80 to 28×28" in found
+    assert "converted from RGB to grayscale, center crop resized from 120×80 to 28×28" in found
     assert len(pictures_of(found)) == 3 + 2 and "of 1 kind" not in found
     image = resize_and_convert(photograph(), shipped.image_shape)[0]
     stated = shipped.bits_per_dim(image)
@@ -144,7 +144,7 @@ def test_any_picture_becomes_one_of_the_pipeline():
     glass = PIL.Image.new("RGBA", (9, 9), (0, 0, 0, 0))
     image, done = resize_and_convert(glass, (3, 4, 6))
     assert image.size == (6, 4) and np.all(np.asarray(image) == 255)
-    assert done == ["transparency composited on white", "its middle resized from 9×9 to 6×4"]
+    assert done == ["transparency composited on white", "center crop resized from 9×9 to 6×4"]
     image, done = resize_and_convert(PIL.Image.fromarray(array), (1, 8, 8))
     assert done == ["reduced to 8 bits over its range of values"] and np.asarray(image).max() == 255
     gray = PIL.Image.new("L", (8, 8), 3)

@@ -19,7 +19,7 @@ def test_a_preview_takes_the_most_probable_finer_values(pipe):
     assert torch.equal(drawn.codes[0], preview.codes[0])
 
 
-def test_levels_are_told_how_corrupt_codes_are():
+def test_levels_are_conditioned_on_the_noise_level():
     level = tiny_level(num_channels=1, corruption=0.2)
     pipe = ProgressiveVAEPipeline(tiny_prior(), level, image_size=[4, 4])
     pipe.set_progress_bar_config(disable=True)
@@ -31,7 +31,7 @@ def test_levels_are_told_how_corrupt_codes_are():
     assert torch.equal(draw(0.2), draw([0.0, 0.2])) and torch.equal(draw(0.2), draw(0.9))
 
 
-def test_controls_of_each_factor(pipe):
+def test_sampling_arguments_per_factor(pipe):
     same = pipe(temperature=[1.0, 1.0, 1.0, 1.0], generator=generators(1), output_type="pt").images
     assert torch.equal(same, pipe(generator=generators(1), output_type="pt").images)
     greedy = pipe(temperature=0, output_type="pt").images
@@ -39,7 +39,7 @@ def test_controls_of_each_factor(pipe):
     assert torch.equal(greedy, pipe(top_p=1e-6, output_type="pt").images)
 
 
-def test_callback_sees_and_replaces_codes(pipe):
+def test_a_callback_reads_and_replaces_codes(pipe):
     seen = []
 
     def callback(_, step, __, tensors):
@@ -52,7 +52,7 @@ def test_callback_sees_and_replaces_codes(pipe):
     assert not output.codes[1].any()
 
 
-def test_callback_sets_the_guidance_of_what_follows():
+def test_a_callback_sets_the_guidance_scale_of_later_factors():
     levels = [
         tiny_level(num_symbols=4, num_classes=2, seed=1),
         tiny_level(num_channels=3, codebook_size=4, num_classes=2, seed=2),
@@ -89,7 +89,7 @@ def test_a_callback_that_returns_no_grids(pipe, returned, message):
         pipe(callback_on_step_end=lambda *_: returned)
 
 
-def test_threads_that_share_a_pipeline_do_not_meet():
+def test_threads_have_separate_call_states():
     """Each call has a scale of its own, and a callback that changes it, in mid-call."""
     level = tiny_level(num_symbols=4, num_classes=2, seed=1)
     finest = tiny_level(num_channels=3, codebook_size=4, num_classes=2, seed=2)
@@ -118,7 +118,7 @@ def test_threads_that_share_a_pipeline_do_not_meet():
     assert not torch.equal(alone[0], alone[7])
 
 
-def test_a_call_within_a_call_gives_way_to_it():
+def test_a_nested_call_restores_the_state_of_the_outer_call():
     level = tiny_level(num_channels=3, num_classes=2)
     pipe = ProgressiveVAEPipeline(tiny_prior(num_classes=2), level)
     pipe.set_progress_bar_config(disable=True)
@@ -136,7 +136,7 @@ def test_a_call_within_a_call_gives_way_to_it():
     assert not torch.equal(changed, draw())
 
 
-def test_a_temperature_next_to_nothing_is_nothing(pipe):
+def test_a_tiny_temperature_is_zero(pipe):
     cold = pipe(temperature=0.0, output_type="pt").images
     for temperature in (1e-38, 1e-300, 1e-9):
         assert torch.equal(pipe(temperature=temperature, output_type="pt").images, cold)
@@ -164,7 +164,7 @@ def test_a_temperature_next_to_nothing_is_nothing(pipe):
         (dict(codes=[torch.full((1, 1, 1), 3)]), "codes of level 1 in 0 … 2"),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], class_labels=[0]),
-            "class_labels=None, as no drawn factor .*got .0.",
+            "class_labels=None, as no sampled factor .*got .0.",
         ),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], guidance_scale=2.0),
@@ -247,7 +247,7 @@ def test_arguments_of_other_methods(pipe, images):
                        lambda: pipe.encode(images, "all"),
                        lambda: pipe.inpaint(images, images[:, :1], batch_size=None)],
         "steps": [lambda: pipe.interpolate(images, images, steps=True)],
-        "num_candidates": [lambda: pipe.inpaint(images, images[:, :1], num_candidates="16")],
+        "num_particles": [lambda: pipe.inpaint(images, images[:, :1], num_particles="16")],
         "class_labels": [lambda: pipe.log_prob(images, [0, 1, None, 0]),
                          lambda: pipe.compress(images, {0, 1})],
         "num_levels": [lambda: pipe.decompress([b"0" * 12], num_levels="1")],
@@ -276,7 +276,7 @@ def interrupting(step_to_end, calls):
     return callback
 
 
-def test_an_interrupted_call_shows_the_codes_so_far():
+def test_an_interrupted_call_returns_a_preview_of_its_codes():
     levels = [
         tiny_level(num_symbols=4, auxiliary_hidden_size=8, seed=1),
         tiny_level(num_channels=3, codebook_size=4, auxiliary_hidden_size=8, seed=2),

@@ -1,4 +1,4 @@
-"""Images as bytes and back: lossless, as long as the model says, and an error where that fails."""
+"""Lossless compression: round trips, stream lengths near log_prob, errors of other streams."""
 
 import math
 
@@ -56,7 +56,7 @@ def pictures(count, size, channels=3):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
-def test_images_come_back_in_as_many_bytes_as_the_model_says(kind, size):
+def test_round_trip_and_stream_length_near_log_prob(kind, size):
     pipe = pipeline(size, **kind)
     drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
     images = torch.cat([pictures(3, size), unit_to_uint8(drawn)])
@@ -70,8 +70,8 @@ def test_images_come_back_in_as_many_bytes_as_the_model_says(kind, size):
 
 
 @pytest.mark.parametrize("distribution", PIXEL_DISTRIBUTIONS)
-def test_a_stream_is_the_same_whatever_is_beside_it(distribution):
-    # More than are coded at a time, by networks whose rows fill registers, as real ones do.
+def test_a_stream_does_not_depend_on_its_batch(distribution):
+    # More than a batch, by networks whose rows fill registers, as real ones do.
     pipe, images = pipeline((5, 7), pixel_distribution=distribution, **WIDE), pictures(134, (5, 7))
     streams = pipe.compress(images)
     for part in (slice(0, 1), slice(3, 5), slice(124, 134)):
@@ -81,7 +81,7 @@ def test_a_stream_is_the_same_whatever_is_beside_it(distribution):
     assert torch.equal(pipe.decompress(streams[7]), images[7:8])  # one, by itself
 
 
-def test_streams_of_earlier_versions_are_read_as_many_at_a_time_as_they_were_made(monkeypatch):
+def test_streams_of_earlier_versions_are_decoded_in_their_batch_size(monkeypatch):
     pipe, images = pipeline((5, 7), **WIDE), pictures(70, (5, 7))
     monkeypatch.setattr(codec, "MAX_IMAGES", 64)
     older = pipe.compress(images)
@@ -100,7 +100,7 @@ def test_streams_of_earlier_versions_are_read_as_many_at_a_time_as_they_were_mad
     assert sizes == [(64, 64), (2, 64), (4, 128)]
 
 
-def test_the_class_is_in_the_stream():
+def test_the_header_holds_the_class():
     pipe, images = tiny_pipeline(), pictures(3, (5, 7))
     streams = pipe.compress(images, [1, 0, 2])  # the last is the null class
     plain = pipe.compress(images)
@@ -117,7 +117,7 @@ def test_the_class_is_in_the_stream():
 
 
 @pytest.mark.parametrize("kind", [{"auxiliary_hidden_size": 16, **WIDE}, WIDE])
-def test_the_first_bytes_are_a_picture(kind):
+def test_prefixes_decode_to_previews(kind):
     pipe, images = pipeline_of(**kind), pictures(4, (5, 7))
     streams, codes = pipe.compress(images), pipe.encode(images)
     lengths = []
@@ -146,7 +146,7 @@ def _reads(pipe, stream, num_levels):
         return False
 
 
-def test_what_is_no_stream_of_the_model_is_an_error(monkeypatch):
+def test_other_streams_raise_an_error(monkeypatch):
     pipe, images = tiny_pipeline(), pictures(2, (5, 7))
     stream, second = pipe.compress(images)
     other = tiny_pipeline()
@@ -167,7 +167,7 @@ def test_what_is_no_stream_of_the_model_is_an_error(monkeypatch):
     for k in (0, 4, 1.5, "1", True):
         with pytest.raises(ValueError, match="expected num_levels in 1 … 3, got"):
             pipe.decompress(stream, num_levels=k)
-    # Other arithmetic that comes to the same is none the worse for it; what fails is told.
+    # Other arithmetic with equal results decodes; a failure names the arithmetic.
     elsewhere = bytes([stream[0]]) + stream[1:3] + bytes([stream[3] ^ 1]) + stream[4:]
     assert torch.equal(pipe.decompress(elsewhere), images[:1])
     damaged = elsewhere[:10] + bytes([elsewhere[10] ^ 1]) + elsewhere[11:]
@@ -181,7 +181,7 @@ def test_what_is_no_stream_of_the_model_is_an_error(monkeypatch):
         pipe.compress(images[..., :4])
 
 
-def test_whole_numbers_in_proportion():
+def test_frequency_tables_are_proportional_to_probabilities():
     generator = torch.Generator().manual_seed(0)
     for num_values in (2, 3, 64, 256, 16_384):
         logits = torch.randn(2, 5, num_values, generator=generator) * 8
@@ -199,7 +199,7 @@ def test_whole_numbers_in_proportion():
         frequency_table(Categorical(logits * math.nan), 2)
 
 
-def test_in_inference_mode_and_of_one_picture():
+def test_in_inference_mode_and_of_one_image():
     pipe, picture = tiny_pipeline(), from_pixel_values(torch.zeros(1, 3, 5, 7), "pil")[0]
     with torch.inference_mode():
         for arithmetic in ("float", "integer"):
@@ -220,7 +220,7 @@ def test_half_precision_and_other_devices(images):
     assert torch.equal(whole.decompress(inside), images)
 
 
-def test_without_the_coder_the_remedy_is_named(images, monkeypatch):
+def test_the_error_without_constriction_names_the_extra(images, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "constriction", None)

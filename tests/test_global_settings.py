@@ -97,7 +97,7 @@ def results_of(pipe, images, mask) -> list[torch.Tensor]:
         draw(),
         draw(top_k=3, top_p=0.9, temperature=1.2, guidance_scale=2.0, corruption=strength),
         pipe.preview(images, output_type="pt"),
-        pipe.inpaint(images, mask, generator=one, num_candidates=2, output_type="pt").images,
+        pipe.inpaint(images, mask, generator=one, num_particles=2, output_type="pt").images,
         pipe.interpolate(images[:1], images[1:2], generator=one, output_type="pt").images,
     ]
     for arithmetic in ("float", "integer"):

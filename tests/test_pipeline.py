@@ -298,7 +298,7 @@ def test_images_in_any_iterable_are_the_same_images(pipe, images):
         lambda x: pipe.interpolate(x, images, generator=generators(4), output_type="pt").images,
         lambda x: (
             pipe.inpaint(
-                x, torch.ones(5, 7), generator=generators(4), num_candidates=1, output_type="pt"
+                x, torch.ones(5, 7), generator=generators(4), num_particles=1, output_type="pt"
             ).images
         ),
     ]

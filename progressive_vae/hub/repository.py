@@ -40,7 +40,7 @@ def register(pipeline: type[DiffusionPipeline], *parts: type):
     the code of parts that a repository may hold.
     """
     setattr(diffusers, pipeline.__name__, pipeline)
-    setattr(diffusers.pipelines, "progressive_vae", sys.modules["progressive_vae"])
+    diffusers.pipelines.progressive_vae = sys.modules["progressive_vae"]
     classes = {part.__name__: LOADED_BY for part in parts}
     pipeline_loading_utils.LOADABLE_CLASSES["progressive_vae"] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)

@@ -1,4 +1,4 @@
-"""Networks in whole numbers: what floats say, and the same in any batch and on any machine."""
+"""Fixed-point arithmetic: close to floats, and the same in any batch and on any machine."""
 
 import os
 import subprocess
@@ -21,23 +21,23 @@ def numbers(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 4
 
 
-OF_ONE = ["exp", "log", "sin", "cos", "sigmoid", "tanh", "sinh"]
+ELEMENTWISE = ["exp", "log", "sin", "cos", "sigmoid", "tanh", "sinh"]
 
 
-@pytest.mark.parametrize("name", OF_ONE)
-def test_functions_of_one_number(name):
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_functions(name):
     x = torch.cat([numbers(1000), torch.tensor([0.0, -0.0, 1e-30, 700.0, -700.0, -1e4])]).double()
     x = x.abs() if name == "log" else x
     function = getattr(torch, name)
     with fixed_point_arithmetic():
-        found, single = function(x), function(x.float())
+        double, single = function(x), function(x.float())
         assert x.clone().sigmoid_().equal(torch.sigmoid(x))
-    assert found.dtype == torch.float64 and single.dtype == torch.float32
+    assert double.dtype == torch.float64 and single.dtype == torch.float32
     # Near its zeros a sine is only as good as π.
-    assert torch.allclose(found, function(x), rtol=1e-11, atol=1e-12)
+    assert torch.allclose(double, function(x), rtol=1e-11, atol=1e-12)
 
 
-def test_functions_of_many():
+def test_sums_and_products():
     x, weight, bias = numbers(3, 5, 6, 7), numbers(4, 5, 3, 3), numbers(4)
     q, k = numbers(2, 3, 5, 8), numbers(2, 3, 9, 8).flip(0)
     matrix, row = numbers(4, 7), numbers(7)
@@ -58,10 +58,10 @@ def test_functions_of_many():
 
     expected = [*functions()]
     with fixed_point_arithmetic():
-        found = [*functions()]
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours.dtype == theirs.dtype
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)  # 18 bits of a factor
+        results = [*functions()]
+    for actual, expected_value in zip(results, expected, strict=True):
+        assert actual.dtype == expected_value.dtype
+        assert torch.allclose(actual, expected_value, rtol=1e-4, atol=1e-3)  # 18 bits of a factor
 
 
 def test_a_sum_does_not_depend_on_its_order():
@@ -75,27 +75,27 @@ def test_a_sum_does_not_depend_on_its_order():
     assert not torch.equal(x[:, order].sum(1), x.sum(1))  # as it does in floats
 
 
-def test_what_cannot_be_exact_is_refused():
+def test_inexact_operations_raise_an_error():
     x, picture, places = numbers(3), numbers(1, 1, 3, 3), torch.tensor([0, 1, 0])
     for call in (lambda: torch.erf(x), lambda: x.pow(0.5), lambda: torch.add(x, x, alpha=2),
                  lambda: torch.rsub(x, 1.0, 2), lambda: 2**x, lambda: x.scatter_add(0, places, x),
                  lambda: x.index_put((places,), x, accumulate=True),
                  lambda: F.conv_transpose2d(picture, picture)):  # fmt: skip
-        with fixed_point_arithmetic(), pytest.raises(ValueError, match="in whole numbers"):
+        with fixed_point_arithmetic(), pytest.raises(ValueError, match="fixed-point arithmetic"):
             call()
     with pytest.raises(ValueError, match=r"arithmetic among \('float', 'integer'\), got 'exact'"):
         tiny_pipeline().compress(pictures(1, (5, 7)), arithmetic="exact")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
-def test_streams_in_whole_numbers(kind):
+def test_streams_in_fixed_point_arithmetic(kind):
     pipe, images = pipeline((5, 7), **kind), pictures(3, (5, 7))
     streams, floats = pipe.compress(images, arithmetic="integer"), pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     mixed = [floats[0], streams[1], floats[1], streams[0]]
     assert torch.equal(pipe.decompress(mixed), images[[0, 1, 1, 0]])
-    for ours, theirs in zip(streams, floats, strict=True):
-        assert len(ours) <= 1.002 * len(theirs) + 4
+    for fixed_point, float_stream in zip(streams, floats, strict=True):
+        assert len(fixed_point) <= 1.002 * len(float_stream) + 4
     assert pipe.compress(images[1:2], arithmetic="integer") == streams[1:2]
 
 
@@ -113,7 +113,7 @@ print(capability, pipe.compress(images, arithmetic="integer") == streams)
 """
 
 
-def test_another_kind_of_machine_reads_them(tmp_path):
+def test_another_kind_of_machine_decodes_the_streams(tmp_path):
     """Other kernels of torch, other libraries, other threads, other batches."""
     folder = ROOT / "examples" / "fashion_mnist"
     pipe = ProgressiveVAEPipeline.from_pretrained(folder)

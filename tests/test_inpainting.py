@@ -1,4 +1,4 @@
-"""Pictures drawn anew in part: what is known stays, and what is drawn is of the posterior."""
+"""Inpainting, variations, interpolation: observed pixels stay, samples follow the posterior."""
 
 import numpy as np
 import PIL.Image
@@ -14,7 +14,7 @@ from conftest import (
 )
 
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.inpainting import filled
+from progressive_vae.inpainting import fill_masked_region, observe
 
 KINDS = [
     ("lattice", dict(decoder_order="lattice", num_channels=3)),
@@ -58,17 +58,17 @@ def bytes_of(images):
 
 
 @pytest.mark.parametrize(("order", "finest"), KINDS)
-def test_known_pixels_stay_to_the_bit(order, finest):
+def test_observed_pixels_are_unchanged(order, finest):
     pipe = two_levels(order, finest)
     images, masks = some_images(pipe, 100), some_masks(pipe, 100)
-    output = pipe.inpaint(images, masks, num_candidates=2, output_type="pt")
+    output = pipe.inpaint(images, masks, num_particles=2, output_type="pt")
     drawn = bytes_of(output.images)
     is_known = ~masks[:, None].expand_as(images)
     assert torch.equal(drawn[is_known], images[is_known])
     assert (drawn[~is_known] != images[~is_known]).float().mean() > 0.5
-    # Codes whose patches are known whole are kept: of the image with smooth colors in the hole.
+    # Codes of fully observed patches are fixed: those of the image with a smooth filling.
     pixels = images / 127.5 - 1
-    smooth = (filled(pixels, masks[:, None]) + 1) * 127.5
+    smooth = (fill_masked_region(pixels, masks[:, None]) + 1) * 127.5
     unknown = masks[:, None].float()
     codes = pipe.encode(smooth.round().to(torch.uint8))
     for z, found in reversed(list(zip(codes, output.codes, strict=True))):
@@ -80,7 +80,7 @@ def test_known_pixels_stay_to_the_bit(order, finest):
         assert not torch.equal(found, z)
 
 
-def test_nothing_to_draw_and_everything(pipe, images):
+def test_empty_and_full_masks(pipe, images):
     none, every = np.zeros((5, 7), bool), PIL.Image.new("L", (7, 5), 255)
     same = pipe.inpaint(images, none, output_type="pt")
     assert torch.equal(bytes_of(same.images), images)
@@ -111,7 +111,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe, images):
 
 
 def posterior_of(pipe, image, mask, known):
-    """log P(z | what is known) over all z_1, z_2, and those; pixels are independent given z_2."""
+    """log P(z | observations) over all z_1, z_2, and those; pixels are independent given z_2."""
     z_1, z_2 = all_grids(2, 1, 2), all_grids(2, 2, 3)
     pairs = torch.cartesian_prod(torch.arange(len(z_1)), torch.arange(len(z_2)))
     z_1, z_2 = z_1[pairs[:, 0]], z_2[pairs[:, 1]]
@@ -132,15 +132,15 @@ def posterior_of(pipe, image, mask, known):
     return nats.log_softmax(0), torch.cat([z_1.flatten(1), z_2.flatten(1)], 1)
 
 
-def test_many_candidates_draw_from_the_posterior():
-    """Two levels whose codes can all be tried, a hole that leaves codes known, guessed and free."""
+def test_many_particles_sample_from_the_posterior():
+    """Two levels whose codes are enumerable; the mask leaves codes observed, guessed and free."""
     levels = [tiny_level(num_symbols=2, codebook_size=2, seed=5),
               level_of("factorized", 2, None, num_channels=1, codebook_size=2, seed=6)]  # fmt: skip
     prior = tiny_prior(grid_size=[1, 2], codebook_size=2)
     pipe = quiet(ProgressiveVAEPipeline.from_levels(prior, levels, [4, 6]))
     image, mask = some_images(pipe, 1, 3), torch.zeros(4, 6, dtype=torch.bool)
     mask[2:, 1:4] = True
-    known = [(x.values[0], x.trust[0]) for x in pipe._known(image, mask, 1)]
+    known = [(x.values[0], x.confidence[0]) for x in observe(pipe.stack, image, mask, 1)]
     shares = known[0][1].unique().tolist()
     assert any(0 < share < 1 for share in shares) and 1 in known[1][1]
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_many_candidates_draw_from_the_posterior():
     distances = {}
     for number in (1, 8, 64):
         codes = pipe.inpaint(
-            image, mask, num_images_per_prompt=1000, num_candidates=number,
+            image, mask, num_images_per_prompt=1000, num_particles=number,
             generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=2**13,
         ).codes  # fmt: skip
         drawn = torch.cat([z.flatten(1) for z in codes], 1)
@@ -171,7 +171,7 @@ def test_without_a_prior(pipe, images):
     assert len(view.interpolate(images[:2], images[2:]).images) == 10
 
 
-def test_masks_in_any_form_are_the_same_masks(pipe, images):
+def test_masks_of_all_types_are_equivalent(pipe, images):
     mask = some_masks(pipe, 4, seed=5)
     rgb = [PIL.Image.fromarray(m.numpy()).convert("RGB") for m in mask]
     expected = pipe.inpaint(images, mask, generator=generators(4), output_type="pt").images
@@ -183,7 +183,7 @@ def test_masks_in_any_form_are_the_same_masks(pipe, images):
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
-def test_variations_keep_coarser_codes(pipe, images, level):
+def test_variations_share_coarser_codes(pipe, images, level):
     output = pipe.variations(images, level, num_images_per_prompt=3, output_type="pt")
     codes = pipe.encode(images)
     for i, (ours, theirs) in enumerate(zip(output.codes, codes, strict=True), 1):
@@ -192,7 +192,7 @@ def test_variations_keep_coarser_codes(pipe, images, level):
 
 
 @pytest.mark.parametrize("level", [1, 2, None])
-def test_interpolation_ends_in_the_pictures(pipe, images, level):
+def test_interpolation_starts_and_ends_with_the_images(pipe, images, level):
     output = pipe.interpolate(images[:2], images[2:], level, steps=4, output_type="pt",
                               generator=generators(2))  # fmt: skip
     level = level or 3
@@ -205,7 +205,7 @@ def test_interpolation_ends_in_the_pictures(pipe, images, level):
     mixed = 2 / 3 * a + 1 / 3 * b
     distance = (mixed[..., None, :] - codebook).square().sum(-1).min(-1).values
     torch.testing.assert_close((middle - mixed).square().sum(-1), distance, atol=1e-5, rtol=1e-4)
-    # The noise is the same all the way: a picture on the way to itself does not change.
+    # All steps share their noise: between an image and itself nothing changes.
     still = pipe.interpolate(images[:1], images[:1], level, output_type="pt").images
     assert torch.equal(still, still[:1].expand_as(still))
 
@@ -223,8 +223,8 @@ def test_interpolation_ends_in_the_pictures(pipe, images, level):
         (lambda p, x: p.inpaint(x[..., 1:], torch.ones(5, 7)), "expected images of"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), [1]), "expected 4 class_labels, got 1"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), guidance_scale=2.0), "without class_labels"),
-        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_candidates=0), "num_candidates >= 1"),
-        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_candidates=[1, 2]), "num_candidates to"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_particles=0), "num_particles >= 1"),
+        (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_particles=[1, 2]), "num_particles to"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), num_images_per_prompt=0), "per_prompt >= 1"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), temperature=-1), "temperature >= 0"),
         (lambda p, x: p.inpaint(x, torch.ones(5, 7), output_type="x"), "output_type in"),
