@@ -19,7 +19,7 @@ import re
 import sys
 from pathlib import Path
 
-from foreign import PICKLES, Row, convert, make_table, parse, read_weights, replace_prefix
+from common import PICKLES, Row, convert, make_table, parse, read_weights, replace_prefix
 from torch import Tensor
 
 ENCODER_SLOTS = {"blocks.": "encoder.blocks."}

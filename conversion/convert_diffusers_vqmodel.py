@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import VQModel
-from foreign import (
+from common import (
     ADVICE,
     VQ_SLOTS,
     Arguments,
@@ -41,6 +40,7 @@ from foreign import (
     show,
     write,
 )
+from diffusers import VQModel
 
 from progressive_vae import ProgressiveVAELevel
 from progressive_vae.serialization import read_json

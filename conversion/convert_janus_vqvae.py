@@ -15,7 +15,7 @@
 import sys
 from typing import Any
 
-from foreign import (
+from common import (
     ADVICE,
     VQ_SLOTS,
     Arguments,

@@ -23,7 +23,7 @@ import sys
 from typing import Any
 
 import yaml
-from foreign import VQ_SLOTS, convert, make_table, parse, read_weights, replace_prefix
+from common import VQ_SLOTS, convert, make_table, parse, read_weights, replace_prefix
 from torch import Tensor
 
 # In the encoder and in the decoder, in the order in which it is replaced.

@@ -88,7 +88,9 @@ def check_safetensors(path: str | Path, advice: str):
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"expected whole weights in {path}, got {error}: {advice}") from error
+        raise ValueError(
+            f"expected a complete safetensors file in {path}, got {error}: {advice}"
+        ) from error
 
 
 def write_json(path: Path, contents: dict):

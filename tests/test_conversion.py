@@ -6,7 +6,6 @@ Here are those whose libraries are always there. `test_conversion_peers.py` has 
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from progressive_vae import ProgressiveVAELevel
-
-sys.path.append(str(Path(__file__).parents[1] / "conversion"))  # where scripts find `foreign`
 
 PLAIN = {
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,

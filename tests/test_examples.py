@@ -100,8 +100,8 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
         script.main([*flags, "--features", "x"])
 
 
-def test_half_the_bytes_and_the_same_model(trained, tmp_path, images):
-    script = load_script("halve", "conversion")
+def test_convert_to_fp16_halves_the_files(trained, tmp_path, images):
+    script = load_script("convert_to_fp16", "conversion")
     script.main([str(trained), str(tmp_path)])
     whole, half = (ProgressiveVAEPipeline.from_pretrained(path) for path in (trained, tmp_path))
     for name in whole.factor_names:

@@ -11,7 +11,7 @@ from conftest import HUB, assert_same, tiny_level, tiny_pipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import Repo
-from test_card import METRICS
+from test_model_card import METRICS
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.hub.repository import push_folder, weights_digest, write_card

@@ -7,7 +7,7 @@
 # ///
 """Store a pipeline in half the bytes: weights of 16 bits on the disk, of 32 bits once loaded.
 
-    python conversion/halve.py runs/fashion_mnist examples/fashion_mnist
+    python conversion/convert_to_fp16.py runs/fashion_mnist examples/fashion_mnist
 
 Fingerprints, and so the parts' fit for one another, stay as they are. Figures do not go along: they
 are of other weights, if only just. (For weights that are also loaded in 16 bits, as GPUs like them,
