@@ -104,9 +104,7 @@ def tamper(folder: Path, rng: random.Random) -> str:
             inner = fields
             if isinstance(fields.get("backbone_config"), dict) and rng.random() < 0.6:
                 inner = fields["backbone_config"]
-            name = rng.choice(
-                sorted({*inner} - {"dtype"})
-            )  # torch's AttributeError
+            name = rng.choice(sorted({*inner} - {"dtype"}))  # torch's AttributeError
             value = rng.choice(VALUES)
             is_deleted = rng.random() < 0.2
             if is_deleted:

@@ -19,7 +19,7 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from ..models.modeling_utils import is_weights, variant_of
 from ..paths import replacing
-from ..serialization import pop_version, read_json, stamp
+from ..serialization import pop_version, read_json, version_fields
 from .model_card import PICTURES, for_repository, is_generated, model_card
 from .remote_code import files_with_code, is_code
 
@@ -50,7 +50,7 @@ class HubPipeline(DiffusionPipeline):
     """A pipeline that writes a card of its own, and whose pushes are one commit of its files."""
 
     def register_to_config(self, **kwargs):
-        super().register_to_config(**{**kwargs, **stamp("_")})
+        super().register_to_config(**{**kwargs, **version_fields("_")})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
