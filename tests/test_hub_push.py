@@ -245,7 +245,7 @@ def test_usage_without_a_prior_starts_from_a_picture(tmp_path, monkeypatch):
     levels = {name: getattr(tiny_pipeline(), name) for name in ("level_1", "level_2", "level_3")}
     ProgressiveVAEPipeline(prior=None, **levels, image_size=[5, 7]).push_to_hub("org/no-prior")
     monkeypatch.chdir(tmp_path)
-    PIL.Image.new("RGB", (7, 5), "red").save("picture.png")
+    PIL.Image.new("RGB", (7, 5), "red").save("image.png")
     assert "PIL.Image.open" in run_usage("org/no-prior") and (tmp_path / "sample.png").is_file()
 
 

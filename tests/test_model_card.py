@@ -7,7 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from progressive_vae.hub.model_card import figures_table, for_repository, model_card
+from progressive_vae.hub.model_card import for_repository, metrics_table, model_card
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +64,7 @@ def test_every_card_is_whole(metrics):
     known = {*inspect.signature(ModelCardData).parameters, "model-index"}
     assert set(yaml.safe_load(head)) <= known
     assert ("datasets" in head) == (metrics is METRICS)  # "pictures" is no name on the Hub
-    assert "pip install progressive-vae" in body.splitlines()[0]
+    assert "pip install progressive-vae" in body.split("#")[0]
     assert re.findall("^## (.*)", body, re.M) == [
         "Model details", "Uses", "How to get started", "Training", "Evaluation", "Limits",
         "Changes",
@@ -79,13 +79,21 @@ def test_the_project_s_own_card_is_of_the_model_that_comes_with_it():
     found = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert found["bits_per_dim"] == round(metrics["bits_per_dim"]["total"], 4)
     assert found["frechet_distance"] == round(metrics["frechet_distance"], 4)
-    assert figures_table(metrics).split("\n\n")[0] in card.content
+    assert metrics_table(metrics).split("\n\n")[0] in card.content
     assert f"{metrics['sampled_images_per_second']:.0f} images a second" in card.content
 
 
 def test_usage_names_the_repository():
     content = model_card("folder/of/mine").content
     assert 'Pipeline.from_pretrained("folder/of/mine")' in content
-    content = 'OtherPipeline.from_pretrained("a/b")\n' + content  # not ours to change
+    content = 'OtherPipeline.from_pretrained("a/b")\n' + content  # not changed
     moved = for_repository(content, "org/name")
     assert moved == content.replace("folder/of/mine", "org/name")
+
+
+@pytest.mark.parametrize("text", ["<!-- usage -->", "<!-- /installation -->", "from progressive"])
+def test_a_card_without_its_marked_parts_is_an_error(text):
+    content = model_card("folder/of/mine").content
+    assert "without an installation" in for_repository(content, "org/name", with_code=True)
+    with pytest.raises(ValueError, match="expected .* card"):
+        for_repository(content.replace(text, "", 1), "org/name", with_code=True)

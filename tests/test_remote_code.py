@@ -122,7 +122,9 @@ for options in ({{}}, dict(trust_remote_code=True), dict(local_files_only=True))
 
 def test_another_version_says_so(tmp_path):
     path = tmp_path / "pipeline.py"
-    path.write_text(bundle().replace(f"VERSION = {__version__!r}", "VERSION = '0.0.7'"))
+    path.write_text(
+        bundle().replace(f"BUNDLE_VERSION = {__version__!r}", "BUNDLE_VERSION = '0.0.7'")
+    )
     with pytest.warns(UserWarning, match=f"code is progressive_vae 0.0.7; {__version__}"):
         exec(compile(path.read_text(), path, "exec"), {"__file__": str(path), "__name__": "x"})
 
