@@ -8,94 +8,96 @@
 """The discrete VAE of DALL-E (8,192 codes, f = 8) as the finest level of a progressive VAE.
 
     python conversion/convert_dalle_dvae.py --checkpoint_path dalle --output_path runs/dalle
-        a folder with `encoder.pt` and `decoder.pt`, or `.safetensors`, of the weights alone.
+        a folder with `encoder.pt` and `decoder.pt`, or `.safetensors`, that contain only weights.
 
-OpenAI's `encoder.pkl` and `decoder.pkl` are pickled modules, which are code, and not loaded. Where
-you trust them, and `dall_e` is installed, this makes the files, here that of the encoder:
+OpenAI's `encoder.pkl` and `decoder.pkl` are pickled modules, which contain code, and are not
+loaded. If you trust them, and `dall_e` is installed, convert each of them, here the encoder:
 `torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "dalle/encoder.pt")`.
 """
 
 import re
-import sys
 from pathlib import Path
 
-from foreign import PICKLES, Row, convert, make_table, parse, read_weights, replace_prefix
+from common import PICKLES, Row, convert, make_table, parse, read_weights, replace_prefix
 from torch import Tensor
 
-ENCODER_SLOTS = {"blocks.": "encoder.blocks."}
-DECODER_SLOTS = {"blocks.input.": "quantizer.input.", "blocks.": "auxiliary.decoder."}
+from progressive_vae.scripts import run_script
+
+ENCODER_PREFIXES = {"blocks.": "encoder.blocks."}
+DECODER_PREFIXES = {"blocks.input.": "quantizer.input.", "blocks.": "auxiliary.decoder."}
 SUFFIXES = (".safetensors", *PICKLES)
 
 
-def encoder_slot(key: str) -> str | None:
-    """The name in a level of a weight of a `dall_e.Encoder`: that of `FlavaImageCodebook`'s."""
+def convert_encoder_key(key: str) -> str | None:
+    """Return the key in a level of a weight of `dall_e.Encoder`; as in `FlavaImageCodebook`."""
     key = re.sub(r"\.(group_\d)\.", r".\1.group.", key)
     key = re.sub(r"\.res_path\.", r".res_path.path.", key)
-    return replace_prefix(_spelled_out(key), ENCODER_SLOTS)
+    return replace_prefix(_rename_parameter(key), ENCODER_PREFIXES)
 
 
-def decoder_slot(key: str) -> str | None:
-    """The name in a level of a weight of a `dall_e.Decoder`: its first layer is the codebook."""
-    return replace_prefix(_spelled_out(key), DECODER_SLOTS)
+def convert_decoder_key(key: str) -> str | None:
+    """Return the key in a level of a weight of `dall_e.Decoder`; layer 1 is the codebook."""
+    return replace_prefix(_rename_parameter(key), DECODER_PREFIXES)
 
 
-def _spelled_out(key: str) -> str:
+def _rename_parameter(key: str) -> str:
     key = re.sub(r"\.w$", ".weight", key)
     return re.sub(r"\.b$", ".bias", key)
 
 
-def read_half(folder: Path, name: str) -> dict[str, Tensor]:
-    """The weights of the encoder or the decoder."""
-    for path in (folder / f"{name}{suffix}" for suffix in SUFFIXES):
+def read_part(folder: Path, name: str) -> dict[str, Tensor]:
+    """Return the weights of the encoder or the decoder."""
+    for suffix in SUFFIXES:
+        path = folder / f"{name}{suffix}"
         if path.is_file():
             return read_weights(path)
     raise ValueError(f"expected {name} with a suffix among {SUFFIXES} in {folder}, got none")
 
 
-def read_sizes(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, int]:
-    """The config of a discrete VAE, which its weights tell."""
-    shapes = {}
-    for half, weights, layer in (
-        ("encoder", encoder, "input"), ("encoder", encoder, "output.conv"),
-        ("decoder", decoder, "input"),
-    ):  # fmt: skip
+def infer_config(encoder: dict[str, Tensor], decoder: dict[str, Tensor]) -> dict[str, int]:
+    """Infer the config of a discrete VAE from the shapes of its weights."""
+
+    def shape_of(part: str, weights: dict[str, Tensor], layer: str) -> tuple[int, ...]:
         weight = weights.get(f"blocks.{layer}.w")
         if weight is None or weight.ndim != 4:
             raise ValueError(
-                f"expected a convolution blocks.{layer}.w in the {half}, got "
+                f"expected a convolution blocks.{layer}.w in the {part}, got "
                 f"{'none' if weight is None else tuple(weight.shape)}"
             )
-        shapes[half, layer] = weight.shape
-    blocks = {found[1] for key in encoder if (found := re.match(r"blocks\.group_1\.(\w+)\.", key))}
+        return tuple(weight.shape)
+
+    encoder_input = shape_of("encoder", encoder, "input")
+    encoder_output = shape_of("encoder", encoder, "output.conv")
+    decoder_input = shape_of("decoder", decoder, "input")
+    matches = [re.match(r"blocks\.group_1\.(\w+)\.", key) for key in encoder]
     return {
-        "vocab_size": shapes["encoder", "output.conv"][0],
-        "n_hid": shapes["encoder", "input"][0],
-        "n_init": shapes["decoder", "input"][0],
-        "n_blk_per_group": len(blocks),
-        "num_channels": shapes["encoder", "input"][1],
+        "vocab_size": encoder_output[0],
+        "n_hid": encoder_input[0],
+        "n_init": decoder_input[0],
+        "n_blk_per_group": len({match[1] for match in matches if match}),
+        "num_channels": encoder_input[1],
     }
 
 
 def main(words: list[str]):
     arguments = parse(words, __doc__)
     if arguments.config_file is not None:
-        raise ValueError("expected no config_file, as the weights tell the sizes, got one")
+        raise ValueError("expected no config_file, as the sizes are inferred, got one")
     folder = Path(arguments.checkpoint_path)
     if not folder.is_dir():
         raise ValueError(f"expected checkpoint_path to be a folder, got {folder}")
-    encoder, decoder = read_half(folder, "encoder"), read_half(folder, "decoder")
-    sizes = read_sizes(encoder, decoder)
+    encoder = read_part(folder, "encoder")
+    decoder = read_part(folder, "decoder")
+    config = infer_config(encoder, decoder)
     table: list[Row] = []
-    for name, weights, slot in (
-        ("encoder", encoder, encoder_slot), ("decoder", decoder, decoder_slot)
-    ):  # fmt: skip
-        rows = make_table(weights, slot)
-        table += [row._replace(theirs=f"{name}.{row.theirs}") for row in rows]
-    convert(arguments, {"model_type": "dalle_dvae", **sizes}, table)
+    for name, weights, convert_key in (
+        ("encoder", encoder, convert_encoder_key),
+        ("decoder", decoder, convert_decoder_key),
+    ):
+        rows = make_table(weights, convert_key)
+        table += [row._replace(source_key=f"{name}.{row.source_key}") for row in rows]
+    convert(arguments, {"model_type": "dalle_dvae", **config}, table)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:  # of flags, files or the Hub
-        sys.exit(f"error: {error}")
+    run_script(main)

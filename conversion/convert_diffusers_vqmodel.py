@@ -9,44 +9,44 @@
 
     python conversion/convert_diffusers_vqmodel.py \
             --checkpoint_path amused/amused-256 --output_path runs/amused
-        a folder or a repository of a `VQModel`, or of a pipeline that has one (`vqvae`, `movq`).
+        a folder or a repository of a `VQModel`, or of a pipeline with one (`vqvae`, `movq`).
 
     python conversion/convert_diffusers_vqmodel.py --reverse \
             --checkpoint_path runs/amused --output_path runs/vqmodel
-        a folder that `VQModel.from_pretrained` loads, with the same weights.
+        a folder for `VQModel.from_pretrained`, with the same weights.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import VQModel
-from foreign import (
+from common import (
     ADVICE,
-    VQ_SLOTS,
+    VQ_PREFIXES,
     Arguments,
     check_table,
     choose_dtype,
     convert,
-    fill,
     find,
     find_config,
+    load_table,
     make_table,
     parse,
+    print_table,
     read_checkpoint,
     replace_prefix,
     shorten,
-    show,
     write,
 )
+from diffusers import VQModel
 
 from progressive_vae import ProgressiveVAELevel
+from progressive_vae.scripts import run_script
 from progressive_vae.serialization import read_json
 
-# What diffusers called the layers of an attention before 0.15.
-OLD_NAMES = {
+# Names of attention layers in diffusers before 0.15, and since then.
+ATTENTION_NAMES = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
     ".value.": ".to_v.",
@@ -61,35 +61,35 @@ class VQModelArguments(Arguments):
     do_normalize: bool | None = field(
         default=None,
         metadata={
-            "help": "whether it sees images in [-1, 1] (true) or in [0, 1] (false); if not given, "
-            "what its pipeline does, and true without one"
+            "help": "whether its images are in [-1, 1] (true) or in [0, 1] (false); default: as "
+            "its pipeline does, and true without one"
         },
     )
-    reverse: bool = field(default=False, metadata={"help": "from a level to a VQModel"})
+    reverse: bool = field(default=False, metadata={"help": "convert a level to a VQModel"})
 
 
-def slot(key: str) -> str | None:
-    """The name in a level of a weight of a `VQModel`."""
+def convert_key(key: str) -> str | None:
+    """Return the key in a level of a weight of a `VQModel`."""
     if ".attentions." in key:
-        for old, new in OLD_NAMES.items():
+        for old, new in ATTENTION_NAMES.items():
             key = key.replace(old, new)
-    return replace_prefix(key, VQ_SLOTS)
+    return replace_prefix(key, VQ_PREFIXES)
 
 
 def locate(source: str) -> tuple[str, str | None]:
-    """The subfolder of the `VQModel`, and the class of the pipeline that it is a part of."""
+    """Return the subfolder of the `VQModel`, and the class of its pipeline, if it has one."""
     if (path := find(source, INDEX)) is not None:
         index = read_json(path, ADVICE)
         parts = {name: part for name, part in index.items() if isinstance(part, list)}
-        ours = [name for name, part in parts.items() if part[1:] == ["VQModel"]]
-        if len(ours) != 1:
+        names = [name for name, part in parts.items() if part[1:] == ["VQModel"]]
+        if len(names) != 1:
             raise ValueError(
                 f"expected a pipeline with a VQModel in {source}, got one with the parts {parts}"
             )
-        return ours[0], str(index.get("_class_name"))
-    beside = Path(source).resolve().parent / INDEX
-    if Path(source).is_dir() and beside.is_file():
-        index = read_json(beside, ADVICE)
+        return names[0], str(index.get("_class_name"))
+    parent_index = Path(source).resolve().parent / INDEX
+    if Path(source).is_dir() and parent_index.is_file():
+        index = read_json(parent_index, ADVICE)
         part = index.get(Path(source).resolve().name)
         if isinstance(part, list) and part[1:] == ["VQModel"]:
             return "", str(index.get("_class_name"))
@@ -97,7 +97,7 @@ def locate(source: str) -> tuple[str, str | None]:
 
 
 def read_config(arguments: VQModelArguments, subfolder: str) -> dict[str, Any]:
-    """The arguments of `VQModel.__init__`, from the config that it has saved."""
+    """Return the arguments of `VQModel.__init__` from its saved config."""
     path = find_config(arguments, subfolder)
     fields = read_json(path, ADVICE)
     if fields.get("_class_name") != "VQModel":
@@ -109,20 +109,19 @@ def read_config(arguments: VQModelArguments, subfolder: str) -> dict[str, Any]:
 
 
 def to_level(arguments: VQModelArguments):
-    subfolder, pipeline = locate(arguments.checkpoint_path)
+    subfolder, pipeline_class = locate(arguments.checkpoint_path)
     do_normalize = arguments.do_normalize
     if do_normalize is None:
-        do_normalize = pipeline is None or not pipeline.startswith("Amused")
-        why = "no pipeline says otherwise" if pipeline is None else f"it is of {pipeline}"
-        print(f"do_normalize: {do_normalize}, as {why}")
+        do_normalize = pipeline_class is None or not pipeline_class.startswith("Amused")
+        print(f"do_normalize: {do_normalize}, the default of {pipeline_class or 'VQModel'}")
     config = {"model_type": "vq_model", **read_config(arguments, subfolder)}
     weights = read_checkpoint(arguments.checkpoint_path, FILES, subfolder)
-    convert(arguments, {**config, "do_normalize": do_normalize}, make_table(weights, slot))
+    convert(arguments, {**config, "do_normalize": do_normalize}, make_table(weights, convert_key))
 
 
 def to_vqmodel(arguments: VQModelArguments):
     if arguments.config_file is not None or arguments.do_normalize is not None:
-        raise ValueError("expected no config_file and no do_normalize with reverse, got some")
+        raise ValueError("expected no config_file and no do_normalize with reverse, got one")
     level = ProgressiveVAELevel.from_pretrained(arguments.checkpoint_path)
     fields = dict(level.config.tokenizer_config or {})
     if fields.pop("model_type", None) != "vq_model":
@@ -131,30 +130,30 @@ def to_vqmodel(arguments: VQModelArguments):
             f"{arguments.checkpoint_path}, got {level.config.tokenizer_config}"
         )
     if not fields.pop("do_normalize", True):
-        print("its images are in [0, 1], which a VQModel's config cannot say")
-    ours = {new: old for old, new in VQ_SLOTS.items()}
+        print("its images are in [0, 1], which a VQModel's config has no field for")
+    prefixes = {target: source for source, target in VQ_PREFIXES.items()}
     state = level.state_dict()
-    kept = {key: state[key] for key in state if replace_prefix(key, ours) is not None}
-    if left := [key for key in state if key not in kept]:
-        print(f"left out: {len(left)} weights that are not the tokenizer's: {shorten(left)}")
-    table = make_table(kept, lambda key: replace_prefix(key, ours))
+    weights = {key: state[key] for key in state if replace_prefix(key, prefixes) is not None}
+    if ignored := [key for key in state if key not in weights]:
+        print(f"ignored: {len(ignored)} weights that are not the tokenizer's: {shorten(ignored)}")
+    table = make_table(weights, lambda key: replace_prefix(key, prefixes))
     model = VQModel(**fields).to(choose_dtype(arguments, table)).eval()
     check_table(table, model.state_dict())
     if arguments.dry_run:
-        show(table)
+        print_table(table)
         return
-    fill(model, table)
+    load_table(model, table)
     write(arguments, model)
 
 
 def main(words: list[str]):
     arguments = parse(words, __doc__, VQModelArguments)
     with torch.no_grad():
-        to_vqmodel(arguments) if arguments.reverse else to_level(arguments)
+        if arguments.reverse:
+            to_vqmodel(arguments)
+        else:
+            to_level(arguments)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:  # of flags, files or the Hub
-        sys.exit(f"error: {error}")
+    run_script(main)

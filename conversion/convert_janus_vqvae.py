@@ -9,15 +9,14 @@
 
     python conversion/convert_janus_vqvae.py \
             --checkpoint_path deepseek-community/Janus-Pro-1B --output_path runs/janus
-        a folder or a repository of a `JanusVQVAE`, or of a whole Janus, of which it is a part.
+        a folder or a repository of a `JanusVQVAE`, or of a Janus, which contains one.
 """
 
-import sys
 from typing import Any
 
-from foreign import (
+from common import (
     ADVICE,
-    VQ_SLOTS,
+    VQ_PREFIXES,
     Arguments,
     convert,
     find_config,
@@ -28,46 +27,44 @@ from foreign import (
 )
 from transformers import JanusVQVAEConfig, PreTrainedConfig
 
+from progressive_vae.scripts import run_script
 from progressive_vae.serialization import read_json
 
 FILES = ("model.safetensors", "pytorch_model.bin")
-WHOLE = "model.vqmodel."  # where a whole Janus has it
+JANUS_PREFIX = "model.vqmodel."  # of the tokenizer's weights in a Janus
 
-# What configs say that the network does not read: β of its loss, and what every config has.
-UNREAD = {"beta", "model_type", "torch_dtype", "_name_or_path", *PreTrainedConfig().to_dict()}
+# Fields that do not affect the network: β of its loss, and those that every config has.
+IGNORED = {"beta", "model_type", "torch_dtype", "_name_or_path", *PreTrainedConfig().to_dict()}
 
 
 def read_config(arguments: Arguments) -> tuple[dict[str, Any], bool]:
-    """The fields of a `JanusVQVAEConfig`, and whether they are those of a part of a Janus."""
+    """Return the fields of a `JanusVQVAEConfig`, and whether it is a part of a Janus."""
     path = find_config(arguments)
     config = read_json(path, ADVICE)
-    kind = config.get("model_type")
-    if kind not in ("janus", "janus_vqgan"):
+    model_type = config.get("model_type")
+    if model_type not in ("janus", "janus_vqgan"):
         raise ValueError(
-            f"expected the config of a 'janus_vqgan' or of a 'janus' (model_type) in {path}, got "
-            f"{kind!r}"
+            f"expected model_type 'janus_vqgan' or 'janus' in {path}, got {model_type!r}"
         )
-    fields = config.get("vq_config") if kind == "janus" else config
+    fields = config.get("vq_config") if model_type == "janus" else config
     if not isinstance(fields, dict):
         raise ValueError(f"expected vq_config in {path}, got {fields!r}")
-    known = {name for name in JanusVQVAEConfig.__annotations__ if name != "model_type"}
-    if unknown := sorted(set(fields) - known - UNREAD):
+    names = {name for name in JanusVQVAEConfig.__annotations__ if name != "model_type"}
+    if unknown := sorted(set(fields) - names - IGNORED):
         raise ValueError(f"expected fields of a JanusVQVAEConfig in {path}, got {unknown}")
-    return {name: value for name, value in fields.items() if name in known}, kind == "janus"
+    config = {name: value for name, value in fields.items() if name in names}
+    return config, model_type == "janus"
 
 
 def main(words: list[str]):
     arguments = parse(words, __doc__)
     fields, is_part = read_config(arguments)
-    prefix = WHOLE if is_part else ""
+    prefix = JANUS_PREFIX if is_part else ""
     weights = read_checkpoint(arguments.checkpoint_path, FILES, prefix=prefix)
-    table = make_table(weights, lambda key: replace_prefix(key.removeprefix(prefix), VQ_SLOTS))
-    left_out = [f"all of Janus that is not in {WHOLE}*"] if is_part else []
-    convert(arguments, {"model_type": "janus_vqgan", **fields}, table, left_out)
+    table = make_table(weights, lambda key: replace_prefix(key.removeprefix(prefix), VQ_PREFIXES))
+    ignored = [f"weights of Janus that are not {JANUS_PREFIX}*"] if is_part else []
+    convert(arguments, {"model_type": "janus_vqgan", **fields}, table, ignored)
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (OSError, ValueError) as error:  # of flags, files or the Hub
-        sys.exit(f"error: {error}")
+    run_script(main)

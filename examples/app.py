@@ -37,7 +37,6 @@ from transformers import HfArgumentParser
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec.progressive import progressive_previews
 from progressive_vae.evaluation.image_codecs import LOSSLESS, codec_roundtrip
-from progressive_vae.hub.space import PACKAGE, push_space
 from progressive_vae.image_files import open_image
 from progressive_vae.image_processor import from_pixel_values, resize_and_convert
 from progressive_vae.models.class_labels import known_labels, label_ids
@@ -82,7 +81,8 @@ class Arguments:
     )
     private: bool = field(default=False, metadata={"help": "of a new Space"})
     package: str = field(
-        default=PACKAGE, metadata={"help": "what the Space installs: a line of requirements.txt"}
+        default="progressive-vae[demo]",
+        metadata={"help": "what the Space installs: a line of requirements.txt"},
     )
     port: int | None = field(default=None, metadata={"help": "7860, or the first free one after"})
 
@@ -378,6 +378,8 @@ def main(words: list[str]):
         words, look_for_args_file=False
     )[0]
     if arguments.push_to_space:
+        from space import push_space  # app.py alone is pushed to the Space
+
         source = Path(__file__).read_text(encoding="utf-8")
         made = push_space(arguments.push_to_space, source, arguments.model, gr.__version__,
                           arguments.package, arguments.private or None)  # fmt: skip

@@ -53,7 +53,7 @@ from progressive_vae.image_files import (
     list_files,
     printable,
 )
-from progressive_vae.paths import expand_home
+from progressive_vae.paths import expand_home, replacing
 from progressive_vae.scripts import run_script
 from progressive_vae.serialization import read_json, write_json
 
@@ -307,9 +307,8 @@ def as_pil(array: np.ndarray) -> PIL.Image.Image:
 
 def save(array: np.ndarray, path: Path, profile: bytes | None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.incomplete")
-    as_pil(array).save(temporary, "PNG", icc_profile=profile)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        as_pil(array).save(temporary, "PNG", icc_profile=profile)
 
 
 def side_by_side(views: dict[str, np.ndarray], scale: int = 3) -> PIL.Image.Image:
@@ -390,9 +389,8 @@ def together(rows: list[dict]) -> Iterator[list[dict]]:
 
 
 def write_table(table: pa.Table, path: Path):
-    temporary = path.with_name(f"{path.name}.incomplete")
-    pq.write_table(table, temporary, compression="zstd")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
 
 
 def loaded(model: str) -> ProgressiveVAEPipeline:

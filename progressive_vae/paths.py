@@ -1,6 +1,7 @@
-"""Paths: `~` as the home folder, folders that can be written, and files that are replaced whole."""
+"""Paths: `~` as the home folder, writable folders, and atomic replacement of files."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,10 +12,10 @@ def expand_home(path: str | os.PathLike[str], name: str) -> str:
     """Return `path` with the home folder in place of a leading `~` or `~user`.
 
     Args:
-        name: of the argument, for the error.
+        name: of the argument, for the error message.
 
     Raises:
-        ValueError: there is no such home folder.
+        ValueError: the home folder does not exist.
     """
     path = os.fspath(path)
     expanded = os.path.expanduser(path)
@@ -23,16 +24,16 @@ def expand_home(path: str | os.PathLike[str], name: str) -> str:
             f"expected {name} in a home folder that exists, got {path!r}: write './{path}' for a "
             "path in the working directory"
         )
-    if os.path.normpath(expanded).startswith("~"):  # "./~", of which pathlib makes "~"
+    if os.path.normpath(expanded).startswith("~"):  # "./~", which pathlib would shorten to "~"
         return os.path.abspath(expanded)
     return expanded
 
 
 def make_folder(path: str | os.PathLike[str], name: str) -> Path:
-    """Make the folder `path`, unless it exists, and check that files can be written there.
+    """Create the folder `path`, unless it exists, and check that it is writable.
 
     Raises:
-        ValueError: it cannot be made or written.
+        ValueError: it cannot be created, or is not writable.
     """
     folder = Path(path)
     try:
@@ -57,14 +58,18 @@ def _not_writable(name: str, folder: Path, error: OSError) -> str:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`. What is written there becomes `path` when the block ends.
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends.
 
-    After an error the temporary file is deleted, and `path` is as it was.
+    The temporary path is for a file or a folder. A file at `path` is replaced; a folder there must
+    be empty. After an error the temporary path is deleted, and `path` is unchanged.
     """
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.incomplete")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)

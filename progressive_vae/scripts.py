@@ -1,4 +1,4 @@
-"""How a script starts and ends: errors as one line, images saved whole. Needs no extra."""
+"""Scripts: errors as one line on stderr, and atomic saving of images. Needs no extra."""
 
 import io
 import sys
@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from .paths import check_writable, replacing
 
-# What a command's input or its machine is to blame for. `SafetensorError` is also what safetensors
-# raises for a full disk. All other errors are faults of the program and keep their tracebacks.
+# Errors of a command's input or its machine; safetensors raises `SafetensorError` for a full disk.
+# All other errors are bugs and keep their tracebacks.
 ERRORS = (ValueError, OSError, FloatingPointError, HTTPError, SafetensorError)
 INTERRUPTED = 130  # the exit code of shells after Ctrl-C
 
@@ -22,20 +22,20 @@ def run_script(main: Callable[[list[str]], None]):
     """Run a script's `main` on the command line.
 
     An error of the input, the network, the disk or the memory ends the script with one line on
-    stderr and exit code 1, Ctrl-C with one line and exit code 130. On stdout a question mark
-    replaces each character that the console cannot show.
+    stderr and exit code 1, Ctrl-C with one line and exit code 130. Characters that the console
+    cannot encode are printed as question marks.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("interrupted: nothing is half-written, finished files are kept", file=sys.stderr)
+        print("interrupted: finished files are complete, no partial files remain", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (torch.OutOfMemoryError, MemoryError) as error:
         sys.exit(f"error: out of memory, use smaller batches or fewer images: {one_line(error)}")
     except ImportError as error:
-        if (error.name or "").startswith(__package__):  # our own fault
+        if (error.name or "").startswith(__package__):  # a bug of this package
             raise
         sys.exit(f"error: {one_line(error)}")
     except ERRORS as error:
@@ -49,7 +49,7 @@ def one_line(error: BaseException) -> str:
 
 
 def check_image_path(path: str, name: str):
-    """Raise a `ValueError` unless an image can be saved as `path`: before minutes of sampling."""
+    """Raise a `ValueError` unless an image can be saved as `path`; to be called before sampling."""
     if _image_format(path) is None:
         raise ValueError(f"expected {name} with the suffix of an image file, as .png, got {path!r}")
     if Path(path).is_dir():
@@ -58,7 +58,7 @@ def check_image_path(path: str, name: str):
 
 
 def save_image(image: PIL.Image.Image, path: str | Path):
-    """Save an image in the format of the suffix of `path`; a file there is replaced whole."""
+    """Save an image atomically, in the format of the suffix of `path`."""
     with replacing(Path(path)) as temporary:
         image.save(temporary, _image_format(path))
 

@@ -1,8 +1,7 @@
-"""What saved files say of themselves: version, format and checksum; and how they are read."""
+"""Files: version fields of configs, JSON, and checks of what is read."""
 
 import json
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,66 +11,69 @@ from .paths import replacing
 
 __version__ = "0.1.0"
 
-# Raised when files are written that older versions would misread; a golden test holds the format.
+# Raised when files are written that older versions would misread; a golden test checks the format.
 FORMAT_VERSION = 6
 
-# The first bytes of a file that git checks out in place of one that git-lfs holds.
+# The first bytes of the file that git checks out if git-lfs did not download the contents.
 _LFS_POINTER = b"version https://git-lfs"
 
 
-def stamp(prefix: str = "") -> dict[str, Any]:
-    """What every config says beside its fields."""
+def version_fields(prefix: str = "") -> dict[str, Any]:
+    """Return the version fields that every saved config has."""
     return {f"{prefix}format_version": FORMAT_VERSION, f"{prefix}progressive_vae": __version__}
 
 
-def pop_version(fields: dict[str, Any], what: str, prefix: str = "") -> int:
-    """Take the stamp out of fields that were loaded, and return their format.
+def pop_version(fields: dict[str, Any], name: str, prefix: str = "") -> int:
+    """Remove the version fields from loaded `fields`, and return the format version.
+
+    Args:
+        name: of the config, for the error message.
 
     Raises:
-        ValueError: the format is newer than what this version can read.
+        ValueError: the format is newer than this version of the package can read.
     """
-    found = fields.pop(f"{prefix}format_version", FORMAT_VERSION)
-    written_by = fields.pop(f"{prefix}progressive_vae", "an unknown version")
-    if not isinstance(found, int) or found > FORMAT_VERSION:
+    format_version = fields.pop(f"{prefix}format_version", FORMAT_VERSION)
+    package_version = fields.pop(f"{prefix}progressive_vae", "an unknown version")
+    if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
         raise ValueError(
-            f"expected {what} with format_version <= {FORMAT_VERSION}, which is what "
-            f"progressive_vae {__version__} can read, got {found}, saved by {written_by}: "
-            "run `pip install --upgrade progressive-vae`"
+            f"expected {name} with format_version <= {FORMAT_VERSION}, which is what "
+            f"progressive_vae {__version__} can read, got {format_version}, saved by "
+            f"{package_version}: run `pip install --upgrade progressive-vae`"
         )
-    return found
+    return format_version
 
 
 def read_json(path: str | Path, advice: str, kind: type = dict) -> Any:
-    """The contents of a JSON file.
+    """Return the contents of a JSON file.
 
     Args:
-        advice: what to do where it is damaged.
-        kind: `dict`, or `list` for a list of dicts, or a type that is neither.
+        advice: what the user can do about a damaged file, for the error message.
+        kind: the expected type; `list` means a list of dicts.
 
     Raises:
-        ValueError: the file is missing, is not JSON, or holds something else.
+        ValueError: the file is missing, is not JSON, or contains another type.
     """
     try:
         check_not_pointer(path)
-        text = Path(path).read_bytes()
+        data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise ValueError(f"expected JSON in {path}, got no such file: {advice}") from error
     try:
-        contents = json.loads(text.decode("utf-8"))
+        contents = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        start = text[:30].decode("utf-8", "replace")
+        start = data[:30].decode("utf-8", "replace")
         raise ValueError(f"expected JSON in {path}, got {start!r}, {error}: {advice}") from error
     entries = contents if isinstance(contents, list) else []
     if not isinstance(contents, kind) or not all(isinstance(entry, dict) for entry in entries):
         names: dict[type, str] = {dict: "an object", list: "a list of objects"}
         expected = names.get(kind, f"a {kind.__name__}")
-        shown = json.dumps(contents)[:100]
-        raise ValueError(f"expected {expected} in {path}, got {shown}: {advice}")
+        start = json.dumps(contents)[:100]
+        raise ValueError(f"expected {expected} in {path}, got {start}: {advice}")
     return contents
 
 
 def check_not_pointer(path: str | Path):
-    """Raise a `ValueError` if a file is a git-lfs pointer: the contents were not downloaded."""
+    """Raise a `ValueError` if a file is a git-lfs pointer: its contents were not downloaded."""
     with open(path, "rb") as file:
         start = file.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
@@ -82,37 +84,32 @@ def check_not_pointer(path: str | Path):
 
 
 def check_safetensors(path: str | Path, advice: str):
-    """Raise a `ValueError` unless a file is a complete safetensors file."""
+    """Raise a `ValueError` if a safetensors file is truncated or its header is damaged."""
     check_not_pointer(path)
     try:
         with safe_open(path, "pt"):
             pass
     except SafetensorError as error:
-        raise ValueError(f"expected whole weights in {path}, got {error}: {advice}") from error
+        raise ValueError(
+            f"expected a complete safetensors file in {path}, got {error}: {advice}"
+        ) from error
 
 
 def write_json(path: Path, contents: dict):
-    """Write under a temporary name, then rename."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(contents, indent=2) + "\n")
 
 
 def write_text(path: Path, text: str):
-    """Write a file under a temporary name, then rename it."""
+    """Write a text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def checksum(parts: Iterable[bytes]) -> int:
-    """CRC-32 of what the parts make together: it tells damage, not malice."""
+def file_checksum(path: str | Path) -> int:
+    """Return the CRC-32 of a file, which detects damage but not manipulation."""
     crc = 0
-    for part in parts:
-        crc = zlib.crc32(part, crc)
-    return crc
-
-
-def file_parts(path: str | Path, start: int = 0) -> Iterable[bytes]:
-    """The bytes of a file from `start` on, a few at a time."""
     with open(path, "rb") as file:
-        file.seek(start)
-        while part := file.read(1 << 20):
-            yield part
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    return crc

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from conftest import load_script, tiny_pipeline
-from damage import FORMATS, damage, picture, tamper
+from damage import FORMATS, damage, make_image_file, tamper
 from interruptions import disturb, finish, start, weights
 from tqdm.auto import tqdm
 
@@ -54,7 +54,7 @@ def try_images(numbers: range) -> list[tuple[Outcome, float]]:
     for number in numbers:
         draws = random.Random(number)
         kind = FORMATS[number % len(FORMATS)]
-        contents = damage(picture(kind, draws), draws)
+        contents = damage(make_image_file(kind, draws), draws)
         begun = time.perf_counter()
         try:
             image = decode({"bytes": contents, "path": None}).image
@@ -216,6 +216,8 @@ def try_pipeline(number: int, source: Path, folder: Path, images, expected: dict
         return WRONG, f"{words}: {type(error).__name__}: {error}"
     finally:
         shutil.rmtree(folder)
+    if ".json: " in words:  # a changed field of a config may change the result
+        return WELL, words
     is_same = said.keys() == expected.keys() and all(
         math.isclose(said[name], bits, rel_tol=1e-5) for name, bits in expected.items()
     )

@@ -21,6 +21,7 @@ os.environ |= {
 }
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,8 @@ def assert_same(pipe, other):
 def load_script(name: str, folder: str = "examples"):
     """A script as a module; each `main` starts as a new process would."""
     path = Path(__file__).parents[1] / folder / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # where the script finds modules beside it
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

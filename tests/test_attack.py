@@ -19,10 +19,3 @@ def test_small(name, count):
     outcomes = attack.ATTACKS[name][1](count)
     assert [words for kind, words in outcomes if kind == attack.WRONG] == []
     assert len({kind for kind, _ in outcomes}) > 1 and len(outcomes) == count
-
-
-def test_what_is_silently_wrong_is_seen(monkeypatch):
-    """The attack can fail: without the seals a flipped bit is another model."""
-    monkeypatch.setattr("progressive_vae.weights._weights_checksum", lambda *_: 0)
-    outcomes = attack.attack_pipelines(60)
-    assert any(kind == attack.WRONG and "flipped" in words for kind, words in outcomes)

@@ -1,12 +1,11 @@
-"""Other libraries' tokenizers as levels: the same codes and pictures, or an error and no files.
+"""Converted tokenizers have the codes and images of their source, or raise and write nothing.
 
-Here are those whose libraries are always there. `test_conversion_peers.py` has the others, and
-`test_conversion_damage.py` what is refused.
+The sources here are of required libraries. `test_conversion_peers.py` has the others, and
+`test_conversion_damage.py` invalid checkpoints.
 """
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,6 @@ from safetensors.torch import load_file, save_file
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from progressive_vae import ProgressiveVAELevel
-
-sys.path.append(str(Path(__file__).parents[1] / "conversion"))  # where scripts find `foreign`
 
 PLAIN = {
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -63,7 +60,7 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def pixels(channels: int = 3, size: int = 16, count: int = 2) -> torch.Tensor:
-    """Pictures of 8-bit noise around patches of 8-bit noise."""
+    """Images: 8-bit noise added to patches of 8-bit noise."""
     generator = torch.Generator().manual_seed(1)
     patches = torch.randint(200, (count, channels, size // 4, size // 4), generator=generator)
     values = patches.repeat_interleave(4, 2).repeat_interleave(4, 3)
@@ -71,7 +68,7 @@ def pixels(channels: int = 3, size: int = 16, count: int = 2) -> torch.Tensor:
     return values / 127.5 - 1
 
 
-def converted(script: str, *words: object, output: Path) -> ProgressiveVAELevel:
+def convert(script: str, *words: object, output: Path) -> ProgressiveVAELevel:
     main = load_script(script, "conversion").main
     main([*map(str, words), "--output_path", str(output)])
     assert sorted(p.name for p in output.iterdir()) == ["config.json", "model.safetensors"]
@@ -79,10 +76,10 @@ def converted(script: str, *words: object, output: Path) -> ProgressiveVAELevel:
     return ProgressiveVAELevel.from_pretrained(output).eval()
 
 
-def assert_refused(
+def assert_raises(
     words: str, script: str, *flags: object, output: Path, error: type[Exception] = ValueError
 ):
-    """Nothing is written, not even a part of it."""
+    """The script raises an error that matches `words`, and writes no files."""
     before = sorted(output.parent.rglob("*"))
     with pytest.raises(error, match=words):
         load_script(script, "conversion").main([*map(str, flags), "--output_path", str(output)])
@@ -90,28 +87,28 @@ def assert_refused(
 
 
 @torch.no_grad()
-def assert_alike(level, pixels, codes, picture):
-    """The same codes everywhere, and pictures within 1e-4 of one that is not constant."""
+def assert_same_outputs(level, pixels, codes, image):
+    """Equal codes, and images within 1e-4 of one that is not constant."""
     assert torch.equal(level.encode(pixels), codes) and len(codes.unique()) > 5
-    assert picture.std() > 0.1 and (picture.abs() < 1).float().mean() > 0.5
-    assert (level.expect(codes) - picture).abs().max() < 1e-4
+    assert image.std() > 0.1 and (image.abs() < 1).float().mean() > 0.5
+    assert (level.expect(codes) - image).abs().max() < 1e-4
 
 
-def saved_vqmodel(folder: Path, kind: str = "plain", seed: int = 0, **how) -> VQModel:
+def save_vqmodel(folder: Path, kind: str = "plain", seed: int = 0, **options) -> VQModel:
     model = shake(VQModel(**VQMODELS[kind]), seed)
-    model.save_pretrained(folder, **how)
+    model.save_pretrained(folder, **options)
     return model
 
 
 def assert_same_weights(model, other):
-    theirs = other.state_dict()
-    assert set(theirs) == set(model.state_dict())
+    expected = other.state_dict()
+    assert set(expected) == set(model.state_dict())
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, theirs[name]) and weight.dtype == theirs[name].dtype, name
+        assert torch.equal(weight, expected[name]) and weight.dtype == expected[name].dtype, name
 
 
 @torch.no_grad()
-def vqmodel_says(model: VQModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def vqmodel_outputs(model: VQModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     latents = model.encode(x).latents
     codes = model.quantize(latents)[2][2].view(len(x), *latents.shape[2:])
     shape = (*codes.shape, latents.shape[1])
@@ -125,15 +122,15 @@ def vqmodel_says(model: VQModel, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 @pytest.mark.parametrize("kind", VQMODELS)
-def test_a_vqmodel_there_and_back(tmp_path, kind):
-    model = saved_vqmodel(tmp_path / "theirs", kind)
-    level = converted(
-        "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "theirs",
+def test_a_vqmodel_to_a_level_and_back(tmp_path, kind):
+    model = save_vqmodel(tmp_path / "source", kind)
+    level = convert(
+        "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "source",
         output=tmp_path / "level",
     )  # fmt: skip
     x = pixels(model.config.in_channels)
-    codes, picture = vqmodel_says(model, x)
-    assert_alike(level, x, codes, picture.clamp(-1, 1))
+    codes, image = vqmodel_outputs(model, x)
+    assert_same_outputs(level, x, codes, image.clamp(-1, 1))
     main = load_script("convert_diffusers_vqmodel", "conversion").main
     main(["--reverse", "--checkpoint_path", str(tmp_path / "level"),
           "--output_path", str(tmp_path / "back")])  # fmt: skip
@@ -143,7 +140,7 @@ def test_a_vqmodel_there_and_back(tmp_path, kind):
     assert fields == {k: v for k, v in back.config.items() if not k.startswith("_")}
 
 
-def test_a_part_of_a_pipeline_sees_images_as_the_pipeline_shows_them(tmp_path):
+def test_the_image_range_of_a_vqmodel_is_that_of_its_pipeline(tmp_path):
     model = shake(VQModel(**VQMODELS["plain"]))
     with torch.no_grad():
         model.decoder.conv_out.weight.mul_(0.5)
@@ -153,65 +150,65 @@ def test_a_part_of_a_pipeline_sees_images_as_the_pipeline_shows_them(tmp_path):
              "scheduler": ["diffusers", "AmusedScheduler"]}  # fmt: skip
     (tmp_path / "amused" / "model_index.json").write_text(json.dumps(index))
     x = pixels()
-    codes, picture = vqmodel_says(model, (x + 1) / 2)
+    codes, image = vqmodel_outputs(model, (x + 1) / 2)
     for i, source in enumerate(("amused", "amused/vqvae")):
-        level = converted(
+        level = convert(
             "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / source,
             output=tmp_path / f"level_{i}",
         )  # fmt: skip
-        assert_alike(level, x, codes, (picture * 2 - 1).clamp(-1, 1))
-    level = converted(
+        assert_same_outputs(level, x, codes, (image * 2 - 1).clamp(-1, 1))
+    level = convert(
         "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "amused",
-        "--do_normalize", "true", output=tmp_path / "as_told",
+        "--do_normalize", "true", output=tmp_path / "normalized",
     )  # fmt: skip
-    assert torch.equal(level.encode(x), vqmodel_says(model, x)[0])
+    assert torch.equal(level.encode(x), vqmodel_outputs(model, x)[0])
     index["vqvae"][1] = "AutoencoderKL"
     (tmp_path / "amused" / "model_index.json").write_text(json.dumps(index))
-    assert_refused(
+    assert_raises(
         "expected a pipeline with a VQModel in", "convert_diffusers_vqmodel",
         "--checkpoint_path", tmp_path / "amused", output=tmp_path / "no",
     )  # fmt: skip
 
 
-def test_from_the_hub_and_to_it(tmp_path, capsys):
+def test_conversion_from_and_to_the_hub(tmp_path, capsys):
     model = shake(VQModel(**VQMODELS["attentive"]))
     model.push_to_hub("org/vqmodel")
-    level = converted(
+    level = convert(
         "convert_diffusers_vqmodel", "--checkpoint_path", "org/vqmodel", "--push_to_hub",
         "--hub_model_id", "org/converted", output=tmp_path / "level",
     )  # fmt: skip
     assert_same_weights(level, ProgressiveVAELevel.from_pretrained("org/converted"))
     assert "config.json" in HUB.files("org/converted")
-    assert_refused(
+    assert_raises(
         "org/nothing is not a local folder", "convert_diffusers_vqmodel",
         "--checkpoint_path", "org/nothing", output=tmp_path / "no", error=OSError,
     )  # fmt: skip
     HUB.fail_on = ".*"
     flags = "convert_diffusers_vqmodel", "--checkpoint_path", "org/not-cached"
-    assert_refused("couldn.t connect to", *flags, output=tmp_path / "no", error=OSError)
+    assert_raises("couldn.t connect to", *flags, output=tmp_path / "no", error=OSError)
 
 
 def test_names_of_attention_before_diffusers_0_15(tmp_path):
-    model = saved_vqmodel(tmp_path / "theirs", "attentive")
-    path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    model = save_vqmodel(tmp_path / "source", "attentive")
+    path = tmp_path / "source" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     for new, name in old.items():
         weights = {key.replace(f".{new}.", f".{name}."): value for key, value in weights.items()}
     assert "encoder.mid_block.attentions.0.proj_attn.bias" in weights
     save_file(weights, path)
-    level = converted(
-        "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "theirs",
+    level = convert(
+        "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "source",
         output=tmp_path / "level",
     )  # fmt: skip
-    assert torch.equal(level.encode(pixels()), vqmodel_says(model, pixels())[0])
+    assert torch.equal(level.encode(pixels()), vqmodel_outputs(model, pixels())[0])
 
 
 def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
-    saved_vqmodel(tmp_path / "theirs")
+    save_vqmodel(tmp_path / "source")
     before = sorted(tmp_path.rglob("*"))
     script = load_script("convert_diffusers_vqmodel", "conversion")
-    script.main(["--checkpoint_path", str(tmp_path / "theirs"), "--dry_run"])
+    script.main(["--checkpoint_path", str(tmp_path / "source"), "--dry_run"])
     lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     rows = [[word.strip() for word in line if word.strip()] for line in lines]
     assert ["quantize.embedding.weight", "quantizer.quantize.embedding.weight", "(24, 4)",
@@ -219,22 +216,24 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
     assert len([row for row in rows if len(row) == 4]) == 1 + len(VQModel(**PLAIN).state_dict())
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(ValueError, match="expected output_path, or dry_run, got neither"):
-        script.main(["--checkpoint_path", str(tmp_path / "theirs")])
+        script.main(["--checkpoint_path", str(tmp_path / "source")])
 
 
-def test_weights_of_16_bits(tmp_path):
-    model = saved_vqmodel(tmp_path / "theirs")
-    flags = "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "theirs"
-    level = converted(*flags, "--dtype", "float16", output=tmp_path / "half")
+def test_dtypes_of_weights(tmp_path):
+    model = save_vqmodel(tmp_path / "source")
+    flags = "convert_diffusers_vqmodel", "--checkpoint_path", tmp_path / "source"
+    level = convert(*flags, "--dtype", "float16", output=tmp_path / "half")
     halves = load_file(tmp_path / "half" / "model.safetensors")
     assert {weight.dtype for weight in halves.values()} == {torch.float16}
-    found = level.quantizer.quantize.embedding.weight
-    assert torch.equal(found.half(), model.quantize.embedding.weight.half())
+    codebook = level.quantizer.quantize.embedding.weight
+    assert torch.equal(codebook.half(), model.quantize.embedding.weight.half())
     codes = level.half().encode(pixels())
-    assert (codes == vqmodel_says(model, pixels())[0]).float().mean() > 0.9
+    assert (codes == vqmodel_outputs(model, pixels())[0]).float().mean() > 0.9
     assert level.expect(codes).isfinite().all()
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")  # what is there stays as it is
-    converted(*flags, output=tmp_path / "same")
+    model.to(torch.bfloat16).save_pretrained(
+        tmp_path / "source"
+    )  # the default is the dtype of the source
+    convert(*flags, output=tmp_path / "same")
     load_script("convert_diffusers_vqmodel", "conversion").main(
         ["--reverse", "--checkpoint_path", str(tmp_path / "same"),
          "--output_path", str(tmp_path / "back")]
@@ -244,22 +243,22 @@ def test_weights_of_16_bits(tmp_path):
         assert torch.equal(back[name], weight) and back[name].dtype == torch.bfloat16
     same = load_file(tmp_path / "same" / "model.safetensors")
     assert {weight.dtype for weight in same.values()} == {torch.bfloat16}
-    path = tmp_path / "theirs" / "diffusion_pytorch_model.safetensors"
+    path = tmp_path / "source" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["quantize.embedding.weight"][3, 1] = 1e6
     save_file(weights, path)
-    words = "float16 holds, got larger ones in quantize.embedding.weight"
-    assert_refused(words, *flags, "--dtype", "float16", output=tmp_path / "no")
+    words = "torch.float16, got others in quantize.embedding.weight"
+    assert_raises(words, *flags, "--dtype", "float16", output=tmp_path / "no")
     weights["encoder.conv_in.bias"] = weights["encoder.conv_in.bias"].double()
     save_file(weights, path)
-    assert_refused("expected dtype to be given for weights of", *flags, output=tmp_path / "no")
+    assert_raises("expected dtype for weights of", *flags, output=tmp_path / "no")
 
 
 # ---- transformers' JanusVQVAE --------------------------------------------------------------------
 
 
 @torch.no_grad()
-def janus_says(model: JanusVQVAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def janus_outputs(model: JanusVQVAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     codes = model.encode(x).image_tokens.view(len(x), -1)
     size = x.shape[-1] // 2 ** (len(model.config.channel_multiplier) - 1)
     return codes.view(-1, size, size), model.decode(codes)
@@ -267,46 +266,46 @@ def janus_says(model: JanusVQVAE, x: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 def test_a_janus_vqvae(tmp_path):
     model = shake(JanusVQVAE(JanusVQVAEConfig(**SMALL_JANUS)))
-    model.save_pretrained(tmp_path / "theirs")
-    level = converted(
-        "convert_janus_vqvae", "--checkpoint_path", tmp_path / "theirs", output=tmp_path / "level"
+    model.save_pretrained(tmp_path / "source")
+    level = convert(
+        "convert_janus_vqvae", "--checkpoint_path", tmp_path / "source", output=tmp_path / "level"
     )
-    codes, picture = janus_says(model, pixels())
-    assert_alike(level, pixels(), codes, picture.clamp(-1, 1))
+    codes, image = janus_outputs(model, pixels())
+    assert_same_outputs(level, pixels(), codes, image.clamp(-1, 1))
 
-    # As a part of a whole Janus, in shards of which only one is of it.
+    # As a part of a Janus, in shards of which only one has its weights.
     state = {f"model.vqmodel.{key}": weight for key, weight in model.state_dict().items()}
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    save_file(state, whole / "model-00002-of-00002.safetensors")
+    janus = tmp_path / "janus"
+    janus.mkdir()
+    save_file(state, janus / "model-00002-of-00002.safetensors")
     index = {key: "model-00002-of-00002.safetensors" for key in state}
-    index["lm_head.weight"] = "model-00001-of-00002.safetensors"  # which is not there
-    (whole / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    fields = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    index["lm_head.weight"] = "model-00001-of-00002.safetensors"  # a missing file
+    (janus / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    fields = json.loads((tmp_path / "source" / "config.json").read_text())
     config = {"model_type": "janus", "vq_config": {**fields, "beta": 0.25}}
-    (whole / "config.json").write_text(json.dumps(config))
-    part = converted("convert_janus_vqvae", "--checkpoint_path", whole, output=tmp_path / "part")
+    (janus / "config.json").write_text(json.dumps(config))
+    part = convert("convert_janus_vqvae", "--checkpoint_path", janus, output=tmp_path / "part")
     assert_same_weights(level, part)
 
-    flags = "convert_janus_vqvae", "--checkpoint_path", whole
+    flags = "convert_janus_vqvae", "--checkpoint_path", janus
     config["vq_config"]["depth"] = 3
-    (whole / "config.json").write_text(json.dumps(config))
-    assert_refused(r"fields of a JanusVQVAEConfig in .*, got \['depth'\]", *flags,
+    (janus / "config.json").write_text(json.dumps(config))
+    assert_raises(r"fields of a JanusVQVAEConfig in .*, got \['depth'\]", *flags,
                    output=tmp_path / "no")  # fmt: skip
-    (whole / "config.json").write_text(json.dumps({"model_type": "multi_modality"}))
-    assert_refused("got 'multi_modality'", *flags, output=tmp_path / "no")
+    (janus / "config.json").write_text(json.dumps({"model_type": "multi_modality"}))
+    assert_raises("got 'multi_modality'", *flags, output=tmp_path / "no")
     config["vq_config"] = {**fields, "double_latent": True}
-    (whole / "config.json").write_text(json.dumps(config))
-    assert_refused("expected double_latent=False", *flags, output=tmp_path / "no")
+    (janus / "config.json").write_text(json.dumps(config))
+    assert_raises("expected double_latent=False", *flags, output=tmp_path / "no")
     config["vq_config"] = {**fields, "base_channels": "many"}
-    (whole / "config.json").write_text(json.dumps(config))
-    assert_refused(
+    (janus / "config.json").write_text(json.dumps(config))
+    assert_raises(
         "of a network of 'janus_vqgan', got .*base_channels", *flags, output=tmp_path / "no"
     )
     config["vq_config"] = fields
-    (whole / "config.json").write_text(json.dumps(config))
-    (whole / "model-00002-of-00002.safetensors").unlink()
-    assert_refused("expected model-00002-of-00002.safetensors in", *flags, output=tmp_path / "no")
-    shutil.rmtree(whole)
-    whole.mkdir()
-    assert_refused("expected config.json in", *flags, output=tmp_path / "no")
+    (janus / "config.json").write_text(json.dumps(config))
+    (janus / "model-00002-of-00002.safetensors").unlink()
+    assert_raises("expected model-00002-of-00002.safetensors in", *flags, output=tmp_path / "no")
+    shutil.rmtree(janus)
+    janus.mkdir()
+    assert_raises("expected config.json in", *flags, output=tmp_path / "no")

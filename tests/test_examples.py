@@ -100,8 +100,8 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
         script.main([*flags, "--features", "x"])
 
 
-def test_half_the_bytes_and_the_same_model(trained, tmp_path, images):
-    script = load_script("halve", "conversion")
+def test_convert_to_fp16_halves_the_files(trained, tmp_path, images):
+    script = load_script("convert_to_fp16", "conversion")
     script.main([str(trained), str(tmp_path)])
     whole, half = (ProgressiveVAEPipeline.from_pretrained(path) for path in (trained, tmp_path))
     for name in whole.factor_names:
@@ -110,7 +110,7 @@ def test_half_the_bytes_and_the_same_model(trained, tmp_path, images):
         assert {p.dtype for p in getattr(half, name).parameters()} == {torch.float32}
     digits = images[:, :1, :5, :5].repeat(1, 1, 2, 2)[..., :8, :8]
     assert half.bits_per_dim(digits) == pytest.approx(whole.bits_per_dim(digits), rel=1e-2)
-    with pytest.raises(ValueError, match="another folder than the source"):
+    with pytest.raises(ValueError, match="expected target to be another folder"):
         script.main([str(tmp_path), str(tmp_path)])
     with torch.no_grad():
         whole.level_1.decoder.stem.bias[0] = 1e6

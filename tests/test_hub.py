@@ -1,4 +1,4 @@
-"""Every way out of the Hub into a program, over a Hub of our own on the loopback."""
+"""Loading from the Hub, a local server in these tests."""
 
 import json
 import os
@@ -28,26 +28,26 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("cls", [ProgressiveVAEPipeline, diffusers.DiffusionPipeline])
-def test_a_pipeline_by_its_own_name_and_by_the_generic_one(repository, cls, images):
+def test_load_by_the_pipeline_class_and_by_diffusionpipeline(repository, cls, images):
     loaded = cls.from_pretrained(repository)
     assert_same(tiny_pipeline(), loaded)
-    # Where weights lie in memory may change the order of a sum on some processors.
+    # Memory alignment may change the order of summation on some processors.
     bits = tiny_pipeline().bits_per_dim(images)
     assert loaded.bits_per_dim(images) == pytest.approx(bits, rel=1e-5)
 
 
-def test_parts_alone(repository):
+def test_load_single_parts(repository):
     pipe = tiny_pipeline()
     level = ProgressiveVAELevel.from_pretrained(repository, subfolder="level_2")
     auto = AutoModel.from_pretrained(repository, subfolder="level_2")
     assert isinstance(auto, ProgressiveVAELevel)
-    for part, ours in (
+    for part, expected in (
         (level, pipe.level_2),
         (auto, pipe.level_2),
         (ProgressiveVAEPrior.from_pretrained(repository, subfolder="prior"), pipe.prior),
         (AutoModel.from_pretrained(repository, subfolder="prior"), pipe.prior),
     ):
-        assert all(torch.equal(v, ours.state_dict()[n]) for n, v in part.state_dict().items())
+        assert all(torch.equal(v, expected.state_dict()[n]) for n, v in part.state_dict().items())
     config = AutoConfig.from_pretrained(repository, subfolder="level_3")
     assert isinstance(config, ProgressiveVAELevelConfig) and config.num_channels == 3
     config = AutoConfig.from_pretrained(repository, subfolder="prior")
@@ -85,7 +85,7 @@ def test_half_precision(repository, images, tmp_path):
     half = load(variant="fp16", dtype=torch.float16)
     assert half.dtype == torch.float16
     downloaded = {path.name for path in tmp_path.rglob("*.safetensors")}
-    assert downloaded == {"model.fp16.safetensors"}  # no weights that were not asked for
+    assert downloaded == {"model.fp16.safetensors"}  # no other weights
     assert_same(tiny_pipeline().to(torch.float16), half)
     for dtype in (torch.bfloat16, torch.float32):
         assert load(dtype=dtype).dtype == dtype
@@ -99,7 +99,7 @@ def test_half_precision(repository, images, tmp_path):
 @pytest.mark.parametrize(
     "device_map", ["cpu", "balanced", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
-def test_the_line_that_the_hub_prints(repository, tmp_path, images, device_map, from_hub):
+def test_load_with_a_dtype_and_a_device_map(repository, tmp_path, images, device_map, from_hub):
     name = repository
     if not from_hub:
         name = tmp_path
@@ -124,7 +124,7 @@ def test_a_dtype_for_each_part(repository):
 
 
 def test_offline_after_a_first_load(repository, tmp_path):
-    """In another process, with the Hub's own switch, and no Hub."""
+    """In another process with HF_HUB_OFFLINE=1 and an unreachable Hub."""
     code = f"""
 import sys
 from diffusers import DiffusionPipeline
@@ -143,7 +143,7 @@ for _ in range(2):
                               capture_output=True, text=True)  # fmt: skip
 
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert run(**offline).returncode != 0  # nothing is there yet
+    assert run(**offline).returncode != 0  # nothing is cached
     for done in (run(), run(**offline)):
         assert done.returncode == 0, done.stderr
 
@@ -156,11 +156,11 @@ def test_safetensors_offline_and_from_the_cache(repository, tmp_path):
         load(local_files_only=True)
     load(use_safetensors=True)
     assert_same(tiny_pipeline(), load(local_files_only=True))
-    HUB.fail_on = ".*"  # what has been loaded once loads without a Hub
+    HUB.fail_on = ".*"  # cached files load without the Hub
     assert_same(tiny_pipeline(), load())
 
 
-def test_a_wrong_argument_is_not_blamed_on_the_files(tmp_path):
+def test_errors_of_wrong_arguments_do_not_mention_the_files(tmp_path):
     load, folder = ProgressiveVAEPipeline.from_pretrained, tmp_path / "pipeline"
     tiny_pipeline().save_pretrained(folder)
     for arguments, error, message in (
@@ -218,7 +218,7 @@ def test_private_repositories_need_the_token(tmp_path, monkeypatch):
         ProgressiveVAEPipeline.from_pretrained("org/private", cache_dir=tmp_path)
 
 
-def test_components_can_be_replaced_or_left_out(repository, images):
+def test_components_can_be_replaced_or_none(repository, images):
     load = ProgressiveVAEPipeline.from_pretrained
     prior = tiny_prior(grid_size=[1, 1], seed=5)
     replaced = load(repository, prior=prior)
@@ -227,7 +227,7 @@ def test_components_can_be_replaced_or_left_out(repository, images):
     assert [z.shape[1:] for z in without.encode(images)] == [(1, 1), (2, 2), (3, 4)]
     with pytest.raises(ValueError, match="expected a pipeline with a prior"):
         without()
-    # Nothing can see pixels without the finest level; a slot that is empty may be named.
+    # The finest level is required; an empty component may be named.
     with pytest.raises(ValueError, match="expected level_2, the finest, with num_channels"):
         load(repository, level_3=None)
     assert_same(tiny_pipeline(), load(repository, level_4=None))
@@ -241,10 +241,10 @@ def test_from_pipe_shares_the_parts(repository):
     assert other.image_shape == pipe.image_shape and other(output_type="np").images.ndim == 4
 
 
-def test_without_the_package_diffusers_says_so_and_the_readme_quotes_it(repository):
+def test_the_readme_quotes_the_error_without_the_package(repository):
     code = f"""
 import sys
-sys.modules["progressive_vae"] = None  # as if it had not been installed
+sys.modules["progressive_vae"] = None  # as if not installed
 from diffusers import DiffusionPipeline
 try:
     DiffusionPipeline.from_pretrained({repository!r})
@@ -252,22 +252,22 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    said = done.stdout.strip().replace(repository, "org/name")
-    assert re.search("is not a module in 'diffusers/pipelines'", said), done.stderr
-    assert said in re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    message = done.stdout.strip().replace(repository, "org/name")
+    assert re.search("is not a module in 'diffusers/pipelines'", message), done.stderr
+    assert message in re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
     assert "pip install progressive-vae" in HUB.files(repository)["README.md"].decode()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_model_offload_brings_each_part_before_it_is_used(repository, images, device, monkeypatch):
+def test_model_offload_moves_each_part_before_use(repository, images, device, monkeypatch):
     pipe = ProgressiveVAEPipeline.from_pretrained(repository)
     expected = pipe.bits_per_dim(images)["total"]
-    brought = []
-    bring = CpuOffload.pre_forward
+    moved = []
+    pre_forward = CpuOffload.pre_forward
 
     def record(hook, module, *args, **kwargs):
-        brought.append(module)
-        return bring(hook, module, *args, **kwargs)
+        moved.append(module)
+        return pre_forward(hook, module, *args, **kwargs)
 
     monkeypatch.setattr(CpuOffload, "pre_forward", record)
     pipe.enable_model_cpu_offload(device=device)
@@ -276,9 +276,9 @@ def test_model_offload_brings_each_part_before_it_is_used(repository, images, de
         (lambda: pipe.bits_per_dim(images), [pipe.prior, *pipe.levels]),
         (lambda: pipe(output_type="np"), [pipe.prior, *pipe.levels]),
     ):
-        brought.clear()
+        moved.clear()
         use()
-        assert {id(part) for part in parts} <= {id(module) for module in brought}
+        assert {id(part) for part in parts} <= {id(module) for module in moved}
     assert pipe.bits_per_dim(images)["total"] == pytest.approx(expected, rel=1e-3)
     assert all(level.device.type == "cpu" for level in pipe.levels)
     with pytest.raises(ValueError, match="expected enable_model_cpu_offload"):

@@ -1,4 +1,4 @@
-"""Every way into the Hub, over a Hub of our own on the loopback."""
+"""Pushing to the Hub, a local server in these tests."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from conftest import HUB, assert_same, tiny_level, tiny_pipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from loopback_hub import Repo
-from test_card import METRICS
+from test_model_card import METRICS
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.hub.repository import push_folder, weights_digest, write_card
@@ -20,22 +20,22 @@ WEIGHTS = [f"{part}/model.safetensors" for part in ("level_1", "level_2", "level
 CONFIGS = [f"{part}/config.json" for part in ("level_1", "level_2", "level_3", "prior")]
 
 
-def test_a_push_is_one_commit_of_the_pipeline_alone():
+def test_a_push_is_one_commit_with_only_the_pipeline():
     address = tiny_pipeline().push_to_hub("org/pushed", commit_message="A first one")
     commits = HUB.repos["org/pushed"].commits
     assert commits[-1].message == "A first one" and address.oid in address
     assert sorted(HUB.files("org/pushed")) == sorted(
         ["README.md", "model_index.json", *WEIGHTS, *CONFIGS]
     )
-    assert len(commits) == 2  # that of the creation, and this one
+    assert len(commits) == 2  # the creation of the repository, and the push
     tiny_pipeline().push_to_hub("org/pushed")
     assert len(commits) == 2  # nothing has changed
 
 
-def test_a_push_takes_away_what_the_pipeline_no_longer_has(tmp_path):
-    """Old files would hide new ones, or stay as weights and figures of another pipeline."""
+def test_a_push_deletes_outdated_files(tmp_path):
+    """Outdated files would hide new ones, or be weights and metrics of another pipeline."""
     tiny_pipeline().save_pretrained(tmp_path)
-    (tmp_path / "samples.png").write_bytes(b"a picture")
+    (tmp_path / "samples.png").write_bytes(b"an image")
     metrics = METRICS | {"weights": weights_digest(tmp_path)}
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     write_card(tmp_path)
@@ -47,12 +47,12 @@ def test_a_push_takes_away_what_the_pipeline_no_longer_has(tmp_path):
     assert {"metrics.json", "samples.png", "level_1/model.fp16.safetensors"} <= set(files)
     assert "| total | 2.1000 |" in files["README.md"].decode()
 
-    # Into shards, with other weights: their figures are not known.
+    # In shards, with other weights, for which there are no metrics.
     pipe, commits = tiny_pipeline(), len(HUB.repos["org/changing"].commits)
     pipe.level_3.quantizer.codebook.neg_()
     pipe.save_pretrained(tmp_path, max_shard_size="20KB", push_to_hub=True, repo_id="org/changing")
     assert len(HUB.repos["org/changing"].commits) == commits + 1
-    assert (tmp_path / "metrics.json").is_file()  # but nothing of the folder's own is deleted
+    assert (tmp_path / "metrics.json").is_file()  # a push does not delete local files
     files = HUB.files("org/changing")
     assert "level_1/model.safetensors.index.json" in files and "metrics.json" not in files
     assert "level_1/model.safetensors" not in files and "samples.png" not in files
@@ -68,7 +68,7 @@ def test_a_push_takes_away_what_the_pipeline_no_longer_has(tmp_path):
     assert parts == {"level_1"}
 
 
-def test_parts_that_an_earlier_pipeline_left_in_the_folder(tmp_path):
+def test_parts_of_an_earlier_pipeline_are_ignored(tmp_path):
     """They are not loaded, not pushed, and not described by the card."""
     tiny_pipeline().save_pretrained(tmp_path)
     metrics = METRICS | {"weights": weights_digest(tmp_path)}
@@ -88,7 +88,7 @@ def test_parts_that_an_earlier_pipeline_left_in_the_folder(tmp_path):
     assert parts == {"level_1"}
 
 
-def test_figures_of_a_pipeline_with_a_prior_are_not_of_one_without(tmp_path):
+def test_metrics_with_a_prior_are_not_those_without(tmp_path):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path)
     metrics = METRICS | {"weights": weights_digest(tmp_path)}
@@ -115,7 +115,7 @@ def test_a_push_to_a_branch(tmp_path, is_saved):
     assert_same(second, ProgressiveVAEPipeline.from_pretrained(name, revision="v2"))
 
 
-def test_a_push_into_a_subfolder_is_refused(tmp_path):
+def test_a_push_into_a_subfolder_is_an_error(tmp_path):
     for push in (
         lambda: tiny_pipeline().push_to_hub("org/inside", subfolder="x"),
         lambda: tiny_pipeline().save_pretrained(
@@ -127,7 +127,7 @@ def test_a_push_into_a_subfolder_is_refused(tmp_path):
     assert "org/inside" not in HUB.repos and not (tmp_path / "p").exists()
 
 
-def test_a_level_that_is_saved_is_pushed_to_its_branch(tmp_path):
+def test_a_saved_level_is_pushed_to_a_branch(tmp_path):
     level = tiny_level(num_channels=1)
     level.save_pretrained(tmp_path, push_to_hub=True, repo_id="org/a-level", revision="v2")
     assert "model.safetensors" not in HUB.files("org/a-level")
@@ -137,7 +137,7 @@ def test_a_level_that_is_saved_is_pushed_to_its_branch(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_saving_pushes_too(tmp_path):
+def test_save_pretrained_with_push_to_hub(tmp_path):
     pipe, folder = tiny_pipeline(), tmp_path / "mine"
     folder.mkdir()
     for beside in ("checkpoint-1", "cache", "level_9"):
@@ -150,7 +150,7 @@ def test_saving_pushes_too(tmp_path):
         ["README.md", "model_index.json", *WEIGHTS, *CONFIGS]
     )
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained("org/saved"))
-    # The card names the repository there, and the folder here.
+    # The pushed card names the repository, the local one the folder.
     assert 'from_pretrained("org/saved")' in HUB.files("org/saved")["README.md"].decode()
     assert f'from_pretrained("{folder}")' in (folder / "README.md").read_text()
     pipe.save_pretrained(folder, push_to_hub=True)
@@ -163,7 +163,7 @@ def test_saving_pushes_too(tmp_path):
         pipe.save_pretrained(folder, safe_serialization=False)
 
 
-def test_a_card_written_by_hand_is_kept(tmp_path):
+def test_a_card_written_by_hand_is_preserved(tmp_path):
     HfApi().create_repo("org/carded")
     HfApi().upload_file(
         repo_id="org/carded", path_in_repo="README.md", path_or_fileobj=b"# By hand"
@@ -178,29 +178,29 @@ def test_a_card_written_by_hand_is_kept(tmp_path):
     assert_same(tiny_pipeline(), ProgressiveVAEPipeline.from_pretrained("org/carded"))
 
 
-def test_a_pull_request_leaves_main_alone(repository):
+def test_a_pull_request_does_not_change_main(repository):
     before, pipe = HUB.files(repository), tiny_pipeline()
     pipe.level_3.quantizer.codebook.neg_()
     info = pipe.push_to_hub(repository, create_pr=True)
     assert info.pr_revision and HUB.files(repository) == before
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(repository, revision=info.pr_revision))
-    # Also to those in whose repository one may not write.
-    others = HUB.repos["others/theirs"] = Repo(private=False)
+    # Also in a repository without write permission.
+    others = HUB.repos["others/repository"] = Repo(private=False)
     others.refs["main"] = others.add("initial commit", {}).oid
     with pytest.raises(HfHubHTTPError):
-        pipe.push_to_hub("others/theirs")
-    info = pipe.push_to_hub("others/theirs", create_pr=True)
-    assert info.pr_num == 1 and not HUB.files("others/theirs")
+        pipe.push_to_hub("others/repository")
+    info = pipe.push_to_hub("others/repository", create_pr=True)
+    assert info.pr_num == 1 and not HUB.files("others/repository")
 
 
-def test_nothing_private_becomes_public_and_nothing_public_private():
+def test_a_push_does_not_change_visibility():
     HfApi().create_repo("org/open", private=False)
     HfApi().create_repo("org/closed", private=True)
-    for name, private, words in (("open", True, "private"), ("closed", False, "public")):
-        with pytest.raises(ValueError, match=f"expected org/{name} to be {words}, got a "):
+    for name, private, visibility in (("open", True, "private"), ("closed", False, "public")):
+        with pytest.raises(ValueError, match=f"expected org/{name} to be {visibility}, got a "):
             tiny_pipeline().push_to_hub(f"org/{name}", private=private)
         assert "model_index.json" not in HUB.files(f"org/{name}")
-    tiny_pipeline().push_to_hub("org/closed")  # without a word on it, it stays as it is
+    tiny_pipeline().push_to_hub("org/closed")  # private=None does not change it
     assert HUB.repos["org/closed"].private
 
 
@@ -209,7 +209,7 @@ def test_an_interrupted_push_can_be_repeated(where):
     name, pipe = f"org/broken{len(where)}", tiny_pipeline()
     pipe.push_to_hub(name)
     before = HUB.files(name)
-    with torch.no_grad():  # bytes that this Hub has not seen
+    with torch.no_grad():  # new bytes, which have to be uploaded
         pipe.level_3.quantizer.codebook += len(where)
     HUB.fail_on = where
     with pytest.raises((HfHubHTTPError, OSError, RuntimeError)):
@@ -218,7 +218,7 @@ def test_an_interrupted_push_can_be_repeated(where):
     HUB.fail_on = None
     HUB.log.clear()
     pipe.push_to_hub(name)
-    assert any(re.search(where, line) for line in HUB.log)  # it had come that far
+    assert any(re.search(where, line) for line in HUB.log)  # the push came to this step
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(name))
 
 
@@ -228,7 +228,7 @@ def test_only_a_pipeline_can_be_pushed(tmp_path):
     assert "org/nothing" not in HUB.repos
 
 
-def test_usage_in_the_card_runs_as_it_stands(repository, tmp_path, monkeypatch):
+def test_usage_in_the_card_runs(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_usage(repository)
     assert (tmp_path / "sample.png").is_file()
@@ -241,15 +241,15 @@ def run_usage(repository):
     return usage
 
 
-def test_usage_without_a_prior_starts_from_a_picture(tmp_path, monkeypatch):
+def test_usage_without_a_prior_starts_from_an_image(tmp_path, monkeypatch):
     levels = {name: getattr(tiny_pipeline(), name) for name in ("level_1", "level_2", "level_3")}
     ProgressiveVAEPipeline(prior=None, **levels, image_size=[5, 7]).push_to_hub("org/no-prior")
     monkeypatch.chdir(tmp_path)
-    PIL.Image.new("RGB", (7, 5), "red").save("picture.png")
+    PIL.Image.new("RGB", (7, 5), "red").save("image.png")
     assert "PIL.Image.open" in run_usage("org/no-prior") and (tmp_path / "sample.png").is_file()
 
 
-def test_usage_of_one_variant_alone_names_it(tmp_path, monkeypatch):
+def test_usage_of_a_single_variant_names_it(tmp_path, monkeypatch):
     tiny_pipeline().to(torch.float16).push_to_hub("org/half", variant="fp16")
     monkeypatch.chdir(tmp_path)
     assert 'variant="fp16", dtype=torch.float16' in run_usage("org/half")

@@ -1,4 +1,4 @@
-"""`~` is the home folder, and a folder that cannot be written is named before any work."""
+"""Home folders, writable folders and atomic replacement."""
 
 import os
 from pathlib import Path
@@ -30,35 +30,47 @@ def home(tmp_path, monkeypatch):
         ("./~", "{cwd}/~"),
     ],
 )
-def test_the_home_folder(path, expected, home):
+def test_expand_home(path, expected, home):
     expected = expected.format(home=home, cwd=os.getcwd())
     assert expand_home(path, "output_dir") == expected
-    assert expand_home(expected, "output_dir") == expected  # as a saved recipe is read again
+    assert expand_home(expected, "output_dir") == expected  # expanding twice changes nothing
 
 
-def test_a_user_who_is_not_there():
+def test_an_unknown_user_is_an_error():
     with pytest.raises(ValueError, match="expected output_dir in a home .*got '~nobody_here/a'"):
         expand_home("~nobody_here/a", "output_dir")
 
 
-def test_a_folder_is_made_with_those_around_it(tmp_path):
+def test_make_folder_creates_parents(tmp_path):
     assert make_folder("a/b", "output_dir") == Path("a/b")
     make_folder("a/b", "output_dir")
     assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
 
 
 @pytest.mark.parametrize("name", ["file", "file/x", "/dev/null/x"])
-def test_a_folder_that_cannot_be_made(name, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(name, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=f"expected output_dir .*got '{name}': "):
         make_folder(name, "output_dir")
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_replacing_a_file_is_atomic(tmp_path):
     path = tmp_path / "x.json"
     with replacing(path) as temporary:
         temporary.write_text("old")
     with pytest.raises(OSError), replacing(path) as temporary:
-        temporary.write_text("half of the n")
+        temporary.write_text("incompl")
         raise OSError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_replacing_a_folder_is_atomic(tmp_path):
+    path = tmp_path / "folder"
+    with pytest.raises(OSError), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "file").touch()
+        raise OSError
+    assert not list(tmp_path.iterdir())
+    with replacing(path) as temporary:
+        temporary.mkdir()
+    assert list(tmp_path.iterdir()) == [path]

@@ -33,17 +33,17 @@ HEADER = re.compile(r"\A# /// script\n((?:#(?: .*)?\n)+)# ///\n")  # of PEP 723
 def needed(extras: set[str]) -> set[str]:
     """Names of packages, with those of extras that extras name."""
     extra = PROJECT["optional-dependencies"]
-    found = {Requirement(line) for line in PROJECT["dependencies"]}
-    todo = [*extras]
-    while todo:
-        for requirement in map(Requirement, extra[todo.pop()]):
-            todo += requirement.extras if requirement.name == PROJECT["name"] else []
-            found.add(requirement)
-    return {requirement.name for requirement in found}
+    requirements = {Requirement(line) for line in PROJECT["dependencies"]}
+    names = [*extras]
+    while names:
+        for requirement in map(Requirement, extra[names.pop()]):
+            names += requirement.extras if requirement.name == PROJECT["name"] else []
+            requirements.add(requirement)
+    return {requirement.name for requirement in requirements}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_says_what_it_imports(path):
+def test_the_header_of_a_script_lists_its_imports(path):
     text = path.read_text()
     header = tomllib.loads(
         "".join(line[2:] or "\n" for line in HEADER.match(text)[1].splitlines(True))
@@ -56,11 +56,11 @@ def test_a_script_says_what_it_imports(path):
     names = {name.replace("-", "_").lower() for name in needed(requirement.extras)}
     names |= set(sys.stdlib_module_names) | {"pil", "yaml", "progressive_vae", "pyarrow", "tqdm"}
     imported = re.findall(r"^\s*(?:from|import) (\w+)", text.split('"""')[2], re.M)
-    own = {each.stem for each in path.parent.glob("*.py")}
+    own = {script.stem for script in path.parent.glob("*.py")}
     assert {name.lower() for name in imported} - own <= names
 
 
-def test_a_console_shows_what_it_can(monkeypatch):
+def test_characters_outside_the_console_encoding(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii", newline="\n")
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.setattr(sys, "argv", ["script.py", "Fréchet", "z₁"])
@@ -69,7 +69,7 @@ def test_a_console_shows_what_it_can(monkeypatch):
     assert stdout.buffer.getvalue() == b"Fr?chet z?\n"
 
 
-def test_what_is_wrong_is_one_line(monkeypatch):
+def test_an_invalid_argument_is_one_line(monkeypatch):
     def main(words: list[str]):
         raise ValueError(f"expected no words, got {words}")
 
@@ -107,7 +107,7 @@ def test_an_error_of_the_input_or_the_machine_is_one_line(error, expected):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA: 9 GiB"), MemoryError()])
-def test_too_little_memory_names_a_remedy(error):
+def test_out_of_memory_suggests_smaller_batches(error):
     with pytest.raises(SystemExit, match="^error: out of memory, use smaller batches"):
         run_script(failing(error))
 
@@ -119,7 +119,7 @@ def test_too_little_memory_names_a_remedy(error):
         ImportError("cannot import name 'x'", name="progressive_vae.level"),
     ],
 )
-def test_a_fault_of_the_program_keeps_its_traceback(error):
+def test_a_bug_keeps_its_traceback(error):
     with pytest.raises(type(error)):
         run_script(failing(error))
 
@@ -131,7 +131,7 @@ def test_an_interrupt_is_one_line(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_scripts_that_sample_need_no_extra():
+def test_sampling_scripts_need_no_extra():
     """They start where jsonargparse, which reads the flags of the others, is not installed."""
     code = "import runpy, sys; sys.modules['jsonargparse'] = None; del sys.argv[0]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -145,7 +145,7 @@ def test_scripts_that_sample_need_no_extra():
 
 
 @pytest.mark.parametrize("name", ["nowhere/x.png", "file/x.png", "x.xyz", "x", "", "folder.png"])
-def test_an_output_that_cannot_be_saved(name, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_an_error_before_sampling(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
@@ -155,7 +155,7 @@ def test_an_output_that_cannot_be_saved(name, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
-def test_half_an_image_does_not_replace_a_whole_one(tmp_path, monkeypatch):
+def test_saving_an_image_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "x.png"
     save_image(PIL.Image.new("L", (2, 2)), path)
     before = path.read_bytes()

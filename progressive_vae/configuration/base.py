@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..serialization import pop_version, read_json, stamp
+from ..serialization import pop_version, read_json, version_fields
 
 MAX_CLASSES = 100_000  # more is a damaged or a hostile file
 
@@ -23,7 +23,7 @@ _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implement
 
 def strict_config(cls):
     """A strict dataclass whose every complaint, also on assignment, is a `ValueError`; what it
-    saves is stamped, and a stamp that it cannot read is refused before anything else.
+    saves has version fields, and a format that it cannot read is refused before anything else.
 
     A class may have `upgrade_config(format, fields) -> fields`, which reads older formats.
     """
@@ -61,7 +61,7 @@ def strict_config(cls):
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__
     cls._dict_from_json_file = classmethod(_dict_from_json_file)
-    cls.to_dict = lambda self: _without_half(to_dict(self)) | stamp()
+    cls.to_dict = lambda self: _without_half(to_dict(self)) | version_fields()
     return cls
 
 

@@ -34,16 +34,12 @@ MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
 
 # More is a damaged or a hostile file, and would fill the memory before anything else is looked at.
 MAX_CODES = 2**20
+MAX_CHANNELS = 256
 
 # What a refit may change; the rest decides what the codes are.
 DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logit_rank",
                   "decoder_order", "num_groups", "backbone_config", "num_classes", "id2label",
                   "class_dropout", "corruption", "corruption_kind")  # fmt: skip
-
-# What only training reads: the weights say the same without it.
-TRAINING_FIELDS = ("class_dropout", "picture_weight", "commitment_weight", "codebook_decay",
-                   "restart_threshold", "gumbel_temperature", "gumbel_decay",
-                   "corruption_kind")  # fmt: skip
 
 
 @strict_config
@@ -174,8 +170,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         if self.tokenizer_config is not None:
             take_shape(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
-                      num_layers=MAX_LAYERS, encoder_num_layers=MAX_LAYERS,
-                      auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
+                      num_channels=MAX_CHANNELS, num_layers=MAX_LAYERS,
+                      encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
             is_fsq = self.quantizer == "fsq"

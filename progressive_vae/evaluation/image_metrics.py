@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, cached
 from ..data.streaming import PixelStream
 from ..models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
+from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 
 
@@ -129,10 +129,9 @@ def cached_classifier(
                 classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})
                 return classifier.eval().to(device)
     classifier = train_classifier(dataset, num_classes, max_train_steps, seed, device)
-    temporary = Path(path).with_suffix(".incomplete")
     weights = {key: value.contiguous() for key, value in classifier.state_dict().items()}
-    save_file(weights, temporary, {"identity": identity})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(weights, temporary, {"identity": identity})
     return classifier
 
 

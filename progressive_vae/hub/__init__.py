@@ -1,4 +1,4 @@
-"""A pipeline as a repository: saving, pushing, model cards, and code that a repository holds."""
+"""Saving and pushing pipelines, model cards, and code in repositories."""
 
 from .repository import push_folder, write_card
 

@@ -1,4 +1,4 @@
-"""The model card of a repository: MODEL_CARD.md with the figures of one's own run."""
+"""Model cards: MODEL_CARD.md with the usage, metrics and images of a saved pipeline."""
 
 import re
 from collections.abc import Sequence
@@ -8,58 +8,64 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-PICTURES = {
-    "samples.png": "Drawn images, a row for each class where there are classes.",
-    "reconstructions.png": "Held-out images drawn again from their own codes: from z₁ alone in the "
-    "first row, from one level more in each next row, and the images themselves in the last.",
+IMAGE_CAPTIONS = {
+    "samples.png": "Samples; one row for each class, if there are classes.",
+    "reconstructions.png": "Held-out images reconstructed from their codes: from z₁ only in the "
+    "first row, with one more level in each next row; the images themselves in the last row.",
 }
-# Passages of MODEL_CARD.md, and what stands in their place elsewhere.
+_METADATA = re.compile(r"\A---\n.*?\n---\n", re.S)
+
+# A card consists of marked parts, <!-- name --> … <!-- /name -->, and the text between them.
+_INSTALLATION = "installation"
+_USAGE = "usage"
+_METRICS = "figures"  # the name in cards that are already published
+
 _CALL = re.compile(r'(ProgressiveVAEPipeline\.from_pretrained\()"([^"]*)"')
-_NEEDS = "Needs `pip install progressive-vae`; with that, and nothing else, the lines below run."
-_NEEDS_NOTHING = """\
-This repository holds its code: the lines below run without an installation, if you trust it.
-The other way is `pip install progressive-vae`; what is installed is used in its place."""
 _IMPORT = "from progressive_vae import ProgressiveVAEPipeline"
-_FROM_NOTHING = """\
+_INSTALL = "Needs `pip install progressive-vae`; with that, and nothing else, the lines below run."
+_WITHOUT_INSTALLATION = """\
+This repository contains its code: the lines below run without an installation, if you trust it.
+With `pip install progressive-vae` the installed package is used instead."""
+_SAMPLE = """\
 images = pipe(num_images_per_prompt=4, generator=torch.Generator().manual_seed(0)).images
 images[0].save("sample.png")
 codes = pipe.encode(images)  # [z_1 … z_N], the coarsest first
-print(pipe.bits_per_dim(images))  # one figure for each factor, and their total
+print(pipe.bits_per_dim(images))  # one term for each factor, and their total
 """
-_FROM_A_PICTURE = """\
-images = [PIL.Image.open("picture.png")]  # of the model's size; it has no prior to draw from
+_RECONSTRUCT = """\
+images = [PIL.Image.open("image.png")]  # of the model's size; there is no prior to sample from
 codes = pipe.encode(images)  # [z_1 … z_N], the coarsest first
-again = pipe(codes=codes[:1], generator=torch.Generator().manual_seed(0)).images  # z_1 kept
-again[0].save("sample.png")
+variations = pipe(codes=codes[:1], generator=torch.Generator().manual_seed(0)).images  # same z_1
+variations[0].save("sample.png")
 """
-_BEGIN, _END = "<!-- figures -->", "<!-- /figures -->"
-_METADATA = re.compile(r"\A---\n.*?\n---\n", re.S)
 
 
 def card_template() -> str:
-    """MODEL_CARD.md without its metadata, which are those of the model that comes with the project:
-    package data of an installed wheel, the repository's own in a checkout."""
+    """Return MODEL_CARD.md without its metadata, which describe the project's own model.
+
+    It is package data of an installed wheel, and at the top level of a checkout.
+    """
     packaged = resources.files("progressive_vae") / "MODEL_CARD.md"
-    own = Path(__file__).parents[2] / "MODEL_CARD.md"
-    text = (packaged if packaged.is_file() else own).read_text(encoding="utf-8")
+    checkout = Path(__file__).parents[2] / "MODEL_CARD.md"
+    text = (packaged if packaged.is_file() else checkout).read_text(encoding="utf-8")
     return _METADATA.sub("", text)
 
 
 def model_card(
     repository: str,
     metrics: dict | None = None,
-    pictures: Sequence[str] = (),
+    images: Sequence[str] = (),
     has_prior: bool = True,
     variant: str | None = None,
 ) -> ModelCard:
-    """The card of a pipeline.
+    """Return the card of a pipeline.
 
     Args:
-        repository: what its usage passes to `from_pretrained`: a name on the Hub or a folder.
-        metrics: the contents of `metrics.json`; without them the card states no figures.
-        pictures: names among `PICTURES` of files beside the card.
-        has_prior: without one nothing is drawn from nothing, and the usage starts from a picture.
-        variant: of the weights, where there are none without a name.
+        repository: a name on the Hub or a folder, which the usage passes to `from_pretrained`.
+        metrics: the contents of `metrics.json`, if there are any.
+        images: names among `IMAGE_CAPTIONS` of files beside the card.
+        has_prior: without a prior the usage starts from an image instead of sampling one.
+        variant: of the weights, if there are only weights of this variant.
     """
     data = ModelCardData(
         library_name="diffusers",
@@ -68,74 +74,132 @@ def model_card(
         tags=["diffusers:ProgressiveVAEPipeline", "progressive-vae", "vq-vae", "image-generation"],
         **(_metadata(metrics) if metrics else {}),
     )
-    before, rest = card_template().split(_BEGIN)
-    after = rest.split(_END)[1]
-    parts = [f"![{name.partition('.')[0]}]({name})\n\n*{PICTURES[name]}*" for name in pictures]
-    parts.append(_measured(metrics) if metrics else "No figures were saved with this pipeline; "
-                 "`pipe.bits_per_dim(images)` states them, one for each factor.")  # fmt: skip
-    figures = "\n\n".join([_BEGIN, *parts, _END])
-    if not has_prior:
-        before = before.replace("```python\n", "```python\nimport PIL.Image\n", 1)
-        before = before.replace(_FROM_NOTHING, _FROM_A_PICTURE)
-    if variant is not None:
-        dtype = {"fp16": ", dtype=torch.float16", "bf16": ", dtype=torch.bfloat16"}.get(variant, "")
-        before = _CALL.sub(rf'\1"\2", variant="{variant}"{dtype}', before, count=1)
-    text = f"---\n{data.to_yaml()}\n---\n{before}{figures}{after}".rstrip() + "\n"
-    return ModelCard(for_repository(text, repository))
+    results = [
+        f"![{name.partition('.')[0]}]({name})\n\n*{IMAGE_CAPTIONS[name]}*" for name in images
+    ]
+    if metrics:
+        results.append(_evaluation(metrics))
+    else:
+        results.append(
+            "No metrics were saved with this pipeline; `pipe.bits_per_dim(images)` computes bits "
+            "per dimension, one term for each factor."
+        )
+    text = card_template()
+    text = _replace_part(text, _INSTALLATION, _INSTALL)
+    text = _replace_part(text, _USAGE, _usage(repository, has_prior, variant))
+    text = _replace_part(text, _METRICS, "\n" + "\n\n".join(results) + "\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n")
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card was made here, rather than written by hand."""
-    return _BEGIN in text and _END in text
+    """Return whether `model_card` made a card; others are written by hand."""
+    return f"<!-- {_METRICS} -->" in text and f"<!-- /{_METRICS} -->" in text
 
 
 def for_repository(text: str, repository: str, with_code: bool = False) -> str:
-    """The card with its usage, the first such call in it, changed to another repository: one that
-    needs no installation, where it holds the code."""
-    text = _CALL.sub(rf'\1"{repository}"', text, count=1)
-    if with_code:
-        text = text.replace(_NEEDS, _NEEDS_NOTHING).replace(
-            _IMPORT, "from diffusers import DiffusionPipeline"
+    """Change the first `ProgressiveVAEPipeline.from_pretrained` of a card to another repository.
+
+    Args:
+        with_code: the repository contains the package's code, so the usage needs no installation.
+
+    Raises:
+        ValueError: with `with_code`, the card has no marked installation or usage.
+    """
+    text = _CALL.sub(lambda call: f'{call[1]}"{repository}"', text, count=1)
+    if not with_code or not is_generated(text):
+        return text
+    usage = _part(text, _USAGE)
+    if _IMPORT not in usage or not _CALL.search(usage):
+        raise ValueError(
+            f"expected the card's usage to import ProgressiveVAEPipeline and to load it, got "
+            f"{usage!r}: delete the card, and save the pipeline again"
         )
-        call = f'DiffusionPipeline.from_pretrained("{repository}", trust_remote_code=True'
-        text = _CALL.sub(call, text, count=1)
-    return text
+    usage = usage.replace(_IMPORT, "from diffusers import DiffusionPipeline")
+    call = f'DiffusionPipeline.from_pretrained("{repository}", trust_remote_code=True'
+    usage = _CALL.sub(lambda _: call, usage, count=1)
+    return _replace_part(_replace_part(text, _USAGE, usage), _INSTALLATION, _WITHOUT_INSTALLATION)
 
 
-def figures_table(metrics: dict) -> str:
-    """The figures of `metrics.json` as Markdown tables."""
-    bits, codes = metrics["bits_per_dim"], metrics["codes"]
+def _usage(repository: str, has_prior: bool, variant: str | None) -> str:
+    dtypes = {"fp16": ", dtype=torch.float16", "bf16": ", dtype=torch.bfloat16"}
+    arguments = f'"{repository}"'
+    if variant is not None:
+        arguments += f', variant="{variant}"{dtypes.get(variant, "")}'
+    return (
+        "```python\n"
+        + ("" if has_prior else "import PIL.Image\n")
+        + f"import torch\n{_IMPORT}\n\n"
+        + f"pipe = ProgressiveVAEPipeline.from_pretrained({arguments})\n"
+        + (_SAMPLE if has_prior else _RECONSTRUCT)
+        + "```"
+    )
+
+
+def _split(text: str, part: str) -> tuple[str, str, str]:
+    """Return what is before, in and after a marked part of a card."""
+    start = f"<!-- {part} -->\n"
+    end = f"\n<!-- /{part} -->"
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(
+            f"expected one part <!-- {part} --> … <!-- /{part} --> in the card, got "
+            f"{text.count(start)}: delete the card, and save the pipeline again"
+        )
+    before, rest = text.split(start)
+    contents, after = rest.split(end)
+    return before + start, contents, end + after
+
+
+def _part(text: str, part: str) -> str:
+    return _split(text, part)[1]
+
+
+def _replace_part(text: str, part: str, contents: str) -> str:
+    before, _, after = _split(text, part)
+    return before + contents + after
+
+
+def metrics_table(metrics: dict) -> str:
+    """Return the contents of `metrics.json` as Markdown tables."""
+    # Likelihood, code use and accuracy: one row for each factor.
     accuracy = metrics.get("label_accuracy", {})
-    views = {"label kept": "", "label kept by the preview": "preview_of_"}
-    kept = {word: view for word, view in views.items() if f"{view}level_1" in accuracy}
-    header = ["factor", "bits/dim", "codes used", "perplexity"]
-    header += kept
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name, value in bits.items():
-        use = codes.get(name)
-        row = [name, f"{value:.4f}"]
-        row += (
-            [f"{use['codes_used']} of {use['codebook_size']}", f"{use['codebook_perplexity']:.1f}"]
-            if use
-            else ["", ""]
-        )
-        for view in kept.values():
-            row.append(f"{100 * accuracy[view + name]:.1f} %" if view + name in accuracy else "")
-        lines.append("| " + " | ".join(row) + " |")
+    prefixes = {"label kept": "", "label kept by the preview": "preview_of_"}
+    columns = {
+        title: prefix for title, prefix in prefixes.items() if f"{prefix}level_1" in accuracy
+    }
+    lines = _header(["factor", "bits/dim", "codes used", "perplexity", *columns])
+    for name, bits in metrics["bits_per_dim"].items():
+        cells = [name, f"{bits:.4f}", "", ""]
+        if use := metrics["codes"].get(name):
+            cells[2] = f"{use['codes_used']} of {use['codebook_size']}"
+            cells[3] = f"{use['codebook_perplexity']:.1f}"
+        for prefix in columns.values():
+            value = accuracy.get(prefix + name)
+            cells.append("" if value is None else f"{100 * value:.1f} %")
+        lines.append(_row(cells))
     if accuracy:
         lines += ["", f"Label kept by the images themselves: {100 * accuracy['images']:.1f} %."]
     if "frechet_distance" in metrics:
-        lines += ["", f"Fréchet distance of {metrics['num_drawn']} drawn images to as many "
-                  f"held-out ones: {metrics['frechet_distance']:.4f}, in the features of a small "
-                  "classifier of this data set: not to be compared with distances in other "
-                  "features, or of other counts."]  # fmt: skip
-    lines += ["", "| phase | seconds | share | waiting for data | images/s |", "|---" * 5 + "|"]
-    whole = sum(phase["seconds"] for phase in metrics["phases"].values())
+        lines += [
+            "",
+            f"Fréchet distance of {metrics['num_drawn']} samples to as many held-out images: "
+            f"{metrics['frechet_distance']:.4f}, in the features of a small classifier of this "
+            "data set: not to be compared with distances in other features, or of other counts.",
+        ]
+
+    # Training time: one row for each phase.
+    lines += ["", *_header(["phase", "seconds", "share", "waiting for data", "images/s"])]
+    total_seconds = sum(phase["seconds"] for phase in metrics["phases"].values())
     for name, phase in metrics["phases"].items():
-        seconds, waiting = phase["seconds"], phase.get("waiting_share")
-        cells = [name, f"{seconds:.1f}", f"{100 * seconds / whole:.1f} %"]
-        cells += ["" if waiting is None else f"{100 * waiting:.1f} %"]
-        lines.append("| " + " | ".join([*cells, f"{phase['images_per_second']:.0f}"]) + " |")
+        seconds = phase["seconds"]
+        waiting = phase.get("waiting_share")
+        cells = [
+            name,
+            f"{seconds:.1f}",
+            f"{100 * seconds / total_seconds:.1f} %",
+            "" if waiting is None else f"{100 * waiting:.1f} %",
+            f"{phase['images_per_second']:.0f}",
+        ]
+        lines.append(_row(cells))
     if "sampled_images_per_second" in metrics:
         lines.append(f"| sample, batch of 250 | | | | {metrics['sampled_images_per_second']:.0f} |")
     for name, error in metrics.get("not_measured", {}).items():
@@ -143,39 +207,47 @@ def figures_table(metrics: dict) -> str:
     return "\n".join(lines)
 
 
-def _measured(metrics: dict) -> str:
-    # Before recipes there were a command and flat settings.
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _header(titles: Sequence[str]) -> list[str]:
+    return [_row(titles), "|---" * len(titles) + "|"]
+
+
+def _evaluation(metrics: dict) -> str:
+    # Metrics of early versions have a command and flat settings instead of a recipe.
     recipe = metrics.get("recipe") or metrics["settings"]
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip()
     command = metrics.get("command", "accelerate launch examples/train.py --config recipe.yaml")
     return (
         f"Measured on {metrics['num_images']} held-out images (`{metrics['dataset']}`, split "
         f"`{metrics['split']}`), seed {metrics['seed']}, {metrics['machine']}:\n\n"
-        f"{figures_table(metrics)}\n\n"
-        f"Trained and measured by `{command}`.\n\n"
+        f"{metrics_table(metrics)}\n\n"
+        f"Trained and evaluated by `{command}`.\n\n"
         f"<details><summary>The recipe</summary>\n\n```yaml\n{text}\n```\n\n</details>"
     )
 
 
 def _metadata(metrics: dict) -> dict:
-    """What the Hub shows beside the card: the data set and the results."""
-    found = {"bits_per_dim": ("bits per dimension", metrics["bits_per_dim"]["total"])}
+    """Return the data set and the results as metadata, which the Hub shows beside the card."""
+    values = {"bits_per_dim": ("bits per dimension", metrics["bits_per_dim"]["total"])}
     if "frechet_distance" in metrics:
         name = "Fréchet distance in features of a classifier of the data set"
-        found["frechet_distance"] = (name, metrics["frechet_distance"])
+        values["frechet_distance"] = (name, metrics["frechet_distance"])
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=metrics["dataset"],
             dataset_name=metrics["dataset"],
             dataset_split=metrics["split"],
-            metric_type=kind,
+            metric_type=metric_type,
             metric_name=name,
             metric_value=round(value, 4),
         )
-        for kind, (name, value) in found.items()
+        for metric_type, (name, value) in values.items()
     ]
-    # The Hub links `datasets`, so only what can be one of its names may stand there.
+    # The Hub links `datasets`, so only valid names are listed.
     is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", metrics["dataset"]) is not None
     datasets = {"datasets": [metrics["dataset"]]} if is_on_hub else {}
     return {"model_name": "Progressive VAE", "eval_results": results, **datasets}

@@ -1,8 +1,7 @@
-"""Code that a repository holds, for those who have not installed the package.
+"""Repositories that contain the package's code, so that they load without an installation.
 
-`pipe.push_to_hub(name, with_code=True)` makes such a repository. diffusers loads it with
-`trust_remote_code=True`. `ProgressiveVAEPipeline` itself needs none of that code, and leaves it
-aside.
+`pipe.push_to_hub(name, with_code=True)` pushes the code, and diffusers loads it with
+`trust_remote_code=True`. `ProgressiveVAEPipeline.from_pretrained` ignores it.
 """
 
 import json
@@ -11,65 +10,82 @@ from pathlib import Path
 from ..serialization import __version__
 from .model_card import card_template
 
-NAME, FILE, LINE = "progressive_vae", "#: ", "#|"  # as remote_code_loader.py reads them
-FOLDERS_LEFT_OUT = ("data", "evaluation", "training")  # which no inference imports
-CODE = "pipeline.py"  # where diffusers looks for a class of a repository's own
-PART_CODE = f"{NAME}.py"  # and for one of a part: named as its library
-CONFIG, INDEX = "config.json", "model_index.json"
+NAME = "progressive_vae"
+FILE_PREFIX = "#: "  # of the name of a file in the bundle; as in remote_code_loader.py
+LINE_PREFIX = "#|"  # of a line of that file
+TRAINING_FOLDERS = ("data", "evaluation", "training")  # not imported for inference
+PIPELINE_CODE = "pipeline.py"  # the module in which diffusers looks for the pipeline's class
+PART_CODE = f"{NAME}.py"  # and for the class of a part, by the name of its library
+CONFIG = "config.json"
+INDEX = "model_index.json"
 _AUTO_CLASSES = {
-    "progressive_vae_level": {"AutoConfig": "ProgressiveVAELevelConfig",
-                              "AutoModel": "ProgressiveVAELevel"},
-    "progressive_vae_prior": {"AutoConfig": "ProgressiveVAEPriorConfig",
-                              "AutoModel": "ProgressiveVAEPrior"},
-}  # fmt: skip
+    "progressive_vae_level": {
+        "AutoConfig": "ProgressiveVAELevelConfig",
+        "AutoModel": "ProgressiveVAELevel",
+    },
+    "progressive_vae_prior": {
+        "AutoConfig": "ProgressiveVAEPriorConfig",
+        "AutoModel": "ProgressiveVAEPrior",
+    },
+}
 
 
 def bundle() -> str:
-    """The package in one file: `remote_code_loader.py`, with the files that inference takes and
-    the template of the model card below it."""
+    """Return the package in one file: `remote_code_loader.py`, followed by the files for inference
+    and the template of the model card.
+
+    Raises:
+        ValueError: the loader has no line for the version.
+    """
     folder = Path(__file__).parents[1]
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.py"))}
     texts = {
         name: path.read_text(encoding="utf-8")
         for name, path in paths.items()
-        if name.split("/")[0] not in FOLDERS_LEFT_OUT
+        if name.split("/")[0] not in TRAINING_FOLDERS
     }
     loader = texts["hub/remote_code_loader.py"]
-    first = loader.replace("VERSION = __version__", f"VERSION = {__version__!r}")
+    version_line = "\nBUNDLE_VERSION = __version__"
+    if loader.count(version_line) != 1:
+        raise ValueError(f"expected one line {version_line.strip()!r} in the loader, got others")
     texts["MODEL_CARD.md"] = card_template()
-    lines = [first]
+    lines = [loader.replace(version_line, f"\nBUNDLE_VERSION = {__version__!r}")]
     for name, text in texts.items():
-        lines += ["", f"{FILE}{name}", *(LINE + line for line in text.splitlines())]
+        lines += ["", f"{FILE_PREFIX}{name}"]
+        lines += [LINE_PREFIX + line for line in text.splitlines()]
     return "\n".join(lines) + "\n"
 
 
 def files_with_code(contents: dict[str, bytes]) -> dict[str, bytes]:
-    """The files that a repository has then: the changed ones and those that are new.
+    """Return the files that code adds to a repository, and those that it changes.
 
     Args:
-        contents: of `model_index.json` and of each part's `config.json`, by their names.
+        contents: of `model_index.json` and of each part's `config.json`, by file name.
     """
     index = json.loads(contents[INDEX])
-    own_class = [Path(CODE).stem, index["_class_name"]]
-    found = {CODE: bundle().encode(), INDEX: _json(index | {"_class_name": own_class})}
-    # The same for all parts: diffusers puts each in the place of the last one, and Python takes two
-    # files of one size and second for one.
-    models = (classes["AutoModel"] for classes in _AUTO_CLASSES.values())
-    part_code = f"from {NAME} import {', '.join(models)}\n"
+    module = Path(PIPELINE_CODE).stem
+    files = {
+        PIPELINE_CODE: bundle().encode(),
+        INDEX: _json(index | {"_class_name": [module, index["_class_name"]]}),
+    }
+    # All parts have equal code: diffusers copies each over the previous one, and Python's bytecode
+    # cache does not distinguish files of the same size and second.
+    model_classes = [classes["AutoModel"] for classes in _AUTO_CLASSES.values()]
+    part_code = f"from {NAME} import {', '.join(model_classes)}\n"
     for name in contents:
         part, _, file = name.rpartition("/")
         if file == CONFIG:
             config = json.loads(contents[name])
             classes = _AUTO_CLASSES[config["model_type"]]
-            own = {auto: f"{Path(CODE).stem}.{ours}" for auto, ours in classes.items()}
-            found[name] = _json(config | {"auto_map": own})
-            found[f"{part}/{PART_CODE}"] = part_code.encode()
-    return found
+            auto_map = {auto: f"{module}.{class_name}" for auto, class_name in classes.items()}
+            files[name] = _json(config | {"auto_map": auto_map})
+            files[f"{part}/{PART_CODE}"] = part_code.encode()
+    return files
 
 
 def is_code(name: str) -> bool:
-    """Whether a file of a repository is one of these."""
-    return name == CODE or name.endswith(f"/{PART_CODE}")
+    """Return whether a file of a repository is added by `files_with_code`."""
+    return name == PIPELINE_CODE or name.endswith(f"/{PART_CODE}")
 
 
 def _json(contents: dict) -> bytes:

@@ -1,8 +1,7 @@
-"""The package in one file, which a repository may hold: with `trust_remote_code=True` it is loaded
-where the package is not installed. Where it is, that is what is used.
+"""The start of a bundle: the package in one file of a repository, see remote_code.py.
 
-In a repository the package's files stand below, each line behind `#|`. They are written into a
-folder beside this file, once, and imported from there.
+If the package is installed, it is imported. Otherwise the files of the package, which follow below
+with `#|` before each line, are unpacked once into a folder beside this file and imported from it.
 """
 
 import hashlib
@@ -15,41 +14,45 @@ import warnings
 from contextlib import suppress
 from pathlib import Path
 
-NAME, FILE, LINE = "progressive_vae", "#: ", "#|"  # as remote_code.py writes them
+NAME = "progressive_vae"
+FILE_PREFIX = "#: "  # as in remote_code.py
+LINE_PREFIX = "#|"
 
 
-def unpacked(file: Path) -> Path:
-    """The folder of the package whose files stand in `file`."""
+def unpack(file: Path) -> Path:
+    """Write the files in a bundle into a folder, unless it exists, and return the folder."""
     contents = file.read_bytes()
     folder = file.parent / f"{NAME}-{hashlib.sha256(contents).hexdigest()[:16]}"
     if not folder.exists():
         temporary = Path(tempfile.mkdtemp(dir=file.parent))
         texts: dict[str, list[str]] = {}
         for line in contents.decode().splitlines():
-            if line.startswith(FILE):
-                texts[line.removeprefix(FILE)] = lines = []
-            elif line.startswith(LINE):
-                lines.append(line.removeprefix(LINE) + "\n")
+            if line.startswith(FILE_PREFIX):
+                lines: list[str] = []
+                texts[line.removeprefix(FILE_PREFIX)] = lines
+            elif line.startswith(LINE_PREFIX):
+                lines.append(line.removeprefix(LINE_PREFIX) + "\n")
         for name, lines in texts.items():
             path = temporary / NAME / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(lines), encoding="utf-8")
-        with suppress(OSError):  # another process was first
+        with suppress(OSError):  # another process has already renamed its copy
             os.replace(temporary, folder)
     return folder
 
 
-_found = importlib.util.find_spec(NAME)
-if _found is None or _found.origin is None:  # or a folder of that name, without code
-    sys.path.append(str(unpacked(Path(__file__))))
+_spec = importlib.util.find_spec(NAME)
+if _spec is None or _spec.origin is None:  # no origin: a folder of that name without code
+    sys.path.append(str(unpack(Path(__file__))))
 
-_package = importlib.import_module(NAME)  # by name: libraries look for imports that are missing
+# Imported by name, as libraries search this file for import statements of missing packages.
+_package = importlib.import_module(NAME)
 __version__ = _package.__version__
-VERSION = __version__  # in a repository the version of the files below
-if VERSION != __version__:
+BUNDLE_VERSION = __version__  # replaced in a bundle by the version of its files
+if BUNDLE_VERSION != __version__:
     warnings.warn(
-        f"this repository's code is progressive_vae {VERSION}; {__version__}, which is installed "
-        "or was loaded before, is used in its place",
+        f"this repository's code is progressive_vae {BUNDLE_VERSION}; {__version__}, which is "
+        "installed or already loaded, is used instead",
         stacklevel=2,
     )
 

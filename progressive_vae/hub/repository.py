@@ -1,4 +1,4 @@
-"""A pipeline as a repository: what is saved, what is pushed, and how it is found again."""
+"""Saving a pipeline to a folder, pushing it to the Hub, and loading it again."""
 
 import hashlib
 import os
@@ -19,45 +19,48 @@ from huggingface_hub.utils.sha import sha_fileobj
 
 from ..models.modeling_utils import is_weights, variant_of
 from ..paths import replacing
-from ..serialization import pop_version, read_json, stamp
-from .model_card import PICTURES, for_repository, is_generated, model_card
+from ..serialization import pop_version, read_json, version_fields
+from .model_card import IMAGE_CAPTIONS, for_repository, is_generated, model_card
 from .remote_code import files_with_code, is_code
 
+PACKAGE = __name__.partition(".")[0]
 LOADED_BY = ["save_pretrained", "from_pretrained"]
-INDEX, CARD, METRICS = "model_index.json", "README.md", "metrics.json"
-_SAVE = "save the pipeline again, or download it anew"  # what helps against a damaged file
-_MEASURE = "delete it, and measure the pipeline again (examples/train.py --phase evaluate)"
+INDEX = "model_index.json"
+CARD = "README.md"
+METRICS = "metrics.json"
+# Advice of error messages about damaged files.
+_SAVE_AGAIN = "save the pipeline again, or download it again"
+_EVALUATE_AGAIN = "delete it, and evaluate the pipeline again (examples/train.py --phase evaluate)"
 
 _SLOT = re.compile(r"prior|level_\d")
-_PART = re.compile(rf"({_SLOT.pattern})/(.+)")
+_PART_FILE = re.compile(rf"({_SLOT.pattern})/(.+)")
 
 
 def register(pipeline: type[DiffusionPipeline], *parts: type):
-    """Make diffusers find a pipeline and its parts by name, in folders and on the Hub.
+    """Register a pipeline and its parts in diffusers, so that it loads them by name.
 
-    Without this diffusers writes module paths into `model_index.json`, which it reads back from a
-    folder and refuses on the Hub. As one of diffusers' own modules the package also comes before
-    the code of parts that a repository may hold.
+    Otherwise diffusers writes module paths into `model_index.json`, which it loads from a folder
+    but not from the Hub. A registered package also has precedence over code in a repository.
     """
     setattr(diffusers, pipeline.__name__, pipeline)
-    diffusers.pipelines.progressive_vae = sys.modules["progressive_vae"]
+    setattr(diffusers.pipelines, PACKAGE, sys.modules[PACKAGE])
     classes = {part.__name__: LOADED_BY for part in parts}
-    pipeline_loading_utils.LOADABLE_CLASSES["progressive_vae"] = classes
+    pipeline_loading_utils.LOADABLE_CLASSES[PACKAGE] = classes
     pipeline_loading_utils.ALL_IMPORTABLE_CLASSES.update(classes)
 
 
 class HubPipeline(DiffusionPipeline):
-    """A pipeline that writes a card of its own, and whose pushes are one commit of its files."""
+    """A `DiffusionPipeline` that writes a model card and pushes its files as one commit."""
 
     def register_to_config(self, **kwargs):
-        super().register_to_config(**{**kwargs, **stamp("_")})
+        super().register_to_config(**{**kwargs, **version_fields("_")})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """As diffusers' own.
+        """Load a pipeline as `DiffusionPipeline.from_pretrained` does.
 
         Raises:
-            ValueError: parts that are damaged, do not belong together, or are none of this package;
+            ValueError: parts that are damaged, do not fit each other, or are not of this package;
                 or `subfolder` is not `None`.
         """
         _check_subfolder(kwargs.get("subfolder"))
@@ -66,27 +69,33 @@ class HubPipeline(DiffusionPipeline):
                 raise ValueError(f"expected {name} to be a model or None, got {part!r}")
         folder = Path(pretrained_model_name_or_path)
         if folder.is_dir() and not (folder / INDEX).is_file():
-            is_part = (folder / "config.json").is_file()
-            what = "config.json: this is one part, which its own class loads" if is_part else "none"
-            raise ValueError(f"expected the folder of a pipeline, with {INDEX}, in {folder}, "
-                             f"got {what}")  # fmt: skip
+            got = "none"
+            if (folder / "config.json").is_file():
+                got = "config.json: load a single part with its own class"
+            raise ValueError(
+                f"expected the folder of a pipeline, with {INDEX}, in {folder}, got {got}"
+            )
         return super().from_pretrained(os.fspath(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
     def _dict_from_json_file(cls, json_file):
-        contents = read_json(json_file, _SAVE)
-        name = contents.get("_class_name")
-        if isinstance(name, list) and len(name) == 2:  # [file, class] of a repository with code
-            name = contents["_class_name"] = name[1]  # this class needs none of that code
-        if not isinstance(name, str):
-            raise ValueError(f"expected a _class_name in {json_file}, got {name!r}: {_SAVE}")
-        classes = pipeline_loading_utils.LOADABLE_CLASSES["progressive_vae"]
+        contents = read_json(json_file, _SAVE_AGAIN)
+        class_name = contents.get("_class_name")
+        if isinstance(class_name, list) and len(class_name) == 2:
+            class_name = class_name[1]  # [file, class] of a repository with code: not needed here
+            contents["_class_name"] = class_name
+        if not isinstance(class_name, str):
+            raise ValueError(
+                f"expected a _class_name in {json_file}, got {class_name!r}: {_SAVE_AGAIN}"
+            )
+        classes = pipeline_loading_utils.LOADABLE_CLASSES[PACKAGE]
         for name, value in contents.items():
             if not _is_slot(name) or value == [None, None]:
                 continue
-            if not _is_part(value) or (value[0] == "progressive_vae" and value[1] not in classes):
+            if not _is_part(value) or (value[0] == PACKAGE and value[1] not in classes):
                 raise ValueError(
-                    f"expected [library, class] as {name} in {json_file}, got {value!r}: {_SAVE}"
+                    f"expected [library, class] as {name} in {json_file}, got {value!r}: "
+                    f"{_SAVE_AGAIN}"
                 )
         return contents
 
@@ -112,26 +121,34 @@ class HubPipeline(DiffusionPipeline):
         subfolder: str | None = None,
         revision: str | None = None,
     ):
-        """Write the parts, `model_index.json` and a card, unless one written by hand is there.
+        """Write the parts, `model_index.json` and a card; a card written by hand is preserved.
 
         Args:
             safe_serialization: only `True`: weights are never pickled.
             variant: `"fp16"` writes `model.fp16.safetensors` beside other weights; cast first.
-            push_to_hub: then push the folder, as `push_folder` does with what follows; `repo_id`
-                is the folder's name where not given.
+            push_to_hub: push the folder by `push_folder` with the following arguments.
+            repo_id: default: the folder's name.
         """
         if not safe_serialization:
-            raise ValueError("expected safe_serialization=True, got False: nothing is pickled")
+            raise ValueError(
+                "expected safe_serialization=True, got False: weights are never pickled"
+            )
         _check_subfolder(subfolder)
         folder = Path(save_directory)
         super().save_pretrained(folder, variant=variant, max_shard_size=max_shard_size)
         write_card(folder)
         if push_to_hub:
-            repo_id = repo_id or folder.resolve().name
             push_folder(
-                folder, repo_id, commit_message, private, token, create_pr, variant, with_code,
+                folder,
+                repo_id or folder.resolve().name,
+                commit_message,
+                private,
+                token,
+                create_pr,
+                variant,
+                with_code,
                 revision,
-            )  # fmt: skip
+            )
 
     def push_to_hub(
         self,
@@ -149,54 +166,68 @@ class HubPipeline(DiffusionPipeline):
         """Push the pipeline as one commit; see `push_folder`.
 
         Raises:
-            ValueError: `subfolder` is not `None`, as diffusers loads no pipeline from one.
+            ValueError: `subfolder` is not `None`: diffusers cannot load a pipeline from one.
         """
         _check_subfolder(subfolder)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
             return push_folder(
-                folder, repo_id, commit_message, private, token, create_pr, variant, with_code,
+                folder,
+                repo_id,
+                commit_message,
+                private,
+                token,
+                create_pr,
+                variant,
+                with_code,
                 revision,
-            )  # fmt: skip
+            )
 
 
 def _check_subfolder(subfolder: str | None):
     if subfolder:
         raise ValueError(
             f"expected subfolder=None, got {subfolder!r}: diffusers loads no pipeline from a "
-            "subfolder of a repository; use a repository or a revision of its own"
+            "subfolder of a repository; use another repository or revision"
         )
 
 
 def write_card(folder: str | Path):
-    """Write the card of the pipeline that a folder holds, with the metrics and pictures of its
-    weights; a card written by hand stays."""
+    """Write the card of the pipeline in a folder, with the metrics and images of its weights.
+
+    A card written by hand is preserved.
+
+    Raises:
+        ValueError: `metrics.json` is damaged or incomplete.
+    """
     folder = Path(folder)
     card = folder / CARD
     if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
         return
-    found = figures(folder)
-    metrics = read_json(folder / METRICS, _MEASURE) if found else None
-    pictures = [name for name in found if name != METRICS]
+    names = metric_files(folder)
+    metrics = read_json(folder / METRICS, _EVALUATE_AGAIN) if names else None
+    images = [name for name in names if name != METRICS]
     has_prior = "prior" in pipeline_parts(folder)
     try:
-        made = model_card(folder.as_posix(), metrics, pictures, has_prior, _only_variant(folder))
+        contents = model_card(
+            folder.as_posix(), metrics, images, has_prior, _default_variant(folder)
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"expected figures in {folder / METRICS}, got {error!r}: {_MEASURE}"
+            f"expected metrics in {folder / METRICS}, got {error!r}: {_EVALUATE_AGAIN}"
         ) from error
     with replacing(card) as temporary:
-        made.save(temporary)
+        contents.save(temporary)
 
 
-def _only_variant(folder: Path) -> str | None:
-    """The variant of the weights in a folder, if there are none without a name."""
+def _default_variant(folder: Path) -> str | None:
+    """Return `None` if there are weights without a variant in a folder, else the first variant."""
     variants = {variant_of(path.name) or "" for path in _safetensors(folder)}
     return min(variants, default="") or None
 
 
 def weights_digest(folder: Path) -> str:
-    """A hash of the weight files of the pipeline in a folder."""
+    """Return a SHA-256 of the weight files, without variants, of the pipeline in a folder."""
     digest = hashlib.sha256()
     for path in _safetensors(folder):
         if is_weights(path.name, None):
@@ -205,14 +236,14 @@ def weights_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def figures(folder: Path) -> list[str]:
-    """Names of the files in a folder that say how good its pipeline is; [] if they are of other
-    weights than those that lie there."""
+def metric_files(folder: Path) -> list[str]:
+    """Return the names of `metrics.json` and its images; [] if they belong to other weights than
+    those in the folder."""
     path = folder / METRICS
-    metrics = read_json(path, _MEASURE) if path.is_file() else {}
+    metrics = read_json(path, _EVALUATE_AGAIN) if path.is_file() else {}
     if metrics.get("weights") != weights_digest(folder):
         return []
-    return [METRICS, *(name for name in PICTURES if (folder / name).is_file())]
+    return [METRICS, *(name for name in IMAGE_CAPTIONS if (folder / name).is_file())]
 
 
 def create_repository(
@@ -222,36 +253,39 @@ def create_repository(
     repo_type: str | None = None,
     space_sdk: str | None = None,
 ) -> str:
-    """Make sure that the repository exists; its full name.
+    """Create a repository unless it exists, and return its full name.
 
     Raises:
-        ValueError: it exists with another visibility than asked for.
+        ValueError: it exists with another visibility than `private`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(
         repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk=space_sdk
     ).repo_id
-    # `private` says nothing about a repository that was there before: nothing may be shown to the
-    # public that was meant to be private.
+    # `create_repo` ignores `private` if the repository exists, and private files must not become
+    # public.
     if private is not None and api.repo_info(repo_id, repo_type=repo_type).private != private:
-        words = {True: "private", False: "public"}
+        visibility = {True: "private", False: "public"}
         raise ValueError(
-            f"expected {repo_id} to be {words[private]}, got a {words[not private]} repository: "
+            f"expected {repo_id} to be {visibility[private]}, got a {visibility[not private]} "
+            "repository: "
             "change its visibility in its settings, or push to another one"
         )
     return repo_id
 
 
 def ensure_writable_repository(repo_id: str, private: bool | None = None):
-    """Find out before hours of training, not after them, whether the results may be pushed.
+    """Check before training that its results can be pushed; create the repository.
+
+    Warns if the Hub cannot be reached, as it may be available later.
 
     Raises:
-        ValueError: a name that is none, a repository of another visibility, or a token that may not
-            write to it. A network that is down is a warning, as it may be up then.
+        ValueError: an invalid name, a repository of another visibility, or a token without write
+            permission.
     """
     try:
         repo_id = create_repository(repo_id, private)
-        HfApi().auth_check(repo_id, write=True)  # one that exists may be another's
+        HfApi().auth_check(repo_id, write=True)  # an existing repository may be somebody else's
     except Exception as error:
         if isinstance(error, HfHubHTTPError):
             if error.response.status_code in (401, 403):
@@ -261,20 +295,21 @@ def ensure_writable_repository(repo_id: str, private: bool | None = None):
                 ) from error
         elif isinstance(error, ValueError):
             raise
-        warnings.warn(f"the Hub cannot be reached, training goes on: {error}", stacklevel=2)
+        warnings.warn(f"the Hub cannot be reached, training continues: {error}", stacklevel=2)
 
 
-def push_or_warn(folder: str | Path, repo_id: str, **how):
-    """`push_folder` in the course of a training, which is worth more than any error in here."""
+def push_or_warn(folder: str | Path, repo_id: str, **options):
+    """Call `push_folder`, and turn errors into a warning, so that training continues."""
     folder = str(Path(folder).resolve())
     try:
-        print(f"pushed {push_folder(folder, repo_id, **how)}")
+        print(f"pushed {push_folder(folder, repo_id, **options)}")
     except Exception as error:
-        words = ", ".join([repr(folder), repr(repo_id), *(f"{k}={v!r}" for k, v in how.items())])
-        later = f"from progressive_vae.hub import push_folder; push_folder({words})"
+        arguments = [repr(folder), repr(repo_id), *(f"{k}={v!r}" for k, v in options.items())]
+        code = "from progressive_vae.hub import push_folder; "
+        code += f"push_folder({', '.join(arguments)})"
         warnings.warn(
             f"not pushed to {repo_id}: {error}\nNothing is lost, the files are in {folder}. To "
-            f"push them later: python -c {shlex.quote(later)}",
+            f"push them later: python -c {shlex.quote(code)}",
             stacklevel=2,
         )
 
@@ -290,27 +325,26 @@ def push_folder(
     with_code: bool = False,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Push the pipeline in a folder as one commit: all of it or nothing becomes visible.
+    """Push the pipeline in a folder as one commit: all of its files become visible, or none.
 
-    Only what `model_index.json` names is pushed, and the card, metrics and pictures beside it; no
-    checkpoints, caches or logs. What an earlier push left there and the pipeline no longer has
-    goes in the same commit; a card written by hand stays, and so do weights of other variants,
-    which have to be pushed again themselves. An interrupted push leaves the repository as it was,
-    and can be repeated.
+    The files are those of the parts in `model_index.json`, the card, metrics and images; not
+    checkpoints, caches or logs. The commit also deletes files of earlier pushes that the pipeline
+    no longer has. It preserves a card written by hand, and weights of other variants. After an
+    interrupted push the repository is unchanged, and the push can be repeated.
 
     Args:
-        private: visibility of a new repository; one that exists must have it already. `None` is
-            what the account or organisation has as its default.
-        token: where not given, that of `hf auth login`.
+        private: visibility of a new repository; an existing one must have it already. `None` is
+            the default of the account or organization.
+        token: default: that of `hf auth login`.
         create_pr: open a pull request instead of writing to `main`.
-        variant: only the weights of this variant are new: the card and figures there are kept.
-        with_code: the code of this package, too, for those who have not installed it. They load
-            the repository with `trust_remote_code=True`.
-        revision: the branch to push to, which is created from `main` where it does not exist;
-            `main` if not given.
+        variant: push only weights of this variant; the repository's card and metrics do not change.
+        with_code: also push the code of this package. Without an installation the repository is
+            then loaded with `trust_remote_code=True`.
+        revision: the branch to push to, which is created from `main` if it does not exist;
+            default: `main`.
 
     Raises:
-        ValueError: no whole pipeline in the folder, or a repository of another visibility.
+        ValueError: the folder has no complete pipeline, or the repository another visibility.
     """
     folder = Path(folder)
     names = pipeline_files(folder, variant)
@@ -318,23 +352,21 @@ def push_folder(
     api = HfApi(token=token)
     if revision is not None:
         _create_branch(api, repo_id, revision, create_pr)
-    there = api.list_repo_files(repo_id, revision=revision)
-    if CARD in there and CARD in names:
-        card = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(
-            encoding="utf-8"
-        )
-        if variant is not None or not is_generated(card):
+    repo_files = api.list_repo_files(repo_id, revision=revision)
+    if CARD in repo_files and CARD in names:
+        path = Path(api.hf_hub_download(repo_id, CARD, revision=revision))
+        if variant is not None or not is_generated(path.read_text(encoding="utf-8")):
             names.remove(CARD)
+
+    # The contents to commit: files of the folder, some of which are changed for the repository.
     files: dict[str, Path | bytes] = {name: folder / name for name in names}
     if with_code:
-        configs = {
-            n: (folder / n).read_bytes() for n in names if n.endswith(("config.json", INDEX))
-        }
-        files |= files_with_code(configs)
+        configs = [name for name in names if name.endswith(("config.json", INDEX))]
+        files |= files_with_code({name: (folder / name).read_bytes() for name in configs})
     if CARD in names:
         card = (folder / CARD).read_text(encoding="utf-8")
         files[CARD] = for_repository(card, repo_id, with_code).encode()
-    outdated = [name for name in there if _is_outdated(name, list(files), variant)]
+    outdated = [name for name in repo_files if _is_outdated(name, list(files), variant)]
     operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
     operations += [CommitOperationAdd(name, contents) for name, contents in files.items()]
     message = commit_message or "Upload ProgressiveVAEPipeline"
@@ -345,29 +377,32 @@ def push_folder(
 
 def _create_branch(api: HfApi, repo_id: str, branch: str, create_pr: bool):
     """Create a branch unless it exists."""
-    if branch.startswith("refs/"):  # of a pull request
+    if branch.startswith("refs/"):  # a pull request, which exists
         return
     try:
         api.create_branch(repo_id, branch=branch, exist_ok=True)
     except HfHubHTTPError as error:
-        # A pull request to somebody else's branch needs no permission to write.
+        # A pull request to somebody else's branch does not need write permission.
         if not (create_pr and error.response.status_code == 403):
             raise
 
 
 def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
-    """Names, relative to the folder, of the files that make up its pipeline.
+    """Return the names, relative to the folder, of the files of its pipeline.
 
     Raises:
-        ValueError: there is none, or a part of it is missing.
+        ValueError: there is no pipeline, or a part of it is missing.
     """
     if not (folder / INDEX).is_file():
         raise ValueError(f"expected a saved pipeline, with {INDEX}, in folder, got {folder}")
-    names = [INDEX, *([CARD] if (folder / CARD).is_file() else [])]
-    names += figures(folder) if variant is None else []
+    names = [INDEX]
+    if (folder / CARD).is_file():
+        names.append(CARD)
+    if variant is None:
+        names += metric_files(folder)
     for part in pipeline_parts(folder):
         files = sorted(path.relative_to(folder).as_posix() for path in (folder / part).glob("*"))
-        weights = [name for name in files if _weights_of(name, variant)]
+        weights = [name for name in files if _is_weights_of(name, variant)]
         if not weights or f"{part}/config.json" not in files:
             raise ValueError(
                 f"expected config.json and weights of variant={variant} in {folder / part}, which "
@@ -378,19 +413,19 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
 
 
 def pipeline_parts(folder: str | Path) -> list[str]:
-    """The names of the parts of the pipeline in a folder, `level_1` and so on, sorted.
+    """Return the sorted names of the parts of the pipeline in a folder: `level_1` and so on.
 
-    Other parts may lie there, of a pipeline that was saved in the same folder before.
+    Subfolders of an earlier pipeline with more parts are ignored.
 
     Raises:
         ValueError: `model_index.json` is missing or damaged.
     """
-    index = read_json(Path(folder) / INDEX, _SAVE)
+    index = read_json(Path(folder) / INDEX, _SAVE_AGAIN)
     return sorted(name for name, value in index.items() if _is_slot(name) and _is_part(value))
 
 
 def _safetensors(folder: Path) -> list[Path]:
-    """The weight files of the parts of the pipeline in a folder, of all variants, sorted."""
+    """Return the sorted weight files of the pipeline in a folder, of all variants."""
     parts = pipeline_parts(folder) if (folder / INDEX).is_file() else []
     return [path for part in parts for path in sorted((folder / part).glob("model*.safetensors"))]
 
@@ -403,18 +438,18 @@ def _is_part(value) -> bool:
     return isinstance(value, list) and [*map(type, value)] == [str, str]
 
 
-def _weights_of(name: str, variant: str | None) -> bool:
-    """Whether `part/file` holds weights of a variant."""
-    part = _PART.fullmatch(name)
-    return part is not None and is_weights(part[2], variant)
+def _is_weights_of(name: str, variant: str | None) -> bool:
+    """Return whether `part/file` is a weight file of a variant."""
+    match = _PART_FILE.fullmatch(name)
+    return match is not None and is_weights(match[2], variant)
 
 
 def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:
-    """Whether a file of the repository belongs to an earlier state of the pipeline."""
+    """Return whether a file of the repository is of an earlier pipeline, to be deleted."""
     if name in names:
         return False
     if is_code(name):
         return True
-    if part := _PART.fullmatch(name):
-        return f"{part[1]}/config.json" not in names or _weights_of(name, variant)
-    return variant is None and name in (METRICS, *PICTURES)
+    if match := _PART_FILE.fullmatch(name):
+        return f"{match[1]}/config.json" not in names or _is_weights_of(name, variant)
+    return variant is None and name in (METRICS, *IMAGE_CAPTIONS)

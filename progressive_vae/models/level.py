@@ -20,7 +20,7 @@ from .decoders import Condition, Decoder, make_decoder
 from .encoder import make_encoder
 from .heads import Head
 from .layers import init_weights
-from .modeling_utils import VerifiedPreTrainedModel
+from .modeling_utils import ProgressiveVAEPreTrainedModel
 from .pretrained_tokenizers import make_tokenizer
 from .preview_decoder import PreviewDecoder
 from .quantizers import Quantizer, make_quantizer
@@ -59,7 +59,7 @@ def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) ->
     return is_same and (grows or new.num_layers == old.num_layers)
 
 
-class ProgressiveVAELevel(VerifiedPreTrainedModel):
+class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     """One VAE of the chain; the finest one sees pixels, the others see symbols.
 
     `finer` is z_{i+1}: on the finest level `pixel_values`, floats (B, C, H, W) in [−1, 1] on the

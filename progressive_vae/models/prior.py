@@ -14,7 +14,7 @@ from ..configuration.validation import check_codes
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
 from .class_labels import Labels, drop_labels, known_labels, label_ids
 from .distributions import Categorical
-from .modeling_utils import VerifiedPreTrainedModel
+from .modeling_utils import ProgressiveVAEPreTrainedModel
 from .sampling import Generators, Sampler
 from .walk import StepFn
 
@@ -36,7 +36,7 @@ class ProgressiveVAEPriorOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class ProgressiveVAEPrior(CausalLMMixin, VerifiedPreTrainedModel):
+class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     """`P_Φ(z_1 | class) = ∏_l P(code_l | class, code_1 … code_{l−1})`.
 
     The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class

@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 
 from ..paths import expand_home
-from ..serialization import checksum, file_parts, read_json
+from ..serialization import file_checksum, read_json
 
 IDENTITY, STATE, CHECKSUMS = "identity.json", "fit.pt", "checksums.json"
 
@@ -315,7 +315,7 @@ def check_identity(
 
 def _write_checksums(folder: Path):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sums = {path.relative_to(folder).as_posix(): checksum(file_parts(path)) for path in files}
+    sums = {path.relative_to(folder).as_posix(): file_checksum(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
 
 
@@ -323,7 +323,7 @@ def _check_files(folder: Path):
     """Raise a `ValueError` unless the files are those that were written."""
     for name, expected in read_json(folder / CHECKSUMS, _advice(folder)).items():
         try:
-            found = checksum(file_parts(folder / name))
+            found = file_checksum(folder / name)
         except OSError as error:
             raise ValueError(_damaged(folder, error)) from error
         if found != expected:

@@ -23,7 +23,7 @@ from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.validation import check_image_size
 from ..data.dataset import Images
 from ..data.source import open_dataset
-from ..hub.repository import ensure_writable_repository, figures, push_or_warn
+from ..hub.repository import ensure_writable_repository, metric_files, push_or_warn
 from ..models.level import ProgressiveVAELevel
 from ..models.prior import ProgressiveVAEPrior
 from ..paths import expand_home, make_folder
@@ -279,7 +279,7 @@ def evaluate_or_load(run: Run, is_asked: bool) -> ProgressiveVAEPipeline:
     """The pipeline, measured by one process, unless its figures are there and nobody asks."""
     run.grids("test", 1)  # an error if a level has changed since the coarser were trained
     if run.accelerator.is_main_process:
-        if is_asked or not figures(run.output_dir):
+        if is_asked or not metric_files(run.output_dir):
             evaluate_and_save(run)
         else:
             assemble(run)  # its index and card may be those of before

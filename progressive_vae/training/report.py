@@ -14,8 +14,8 @@ import yaml
 from ..evaluation.image_metrics import distance_of_samples, train_classifier
 from ..evaluation.likelihood import evaluate, label_accuracy
 from ..evaluation.throughput import sampling_speed
-from ..hub.model_card import PICTURES, figures_table
-from ..hub.repository import INDEX, METRICS, figures, push_or_warn, weights_digest, write_card
+from ..hub.model_card import IMAGE_CAPTIONS, metrics_table
+from ..hub.repository import INDEX, METRICS, metric_files, push_or_warn, weights_digest, write_card
 from ..models.prior import ProgressiveVAEPrior
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
@@ -119,15 +119,15 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
     }
     write_json(output_dir / METRICS, metrics)
     write_card(output_dir)
-    print(f"\n{figures_table(metrics)}\n\nwrote {output_dir}")
+    print(f"\n{metrics_table(metrics)}\n\nwrote {output_dir}")
     return pipe
 
 
 def after_phase(run: Run, repo_id: str | None, **how_to_push):
     """Figures and pictures of other weights are deleted; what makes a pipeline may be pushed."""
-    if figures(run.output_dir):  # of these very weights: the phase was done before
+    if metric_files(run.output_dir):  # of these very weights: the phase was done before
         return
-    for name in (METRICS, *PICTURES):
+    for name in (METRICS, *IMAGE_CAPTIONS):
         (run.output_dir / name).unlink(missing_ok=True)
     if (run.output_dir / INDEX).is_file():
         write_card(run.output_dir)

@@ -1,4 +1,4 @@
-"""Repositories that hold the package's code, loaded where the package is not installed."""
+"""Repositories with the package's code load without an installation."""
 
 import os
 import subprocess
@@ -15,19 +15,19 @@ from transformers import AutoModel
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, __version__
 from progressive_vae.hub.remote_code import bundle
 
-# Nothing of this project can be imported in there: not from a checkout, nor as it is installed.
-ELSEWHERE = """\
+# Hides the package, whether installed or in a checkout, from imports in a subprocess.
+HIDE_PACKAGE = """\
 import sys
 from importlib.machinery import PathFinder
 
-class Elsewhere(PathFinder):
+class Finder(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name == "progressive_vae":
             path = [entry for entry in sys.path if "progressive_vae-" in entry]
         return PathFinder.find_spec(name, path, target)
 
-sys.meta_path[-1] = Elsewhere
+sys.meta_path[-1] = Finder
 import importlib.util
 assert importlib.util.find_spec("progressive_vae") is None
 """
@@ -39,19 +39,19 @@ def with_code():
     return "org/with-code"
 
 
-def run_elsewhere(lines: str, tmp_path: Path, **environment) -> str:
-    # Bytecode is written and read, as it is for people, whatever is set where the tests run.
+def run_without_package(lines: str, tmp_path: Path, **environment) -> str:
+    # Bytecode is cached, as for users, whatever the environment of the tests says.
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "",
                    **environment}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE + lines], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
+    command = [sys.executable, "-c", HIDE_PACKAGE + lines]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_a_pipeline_and_its_parts_without_the_package(with_code, images, tmp_path):
+def test_pipeline_and_parts_load_without_the_package(with_code, images, tmp_path):
     torch.save(images, tmp_path / "images.pt")
-    said = run_elsewhere(
+    output = run_without_package(
         f"""
 import torch
 from diffusers import DiffusionPipeline
@@ -71,16 +71,16 @@ level.save_pretrained("level")
         tmp_path,
     )
     total = tiny_pipeline().bits_per_dim(images)["total"]
-    assert float(said.split()[-1]) == pytest.approx(total, rel=1e-5)
+    assert float(output.split()[-1]) == pytest.approx(total, rel=1e-5)
     saved = ProgressiveVAEPipeline.from_pretrained(tmp_path / "saved")
     assert saved.bits_per_dim(images)["total"] == pytest.approx(total, rel=1e-5)
     level = ProgressiveVAELevel.from_pretrained(tmp_path / "level")
     assert torch.equal(level.quantizer.codebook, tiny_pipeline().level_1.quantizer.codebook)
 
 
-def test_a_downloaded_folder_without_the_package_and_without_a_network(with_code, tmp_path):
+def test_a_downloaded_folder_loads_offline_without_the_package(with_code, tmp_path):
     snapshot_download(with_code, local_dir=tmp_path / "folder")
-    run_elsewhere(
+    run_without_package(
         """
 from diffusers import DiffusionPipeline
 
@@ -92,7 +92,7 @@ assert len(pipe(num_images_per_prompt=2).images) == 2
     )
 
 
-def test_the_package_is_used_where_it_is_installed(with_code, images):
+def test_an_installed_package_has_precedence(with_code, images):
     pipe = ProgressiveVAEPipeline.from_pretrained(with_code, trust_remote_code=True)
     assert type(pipe) is ProgressiveVAEPipeline and type(pipe.level_1) is ProgressiveVAELevel
     assert pipe.bits_per_dim(images) == pytest.approx(
@@ -100,13 +100,13 @@ def test_the_package_is_used_where_it_is_installed(with_code, images):
     )
     auto = AutoModel.from_pretrained(with_code, subfolder="level_1")
     assert type(auto) is ProgressiveVAELevel
-    pipe = ProgressiveVAEPipeline.from_pretrained(with_code)  # which runs no code from there
+    pipe = ProgressiveVAEPipeline.from_pretrained(with_code)  # runs no remote code
     assert type(pipe.level_1) is ProgressiveVAELevel
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         DiffusionPipeline.from_pretrained(with_code)
 
 
-def test_the_package_loads_it_without_the_hub_after_a_first_load(with_code, tmp_path):
+def test_the_package_loads_it_offline_after_a_first_load(with_code, tmp_path):
     code = f"""
 from progressive_vae import ProgressiveVAEPipeline
 for options in ({{}}, dict(trust_remote_code=True), dict(local_files_only=True)):
@@ -120,14 +120,16 @@ for options in ({{}}, dict(trust_remote_code=True), dict(local_files_only=True))
         assert done.returncode == 0, done.stderr
 
 
-def test_another_version_says_so(tmp_path):
+def test_another_version_is_a_warning(tmp_path):
     path = tmp_path / "pipeline.py"
-    path.write_text(bundle().replace(f"VERSION = {__version__!r}", "VERSION = '0.0.7'"))
+    path.write_text(
+        bundle().replace(f"BUNDLE_VERSION = {__version__!r}", "BUNDLE_VERSION = '0.0.7'")
+    )
     with pytest.warns(UserWarning, match=f"code is progressive_vae 0.0.7; {__version__}"):
         exec(compile(path.read_text(), path, "exec"), {"__file__": str(path), "__name__": "x"})
 
 
-def test_the_card_says_how_and_a_plain_push_takes_the_code_away(with_code):
+def test_the_card_has_remote_usage_and_a_push_without_code_deletes_it(with_code):
     content = ModelCard.load(with_code).content
     call = f'DiffusionPipeline.from_pretrained("{with_code}", trust_remote_code=True)'
     assert call in content and "from progressive_vae import" not in content.split("```")[1]

@@ -5,32 +5,33 @@
 # [tool.uv.sources]
 # progressive-vae = { path = "..", editable = true }
 # ///
-"""Store a pipeline in half the bytes: weights of 16 bits on the disk, of 32 bits once loaded.
+"""Store a pipeline in half the bytes: fp16 weights on the disk, which load as fp32.
 
-    python conversion/halve.py runs/fashion_mnist examples/fashion_mnist
+    python conversion/convert_to_fp16.py runs/fashion_mnist examples/fashion_mnist
 
-Fingerprints, and so the parts' fit for one another, stay as they are. Figures do not go along: they
-are of other weights, if only just. (For weights that are also loaded in 16 bits, as GPUs like them,
-`pipe.save_pretrained(folder, variant="fp16")` is the usual way.)
+Fingerprints do not change, so converted parts still fit each other. Metrics are not copied: they
+belong to the fp32 weights. For weights that are also loaded as fp16, use
+`pipe.save_pretrained(folder, variant="fp16")`.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.scripts import run_script
 from progressive_vae.serialization import read_json, write_json
 
 
 def convert_to_fp16(source: str, target: str):
-    """
+    """Save the pipeline in `source` to the folder `target`.
+
     Raises:
-        ValueError: a weight that is too large for 16 bits, or `target` is `source`.
+        ValueError: a weight is too large for fp16, or `target` is `source`.
     """
     if Path(source).resolve() == Path(target).resolve():
-        raise ValueError(f"expected another folder than the source, got {target} for both")
+        raise ValueError(f"expected target to be another folder than source, got {target} for both")
     pipe = ProgressiveVAEPipeline.from_pretrained(source).to(dtype=torch.float16)
     for name in pipe.factor_names:
         for key, value in getattr(pipe, name).state_dict().items():
@@ -39,7 +40,8 @@ def convert_to_fp16(source: str, target: str):
     pipe.save_pretrained(target)
     for name in pipe.factor_names:
         path = Path(target) / name / "config.json"
-        write_json(path, {**read_json(path, "save it again"), "dtype": "float32"})
+        config = read_json(path, "save it again")
+        write_json(path, {**config, "dtype": "float32"})  # the dtype to load as
 
 
 def main(words: list[str]):
@@ -53,4 +55,4 @@ def main(words: list[str]):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)
