@@ -43,7 +43,7 @@ from progressive_vae.image_processor import from_pixel_values, resize_and_conver
 from progressive_vae.models.class_labels import known_labels, label_ids
 from progressive_vae.models.value_types import uint8_to_signed
 from progressive_vae.paths import expand_home
-from progressive_vae.scripts import run_script
+from progressive_vae.scripts import default_device, run_script
 from progressive_vae.visualization import code_map, has_previews
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
@@ -198,7 +198,7 @@ class Page:
     def opened(self, contents: bytes | None) -> tuple[PIL.Image.Image, str]:
         """A file as a picture of the model's kind, and what was done to it."""
         if not contents:
-            raise gr.Error("StepFn a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
         try:
             image = open_image(contents, MAX_PICTURE_PIXELS).image
         except ValueError as error:
@@ -268,7 +268,7 @@ class Page:
     def redraw(self, codes: list[Tensor] | None, k: int, seed: int | None) -> str:
         """Eight pictures of the same z_1 … z_k."""
         if codes is None:
-            raise gr.Error("StepFn a picture first.", print_exception=False)
+            raise gr.Error("Choose an image first.", print_exception=False)
         count, k = min(8, self.max_images), min(int(k), len(codes))
         told_to = {"num_images_per_prompt": count, "generator": generators(seed, count)}
         images = self.pipe(codes=codes[:k], **told_to).images
@@ -296,7 +296,7 @@ def make_demo(pipe: ProgressiveVAEPipeline, model: str) -> gr.Blocks:
         if pipe.prior is not None:
             with gr.Tab("Draw"):
                 draw_tab(page, demo, queue)
-        with gr.Tab("NeighborConditioning into a picture"):
+        with gr.Tab("Look into an image"):
             look_tab(page, queue)
     return demo.queue(max_size=WAITING, default_concurrency_limit=AT_A_TIME)
 
@@ -384,7 +384,7 @@ def main(words: list[str]):
         print(f"pushed {made}")
         return
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
     show(make_demo(pipe, arguments.model), server_port=arguments.port)
 
 

@@ -44,14 +44,18 @@ from progressive_vae.evaluation.image_metrics import (
     cached_samples,
     sample_labeled,
 )
-from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
+from progressive_vae.evaluation.sample_quality import (
+    BATCH_SIZE,
+    compute_stats,
+    distances,
+    unit_batches,
+)
 from progressive_vae.evaluation.throughput import (
-    has_bf16,
+    count_flops,
     matrix_rate,
-    operations,
     rate,
     speeds_of,
-    training_operations,
+    training_flops,
 )
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.value_types import uint8_to_signed, uint8_to_unit
@@ -62,6 +66,7 @@ from progressive_vae.training import train
 from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
+from progressive_vae.training.muon import has_bf16
 from progressive_vae.training.recipe import read_recipe
 from progressive_vae.training.report import device_name
 from progressive_vae.training.run import Run, make_accelerator
@@ -165,10 +170,10 @@ class Yardstick:
     def __post_init__(self):
         self.num_drawn = min(self.arguments.num_drawn, len(self.test))
         self.extractor = ClassifierFeatures(self.classifier)
-        self.real = see(stored(self.test), self.num_drawn, self.extractor)
+        self.real = compute_stats(unit_batches(self.test), self.num_drawn, self.extractor)
 
     def of_images(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        found = distances(self.real, see(batches, self.num_drawn, self.extractor))
+        found = distances(self.real, compute_stats(batches, self.num_drawn, self.extractor))
         scales = enumerate(found["sliced_wasserstein"], 1)
         return {
             "Fréchet distance": found["frechet_distance"],
@@ -179,7 +184,7 @@ class Yardstick:
 
     def of_drawn(self, draw: Callable[[int], GridDataset]) -> dict[str, float]:
         drawn, count = draw(self.num_drawn), self.arguments.num_drawn_to_learn_from
-        figures = self.of_images(stored(drawn))
+        figures = self.of_images(unit_batches(drawn))
         if drawn.batch([0])[1].item() < 0:  # the model knows no classes
             return figures
         told = "accuracy on drawn images, of the class asked for"
@@ -204,7 +209,7 @@ def speeds_of_afternoon(
         f"drawn, batch {count}": rate(lambda: model.draw(some, False), count),
         f"drawn with a key-value cache, batch {count}": rate(lambda: model.draw(some, True), count),
         "encoded": rate(lambda: model.vae(pixel_values), count),
-        "GFLOP to draw an image": operations(lambda: model.draw(some[:8], False)) / 8e9,
+        "GFLOP to sample an image": count_flops(lambda: model.draw(some[:8], False)) / 8e9,
         **{f"trained on, {name}": value for name, value in costs.items()},
     }
 
@@ -216,13 +221,13 @@ def speeds_of_ours(
     dtype: torch.dtype = torch.float32,
     matrix_rate_in_training: float = math.nan,
 ) -> dict[str, float]:
-    figures, gflop = speeds_of(pipe, images), training_operations(pipe, images[:8])
+    figures, gflop = speeds_of(pipe, images), training_flops(pipe, images[:8])
     for phase, cost in costs.items():
         if phase in gflop:
             figures[f"trained on, {phase}"] = cost["images_per_second"]
             share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate_in_training
             figures[f"share of the rate of {NAMES[dtype]} products, training {phase}"] = share
-    share = figures["GFLOP to draw an image"] * 1e9 * figures[f"drawn, batch {len(images)}"]
+    share = figures["GFLOP to sample an image"] * 1e9 * figures[f"drawn, batch {len(images)}"]
     of_products = matrix_rate(torch.float32, pipe.device)
     figures["share of the rate of fp32 products, drawing"] = share / of_products
     return figures

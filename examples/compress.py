@@ -54,7 +54,7 @@ from progressive_vae.image_files import (
     printable,
 )
 from progressive_vae.paths import expand_home
-from progressive_vae.scripts import run_script
+from progressive_vae.scripts import default_device, run_script
 from progressive_vae.serialization import read_json, write_json
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
@@ -83,7 +83,7 @@ def pack(
     max_pictures: int | None = None,
     pictures_per_part: int = 1024,
     arithmetic: str = "float",
-    compare_with_codecs: bool = True,
+    beside_files: bool = True,
 ):
     """Pictures into one file; its size is printed beside those of PNG, WebP and JPEG-XL files.
 
@@ -132,7 +132,7 @@ def pack(
         left_out += json.loads(table.schema.metadata[LEFT_OUT])
     for name in left_out:
         print(f"left out {name}")
-    print(sizes(pipe, whole, Path(file), named if compare_with_codecs else None))
+    print(sizes(pipe, whole, Path(file), named if beside_files else None))
 
 
 def unpack(file: str, output_dir: str, model: str = MODEL):
@@ -397,7 +397,7 @@ def write_table(table: pa.Table, path: Path):
 
 def loaded(model: str) -> ProgressiveVAEPipeline:
     pipe = ProgressiveVAEPipeline.from_pretrained(model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
     return pipe
 
 

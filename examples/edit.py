@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.image_processor import from_pixel_values, pixel_value_batches
 from progressive_vae.paths import expand_home
-from progressive_vae.scripts import check_image_path, run_script, save_image
+from progressive_vae.scripts import check_image_path, default_device, run_script, save_image
 from progressive_vae.visualization import image_grid
 
 NUM_INPAINTINGS, NUM_VARIATIONS, NUM_PATHS = 4, 2, 3
@@ -83,7 +83,7 @@ def main(words: list[str]):
         raise ValueError(f"expected num_images >= 4, got {count}")
     check_image_path(arguments.output, "output")
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
 
     def noise(number: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed + i) for i in range(number)]

@@ -48,10 +48,15 @@ from progressive_vae.evaluation.image_metrics import (
     sample_labeled,
 )
 from progressive_vae.evaluation.likelihood import evaluate, label_accuracy, psnr_of, rate_distortion
-from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
+from progressive_vae.evaluation.sample_quality import (
+    BATCH_SIZE,
+    compute_stats,
+    distances,
+    unit_batches,
+)
 from progressive_vae.models.value_types import uint8_to_unit
 from progressive_vae.paths import expand_home, make_folder, replacing
-from progressive_vae.scripts import run_script
+from progressive_vae.scripts import default_device, run_script
 from progressive_vae.serialization import write_json, write_text
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
@@ -151,15 +156,16 @@ def distances_of(
             told = {"class_labels": labels.tolist()} if is_told and labels.min() >= 0 else {}
             yield pipe.decode(codes[:level], "pt", generator, **told)
 
-    real = see(stored(data["test"]), count, extractor)
+    real = compute_stats(unit_batches(data["test"]), count, extractor)
     sample = data["train"].sample(count, arguments.seed).split(BATCH_SIZE)
     sources = {
         f"{count} training images": (uint8_to_unit(part) for part in sample),
         **{f"true z_{k}": again(k) for k in range(pipe.num_levels, 0, -1)},
-        "nothing": stored(drawn),
+        "nothing": unit_batches(drawn),
     }
     return {
-        name: distances(real, see(batches, count, extractor)) for name, batches in sources.items()
+        name: distances(real, compute_stats(batches, count, extractor))
+        for name, batches in sources.items()
     }
 
 
@@ -247,7 +253,7 @@ def measure(arguments: Arguments, images_of: DataSettings):
     """All figures, in `evaluation.json` and `evaluation.md`, and the plot."""
     output_dir = Path(arguments.output_dir)
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to(default_device())
     pipe.set_progress_bar_config(disable=True)
     data = cache(arguments, images_of, pipe)
     test, num_drawn = data["test"], min(arguments.num_drawn, len(data["train"]))

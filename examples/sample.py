@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.paths import expand_home
-from progressive_vae.scripts import check_image_path, run_script, save_image
+from progressive_vae.scripts import check_image_path, default_device, run_script, save_image
 from progressive_vae.visualization import image_grid
 
 
@@ -56,7 +56,7 @@ def main(words: list[str]):
     )[0]
     check_image_path(arguments.output, "output")
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
     asked = [
         int(name) if name.isdigit() and name not in pipe.labels else name
         for name in arguments.class_labels or pipe.labels

@@ -135,7 +135,7 @@ def test_pipelines_of_every_kind(app):
 @pytest.mark.parametrize("contents", [b"no picture", b"\x89PNG\r\n\x1a\n", TINY_IMAGE, bomb(),
                                       as_png(photograph())[:300], b"", None])  # fmt: skip
 def test_wrong_files_are_told_in_words(app, shipped, contents):
-    with pytest.raises(gradio.Error, match="StepFn a picture" if not contents else "not a picture"):
+    with pytest.raises(gradio.Error, match="Choose an image" if not contents else "not a picture"):
         next(app.Page(shipped).look(contents))
 
 
@@ -294,9 +294,9 @@ def test_a_visit(address, tmp_path):
         drawn = visitor.pictures("#drawn", 24)  # at once, for those who only look
         visitor.click("#other")
         drawn = visitor.pictures("#drawn", 24, unlike=drawn)
-        visitor.tab("NeighborConditioning")
+        visitor.tab("Look into an image")
         visitor.click("#rest")
-        visitor.wait(lambda: "StepFn a picture first" in visitor.html(".toast-wrap"))
+        visitor.wait(lambda: "Choose an image first" in visitor.html(".toast-wrap"))
         visitor.upload(tmp_path / "photograph.jpg")
         visitor.pictures("#grown", 3)
         assert "120×80 to 28×28" in visitor.pictures("#found", 5)
@@ -331,7 +331,7 @@ def screenshot(path: str):
         drawn.save(file)
         driver.get(url)
         visitor.pictures("#drawn", 24)
-        visitor.tab("NeighborConditioning")
+        visitor.tab("Look into an image")
         visitor.upload(file)
         visitor.pictures("#grown", 3)
         visitor.pictures("#redrawn", 8)

@@ -15,6 +15,7 @@ from progressive_vae.evaluation import throughput as speed
 from progressive_vae.evaluation.image_metrics import precision_recall
 from progressive_vae.evaluation.likelihood import rate_distortion
 from progressive_vae.hub.repository import weights_digest
+from progressive_vae.training.muon import has_bf16
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_benchmark_of_colored_images_and_encoders_that_learn_first(tmp_path, mon
     script.main([*flags, "--classifier_steps", "3"])
     figures = json.loads((out / "benchmark.json").read_text())
     ours, theirs, real, previews = figures.values()
-    name = "bf16" if speed.has_bf16(torch.device("cpu")) else "fp32"
+    name = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
     for phase in ("encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"):
         assert 0 < ours[f"share of the rate of {name} products, training {phase}"] < 1
     assert list(figures)[3] == "its previews" and previews["drawn, batch 1"] > 0
