@@ -124,7 +124,7 @@ def test_the_format_of_a_data_set_is_laid_aside(kind):
     images = table([0, 1] * 6, CLASSES)
     if kind == "custom":
         formatted = images.with_transform(lambda rows: {"x": [i.rotate(90) for i in rows["image"]]})
-        with pytest.warns(UserWarning, match="transform of the data set is not applied"):
+        with pytest.warns(UserWarning, match="transform of the dataset"):
             source = open_dataset(DataSettings(), formatted)
     else:
         source = open_dataset(DataSettings(), images.with_format(kind, columns=["label"]))
@@ -146,5 +146,5 @@ def images_of(images):
 
 @pytest.mark.parametrize("wrong", [b"abc", 7, [1, 2], ["a.png"], [], {"train": 1}])
 def test_what_is_no_data_set(wrong):
-    with pytest.raises(ValueError, match=f"expected a data set of images.*{type(wrong).__name__}"):
+    with pytest.raises(ValueError, match=f"expected a dataset.*{type(wrong).__name__}"):
         open_dataset(DataSettings(), wrong)
