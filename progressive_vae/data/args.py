@@ -8,7 +8,7 @@ from ..image_files import MAX_IMAGE_PIXELS, MODES
 from ..paths import expand_home
 
 # Settings that do not concern held-out images.
-OF_TRAINING_IMAGES = frozenset(
+TRAIN_ONLY_SETTINGS = frozenset(
     "random_flip num_crops random_rotation random_colours max_train_samples streaming "
     "shuffle_buffer_size".split()
 )

@@ -118,7 +118,7 @@ def _reconstructions(
 def rate_distortion(
     pipe: ProgressiveVAEPipeline,
     images: Tensor,
-    num_draws: int = 8,
+    num_samples: int = 8,
     seed: int = 0,
     batch_size: int = 250,
 ) -> dict[str, dict[str, float]]:
@@ -126,11 +126,11 @@ def rate_distortion(
 
     Args:
         images: uint8 (B, C, H, W).
-        num_draws: reconstructions that are averaged for `mse_of_mean`.
+        num_samples: reconstructions that are averaged for `mse_of_mean`.
 
     Returns:
         For each "level_k": `bits_per_dim` of z_1 … z_k; `mse`, in squares of the 256 gray values,
-        of one reconstruction from z_1 … z_k; `mse_of_mean` of the mean of `num_draws`
+        of one reconstruction from z_1 … z_k; `mse_of_mean` of the mean of `num_samples`
         reconstructions, which approximates a decoder trained with squared error; and, with
         auxiliary decoders, `mse_of_preview`. For each `mse` also `psnr`, 10 log10(255² / mse) in
         dB, and `ssim`, the structural similarity (Wang et al. 2004), of images that are at least
@@ -147,7 +147,7 @@ def rate_distortion(
         rate = 0.0
         for k, factor in enumerate(pipe.factor_names[:-1], 1):  # the factor of z_k
             rate -= nats[factor].double().sum().item() / math.log(2)
-            samples = [pipe.decode(codes[:k], "pt", generator) for _ in range(num_draws)]
+            samples = [pipe.decode(codes[:k], "pt", generator) for _ in range(num_samples)]
             decoded = {"": samples[0], "_of_mean": torch.stack(samples).mean(0)}
             if has_previews(pipe):
                 decoded["_of_preview"] = pipe.preview(codes, k, "pt")
