@@ -61,7 +61,7 @@ def test_no_file_has_more_private_words_than_the_table_allows():
 TABLE = """
 conversion/convert_dalle_dvae.py:4 conversion/convert_diffusers_vqmodel.py:15
 conversion/convert_janus_vqvae.py:3 conversion/convert_taming_vqgan.py:22 conversion/foreign.py:82
-conversion/halve.py:1 examples/app.py:141 examples/benchmark.py:9 examples/compare_decoders.py:1
+conversion/halve.py:1 examples/benchmark.py:9 examples/compare_decoders.py:1
 progressive_vae/codec/bitstream.py:3 progressive_vae/codec/codec.py:38
 progressive_vae/codec/fixed_point.py:49 progressive_vae/codec/progressive.py:1
 progressive_vae/configuration/base.py:6 progressive_vae/configuration/causal_lm.py:1
