@@ -70,7 +70,7 @@ from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
 from progressive_vae.training.muon import has_bf16
-from progressive_vae.training.recipe import read_recipe
+from progressive_vae.training.recipe import Recipe, read_recipe
 from progressive_vae.training.report import device_name
 from progressive_vae.training.run import Run, make_accelerator
 from progressive_vae.visualization import has_previews, image_grid
@@ -305,19 +305,7 @@ def compare(arguments: Arguments):
     seed = arguments.seed
     minutes = arguments.train_minutes
     folder = output_dir / "progressive_vae"
-    data = {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
-    recipe = read_recipe(
-        arguments.config,
-        {
-            "data": {name: value for name, value in data.items() if value is not None},
-            "run": {
-                "output_dir": str(folder),
-                "seed": seed,
-                "max_train_minutes": minutes,
-                "report_to": "none",
-            },
-        },
-    )
+    recipe = recipe_of(arguments, folder)
     source = open_dataset(recipe.data)
     dataset = source.manifests["train"].dataset
     if not source.class_names:
@@ -394,6 +382,19 @@ def compare(arguments: Arguments):
         samples = [model(metrics.num_samples) for model in samplers]
         save_image(sample_image(samples, num_classes, per_class), output_dir / "samples.png")
     print(text)
+
+
+def recipe_of(arguments: Arguments, folder: Path) -> Recipe:
+    """Return the recipe with the dataset, seed and training time of the arguments."""
+    data = {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
+    run = {
+        "output_dir": str(folder),
+        "seed": arguments.seed,
+        "max_train_minutes": arguments.train_minutes,
+        "report_to": "none",
+    }
+    overrides = {name: value for name, value in data.items() if value is not None}
+    return read_recipe(arguments.config, {"data": overrides, "run": run})
 
 
 def check_settings(output_dir: Path, settings: dict):

@@ -73,6 +73,14 @@ def make_masks(count: int, height: int, width: int) -> Tensor:
     return masks
 
 
+def open_images(folder: Path, count: int) -> list[PIL.Image.Image]:
+    """Return the first `count` images of a folder, of which there must be at least 4."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())[:count]
+    if len(paths) < 4:
+        raise ValueError(f"expected 4 images or more in {folder}, got {len(paths)}")
+    return [PIL.Image.open(path) for path in paths]
+
+
 def main(words: list[str]):
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(
         words, look_for_args_file=False
@@ -87,9 +95,11 @@ def main(words: list[str]):
     def generators(number: int) -> list[torch.Generator]:
         return [torch.Generator().manual_seed(arguments.seed + i) for i in range(number)]
 
-    # The images to edit: samples, or files.
     condition: dict = {}
-    if arguments.images is None:
+    if arguments.images is not None:
+        images = open_images(Path(arguments.images), count)
+        count = len(images)
+    else:
         if pipe.labels:
             condition = {"class_labels": [i % len(pipe.labels) for i in range(count)]}
         images = pipe(
@@ -97,12 +107,6 @@ def main(words: list[str]):
             num_images_per_prompt=1 if condition else count,
             generator=generators(count),
         ).images
-    else:
-        paths = sorted(path for path in Path(arguments.images).iterdir() if path.is_file())[:count]
-        images = [PIL.Image.open(path) for path in paths]
-        if len(images) < 4:
-            raise ValueError(f"expected 4 images or more in {arguments.images}, got {len(images)}")
-        count = len(images)
     # The images and the masked images.
     start = time.perf_counter()
     pixel_values = torch.cat(list(pixel_value_batches(images, pipe.image_shape, count)))
