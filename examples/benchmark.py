@@ -5,19 +5,22 @@
 # [tool.uv.sources]
 # progressive-vae = { path = "..", editable = true }
 # ///
-"""Quality and speed for the same training time, beside what one writes in an afternoon.
+"""Compare sample quality and speed with a baseline at equal training time.
 
     python examples/benchmark.py --train_minutes 30
 
-trains two models for so many minutes each, and measures both: a progressive VAE of a
-recipe of examples/train.py, and one grid of codes under a decoder with squared error and a causal
-transformer as its prior. It prints distances of drawn images to held-out ones (in the features of a
-classifier of the data set's labels, which must be there, and of patches), how many of them are of
-the class asked for, and how well a classifier that has seen only such images tells real ones;
-images/s drawn (at batch 1 and 250, whole and by factor), encoded and trained on, and the
-floating-point operations of an image as a share of what products of large matrices reach on this
-machine. Results are written to `--output_dir`, with drawn images of both in `samples.png`; what is
-there is not trained again. `--model` adds the figures of a saved pipeline.
+trains a progressive VAE by a recipe of examples/train.py, and as baseline a VQ-VAE of one code
+grid, trained with squared error, under a causal transformer as prior. For both it prints:
+
+- Fréchet distance, precision and recall of samples in the features of a classifier of the dataset's
+  labels, and the sliced Wasserstein distance of patches;
+- the classifier's accuracy on conditional samples, and the classification accuracy score: accuracy
+  on test images of a classifier trained on samples only;
+- images/s sampled (at batch sizes 1 and 250, in total and by factor), encoded and trained on, and
+  FLOP/s as a share of the FLOP/s of large matrix products on this machine.
+
+It writes the results to `--output_dir`, with samples of both models in `samples.png`, and does not
+train again what is there. `--model` adds a column for a saved pipeline.
 """
 
 import math
@@ -44,14 +47,18 @@ from progressive_vae.evaluation.image_metrics import (
     cached_samples,
     sample_labeled,
 )
-from progressive_vae.evaluation.sample_quality import BATCH_SIZE, distances, see, stored
+from progressive_vae.evaluation.sample_quality import (
+    BATCH_SIZE,
+    compute_stats,
+    distances,
+    unit_batches,
+)
 from progressive_vae.evaluation.throughput import (
-    has_bf16,
+    count_flops,
     matrix_rate,
-    operations,
     rate,
     speeds_of,
-    training_operations,
+    training_flops,
 )
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.value_types import uint8_to_signed, uint8_to_unit
@@ -62,14 +69,15 @@ from progressive_vae.training import train
 from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
-from progressive_vae.training.recipe import read_recipe
+from progressive_vae.training.muon import has_bf16
+from progressive_vae.training.recipe import Recipe, read_recipe
 from progressive_vae.training.report import device_name
 from progressive_vae.training.run import Run, make_accelerator
 from progressive_vae.visualization import has_previews, image_grid
 
-_ANEW = "delete the folder and begin anew"
-MATRIX_RATE = "matrix_rate.json"  # of products as in the training, by its threads
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_REMEDY = "delete the folder and start again"
+MATRIX_RATE = "matrix_rate.json"  # FLOP/s in the precision of the training, and with its threads
+DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 
 
@@ -77,17 +85,18 @@ RECIPE = Path(__file__).parent / "configs" / "fashion_mnist.yaml"
 class Arguments:
     """
     Args:
-        config: the recipe, whose shares of the time count, not its steps.
-        dataset_name: in place of the recipe's.
-        train_data_dir: likewise.
-        train_minutes: of each of the two models.
-        num_drawn: images for each distance.
-        num_drawn_to_learn_from: drawn images that a classifier learns from; 0: none.
-        classifier_steps: of each classifier.
-        model: one more pipeline to measure.
+        config: recipe of the progressive VAE. Its shares of the training time are used, and its
+            numbers of steps are ignored.
+        dataset_name: replaces that of the recipe.
+        train_data_dir: replaces that of the recipe.
+        train_minutes: for each of the two models.
+        num_drawn: number of samples for each metric.
+        num_drawn_to_learn_from: samples to train a classifier on; 0: none.
+        classifier_steps: for each classifier.
+        model: another pipeline to measure.
         output_dir: for models and results.
-        seed: of both.
-        cpu: leave other devices alone.
+        seed: of both models.
+        cpu: use the CPU only.
     """
 
     config: str = str(RECIPE)
@@ -108,10 +117,10 @@ class Arguments:
             self.model = expand_home(self.model, "model")
 
 
-def afternoon(
+def trained_baseline(
     folder: Path, run: Run, minutes: float, dtype: torch.dtype
 ) -> tuple[Afternoon, dict[str, float]]:
-    """Trained, or as it was saved in `folder`; and images a second of its training."""
+    """Return the baseline, trained or read from `folder`, and images/s of its training."""
     channels, height, width = run.image_shape
     size = height // 4, width // 4
     device = run.accelerator.device
@@ -119,7 +128,7 @@ def afternoon(
     if (folder / "costs.json").is_file():
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        return model, read_json(folder / "costs.json", _ANEW)
+        return model, read_json(folder / "costs.json", _REMEDY)
     costs = model.fit(run.pixels["train"], 60 * minutes, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in model.parts().items():
@@ -129,133 +138,158 @@ def afternoon(
     return model, costs
 
 
-def drawn_by(
+def samples_of(
     arguments: Arguments,
     name: str,
     models: list[nn.Module],
     shape: tuple[int, int, int],
-    draw: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]],
+    sample: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]],
     count: int,
 ) -> GridDataset:
-    """So many drawn images, kept."""
-    folder, seed = Path(arguments.output_dir) / "drawn" / f"{name}_{count}", arguments.seed
-    return cached_samples(folder, models, shape, count, seed, draw(count, seed))
+    """Return a cache of `count` samples of a model."""
+    folder = Path(arguments.output_dir) / "samples" / f"{name}_{count}"
+    batches = sample(count, arguments.seed)
+    return cached_samples(folder, models, shape, count, arguments.seed, batches)
 
 
-def drawn_by_ours(
+def samples_of_pipeline(
     arguments: Arguments,
     name: str,
     pipe: ProgressiveVAEPipeline,
     count: int,
     preview: bool = False,
 ) -> GridDataset:
-    factors, name = [getattr(pipe, each) for each in pipe.factor_names], name + "_preview" * preview
-    draw = partial(sample_labeled, pipe, preview=preview)
-    return drawn_by(arguments, name, factors, pipe.image_shape, draw, count)
+    """Return a cache of `count` samples of a pipeline, or of previews from sampled codes."""
+    factors = [getattr(pipe, factor) for factor in pipe.factor_names]
+    sample = partial(sample_labeled, pipe, preview=preview)
+    name = f"{name}_preview" if preview else name
+    return samples_of(arguments, name, factors, pipe.image_shape, sample, count)
 
 
 @dataclass
-class Yardstick:
-    """How near drawn images are to held-out ones, and whether they are of the class asked for."""
+class SampleMetrics:
+    """Metrics of sample quality against held-out images."""
 
     arguments: Arguments
     classifier: Classifier
     test: GridDataset
 
     def __post_init__(self):
-        self.num_drawn = min(self.arguments.num_drawn, len(self.test))
+        self.num_samples = min(self.arguments.num_drawn, len(self.test))
         self.extractor = ClassifierFeatures(self.classifier)
-        self.real = see(stored(self.test), self.num_drawn, self.extractor)
+        self.real = compute_stats(unit_batches(self.test), self.num_samples, self.extractor)
 
     def of_images(self, batches: Iterable[Tensor]) -> dict[str, float]:
-        found = distances(self.real, see(batches, self.num_drawn, self.extractor))
-        scales = enumerate(found["sliced_wasserstein"], 1)
+        """Return the distances of images (b, C, H, W) in [0, 1]."""
+        metrics = distances(self.real, compute_stats(batches, self.num_samples, self.extractor))
+        scales = enumerate(metrics["sliced_wasserstein"], 1)
         return {
-            "Fréchet distance": found["frechet_distance"],
-            "precision": found["precision"],
-            "recall": found["recall"],
+            "Fréchet distance": metrics["frechet_distance"],
+            "precision": metrics["precision"],
+            "recall": metrics["recall"],
             **{f"distance of patches, scale {i}": distance for i, distance in scales},
         }
 
-    def of_drawn(self, draw: Callable[[int], GridDataset]) -> dict[str, float]:
-        drawn, count = draw(self.num_drawn), self.arguments.num_drawn_to_learn_from
-        figures = self.of_images(stored(drawn))
-        if drawn.batch([0])[1].item() < 0:  # the model knows no classes
-            return figures
-        told = "accuracy on drawn images, of the class asked for"
-        figures[told] = accuracy(self.classifier, drawn)
-        if count:
-            seen, steps, seed = draw(count), self.arguments.classifier_steps, self.arguments.seed
-            device = next(self.classifier.parameters()).device
-            learned = cached_classifier(f"{seen.folder}.safetensors", seen, steps, seed, device)
-            told = f"accuracy on test images, learned from {count} drawn ones"
-            figures[told] = accuracy(learned, self.test)
-        return figures
+    def of_samples(self, sample: Callable[[int], GridDataset]) -> dict[str, float]:
+        """Return the distances of samples and, for a conditional model, accuracies.
+
+        Args:
+            sample: returns this number of samples.
+        """
+        samples = sample(self.num_samples)
+        metrics = self.of_images(unit_batches(samples))
+        if samples.batch([0])[1].item() < 0:  # the model is unconditional
+            return metrics
+        metrics["accuracy on samples"] = accuracy(self.classifier, samples)
+        if count := self.arguments.num_drawn_to_learn_from:
+            train = sample(count)
+            student = cached_classifier(
+                f"{train.folder}.safetensors",
+                train,
+                self.arguments.classifier_steps,
+                self.arguments.seed,
+                next(self.classifier.parameters()).device,
+            )
+            name = f"accuracy on test images, trained on {count} samples"
+            metrics[name] = accuracy(student, self.test)
+        return metrics
 
 
 @torch.no_grad()
-def speeds_of_afternoon(
-    model: Afternoon, images: Tensor, costs: dict[str, float]
-) -> dict[str, float]:
-    pixel_values, count = uint8_to_signed(images.to(model.device)), len(images)
-    some = torch.arange(count) % model.num_classes
+def baseline_speeds(model: Afternoon, images: Tensor, costs: dict[str, float]) -> dict[str, float]:
+    """Return images/s and GFLOP of the baseline, as `pipeline_speeds`."""
+    pixel_values = uint8_to_signed(images.to(model.device))
+    count = len(images)
+    labels = torch.arange(count) % model.num_classes
     return {
-        "drawn, batch 1": rate(lambda: model.draw(some[:1], False), 1),
-        f"drawn, batch {count}": rate(lambda: model.draw(some, False), count),
-        f"drawn with a key-value cache, batch {count}": rate(lambda: model.draw(some, True), count),
+        "sampled, batch 1": rate(lambda: model.draw(labels[:1], False), 1),
+        f"sampled, batch {count}": rate(lambda: model.draw(labels, False), count),
+        f"sampled with a KV cache, batch {count}": rate(lambda: model.draw(labels, True), count),
         "encoded": rate(lambda: model.vae(pixel_values), count),
-        "GFLOP to draw an image": operations(lambda: model.draw(some[:8], False)) / 8e9,
+        "GFLOP to sample an image": count_flops(lambda: model.draw(labels[:8], False)) / 8e9,
         **{f"trained on, {name}": value for name, value in costs.items()},
     }
 
 
-def speeds_of_ours(
+def pipeline_speeds(
     pipe: ProgressiveVAEPipeline,
     images: Tensor,
     costs: dict,
     dtype: torch.dtype = torch.float32,
     matrix_rate_in_training: float = math.nan,
 ) -> dict[str, float]:
-    figures, gflop = speeds_of(pipe, images), training_operations(pipe, images[:8])
+    """Return images/s, GFLOP, and FLOP/s as a share of those of large matrix products.
+
+    Args:
+        images: uint8 (B, C, H, W), to encode.
+        costs: "images_per_second" of each phase of training.
+        dtype: of the training.
+        matrix_rate_in_training: FLOP/s of matrix products in `dtype`.
+    """
+    metrics = speeds_of(pipe, images)
+    gflop = training_flops(pipe, images[:8])
     for phase, cost in costs.items():
         if phase in gflop:
-            figures[f"trained on, {phase}"] = cost["images_per_second"]
-            share = gflop[phase] * 1e9 * cost["images_per_second"] / matrix_rate_in_training
-            figures[f"share of the rate of {NAMES[dtype]} products, training {phase}"] = share
-    share = figures["GFLOP to draw an image"] * 1e9 * figures[f"drawn, batch {len(images)}"]
-    of_products = matrix_rate(torch.float32, pipe.device)
-    figures["share of the rate of fp32 products, drawing"] = share / of_products
-    return figures
+            images_per_second = cost["images_per_second"]
+            share = gflop[phase] * 1e9 * images_per_second / matrix_rate_in_training
+            metrics[f"trained on, {phase}"] = images_per_second
+            metrics[f"share of {DTYPE_NAMES[dtype]} matrix FLOP/s, training {phase}"] = share
+    images_per_second = metrics[f"sampled, batch {len(images)}"]
+    flops = metrics["GFLOP to sample an image"] * 1e9 * images_per_second
+    share = flops / matrix_rate(torch.float32, pipe.device)
+    metrics["share of fp32 matrix FLOP/s, sampling"] = share
+    return metrics
 
 
-def speeds_of_previews(pipe: ProgressiveVAEPipeline, count: int) -> dict[str, float]:
-    def draw(count: int):
-        return pipe(num_images_per_prompt=count, batch_size=count, preview=True, output_type="pt")
+def preview_speeds(pipe: ProgressiveVAEPipeline, count: int) -> dict[str, float]:
+    def sample(size: int):
+        return pipe(num_images_per_prompt=size, batch_size=size, preview=True, output_type="pt")
 
-    return {f"drawn, batch {size}": rate(partial(draw, size), size) for size in (1, count)}
+    return {f"sampled, batch {size}": rate(partial(sample, size), size) for size in (1, count)}
 
 
-def picture_of(models: list[GridDataset], num_classes: int, columns: int) -> Image:
-    """A row for each class, at most ten, and in it so many images of each model."""
-    whole = slice(0, columns * num_classes)
-    sides = [drawn.batch(whole)[0].unflatten(0, (columns, num_classes)) for drawn in models]
-    rows = torch.cat(sides).movedim(1, 0)[:10].flatten(0, 1)  # (10 · columns · models, C, H, W)
+def sample_image(models: list[GridDataset], num_classes: int, columns: int) -> Image:
+    """Return a grid with a row for each class, at most ten, and `columns` samples of each model."""
+    first = slice(0, columns * num_classes)
+    parts = [samples.batch(first)[0].unflatten(0, (columns, num_classes)) for samples in models]
+    rows = torch.cat(parts).movedim(1, 0)[:10].flatten(0, 1)  # (10 · columns · models, C, H, W)
     return image_grid(from_pixel_values(uint8_to_signed(rows), "pil"), columns * len(models))
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
+    """Return the metrics of each column as Markdown."""
     rows = list(dict.fromkeys(name for column in columns.values() for name in column))
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        figures = [column.get(row) for column in columns.values()]
-        cells = ["" if x is None else f"{x:.0f}" if x >= 1000 else f"{x:.4g}" for x in figures]
+        values = [column.get(row) for column in columns.values()]
+        cells = ["" if x is None else f"{x:.0f}" if x >= 1000 else f"{x:.4g}" for x in values]
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(words: list[str]):
     parser = ArgumentParser(
-        exit_on_error=False, description="Quality and speed for the same training time."
+        exit_on_error=False, description="Compare with a baseline at equal training time."
     )
     parser.add_class_arguments(Arguments)
     arguments = Arguments(**read_flags(parser, words))
@@ -266,86 +300,129 @@ def main(words: list[str]):
 
 
 def compare(arguments: Arguments):
-    """Train both, unless that was done before, and measure them."""
-    output_dir, seed, minutes = Path(arguments.output_dir), arguments.seed, arguments.train_minutes
+    """Train both models unless they are trained already, measure them, and write the results."""
+    output_dir = Path(arguments.output_dir)
+    seed = arguments.seed
+    minutes = arguments.train_minutes
     folder = output_dir / "progressive_vae"
-    data = {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
-    run_settings = {"output_dir": str(folder), "seed": seed, "max_train_minutes": minutes,
-                    "report_to": "none"}  # fmt: skip
-    overrides = {"data": {name: value for name, value in data.items() if value is not None}}
-    recipe = read_recipe(arguments.config, {**overrides, "run": run_settings})
+    recipe = recipe_of(arguments, folder)
     source = open_dataset(recipe.data)
-    names = source.class_names
-    if not names:
-        raise ValueError(
-            "expected a data set with labels, as distances are in the features of a classifier of "
-            f"them, got {source.manifests['train'].dataset}"
-        )
-    made = {"recipe": recipe.sections, "dataset": source.manifests["train"].dataset}
-    path = output_dir / "settings.json"
-    if path.is_file() and (found := read_json(path, _ANEW)) != made:
-        raise ValueError(f"expected models of {made} in {output_dir}, got those of {found}")
-    write_json(path, made)
+    dataset = source.manifests["train"].dataset
+    if not source.class_names:
+        raise ValueError(f"expected a dataset with labels to train a classifier on, got {dataset}")
+    check_settings(output_dir, {"recipe": recipe.sections, "dataset": dataset})
+
+    # Train.
     accelerator = make_accelerator(recipe.run, arguments.cpu)
     device = accelerator.device
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     train(recipe.sections, accelerator=accelerator)
-    if not (folder / MATRIX_RATE).is_file():  # what is measured later may have other threads
+    if not (folder / MATRIX_RATE).is_file():  # a later call may have other threads
         write_json(folder / MATRIX_RATE, matrix_rate(dtype, device))
     pixels = source.pixels(folder / "cache" / "pixels", accelerator)
-    run = Run(recipe.run, accelerator, len(recipe.levels), pixels, names)
-    flat, flat_costs = afternoon(output_dir / "afternoon", run, minutes, dtype)
+    run = Run(recipe.run, accelerator, len(recipe.levels), pixels, source.class_names)
+    baseline, baseline_costs = trained_baseline(output_dir / "baseline", run, minutes, dtype)
     pipe = loaded(folder, device)
     classifier = cached_classifier(
-        output_dir / "classifier.safetensors", pixels["train"], arguments.classifier_steps, seed,
+        output_dir / "classifier.safetensors",
+        pixels["train"],
+        arguments.classifier_steps,
+        seed,
         device,
-    )  # fmt: skip
-    yardstick = Yardstick(arguments, classifier, pixels["test"])
-    sample = pixels["train"].sample(yardstick.num_drawn, seed)
+    )
+
+    # Measure: one column of the table for each model.
+    metrics = SampleMetrics(arguments, classifier, pixels["test"])
+    train_images = pixels["train"].sample(metrics.num_samples, seed)
     images = pixels["test"].batch(slice(0, 250))[0].to(torch.uint8)
-    ours = partial(drawn_by_ours, arguments, "progressive_vae", pipe)
-    theirs = partial(drawn_by, arguments, "afternoon", [*flat.parts().values()], run.image_shape,
-                     flat.sample_labeled)  # fmt: skip
+    sample = partial(samples_of_pipeline, arguments, "progressive_vae", pipe)
+    sample_baseline = partial(
+        samples_of,
+        arguments,
+        "baseline",
+        [*baseline.parts().values()],
+        run.image_shape,
+        baseline.sample_labeled,
+    )
+    training_rate = read_json(folder / MATRIX_RATE, _REMEDY, float)
     columns = {
         f"progressive VAE, {minutes:g} minutes": {
-            **yardstick.of_drawn(ours),
-            **speeds_of_ours(pipe, images, run.phases(), dtype,
-                             read_json(folder / MATRIX_RATE, _ANEW, float)),
+            **metrics.of_samples(sample),
+            **pipeline_speeds(pipe, images, run.phases(), dtype, training_rate),
         },
-        f"afternoon VQ-VAE, {minutes:g} minutes": {
-            **yardstick.of_drawn(theirs),
-            **speeds_of_afternoon(flat, images, flat_costs),
+        f"baseline VQ-VAE, {minutes:g} minutes": {
+            **metrics.of_samples(sample_baseline),
+            **baseline_speeds(baseline, images, baseline_costs),
         },
-        f"{len(sample)} training images": yardstick.of_images(
-            uint8_to_unit(part) for part in sample.split(BATCH_SIZE)
+        f"{len(train_images)} training images": metrics.of_images(
+            uint8_to_unit(part) for part in train_images.split(BATCH_SIZE)
         ),
-    }  # fmt: skip
-    if has_previews(pipe):  # which are expected pictures, as the other's are
-        columns["its previews"] = yardstick.of_drawn(partial(ours, preview=True))
-        columns["its previews"] |= speeds_of_previews(pipe, len(images))
+    }
+    samplers = [sample, sample_baseline]
+    if has_previews(pipe):  # expected images, as those of the baseline
+        sample_previews = partial(sample, preview=True)
+        samplers.insert(1, sample_previews)
+        columns["its previews"] = {
+            **metrics.of_samples(sample_previews),
+            **preview_speeds(pipe, len(images)),
+        }
     if arguments.model is not None:
         other = loaded(arguments.model, device)
         columns[Path(arguments.model).name] = {
-            **yardstick.of_drawn(partial(drawn_by_ours, arguments, "model", other)),
-            **speeds_of_ours(other, images, {}),
+            **metrics.of_samples(partial(samples_of_pipeline, arguments, "model", other)),
+            **pipeline_speeds(other, images, {}),
         }
-    kinds = [torch.float32, *([torch.bfloat16] if has_bf16(device) else [])]
-    rates = (f"{matrix_rate(kind, device) / 1e9:.0f} GFLOP/s in {NAMES[kind]}" for kind in kinds)
-    text = (
-        f"{table(columns)}\n\n{device_name(device)}, torch {torch.__version__}, seed "
-        f"{seed}; distances of {yardstick.num_drawn} images to the test split, in the "
-        "features of a small classifier, and of patches, of which scale 1 is the finest; the "
-        f"classifier tells {100 * accuracy(classifier, pixels['test']):.1f} % of the test split; "
-        f"trained in {NAMES[dtype]}; images/s where no unit is named; products of large matrices: "
-        f"{', '.join(rates)}\n"
-    )
+
+    # Write.
+    text = f"{table(columns)}\n\n{conditions(metrics, device, dtype)}\n"
     write_json(output_dir / "benchmark.json", columns)
     write_text(output_dir / "benchmark.md", text)
-    if per_class := min(6, yardstick.num_drawn // len(names)):
-        models = [ours, *([partial(ours, preview=True)] if has_previews(pipe) else []), theirs]
-        drawn = [model(yardstick.num_drawn) for model in models]
-        save_image(picture_of(drawn, len(names), per_class), output_dir / "samples.png")
+    num_classes = len(source.class_names)
+    if per_class := min(6, metrics.num_samples // num_classes):
+        samples = [model(metrics.num_samples) for model in samplers]
+        save_image(sample_image(samples, num_classes, per_class), output_dir / "samples.png")
     print(text)
+
+
+def recipe_of(arguments: Arguments, folder: Path) -> Recipe:
+    """Return the recipe with the dataset, seed and training time of the arguments."""
+    data = {"dataset_name": arguments.dataset_name, "train_data_dir": arguments.train_data_dir}
+    run = {
+        "output_dir": str(folder),
+        "seed": arguments.seed,
+        "max_train_minutes": arguments.train_minutes,
+        "report_to": "none",
+    }
+    overrides = {name: value for name, value in data.items() if value is not None}
+    return read_recipe(arguments.config, {"data": overrides, "run": run})
+
+
+def check_settings(output_dir: Path, settings: dict):
+    """Write the settings of the models in `output_dir`.
+
+    Raises:
+        ValueError: it holds models of other settings.
+    """
+    path = output_dir / "settings.json"
+    if path.is_file() and (previous := read_json(path, _REMEDY)) != settings:
+        raise ValueError(f"expected models of {settings} in {output_dir}, got those of {previous}")
+    write_json(path, settings)
+
+
+def conditions(metrics: SampleMetrics, device: torch.device, dtype: torch.dtype) -> str:
+    """Return a line about the machine, the precision and the metrics."""
+    dtypes = [torch.float32, *([torch.bfloat16] if has_bf16(device) else [])]
+    rates = (
+        f"{matrix_rate(kind, device) / 1e9:.0f} GFLOP/s in {DTYPE_NAMES[kind]}" for kind in dtypes
+    )
+    classifier_accuracy = accuracy(metrics.classifier, metrics.test)
+    return (
+        f"{device_name(device)}, torch {torch.__version__}, seed {metrics.arguments.seed}; "
+        f"distances of {metrics.num_samples} images to the test split, in the features of a small "
+        f"classifier with an accuracy of {100 * classifier_accuracy:.1f} % on the test "
+        f"split, and of patches, of which scale 1 is the finest; trained in {DTYPE_NAMES[dtype]}; "
+        f"images/s where no unit is named; large matrix products: {', '.join(rates)}"
+    )
 
 
 def loaded(folder: str | Path, device: torch.device) -> ProgressiveVAEPipeline:

@@ -5,20 +5,19 @@
 # [tool.uv.sources]
 # progressive-vae = { path = "..", editable = true }
 # ///
-"""Compare decoder orders, group counts and quantizers in equal training time; print one table.
+"""Compare generation orders, group counts and quantizers at equal training time; print one table.
 
     python examples/compare_decoders.py --dataset_name zalando-datasets/fashion_mnist
-        all rows of compare_decoders.yaml, ten CPU-minutes each or as many times that as the row
-        says: two hours and three quarters on two cores. A row that is done is not run again.
+        all rows of compare_decoders.yaml, ten minutes each or a multiple (`times` of the row): 165
+        minutes on two cores. Rows with results are skipped.
 
     python examples/compare_decoders.py --dataset_name … --trials '["vq, pixels", "fsq, pixels"]'
-        these rows. Two processes with OMP_NUM_THREADS=1 and a part of the rows each use two cores
-        better than one process with two threads (start the second once the first has cached the
-        images); rows with `refit`, `level_1` and `prior` need the vq rows done.
+        these rows. Two processes with OMP_NUM_THREADS=1 and half of the rows each use two cores
+        better than one process with two threads (start the second one when the first has cached
+        the images); rows with `refit`, `level_1` and `prior` need the results of the vq rows.
 
-Nothing here sees test images: the rows are trained on eleven twelfths of the training split and
-measured on the rest. A row lasts as long as it is told to, by the clock; images/s are per second of
-CPU time.
+Test images are not used: rows are trained on 11/12 of the training split and evaluated on the rest.
+Training time is wall-clock time; images/s are per second of CPU time.
 """
 
 import dataclasses
@@ -70,11 +69,11 @@ class Arguments:
         dataset_name: id on the Hub or a local path.
         output_dir: for the models and the results.
         config: the rows.
-        trials: rows to run; all if not given.
-        distances: measure what drawn codes cost in place of true ones.
-        cpu_minutes: of each row, or as many times that as it says.
+        trials: rows to run; all by default.
+        distances: measure the Fréchet distances of reconstructions and samples.
+        cpu_minutes: training time of a row, which its `times` multiplies.
         mixed_precision: of the training.
-        seed: of everything.
+        seed: of training and sampling.
     """
 
     dataset_name: str
@@ -92,11 +91,12 @@ class Arguments:
 
 
 def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
-    """Eleven twelfths of the training split, and the rest under the name "test"."""
+    """Return 11/12 of the training split as "train", and the rest as "test"."""
     settings = DataSettings(
         dataset_name=arguments.dataset_name, eval_split="train", eval_fraction=1 / 12
     )
-    source, caches = open_dataset(settings), {}
+    source = open_dataset(settings)
+    caches = {}
     for split, table in source.splits.items():
         manifest = source.manifests[split]
         images = read_images(table, shape=manifest.shape, **source.read_options(split))
@@ -107,11 +107,14 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
 
 @torch.no_grad()
 def measure(run: Run, index: int, num_images: int = 250) -> dict:
-    """Bits per dimension of the level's factor on the held-out images, use of its codes, and
-    passes and images per second of drawing the finer grid from held-out codes."""
-    level, held_out = run.level(index), run.grids("test", index + 1)
-    dimensions = math.prod(run.image_shape)
-    nats, counts, first = 0.0, torch.zeros(level.config.codebook_size), None
+    """Return the metrics of a level on held-out images: bits/dim of its factor, codebook use, and
+    passes and images/s of sampling the finer grid from codes."""
+    level = run.level(index)
+    held_out = run.grids("test", index + 1)
+    num_dims = math.prod(run.image_shape)
+    nats = 0.0
+    counts = torch.zeros(level.config.codebook_size)
+    first = None  # codes of the first batch
     for grids, _ in held_out.batches(num_images):
         finer = as_finer(grids, level)
         codes = level.encode(finer)
@@ -119,18 +122,20 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
         counts += torch.bincount(codes.flatten(), minlength=len(counts))
         nats -= level.log_prob(finer, codes).double().sum().item()
     use = code_use(counts)
-    draw, passes, start = Sampler(len(first)), [], time.process_time()
+    sampler = Sampler(len(first))
+    passes = []
+    start = time.process_time()
 
     def step_fn(distribution, step):
         passes.append(step)
-        return draw.step(distribution, step)
+        return sampler.step(distribution, step)
 
     level.walk(first, step_fn, finer_size=grids.shape[-2:])
     seconds = time.process_time() - start
     return {
-        "bits_per_dim": nats / (math.log(2) * dimensions * len(held_out)),
-        # What independent codes would cost: a bound on what the coarser factors have to pay.
-        "codes_bits_per_dim": math.log2(use["codebook_perplexity"]) * codes[0].numel() / dimensions,
+        "bits_per_dim": nats / (math.log(2) * num_dims * len(held_out)),
+        # Entropy of independent codes: an upper bound of what the coarser factors need for them.
+        "codes_bits_per_dim": math.log2(use["codebook_perplexity"]) * codes[0].numel() / num_dims,
         **use,
         "passes": len(passes),
         "images_per_cpu_second": len(first) / seconds,
@@ -140,7 +145,7 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
 
 @torch.no_grad()
 def measure_prior(run: Run) -> dict:
-    """Bits per dimension of the prior's factor on the held-out images."""
+    """Return bits/dim of the prior's factor on held-out images, and its passes of sampling."""
     prior = ProgressiveVAEPrior.from_pretrained(run.output_dir / "prior").eval()
     codes, _ = run.grids("test", 1).batch(slice(None))
     nats = -sum(prior.log_prob(part).double().sum().item() for part in codes.split(500))
@@ -149,20 +154,23 @@ def measure_prior(run: Run) -> dict:
 
 
 def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels, accelerator):
-    """Train one row in a folder of its own and write its figures to `results/`."""
-    output_dir, changes = Path(arguments.output_dir), dict(trial)
-    part, is_refit = changes.pop("part"), changes.pop("refit", False)
+    """Train one row in a temporary folder, and write its metrics to `results/`."""
+    output_dir = Path(arguments.output_dir)
+    changes = dict(trial)
+    part = changes.pop("part")
+    is_refit = changes.pop("refit", False)
     index = int(part[-1]) if part != "prior" else 0
     fit = {
         "settings": FitSettings(**recipe["settings"][part] | changes.pop("settings", {})),
         "seconds": 60 * arguments.cpu_minutes * changes.pop("times", 1),
     }
     with tempfile.TemporaryDirectory(dir=output_dir) as folder:
-        if is_refit or index < 2:  # the finer levels, and with `refit` this level, are there
+        # A row trains one part: copy the finer levels, and for `refit` this level, of another row.
+        if is_refit or index < 2:
             has_pixels_only = index == 2 or (index == 1 and not is_refit)
             base = changes.pop("base", "vq, pixels" if has_pixels_only else "vq, symbols")
             if not (output_dir / "trained" / base).is_dir():
-                raise ValueError(f"expected the row {base!r} to be done before {name!r}")
+                raise ValueError(f"expected results of the row {base!r} before {name!r}, got none")
             shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)
         run = Run(RunSettings(output_dir=folder, seed=arguments.seed), accelerator, 2, pixels)
         phase: Phase
@@ -178,23 +186,24 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
             phase = LevelPhase(index=index, config=config, **fit)
         start = time.process_time()
         phase(run)
-        figures = {"cpu_seconds": time.process_time() - start}
-        figures["steps"] = run.phases()[phase.name]["steps"]
-        figures |= measure(run, index) if index else measure_prior(run)
+        metrics = {"cpu_seconds": time.process_time() - start}
+        metrics["steps"] = run.phases()[phase.name]["steps"]
+        metrics |= measure(run, index) if index else measure_prior(run)
         shutil.copytree(folder, output_dir / "trained" / name, dirs_exist_ok=True)
     results = output_dir / "results"
     results.mkdir(exist_ok=True)
-    write_json(results / f"{name}.json", {"trial": trial, **figures})
+    write_json(results / f"{name}.json", {"trial": trial, **metrics})
 
 
 def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridDataset]) -> str:
-    """What drawn codes cost: Fréchet distances to the held-out images, in a classifier's features,
-    of images drawn from their own z_2, from their z_1, and from nothing, as Markdown.
+    """Return a table of Fréchet distances to the held-out images, in the features of a classifier:
+    of reconstructions from z_1, z_2 and from z_1, and of samples.
 
-    The rows are pixel levels under one level_1 and prior, told to expect no wrong codes or as many
-    as they were trained with.
+    The rows are finest levels under the same level_1 and prior, conditioned on several strengths of
+    noise on codes, up to that of their training.
     """
-    trained, size = Path(arguments.output_dir) / "trained", pixels["test"].manifest.shape
+    trained = Path(arguments.output_dir) / "trained"
+    size = pixels["test"].manifest.shape
     classes = 1 + int(pixels["train"].batch(slice(None))[1].max())
     extractor = ClassifierFeatures(train_classifier(pixels["train"], classes, seed=arguments.seed))
     prior = ProgressiveVAEPrior.from_pretrained(trained / "prior" / "prior")
@@ -202,7 +211,7 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
     images = pixels["test"].batch(slice(None))[0].to(torch.uint8)
     real = features_of(extractor, uint8_to_unit(images).split(500))
     lines = [
-        "| row | told to expect | from z_2 | from z_1 | from nothing | loss |",
+        "| row | noise on codes | from z_2 | from z_1 | samples | difference |",
         "|---|---|---|---|---|---|",
     ]
     for name in names:
@@ -212,23 +221,25 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
         codes = pipe.encode(images)
         for strength in sorted({0.0, finest.config.corruption / 2, finest.config.corruption}):
             generator = torch.Generator().manual_seed(arguments.seed)
-            controls = {"output_type": "pt", "corruption": strength, "generator": generator}
-            drawn = [
-                pipe(codes=codes, **controls).images,
-                pipe(codes=codes[:1], **controls).images,
-                pipe(num_images_per_prompt=len(images), **controls).images,
+            kwargs = {"output_type": "pt", "corruption": strength, "generator": generator}
+            outputs = [
+                pipe(codes=codes, **kwargs).images,
+                pipe(codes=codes[:1], **kwargs).images,
+                pipe(num_images_per_prompt=len(images), **kwargs).images,
             ]
-            found = [
-                frechet_distance(real, features_of(extractor, batch.split(500))) for batch in drawn
+            values = [
+                frechet_distance(real, features_of(extractor, output.split(500)))
+                for output in outputs
             ]
-            cells = [name, strength, *(f"{x:.4f}" for x in [*found, found[-1] - found[0]])]
+            values.append(values[-1] - values[0])
+            cells = [name, strength, *(f"{value:.4f}" for value in values)]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
             print(lines[-1], flush=True)
     return "\n".join(lines)
 
 
 def table(arguments: Arguments, names: list[str]) -> str:
-    """The rows that are done, in the order of the YAML file, as Markdown."""
+    """Return the results of all finished rows, in the order of the YAML file, as Markdown."""
     lines = [
         "| row | bits/dim | codes: bits/dim at most | codes used | steps | passes | images/s |",
         "|---|---|---|---|---|---|---|",
@@ -247,7 +258,9 @@ def table(arguments: Arguments, names: list[str]) -> str:
 
 
 def main(words: list[str]):
-    parser = ArgumentParser(exit_on_error=False, description="Rows trained in equal time.")
+    parser = ArgumentParser(
+        exit_on_error=False, description="Compare decoders at equal training time."
+    )
     parser.add_class_arguments(Arguments)
     arguments = Arguments(**read_flags(parser, words))
     recipe = read_yaml(Path(arguments.config))

@@ -5,17 +5,17 @@
 # [tool.uv.sources]
 # progressive-vae = { path = "..", editable = true }
 # ///
-"""Draw pictures anew in part, and save what came of it as one picture.
+"""Inpaint, vary and interpolate images, and save the results as one grid.
 
 python examples/edit.py
-    with the Fashion-MNIST model that comes with the project, on images that it has drawn itself,
-    one of each class, which it is told: half a minute on one CPU core.
+    with the project's Fashion-MNIST model, on its own samples, one of each class; edits are
+    conditioned on the class. Half a minute on one CPU core.
 
-python examples/edit.py --model you/pictures --images pictures
+python examples/edit.py --model you/photos --images photos
 
-Rows: the images, what is known of them, four inpaintings, two variations that keep z_1 and two that
-keep z_N, and the ways from the first three images to the last three, in as many steps as there are
-columns.
+Rows: the images; the images with their masked regions in gray; four inpaintings; two variations
+with fixed z_1 and two with fixed z_1 … z_N; interpolations from the first three images to the last
+three, in as many steps as there are columns.
 """
 
 import time
@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.image_processor import from_pixel_values, pixel_value_batches
 from progressive_vae.paths import expand_home
-from progressive_vae.scripts import check_image_path, run_script, save_image
+from progressive_vae.scripts import check_image_path, default_device, run_script, save_image
 from progressive_vae.visualization import image_grid
 
 NUM_INPAINTINGS, NUM_VARIATIONS, NUM_PATHS = 4, 2, 3
@@ -44,14 +44,14 @@ class Arguments:
     )
     images: str | None = field(
         default=None,
-        metadata={"help": "a folder of pictures of the model's size; drawn ones if not given"},
+        metadata={"help": "a folder of images of the model's size; samples by default"},
     )
     num_images: int = field(default=10, metadata={"help": "columns, 4 or more"})
     num_candidates: list[int] = field(
         default_factory=lambda: [64],
-        metadata={"help": "of each inpainting: one number, or one for each factor"},
+        metadata={"help": "particles of each inpainting: one number, or one for each factor"},
     )
-    temperature: float = field(default=1.0, metadata={"help": "of variations and paths"})
+    temperature: float = field(default=1.0, metadata={"help": "of variations and interpolations"})
     seed: int = 0
     output: str = "editing.png"
 
@@ -62,74 +62,92 @@ class Arguments:
             self.images = expand_home(self.images, "images")
 
 
-def holes(count: int, size: tuple[int, int]) -> Tensor:
-    """The right, the lower, the left half, the middle, and so on, bool (count, H, W)."""
-    (height, width), masks = size, torch.zeros(count, *size, dtype=torch.bool)
-    for i, mask in enumerate(masks):
-        places = [
-            mask[:, width // 2 :], mask[height // 2 :], mask[:, : width // 2],
-            mask[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4],
-        ]  # fmt: skip
-        places[i % len(places)].fill_(True)
+def make_masks(count: int, height: int, width: int) -> Tensor:
+    """Return masks of the right, lower and left half and of the center, in turn: bool (count, H,
+    W)."""
+    masks = torch.zeros(count, height, width, dtype=torch.bool)
+    masks[0::4, :, width // 2 :] = True
+    masks[1::4, height // 2 :] = True
+    masks[2::4, :, : width // 2] = True
+    masks[3::4, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = True
     return masks
+
+
+def open_images(folder: Path, count: int) -> list[PIL.Image.Image]:
+    """Return the first `count` images of a folder, of which there must be at least 4."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())[:count]
+    if len(paths) < 4:
+        raise ValueError(f"expected 4 images or more in {folder}, got {len(paths)}")
+    return [PIL.Image.open(path) for path in paths]
 
 
 def main(words: list[str]):
     arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(
         words, look_for_args_file=False
     )[0]
-    count, seed = arguments.num_images, arguments.seed
+    count = arguments.num_images
     if count < 4:
         raise ValueError(f"expected num_images >= 4, got {count}")
     check_image_path(arguments.output, "output")
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
 
-    def noise(number: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(seed + i) for i in range(number)]
+    def generators(number: int) -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(arguments.seed + i) for i in range(number)]
 
-    classes: dict = {}
-    if arguments.images is None:
-        if pipe.labels:
-            classes = {"class_labels": [i % len(pipe.labels) for i in range(count)]}
-        times = 1 if classes else count
-        images = pipe(**classes, num_images_per_prompt=times, generator=noise(count)).images
-    else:
-        paths = sorted(path for path in Path(arguments.images).iterdir() if path.is_file())[:count]
-        images = [PIL.Image.open(path) for path in paths]
-        if len(images) < 4:
-            raise ValueError(f"expected 4 images or more in {arguments.images}, got {len(images)}")
+    condition: dict = {}
+    if arguments.images is not None:
+        images = open_images(Path(arguments.images), count)
         count = len(images)
+    else:
+        if pipe.labels:
+            condition = {"class_labels": [i % len(pipe.labels) for i in range(count)]}
+        images = pipe(
+            **condition,
+            num_images_per_prompt=1 if condition else count,
+            generator=generators(count),
+        ).images
+    # The images and the masked images.
     start = time.perf_counter()
     pixel_values = torch.cat(list(pixel_value_batches(images, pipe.image_shape, count)))
-    masks = holes(count, pipe.image_shape[1:])
+    masks = make_masks(count, *pipe.image_shape[1:])
     rows = from_pixel_values(pixel_values, "pil")
     rows += from_pixel_values(pixel_values.masked_fill(masks[:, None], 0), "pil")
-    candidates = arguments.num_candidates
-    drawn = pipe.inpaint(
-        images, masks, num_images_per_prompt=NUM_INPAINTINGS,
-        num_particles=candidates[0] if len(candidates) == 1 else candidates,
-        generator=noise(NUM_INPAINTINGS * count), **classes,
-    ).images  # fmt: skip
-    rows += [image for i in range(NUM_INPAINTINGS) for image in drawn[i::NUM_INPAINTINGS]]
-    told = {"temperature": arguments.temperature}
+    # The pipeline returns the results of each image together; a row has one result of each image.
+    num_particles = arguments.num_candidates
+    inpaintings = pipe.inpaint(
+        images,
+        masks,
+        num_images_per_prompt=NUM_INPAINTINGS,
+        num_particles=num_particles[0] if len(num_particles) == 1 else num_particles,
+        generator=generators(NUM_INPAINTINGS * count),
+        **condition,
+    ).images
+    for i in range(NUM_INPAINTINGS):
+        rows += inpaintings[i::NUM_INPAINTINGS]
     for level in sorted({1, pipe.num_levels}):
-        knows = any(part.config.num_classes for part in pipe.levels[level - 1 :])
-        drawn = pipe.variations(
+        is_conditional = any(part.config.num_classes for part in pipe.levels[level - 1 :])
+        variations = pipe.variations(
             images,
             level,
             NUM_VARIATIONS,
-            generator=noise(NUM_VARIATIONS * count),
-            **told,
-            **(classes if knows else {}),
+            generator=generators(NUM_VARIATIONS * count),
+            temperature=arguments.temperature,
+            **(condition if is_conditional else {}),
         ).images
-        rows += [image for i in range(NUM_VARIATIONS) for image in drawn[i::NUM_VARIATIONS]]
-    half = min(NUM_PATHS, count // 2)
+        for i in range(NUM_VARIATIONS):
+            rows += variations[i::NUM_VARIATIONS]
+    num_pairs = min(NUM_PATHS, count // 2)
     rows += pipe.interpolate(
-        images[:half], images[-half:], steps=count, generator=noise(half), **told
+        images[:num_pairs],
+        images[-num_pairs:],
+        steps=count,
+        generator=generators(num_pairs),
+        temperature=arguments.temperature,
     ).images
     save_image(image_grid(rows, count), arguments.output)
-    print(f"drew {len(rows) // count - 2} rows of {count} in {time.perf_counter() - start:.1f} s")
+    seconds = time.perf_counter() - start
+    print(f"sampled {len(rows) // count - 2} rows of {count} in {seconds:.1f} s")
     print(f"wrote {arguments.output}")
 
 

@@ -5,10 +5,10 @@
 # [tool.uv.sources]
 # progressive-vae = { path = "..", editable = true }
 # ///
-"""Draw images from a pipeline and save them as one grid.
+"""Sample images from a pipeline and save them as one grid.
 
 python examples/sample.py
-    ten of each class of the Fashion-MNIST model that comes with the project, in seconds.
+    ten of each class of the project's Fashion-MNIST model, in seconds.
 
 python examples/sample.py --model you/digits --class_labels 3 8 --guidance_scale 1.5
 """
@@ -22,7 +22,7 @@ from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.paths import expand_home
-from progressive_vae.scripts import check_image_path, run_script, save_image
+from progressive_vae.scripts import check_image_path, default_device, run_script, save_image
 from progressive_vae.visualization import image_grid
 
 
@@ -33,14 +33,14 @@ class Arguments:
         metadata={"help": "a pipeline's folder, or its repository on the Hub"},
     )
     class_labels: list[str] | None = field(
-        default=None, metadata={"help": "names or numbers of classes; all of them if not given"}
+        default=None, metadata={"help": "names or ids of classes; all by default"}
     )
     num_images_per_prompt: int = field(default=10, metadata={"help": "images of each class"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "above 1: more like the class"})
+    guidance_scale: float = field(default=1.0, metadata={"help": "of classifier-free guidance"})
     temperature: float = 1.0
     top_p: float | None = None
     preview: bool = field(
-        default=False, metadata={"help": "draw the codes, and show what pixels they expect"}
+        default=False, metadata={"help": "sample codes only, and show their preview"}
     )
     seed: int = 0
     output: str = "samples.png"
@@ -56,12 +56,11 @@ def main(words: list[str]):
     )[0]
     check_image_path(arguments.output, "output")
     pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
-    asked = [
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
+    labels = [
         int(name) if name.isdigit() and name not in pipe.labels else name
         for name in arguments.class_labels or pipe.labels
-    ]
-    labels = asked or None
+    ] or None
     count = arguments.num_images_per_prompt * (len(labels) if labels else 1)
     start = time.perf_counter()
     images = pipe(
@@ -75,7 +74,7 @@ def main(words: list[str]):
     ).images
     seconds = time.perf_counter() - start
     save_image(image_grid(images, arguments.num_images_per_prompt), arguments.output)
-    print(f"drew {count} images in {seconds:.1f} s, a row for each of {labels or ['no class']}")
+    print(f"sampled {count} images in {seconds:.1f} s, one row for {labels or 'no class'}")
     print(f"wrote {arguments.output}")
 
 

@@ -66,3 +66,8 @@ def save_image(image: PIL.Image.Image, path: str | Path):
 def _image_format(path: str | Path) -> str | None:
     image_format = PIL.Image.registered_extensions().get(Path(path).suffix.lower())
     return image_format if image_format in PIL.Image.SAVE else None
+
+
+def default_device() -> torch.device:
+    """Return the device on which scripts run a pipeline: CUDA where it is available, else CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,7 +1,7 @@
-"""`examples/app.py`, as a visitor's browser sees it.
+"""`examples/app.py`, in a browser.
 
 python tests/test_app.py examples/fashion_mnist/page.png
-    makes the README's picture of the page.
+    writes the README's screenshot.
 """
 
 import base64
@@ -47,7 +47,7 @@ def shipped():
     return pipe
 
 
-def pictures_of(html: str) -> list[np.ndarray]:
+def images_of(html: str) -> list[np.ndarray]:
     found = re.findall(r"base64,([^\"]+)", html)
     return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
 
@@ -69,41 +69,41 @@ def photograph() -> PIL.Image.Image:
     return PIL.Image.fromarray(x.astype(np.uint8))
 
 
-# ---- what it answers -----------------------------------------------------------------------------
+# ---- functions -----------------------------------------------------------------------------------
 
 
-def test_levels_appear_as_the_pipeline_draws_them(app, shipped):
+def test_sample_shows_each_factor_of_the_pipelines_sample(app, shipped):
     page = app.Page(shipped)
-    steps = list(page.draw("Bag", 2, 5, 1.0, 0.9, 0.8, 1.0, 1.5, 1.0))
-    assert [len(pictures_of(step)) for step in steps] == [2, 4, 6]
-    assert "drawing z₂ …" in steps[0] and "drawing" not in steps[-1]
-    draws = [torch.Generator().manual_seed(5 + i) for i in range(2)]
+    steps = list(page.sample("Bag", 2, 5, 1.0, 0.9, 0.8, 1.0, 1.5, 1.0))
+    assert [len(images_of(step)) for step in steps] == [2, 4, 6]
+    assert "sampling z₂ …" in steps[0] and "sampling" not in steps[-1]
+    generators = [torch.Generator().manual_seed(5 + i) for i in range(2)]
     controls = {"temperature": [1.0, 0.9, 0.8], "guidance_scale": [1.0, 1.5, 1.0]}
-    images = shipped("Bag", num_images_per_prompt=2, generator=draws, **controls).images
-    for shown, image in zip(pictures_of(steps[-1])[-2:], images, strict=True):
-        assert np.array_equal(shown, image)
+    images = shipped("Bag", num_images_per_prompt=2, generator=generators, **controls).images
+    for array, image in zip(images_of(steps[-1])[-2:], images, strict=True):
+        assert np.array_equal(array, image)
 
 
-def test_what_is_seen_in_a_picture(app, shipped):
+def test_encode_shows_codes_bits_and_sizes(app, shipped):
     page = app.Page(shipped)
-    *_, (found, bits, sizes, grown, codes) = page.look(as_png(photograph()))
-    assert "converted from RGB to grayscale, center crop resized from 120×80 to 28×28" in found
-    assert len(pictures_of(found)) == 3 + 2 and "of 1 kind" not in found
+    *_, (grids, bits, sizes, progressive, codes) = page.encode(as_png(photograph()))
+    assert "converted from RGB to grayscale, center crop resized from 120×80 to 28×28" in grids
+    assert len(images_of(grids)) == 3 + 2 and " 1 different" not in grids
     image = resize_and_convert(photograph(), shipped.image_shape)[0]
-    stated = shipped.bits_per_dim(image)
-    assert f"{stated['total']:.2f} bits/dim" in bits
+    expected = shipped.bits_per_dim(image)
+    assert f"{expected['total']:.2f} bits/dim" in bits
     stream = shipped.compress(image)[0]
     assert f"{len(stream)} bytes" in sizes and "PNG" in sizes and "WebP" in sizes
-    lengths = [int(n) for n in re.findall(r">(\d+) bytes: z", grown)]
+    lengths = [int(n) for n in re.findall(r">(\d+) bytes: z", progressive)]
     for k, length in enumerate(lengths, 1):
         shipped.decompress(stream[:length], k)
         with pytest.raises(ValueError):
             shipped.decompress(stream[: length - 1], k)
-    redrawn = page.redraw(codes, 2, 3)
-    assert "z₁ … z₂ kept" in redrawn and len(pictures_of(redrawn)) == 8
+    reconstructions = page.reconstruct(codes, 2, 3)
+    assert "z₁ … z₂ fixed" in reconstructions and len(images_of(reconstructions)) == 8
 
 
-def test_pipelines_of_every_kind(app):
+def test_other_pipelines(app):
     """Without classes, with auxiliary decoders, of one level, without a prior."""
     auxiliary = {"auxiliary_hidden_size": 8}
     levels = [tiny_level(num_symbols=3, seed=1, **auxiliary),
@@ -117,29 +117,29 @@ def test_pipelines_of_every_kind(app):
     ):
         pipe.set_progress_bar_config(disable=True)
         app.make_demo(pipe, "x")
-        page, number = app.Page(pipe), pipe.num_levels + 1
-        *_, (found, bits, _, grown, codes) = page.look(as_png(photograph()))
-        assert len(pictures_of(found)) == 1 + 2 * pipe.num_levels
-        assert len(pictures_of(page.redraw(codes, 1, 0))) == 8
+        page, num_factors = app.Page(pipe), pipe.num_levels + 1
+        *_, (grids, bits, _, progressive, codes) = page.encode(as_png(photograph()))
+        assert len(images_of(grids)) == 1 + 2 * pipe.num_levels
+        assert len(images_of(page.reconstruct(codes, 1, 0))) == 8
         if pipe.prior is None:
-            assert not bits and not grown
+            assert not bits and not progressive
             continue
-        assert len(pictures_of(grown)) == number
-        *_, drawn = page.draw(app.NO_CLASS, 2, 0, *[1.0] * 2 * number)
-        rows = number + pipe.num_levels * page.has_previews
-        assert len(pictures_of(drawn)) == 2 * rows
-        *_, (found, *_) = page.look_into_a_drawn_one()
-        assert "A drawn picture" in found
+        assert len(images_of(progressive)) == num_factors
+        *_, samples = page.sample(app.NO_CLASS, 2, 0, *[1.0] * 2 * num_factors)
+        rows = num_factors + pipe.num_levels * page.has_previews
+        assert len(images_of(samples)) == 2 * rows
+        *_, (grids, *_) = page.encode_sample()
+        assert "A sample" in grids
 
 
-@pytest.mark.parametrize("contents", [b"no picture", b"\x89PNG\r\n\x1a\n", TINY_IMAGE, bomb(),
+@pytest.mark.parametrize("contents", [b"not an image", b"\x89PNG\r\n\x1a\n", TINY_IMAGE, bomb(),
                                       as_png(photograph())[:300], b"", None])  # fmt: skip
-def test_wrong_files_are_told_in_words(app, shipped, contents):
-    with pytest.raises(gradio.Error, match="Choose an image" if not contents else "not a picture"):
-        next(app.Page(shipped).look(contents))
+def test_unreadable_files_show_a_message(app, shipped, contents):
+    with pytest.raises(gradio.Error, match="Choose an image" if not contents else "not an image"):
+        next(app.Page(shipped).encode(contents))
 
 
-def test_any_picture_becomes_one_of_the_pipeline():
+def test_images_are_converted_to_the_size_and_mode_of_the_pipeline():
     array = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     glass = PIL.Image.new("RGBA", (9, 9), (0, 0, 0, 0))
     image, done = resize_and_convert(glass, (3, 4, 6))
@@ -230,8 +230,8 @@ class Visitor:
 
     def click(self, css: str, text: str = ""):
         def clicked():
-            found = next(each for each in self.find(css) if text in each.text)
-            return found.click() is None
+            element = next(element for element in self.find(css) if text in element.text)
+            return element.click() is None
 
         self.wait(clicked)
 
@@ -239,30 +239,30 @@ class Visitor:
         self.wait(lambda: self.find(css)[0].send_keys(key) is None)
 
     def dismiss(self, css: str):
-        """Clicks all of them, until there are none."""
+        """Click all elements until there are none."""
 
         def gone():
-            for each in self.find(css):
-                each.click()
+            for element in self.find(css):
+                element.click()
             return not self.find(css)
 
         self.wait(gone)
 
     def html(self, css: str) -> str:
-        return "".join(each.get_attribute("innerHTML") for each in self.find(css))
+        return "".join(element.get_attribute("innerHTML") for element in self.find(css))
 
-    def pictures(self, css: str, count: int, unlike: str = "") -> str:
-        """Waits for so many of them, others than before."""
+    def images(self, css: str, count: int, unlike: str = "") -> str:
+        """Wait for this number of images, other than those of the HTML `unlike`."""
 
         def there():
-            html = self.html(f"{css} .said, {css} .strip")
+            html = self.html(f"{css} .heading, {css} .strip")
             return html if html.count("<img") == count and html != unlike else ""
 
         return self.wait(there)
 
     def tab(self, name: str):
         self.click("button[role=tab]", name)
-        self.wait(lambda: self.find("#found")[0].is_displayed())
+        self.wait(lambda: self.find("#codes")[0].is_displayed())
 
     def upload(self, path: Path):
         self.press("input[type=file]", str(path))
@@ -277,7 +277,7 @@ def address(app, shipped, tmp_path_factory):
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     demo = app.make_demo(shipped, "fashion_mnist")
     threads = torch.get_num_threads()
-    url = app.show(demo, prevent_thread_lock=True)[1]
+    url = app.launch(demo, prevent_thread_lock=True)[1]
     yield url
     demo.close()
     torch.set_num_threads(threads)
@@ -286,37 +286,37 @@ def address(app, shipped, tmp_path_factory):
 
 def test_a_visit(address, tmp_path):
     photograph().save(tmp_path / "photograph.jpg")
-    (tmp_path / "notes.png").write_text("no picture")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.png").write_text("not an image")
+    (tmp_path / "notes.txt").write_text("not an image")
     with browser() as driver:
         visitor = Visitor(driver)
         driver.get(address)
-        drawn = visitor.pictures("#drawn", 24)  # at once, for those who only look
-        visitor.click("#other")
-        drawn = visitor.pictures("#drawn", 24, unlike=drawn)
-        visitor.tab("NeighborConditioning")
-        visitor.click("#rest")
+        samples = visitor.images("#samples", 24)  # without a click
+        visitor.click("#reseed")
+        samples = visitor.images("#samples", 24, unlike=samples)
+        visitor.tab("Encode an image")
+        visitor.click("#reconstruct")
         visitor.wait(lambda: "Choose an image first" in visitor.html(".toast-wrap"))
         visitor.upload(tmp_path / "photograph.jpg")
-        visitor.pictures("#grown", 3)
-        assert "120×80 to 28×28" in visitor.pictures("#found", 5)
+        visitor.images("#progressive", 3)
+        assert "120×80 to 28×28" in visitor.images("#codes", 5)
         assert "bits/dim" in visitor.html("#bits") and "PNG" in visitor.html("#sizes")
-        assert "z₁ kept" in visitor.pictures("#redrawn", 8)
-        slider = "#keep input[type=range]"
+        assert "z₁ fixed" in visitor.images("#reconstructions", 8)
+        slider = "#level input[type=range]"
         visitor.press(slider, "\ue014")  # →
         visitor.wait(lambda: visitor.find(slider)[0].get_property("value") == "2")
-        visitor.click("#rest")
-        visitor.wait(lambda: "z₁ … z₂ kept" in visitor.pictures("#redrawn", 8))
+        visitor.click("#reconstruct")
+        visitor.wait(lambda: "z₁ … z₂ fixed" in visitor.images("#reconstructions", 8))
         for name in ("notes.png", "notes.txt"):
             visitor.dismiss("#file button[aria-label=Clear], #file [title=Clear]")
             visitor.upload(tmp_path / name)
-            visitor.wait(lambda: "not a picture" in visitor.html(".toast-wrap"))
+            visitor.wait(lambda: "not an image" in visitor.html(".toast-wrap"))
             visitor.dismiss(".toast-close")
-            visitor.wait(lambda: "not a picture" not in visitor.html(".toast-wrap"))
+            visitor.wait(lambda: "not an image" not in visitor.html(".toast-wrap"))
         assert visitor.errors() == []
 
 
-# ---- the README's picture ------------------------------------------------------------------------
+# ---- the README's screenshot ---------------------------------------------------------------------
 
 
 def screenshot(path: str):
@@ -324,18 +324,18 @@ def screenshot(path: str):
     pipe = ProgressiveVAEPipeline.from_pretrained(app.MODEL)
     pipe.set_progress_bar_config(disable=True)
     demo = app.make_demo(pipe, "fashion_mnist")
-    url = app.show(demo, prevent_thread_lock=True)[1]
-    drawn = pipe("Ankle boot", generator=torch.Generator().manual_seed(3)).images[0]
+    url = app.launch(demo, prevent_thread_lock=True)[1]
+    sample = pipe("Ankle boot", generator=torch.Generator().manual_seed(3)).images[0]
     with tempfile.TemporaryDirectory() as folder, browser() as driver:
         visitor, file = Visitor(driver), Path(folder) / "boot.png"
-        drawn.save(file)
+        sample.save(file)
         driver.get(url)
-        visitor.pictures("#drawn", 24)
-        visitor.tab("NeighborConditioning")
+        visitor.images("#samples", 24)
+        visitor.tab("Encode an image")
         visitor.upload(file)
-        visitor.pictures("#grown", 3)
-        visitor.pictures("#redrawn", 8)
-        time.sleep(1)  # what moves comes to rest
+        visitor.images("#progressive", 3)
+        visitor.images("#reconstructions", 8)
+        time.sleep(1)  # until animations end
         height = driver.execute_script("return document.documentElement.scrollHeight")
         driver.set_window_size(1280, height + 150)
         time.sleep(1)

@@ -25,8 +25,8 @@ def free_port() -> int:
 
 
 def is_open(port: int) -> bool:
-    with socket.socket() as found:
-        return found.connect_ex(("127.0.0.1", port)) == 0
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
 
 
 def resident(pid: int) -> float:
@@ -53,19 +53,19 @@ def served(folder: Path):
         process.wait()
 
 
-def ask(client, kind: str, folder: Path, number: int) -> str:
+def request(client, kind: str, folder: Path, number: int) -> str:
     """One request; "answer", or the message of an error."""
     from gradio_client import handle_file
     from gradio_client.exceptions import AppError
 
     try:
-        if kind == "draw":
+        if kind == "sample":
             ones = [1.0] * 6
-            client.predict("Bag", 8, number, *ones, api_name="/draw")
-        elif kind == "redraw":
-            client.predict(1, number, api_name="/redraw")
+            client.predict("Bag", 8, number, *ones, api_name="/sample")
+        elif kind == "reconstruct":
+            client.predict(1, number, api_name="/reconstruct")
         else:
-            client.predict(handle_file(str(folder / f"{kind}.png")), api_name="/look")
+            client.predict(handle_file(str(folder / f"{kind}.png")), api_name="/encode")
     except AppError as error:
         return str(error)
     return "answer"
@@ -75,48 +75,52 @@ def ask(client, kind: str, folder: Path, number: int) -> str:
 def test_a_thousand_requests(tmp_path, capsys):
     from gradio_client import Client
 
-    rng, pictures = np.random.default_rng(0), tmp_path / "pictures"
-    pictures.mkdir()
-    photograph().save(pictures / "look.png")
-    (pictures / "broken.png").write_bytes(as_png(photograph())[:300])
-    (pictures / "bomb.png").write_bytes(bomb())
-    kinds = rng.choice(["draw", "look", "redraw", "broken", "bomb"], 1000,
+    rng, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    photograph().save(images / "encode.png")
+    (images / "broken.png").write_bytes(as_png(photograph())[:300])
+    (images / "bomb.png").write_bytes(bomb())
+    kinds = rng.choice(["sample", "encode", "reconstruct", "broken", "bomb"], 1000,
                        p=[0.5, 0.1, 0.2, 0.1, 0.1])  # fmt: skip
-    found, seconds, lock = Counter(), list[float](), threading.Lock()
+    answers, seconds, lock = Counter(), list[float](), threading.Lock()
     with served(tmp_path) as (address, pid):
         users = [Client(address, verbose=False) for _ in range(8)]
 
-        def visit(user: int, asked: list[str]):
-            for number, kind in enumerate(asked):
+        def visit(user: int, requests: list[str]):
+            for number, kind in enumerate(requests):
                 start = time.monotonic()
-                said = ask(users[user], kind, pictures, number)
+                answer = request(users[user], kind, images, number)
                 with lock:
                     seconds.append(time.monotonic() - start)
-                    found[kind, said[:60]] += 1
+                    answers[kind, answer[:60]] += 1
 
-        def together(asked: list[list[str]]):
-            threads = [threading.Thread(target=visit, args=each) for each in enumerate(asked)]
+        def run_together(requests: list[list[str]]):
+            threads = [threading.Thread(target=visit, args=user) for user in enumerate(requests)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
 
-        together([["look", "draw", "redraw", "bomb"]] * 8)  # it warms up
+        run_together([["encode", "sample", "reconstruct", "bomb"]] * 8)  # warm-up
         seconds.clear()
-        together([["look"]] * 8)  # what takes longest, all at once
+        run_together([["encode"]] * 8)  # the longest requests
         slowest = max(seconds)
-        found.clear()
+        answers.clear()
         sizes = []
         for part in np.array_split(kinds, 5):
-            together([part[i::8].tolist() for i in range(8)])
+            run_together([part[i::8].tolist() for i in range(8)])
             sizes.append(round(resident(pid)))
         with capsys.disabled():
-            print(f"\n8 at once: {slowest:.1f} s; MB after each 200: {sizes}; {dict(found)}; "
+            print(f"\n8 at once: {slowest:.1f} s; MB after each 200: {sizes}; {dict(answers)}; "
                   f"slowest of all {max(seconds):.1f} s")  # fmt: skip
-    assert sum(found.values()) == 1000
-    for (kind, said), count in found.items():
-        assert (said == "answer") == (kind in ("draw", "look", "redraw")), (kind, said, count)
-    assert sizes[-1] < max(sizes[:2]) + 60  # it goes up and down by as much, of what is kept free
+    assert sum(answers.values()) == 1000
+    for (kind, answer), count in answers.items():
+        assert (answer == "answer") == (kind in ("encode", "sample", "reconstruct")), (
+            kind,
+            answer,
+            count,
+        )
+    assert sizes[-1] < max(sizes[:2]) + 60  # memory of freed results varies by as much
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 20e6
     assert "Traceback" not in (tmp_path / "log").read_text()
     assert slowest < 10

@@ -172,7 +172,7 @@ def test_figures_of_previews():
     pipe = ProgressiveVAEPipeline.from_levels(prior, pipeline_of(**AUXILIARY).levels)
     pipe.set_progress_bar_config(disable=True)
     images = torch.randint(256, (3, 3, 12, 12), dtype=torch.uint8)
-    for k, row in enumerate(rate_distortion(pipe, images, num_draws=2).values(), 1):
+    for k, row in enumerate(rate_distortion(pipe, images, num_samples=2).values(), 1):
         shown = pipe.preview(images, k, "pt") * 255
         error = (shown - images).square().mean().item()
         assert row["mse_of_preview"] == pytest.approx(error, rel=1e-4)

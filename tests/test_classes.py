@@ -56,13 +56,13 @@ def test_labels_of_every_kind(labels, kind, names, ids):
         ([True, None, False, True], Value("bool"), [1, -1, 0, 1]),
     ],
 )
-def test_an_image_without_a_label_is_one_without_a_class(labels, kind, ids):
+def test_images_without_a_label(labels, kind, ids):
     with pytest.warns(UserWarning, match=f"of {len(labels)} images.*'train' have no label"):
         assert ids_of(table(labels, kind))["train"] == ids
 
 
 @pytest.mark.parametrize("test", [[-1] * 4, None])
-def test_a_held_out_split_without_labels_leaves_the_classes_alone(test):
+def test_a_held_out_split_without_labels(test):
     train = table([0, 1] * 6, CLASSES)
     held_out = table(test or [0] * 4, CLASSES)
     held_out = held_out.remove_columns("label") if test is None else held_out
@@ -89,7 +89,7 @@ def test_classes_in_another_order_are_mapped_by_name():
         ([0, 1, 0, 1], ClassLabel(names=["train", "test"])),
     ],
 )
-def test_what_looks_like_classes_and_is_none(labels, kind):
+def test_a_label_column_without_classes_warns(labels, kind):
     images = table(labels, kind)
     with pytest.warns(UserWarning, match="'label' looks like class labels and is not used"):
         assert find_classes({"train": images, "test": images}) == Classes()
@@ -98,7 +98,7 @@ def test_what_looks_like_classes_and_is_none(labels, kind):
             find_classes({"train": images, "test": images}, "label")
 
 
-def test_numbers_that_count_examples_rather_than_classes():
+def test_numbers_of_examples_are_not_classes():
     images = table([5_000_000, 3], Value("int64"))
     with pytest.raises(ValueError, match="at most 100000 classes, got numbers up to 5000000"):
         find_classes({"train": images, "test": images})
@@ -120,11 +120,11 @@ def test_the_labels_of_a_stream():
 
 
 @pytest.mark.parametrize("kind", ["custom", "pandas", "arrow", "torch", "numpy"])
-def test_the_format_of_a_data_set_is_laid_aside(kind):
+def test_the_format_of_a_dataset_is_ignored(kind):
     images = table([0, 1] * 6, CLASSES)
     if kind == "custom":
         formatted = images.with_transform(lambda rows: {"x": [i.rotate(90) for i in rows["image"]]})
-        with pytest.warns(UserWarning, match="transform of the data set is not applied"):
+        with pytest.warns(UserWarning, match="transform of the dataset"):
             source = open_dataset(DataSettings(), formatted)
     else:
         source = open_dataset(DataSettings(), images.with_format(kind, columns=["label"]))
@@ -134,7 +134,7 @@ def test_the_format_of_a_data_set_is_laid_aside(kind):
 @pytest.mark.parametrize(
     "make", [list, tuple, lambda images: table(images_of(images), CLASSES)["image"]]
 )
-def test_images_at_hand(make):
+def test_lists_of_images(make):
     images = [PIL.Image.new("L", (4, 4), i) for i in range(4)]
     source = open_dataset(DataSettings(), make(images))
     assert sum(map(len, source.splits.values())) == 4
@@ -145,6 +145,6 @@ def images_of(images):
 
 
 @pytest.mark.parametrize("wrong", [b"abc", 7, [1, 2], ["a.png"], [], {"train": 1}])
-def test_what_is_no_data_set(wrong):
-    with pytest.raises(ValueError, match=f"expected a data set of images.*{type(wrong).__name__}"):
+def test_values_that_are_not_datasets_raise(wrong):
+    with pytest.raises(ValueError, match=f"expected a dataset.*{type(wrong).__name__}"):
         open_dataset(DataSettings(), wrong)

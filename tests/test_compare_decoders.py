@@ -38,11 +38,11 @@ def test_rows_refits_and_distances(tmp_path, capsys):
         ProgressiveVAELevel.from_pretrained(tmp_path / "run/trained" / name / "level_2")
         for name in rows
     ]
-    assert len({fingerprint([level]) for level in levels}) == 1  # all rows stand on the same codes
-    printed = capsys.readouterr().out
-    assert "| raster, symbols |" in printed
-    assert printed.count("| refit of vq, pixels, corruption 0.2 | 0.2 |") == 2
-    script.main([*flags, "--trials", '["vq, pixels"]'])  # done already
+    assert len({fingerprint([level]) for level in levels}) == 1  # all rows have the same codes
+    output = capsys.readouterr().out
+    assert "| raster, symbols |" in output
+    assert output.count("| refit of vq, pixels, corruption 0.2 | 0.2 |") == 2
+    script.main([*flags, "--trials", '["vq, pixels"]'])  # results exist: skipped
     with pytest.raises(ValueError, match="dataset_name"):
         script.main(["--cpu_minutes", "1"])
     with pytest.raises(ValueError, match=r"trials among .*got \['nonsense'\]"):

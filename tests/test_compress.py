@@ -1,4 +1,4 @@
-"""`examples/compress.py`: pictures of any size into one file, and back to the byte."""
+"""`examples/compress.py`: lossless compression of images of any size into one file."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of pictures of several sizes and kinds, and of what cannot be packed."""
+    """Images of several sizes and formats, and files that are left out."""
     rng, folder = np.random.default_rng(0), tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     for i, (width, height) in enumerate(SIZES):
@@ -59,23 +59,23 @@ def colors(path):
     return np.asarray(PIL.Image.open(path).convert("RGB"))
 
 
-def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys, monkeypatch):
+def test_images_of_any_size_are_restored(script, model, folder, tmp_path, capsys, monkeypatch):
     file, again = tmp_path / "all.parquet", tmp_path / "again"
     words = ["pack", str(folder), str(file), "--model", model, "--pictures_per_part", "2"]
     words += ["--arithmetic", "integer"]
     script.main(words)
-    said = capsys.readouterr().out
-    assert re.findall("left out (.*?): ", said) == [
+    output = capsys.readouterr().out
+    assert re.findall("left out (.*?): ", output) == [
         "deep.png", "glass.png", "notes.txt", "pages.tif",
     ]  # fmt: skip
     for reason in ("16 bits a channel", "transparency", "first of 2 frames", "no image"):
-        assert reason in said
-    assert f"| all.parquet | {file.stat().st_size} |" in said and "| PNG files |" in said
+        assert reason in output
+    assert f"| all.parquet | {file.stat().st_size} |" in output and "| PNG files |" in output
     table = pq.read_table(file)
     streams = sum(len(tile.as_py()) for tiles in table["tiles"] for tile in tiles)
     count = 3 * (sum(width * height for width, height in SIZES) + 2 * 35)
-    assert f"| its streams | {streams} | {8 * streams / count:.4f} |" in said
-    with pytest.raises(ValueError, match="expected a file to write that is not there yet"):
+    assert f"| its streams | {streams} | {8 * streams / count:.4f} |" in output
+    with pytest.raises(ValueError, match="expected file that does not exist"):
         script.main(words)
     script.main(["unpack", str(file), str(again), "--model", model])
     written = sorted(str(path.relative_to(again)) for path in again.rglob("*.*"))
@@ -84,7 +84,7 @@ def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys,
     for name in names:
         source = folder / name.removesuffix(".png") if "bmp" in name else folder / name
         assert np.array_equal(colors(again / name), colors(source))
-    # What is there stays, what is not is made.
+    # Existing files are not overwritten, missing ones are written.
     (again / "0.png").unlink()
     (again / "2.png").write_text("mine")
     script.main(["unpack", str(file), str(again), "--model", model])
@@ -92,7 +92,7 @@ def test_pictures_of_any_size_come_back(script, model, folder, tmp_path, capsys,
     assert (again / "2.png").read_text() == "mine"
 
 
-def test_what_was_done_before_an_interruption_is_kept(script, model, folder, tmp_path, monkeypatch):
+def test_pack_resumes_after_an_interruption(script, model, folder, tmp_path, monkeypatch):
     file = tmp_path / "all.parquet"
     words = ["pack", str(folder), str(file), "--model", model, "--pictures_per_part", "3"]
     packed, calls = script.packed, []
@@ -135,8 +135,8 @@ def test_palettes_first_images_and_color_profiles(script, model, tmp_path, capsy
         file.write((folder / "palette.png").read_bytes())
     packed = str(tmp_path / "all.parquet")
     script.main(["pack", str(folder), packed, "--model", model, "--beside_files", "false"])
-    said = capsys.readouterr().out
-    left_out = dict(re.findall("left out (.*?): (.*)", said))
+    output = capsys.readouterr().out
+    left_out = dict(re.findall("left out (.*?): (.*)", output))
     assert set(left_out) == {"clear.png", "gray.png", r"caf\udce9.png"}
     assert "profile" in left_out["gray.png"] and "UTF-8" in left_out[r"caf\udce9.png"]
     script.main(["unpack", packed, str(tmp_path / "again"), "--model", model])
@@ -159,8 +159,8 @@ def test_files_of_earlier_versions_and_of_windows(script, model, folder, tmp_pat
 
 
 @pytest.mark.parametrize("source", ["~/no/such/folder", "./no", "/no/such"])
-def test_a_path_that_is_not_there_is_no_name_on_the_hub(script, model, tmp_path, source):
-    with pytest.raises(ValueError, match=f"expected source .*got '{source}', which is not there"):
+def test_a_missing_path_is_not_taken_for_a_dataset_name(script, model, tmp_path, source):
+    with pytest.raises(ValueError, match=f"expected source .*got '{source}', which does not exist"):
         script.main(["pack", source, str(tmp_path / "x"), "--model", model])
 
 
@@ -172,8 +172,8 @@ def test_links_and_stray_tables(script, model, folder, tmp_path, capsys):
     pq.write_table(pa.table({"x": [1]}), linked / "notes.parquet")
     words = [str(linked), str(tmp_path / "x.parquet"), "--model", model, "--beside_files", "false"]
     script.main(["pack", *words])
-    said = capsys.readouterr().out
-    assert "| 2 pictures |" in said and "left out notes.parquet: no image" in said
+    output = capsys.readouterr().out
+    assert "| 2 images |" in output and "left out notes.parquet: no image" in output
 
 
 def test_a_data_set(script, model, tmp_path, capsys):
@@ -193,20 +193,20 @@ def test_a_data_set(script, model, tmp_path, capsys):
 
 def test_bad_files(script, model, folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="expected pictures in .*empty, got none"):
+    with pytest.raises(ValueError, match="expected images in .*empty, got none"):
         script.main(["pack", str(tmp_path / "empty"), str(tmp_path / "x"), "--model", model])
     pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"of pictures, got a table of \['a'\]"):
+    with pytest.raises(ValueError, match=r"got a table of \['a'\]"):
         script.main(["unpack", str(tmp_path / "other.parquet"), str(tmp_path), "--model", model])
     row = {"name": "../outside", "height": 1, "width": 1, "tiles": [b""]}
     pq.write_table(pa.Table.from_pylist([row], script.SCHEMA), tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match="expected names inside of a folder"):
+    with pytest.raises(ValueError, match="expected names inside a folder"):
         script.main(
             ["unpack", str(tmp_path / "bad.parquet"), str(tmp_path / "y"), "--model", model]
         )
 
 
-def test_a_picture_that_grows(script, folder, tmp_path, capsys):
+def test_progressive_decoding(script, folder, tmp_path, capsys):
     pipeline_of(**AUXILIARY).save_pretrained(tmp_path / "model")
     words = [str(folder / "0.png"), str(tmp_path / "out.png"), "--model", str(tmp_path / "model")]
     script.main(["grow", *words])
@@ -216,13 +216,13 @@ def test_a_picture_that_grows(script, folder, tmp_path, capsys):
     assert {line.split(":")[0] for line in lines} >= {"z_1", "z_1 … z_2", "all", "JPEG", "WebP"}
     picture = PIL.Image.open(tmp_path / "out.png")
     assert picture.width > picture.height
-    with pytest.raises(ValueError, match="expected a picture of"):
+    with pytest.raises(ValueError, match="expected image of"):
         script.main(["grow", str(folder / "notes.txt"), *words[1:]])
 
 
-def test_tiles_are_joined_again(script):
+def test_join_tiles_inverts_split_tiles(script):
     picture = np.random.default_rng(0).integers(0, 256, (11, 20, 3), np.uint8)
-    tiles = script.tiles_of(picture, (5, 7))
+    tiles = script.split_tiles(picture, (5, 7))
     assert tiles.shape == (9, 3, 5, 7) and tiles.dtype == torch.uint8
-    assert np.array_equal(script.joined(tiles, 11, 20), picture)
+    assert np.array_equal(script.join_tiles(tiles, 11, 20), picture)
     assert torch.equal(tiles[0], torch.from_numpy(picture[:5, :7]).movedim(-1, 0))

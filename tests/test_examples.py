@@ -1,4 +1,4 @@
-"""The scripts that sample and evaluate, on a pipeline that the script for training has written."""
+"""The scripts that sample and evaluate, on a pipeline that examples/train.py has written."""
 
 import json
 from pathlib import Path
@@ -15,6 +15,7 @@ from progressive_vae.evaluation import throughput as speed
 from progressive_vae.evaluation.image_metrics import precision_recall
 from progressive_vae.evaluation.likelihood import rate_distortion
 from progressive_vae.hub.repository import weights_digest
+from progressive_vae.training.muon import has_bf16
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def trained(tmp_path_factory):
 
 
 def write_colored(folder: Path, count: int):
-    """Red and blue pictures of 16×16 in a folder for each class, for training and for testing."""
+    """Red and blue images of 16×16 in a folder for each class, for training and for testing."""
     generator = np.random.default_rng(0)
     for split in ("train", "test"):
         for channel, name in ((0, "red"), (2, "blue")):
@@ -38,22 +39,22 @@ def write_colored(folder: Path, count: int):
                 image.save(folder / split / name / f"{i}.png")
 
 
-def test_sample_draws_a_row_for_each_class(trained, tmp_path, capsys):
-    script, path = load_script("sample"), tmp_path / "drawn.png"
+def test_sample_writes_a_row_for_each_class(trained, tmp_path, capsys):
+    script, path = load_script("sample"), tmp_path / "samples.png"
     flags = ["--model", str(trained), "--output", str(path), "--num_images_per_prompt", "3"]
     script.main(flags)
-    whole = PIL.Image.open(path)
-    assert "drew 30 images" in capsys.readouterr().out
+    grid = PIL.Image.open(path)
+    assert "sampled 30 images" in capsys.readouterr().out
     script.main([*flags, "--class_labels", "3", "8", "--guidance_scale", "1.5"])
     two = PIL.Image.open(path)
-    assert two.width == whole.width and two.height * 5 == whole.height
+    assert two.width == grid.width and two.height * 5 == grid.height
 
 
-def test_edit_draws_a_picture_of_all_it_can(trained, tmp_path, capsys):
+def test_edit_writes_a_row_for_each_edit(trained, tmp_path, capsys):
     script, path = load_script("edit"), tmp_path / "edited.png"
     flags = ["--output", str(path), "--num_candidates", "4", "--num_images"]
     script.main(["--model", str(trained), *flags, "4"])
-    assert "drew 10 rows of 4" in capsys.readouterr().out  # of two paths
+    assert "sampled 10 rows of 4" in capsys.readouterr().out  # two rows are interpolations
     size = PIL.Image.open(path).size
     assert size[1] == 3 * size[0]  # twelve rows
     with pytest.raises(ValueError, match="num_images >= 4, got 3"):
@@ -64,10 +65,10 @@ def test_edit_draws_a_picture_of_all_it_can(trained, tmp_path, capsys):
         PIL.Image.new("L", (8, 8), 50 * i).save(folder / f"{i}.png")
     counts = ["--num_candidates", "4", "2", "1"]
     script.main(["--model", str(trained), "--images", str(folder), *flags, "9", *counts])
-    assert "drew 10 rows of 5" in capsys.readouterr().out
+    assert "sampled 10 rows of 5" in capsys.readouterr().out
 
 
-def test_evaluate_writes_every_figure(trained, tmp_path):
+def test_evaluate_writes_every_metric(trained, tmp_path):
     script = load_script("evaluate")
     flags = ["--model", str(trained), "--dataset_name", "digits", "--output_dir", str(tmp_path)]
     flags += ["--max_eval_samples", "100", "--num_drawn", "100", "--classifier_steps", "30"]
@@ -76,7 +77,11 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
     first = json.loads((tmp_path / "evaluation.json").read_text())
     bits = first["bits_per_dim"]
     assert set(bits) == {"prior", "level_1", "level_2", "total"} and first["num_images"] == 100
-    assert list(first["distances"])[1:] == ["true z_2", "true z_1", "nothing"]
+    assert list(first["distances"])[1:] == [
+        "reconstructions from z_2",
+        "reconstructions from z_1",
+        "samples",
+    ]
     for row in first["distances"].values():
         assert len(row["sliced_wasserstein"]) == 1 and row["sliced_wasserstein"][0] > 0  # 8×8
         assert row["frechet_distance"] >= 0 and 0 <= row["precision"] <= 1 >= row["recall"] >= 0
@@ -85,11 +90,11 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
     for row in curve.values():
         assert row["mse_of_mean"] <= row["mse"]
     assert {"JPEG", "WebP"} <= set(first["curves"])
-    assert "learned from 200 drawn images" in first["accuracy"]
+    assert "trained on 200 samples" in first["accuracy"]
     assert first["lossless_files"]["WebP files of 10 images"] > bits["total"]  # headers are long
     assert PIL.Image.open(tmp_path / "rate_distortion.png").width > 500
     assert f"{bits['total']:.4f}" in (tmp_path / "evaluation.md").read_text()
-    script.main(flags)  # from what is kept, the same
+    script.main(flags)  # from caches, with the same results
     assert json.loads((tmp_path / "evaluation.json").read_text()) == first
     script.main([*flags, "--features", "none"])
     without = json.loads((tmp_path / "evaluation.json").read_text())
@@ -100,7 +105,7 @@ def test_evaluate_writes_every_figure(trained, tmp_path):
         script.main([*flags, "--features", "x"])
 
 
-def test_convert_to_fp16_halves_the_files(trained, tmp_path, images):
+def test_halve_stores_fp16_weights(trained, tmp_path, images):
     script = load_script("convert_to_fp16", "conversion")
     script.main([str(trained), str(tmp_path)])
     whole, half = (ProgressiveVAEPipeline.from_pretrained(path) for path in (trained, tmp_path))
@@ -122,16 +127,16 @@ def test_convert_to_fp16_halves_the_files(trained, tmp_path, images):
 def test_precision_and_recall():
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(300, 2, generator=generator)
-    alike = precision_recall(real, torch.randn(300, 2, generator=generator))
-    assert alike["precision"] > 0.85 and alike["recall"] > 0.85
+    same = precision_recall(real, torch.randn(300, 2, generator=generator))
+    assert same["precision"] > 0.85 and same["recall"] > 0.85
     narrow = precision_recall(real, 0.05 * torch.randn(300, 2, generator=generator))
     assert narrow["precision"] > 0.9 and narrow["recall"] < 0.2
-    away = precision_recall(real, real + 100)
-    assert away == {"precision": 0.0, "recall": 0.0}
+    distant = precision_recall(real, real + 100)
+    assert distant == {"precision": 0.0, "recall": 0.0}
 
 
-def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
-    curve = rate_distortion(pipe, images, num_draws=2)
+def test_the_rate_of_a_level_is_the_sum_of_the_coarser_factors(pipe, images):
+    curve = rate_distortion(pipe, images, num_samples=2)
     bits = pipe.bits_per_dim(images)
     rate = 0.0
     for k, factor in enumerate(("prior", "level_1", "level_2"), 1):
@@ -141,7 +146,7 @@ def test_the_rate_of_a_level_is_what_the_factors_above_it_cost(pipe, images):
         assert not {"ssim", "psnr_of_preview"} & set(curve[f"level_{k}"])  # no room, and none
 
 
-def test_evaluate_shows_previews_beside_files(tmp_path):
+def test_evaluate_compares_previews_with_image_files(tmp_path):
     model, out, colored = tmp_path / "model", tmp_path / "out", tmp_path / "colored"
     write_colored(colored, 8)
     levels = [tiny_level(num_symbols=3, seed=1, auxiliary_hidden_size=8, num_classes=2),
@@ -151,16 +156,16 @@ def test_evaluate_shows_previews_beside_files(tmp_path):
     flags = ["--model", str(model), "--train_data_dir", str(colored), "--output_dir", str(out)]
     flags += ["--num_drawn", "8", "--num_drawn_to_learn_from", "0", "--classifier_steps", "2"]
     load_script("evaluate").main(flags)
-    figures = json.loads((out / "evaluation.json").read_text())
-    assert "the same, on previews from z_2" in figures["accuracy"]
-    row, curve = figures["beside_files"]["level_2"], figures["rate_distortion"]["level_2"]
+    metrics = json.loads((out / "evaluation.json").read_text())
+    assert "the same, on previews from z_2" in metrics["accuracy"]
+    row, curve = metrics["beside_files"]["level_2"], metrics["rate_distortion"]["level_2"]
     assert row["codes"]["bytes"] == pytest.approx(curve["bits_per_dim"] * 16 * 16 * 3 / 8)
     text = (out / "evaluation.md").read_text()
     assert "| bytes, PSNR of | the preview | JPEG | WebP |" in text
     assert f"| z_1 … z_2 | {row['codes']['bytes']:.1f}, {curve['psnr_of_preview']:.2f} | " in text
 
 
-def test_benchmark_of_colored_images_and_encoders_that_learn_first(tmp_path, monkeypatch):
+def test_benchmark_of_color_images_and_auxiliary_decoders(tmp_path, monkeypatch):
     recipe, colored, out = tmp_path / "recipe.yaml", tmp_path / "colored", tmp_path / "out"
     write_colored(colored, 20)
     recipe.write_text(
@@ -177,22 +182,22 @@ def test_benchmark_of_colored_images_and_encoders_that_learn_first(tmp_path, mon
     flags = ["--config", str(recipe), "--train_data_dir", str(colored), "--output_dir", str(out)]
     flags += ["--train_minutes", "0.02", "--num_drawn", "40", "--num_drawn_to_learn_from", "20"]
     script.main([*flags, "--classifier_steps", "3"])
-    figures = json.loads((out / "benchmark.json").read_text())
-    ours, theirs, real, previews = figures.values()
-    name = "bf16" if speed.has_bf16(torch.device("cpu")) else "fp32"
+    metrics = json.loads((out / "benchmark.json").read_text())
+    ours, theirs, real, previews = metrics.values()
+    name = "bf16" if has_bf16(torch.device("cpu")) else "fp32"
     for phase in ("encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"):
-        assert 0 < ours[f"share of the rate of {name} products, training {phase}"] < 1
-    assert list(figures)[3] == "its previews" and previews["drawn, batch 1"] > 0
+        assert 0 < ours[f"share of {name} matrix FLOP/s, training {phase}"] < 1
+    assert list(metrics)[3] == "its previews" and previews["sampled, batch 1"] > 0
     for each in (ours, theirs, previews):
-        assert 0 <= each["accuracy on drawn images, of the class asked for"] <= 1
-        assert 0 <= each["accuracy on test images, learned from 20 drawn ones"] <= 1
+        assert 0 <= each["accuracy on samples"] <= 1
+        assert 0 <= each["accuracy on test images, trained on 20 samples"] <= 1
         assert each["distance of patches, scale 1"] > real["distance of patches, scale 1"] > 0
     picture = PIL.Image.open(out / "samples.png")  # two classes: of each six images of three kinds
     assert picture.mode == "RGB" and picture.width == 9 * picture.height
     assert f"trained in {name}" in (out / "benchmark.md").read_text()
 
 
-def test_benchmark_measures_both(tmp_path, monkeypatch, capsys):
+def test_benchmark_compares_with_the_baseline(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "levels: {codebook_size: 8, hidden_size: 8, num_layers: 1}\n"
@@ -210,12 +215,12 @@ def test_benchmark_measures_both(tmp_path, monkeypatch, capsys):
     ours, theirs, real = json.loads((output_dir / "benchmark.json").read_text()).values()
     assert 0 < real["Fréchet distance"] < min(x["Fréchet distance"] for x in (ours, theirs))
     assert {"level_1, batch 250", "prior, batch 1", "encoded"} <= set(ours)
-    assert 0 < ours["share of the rate of fp32 products, training level_2"] < 1
+    assert 0 < ours["share of fp32 matrix FLOP/s, training level_2"] < 1
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir / "progressive_vae")
     assert pipe.level_2.config.num_groups == 7 and pipe.level_1.config.num_classes == 10
-    weights = (output_dir / "afternoon" / "vae.safetensors").read_bytes()
+    weights = (output_dir / "baseline" / "vae.safetensors").read_bytes()
     script.main([*flags, "--model", str(output_dir / "progressive_vae")])  # nothing is trained
-    assert (output_dir / "afternoon" / "vae.safetensors").read_bytes() == weights
+    assert (output_dir / "baseline" / "vae.safetensors").read_bytes() == weights
     assert "| progressive_vae |" in capsys.readouterr().out
     with pytest.raises(ValueError, match="expected models of .*'seed': 1"):
         script.main([*flags, "--seed", "1"])
@@ -224,19 +229,19 @@ def test_benchmark_measures_both(tmp_path, monkeypatch, capsys):
     for i in range(20):
         PIL.Image.new("L", (8, 8), i).save(pictures / f"{i}.png")
     flags += ["--train_data_dir", str(pictures), "--output_dir", str(tmp_path / "unlabeled")]
-    with pytest.raises(ValueError, match="expected a data set with labels"):
+    with pytest.raises(ValueError, match="expected a dataset with labels"):
         script.main(flags)
 
 
-def test_the_model_that_comes_with_the_project(tmp_path, monkeypatch, capsys):
+def test_the_fashion_mnist_model(tmp_path, monkeypatch, capsys):
     folder = Path(__file__).parents[1] / "examples" / "fashion_mnist"
     assert sum(path.stat().st_size for path in folder.rglob("*.safetensors")) < 4e6
     monkeypatch.chdir(tmp_path)
     load_script("sample").main(["--num_images_per_prompt", "2"])
-    assert "drew 20 images" in capsys.readouterr().out
+    assert "sampled 20 images" in capsys.readouterr().out
     assert PIL.Image.open("samples.png").height > PIL.Image.open("samples.png").width
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics["weights"] == weights_digest(folder)  # the figures are of these weights
+    assert metrics["weights"] == weights_digest(folder)  # of these weights
     card = (folder / "README.md").read_text()
     assert f"{metrics['bits_per_dim']['total']:.4f}" in card
     codes = ProgressiveVAEPipeline.from_pretrained(folder).encode(

@@ -38,7 +38,7 @@ def hidden_red(mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "RGB", "LA", "PA"])
 @pytest.mark.parametrize("target", ["L", "RGB"])
-def test_colors_below_alpha_0_are_not_seen(mode, target):
+def test_transparent_colors_are_ignored(mode, target):
     conversion = convert_image(hidden_red(mode), target)
     assert conversion.image.mode == target and not conversion.is_lossless
     assert image_array(conversion.image).min() == 255
@@ -46,7 +46,7 @@ def test_colors_below_alpha_0_are_not_seen(mode, target):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P"])
-def test_what_loses_nothing_says_so(mode):
+def test_lossless_conversions(mode):
     pixels = np.random.default_rng(0).integers(0, 2, (4, 4), np.uint8) * 255
     image = PIL.Image.fromarray(pixels).convert(mode)
     conversion = convert_image(image, "RGB")
@@ -56,14 +56,14 @@ def test_what_loses_nothing_says_so(mode):
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV", "RGBX", "La", "RGBa"])
 @pytest.mark.parametrize("target", ["L", "RGB"])
-def test_every_other_mode_becomes_gray_or_color(mode, target):
+def test_lossy_conversions_of_other_modes(mode, target):
     conversion = convert_image(PIL.Image.new(mode, (4, 4)), target)
     assert conversion.image.mode == target and not conversion.is_lossless
     is_transparent = mode in ("La", "RGBa")
     assert ("transparency composited on white" in conversion.steps) == is_transparent
 
 
-def test_color_made_gray_is_a_loss():
+def test_color_to_gray_is_lossy():
     image, steps, is_lossless = convert_image(PIL.Image.new("RGB", (4, 4)), "L")
     assert image.mode == "L" and steps == ["converted from RGB to grayscale"] and not is_lossless
 
@@ -77,7 +77,7 @@ def test_more_than_8_bits(mode):
     assert np.asarray(image).tolist() == [[0, 63], [127, 255]] and not is_lossless
 
 
-def test_what_a_file_has_beside_its_image():
+def test_omissions_of_a_file():
     pages = [PIL.Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(3)]
     for kind, omissions in (("TIFF", ["only the first of 3 frames"]), ("MPO", [])):
         file = io.BytesIO()
@@ -92,13 +92,13 @@ def test_what_a_file_has_beside_its_image():
      (png(PIL.Image.new("L", (20, 20)))[:50], "Pillow"),
      (png(PIL.Image.new("L", (40, 40))), "more than 1000 pixels: 40×40")],
 )  # fmt: skip
-def test_a_file_that_is_refused_has_a_reason(contents, reason):
+def test_the_reason_of_an_unreadable_file(contents, reason):
     with pytest.raises(ValueError, match=reason) as error:
         open_image(contents, max_image_pixels=1000)
     assert "BytesIO" not in str(error.value)
 
 
-def test_a_narrow_image_is_cropped_before_it_is_resized():
+def test_a_long_image_is_cropped_before_it_is_resized():
     narrow = PIL.Image.new("L", (1, 60_000), 7)
     image = resize_shorter_side(crop_square(narrow), 256)
     assert image.size == (256, 256) and np.unique(np.asarray(image)).tolist() == [7]
@@ -107,7 +107,7 @@ def test_a_narrow_image_is_cropped_before_it_is_resized():
 
 
 @pytest.mark.parametrize("size", [(9, 4), (4, 9), (5, 5)])
-def test_squares_lie_in_the_image(size):
+def test_crops_are_inside_the_image(size):
     columns, rows = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
     image = PIL.Image.fromarray((16 * rows + columns).astype(np.uint8))
     corners = set()
@@ -120,7 +120,7 @@ def test_squares_lie_in_the_image(size):
     assert np.asarray(crop_square(image))[0, 0] == middle * (16 if size[1] > size[0] else 1)
 
 
-def test_files_are_listed_through_links_once_around(tmp_path):
+def test_list_files_follows_links_once(tmp_path):
     (tmp_path / "real" / "sub").mkdir(parents=True)
     (tmp_path / "real" / "sub" / "1.png").touch()
     (tmp_path / "real" / ".hidden").touch()

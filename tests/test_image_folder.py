@@ -32,12 +32,12 @@ def opened(folder, **settings):
     [["bus", "car", "train"], ["circle", "square", "test"], ["dev", "prod"], ["bus", "steam-train"],
      ["flasks", "test tubes"], ["Train", "bus"], ["a", "validation"], ["eval", "x", "train"]],
 )  # fmt: skip
-def test_class_folders_are_classes_whatever_they_are_called(tmp_path, folders):
+def test_class_folders_may_have_any_name(tmp_path, folders):
     write_images(tmp_path, *(f"{name}/{{}}.png" for name in folders))
     assert opened(tmp_path) == (6 * len(folders), sorted(folders))
 
 
-def test_names_of_files_are_no_splits(tmp_path):
+def test_names_of_files_are_not_splits(tmp_path):
     write_images(tmp_path, "train {}.png", "high_speed_train_{}.png", "test_tube{}.png", "{}.png")
     assert opened(tmp_path) == (24, [])
 
@@ -56,7 +56,7 @@ def test_folders_that_are_all_splits_are_splits(tmp_path, names, has_classes):
     assert source.class_names == (["cat", "dog"] if has_classes else [])
 
 
-def test_a_split_that_is_not_used_is_named(tmp_path):
+def test_a_note_names_unused_splits(tmp_path):
     write_images(tmp_path, "train/{}.png", "val/{}.png")
     source = open_dataset(DataSettings(train_data_dir=str(tmp_path)))
     assert sum(map(len, source.splits.values())) == 6
@@ -95,13 +95,13 @@ def test_an_image_beside_class_folders_has_no_class(tmp_path):
         assert opened(tmp_path) == (13, ["cat", "dog"])
 
 
-def test_one_class_is_no_class(tmp_path):
+def test_a_single_class_folder_is_not_a_class(tmp_path):
     write_images(tmp_path, "archive/cats/{}.png")
     assert opened(tmp_path) == (6, [])
 
 
 @pytest.mark.parametrize("name", ["[2024] trip", "set*", "what?", "a{b,c}", "ünï", " a b "])
-def test_a_path_is_no_pattern(tmp_path, name):
+def test_paths_are_not_patterns(tmp_path, name):
     write_images(tmp_path, name + "/{}.png", "set_of_somebody_else/{}.png", "whatX/{}.png")
     assert opened(tmp_path / name) == (6, [])
     table = pyarrow.table(
@@ -122,7 +122,7 @@ def test_links_to_folders_are_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["notes.parquet", ".cache/index.parquet", "notes.txt", "a.csv"])
-def test_other_files_among_images_are_left_aside(tmp_path, name):
+def test_other_files_are_left_out(tmp_path, name):
     write_images(tmp_path, "{}.png")
     (tmp_path / name).parent.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({"x": [1]}), tmp_path / name)
@@ -140,14 +140,14 @@ def test_labels_of_a_metadata_file(tmp_path):
         assert opened(tmp_path) == (6, ["cat", "dog"])
 
 
-def test_captions_leave_the_classes_of_folders_alone(tmp_path):
+def test_metadata_without_labels_keeps_class_folders(tmp_path):
     write_images(tmp_path, "cat/{}.png", "dog/{}.png")
     rows = [{"file_name": f"cat/{i}.png", "text": "x"} for i in range(6)]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert opened(tmp_path) == (12, ["cat", "dog"])
 
 
-def test_a_file_that_changes_changes_the_data_set(tmp_path):
+def test_a_changed_file_changes_the_fingerprint(tmp_path):
     write_images(tmp_path, "{}.png")
     names = []
     for value in (1, 1, 2):
@@ -160,28 +160,28 @@ def test_a_file_that_changes_changes_the_data_set(tmp_path):
 
 @pytest.mark.parametrize("name", ["empty", "one.png", "nowhere"])
 @pytest.mark.parametrize("argument", ["train_data_dir", "dataset_name"])
-def test_what_is_no_folder_of_images(tmp_path, name, argument):
+def test_folders_without_images_raise(tmp_path, name, argument):
     (tmp_path / "empty").mkdir()
     PIL.Image.new("L", (4, 4)).save(tmp_path / "one.png")
     with pytest.raises(ValueError, match=name):
         load_images(DataSettings(**{argument: str(tmp_path / name)}))
 
 
-def test_a_data_set_that_was_saved_to_disk(tmp_path):
+def test_a_dataset_of_save_to_disk(tmp_path):
     write_images(tmp_path / "images", "a/{}.png", "b/{}.png")
     splits = load_images(DataSettings(train_data_dir=str(tmp_path / "images"))).splits
     splits["train"].save_to_disk(str(tmp_path / "saved"))
     assert opened(tmp_path / "saved") == (len(splits["train"]), ["a", "b"])
 
 
-def test_what_is_used_is_said(tmp_path):
+def test_notes_summarize_the_images(tmp_path):
     write_images(tmp_path, "cat/{}.png", "dog/{}.png", count=10)
     source = open_dataset(DataSettings(train_data_dir=str(tmp_path)))
     said = " ".join(source.notes)
     assert "20 images" in said and "18 to train, 2 to evaluate" in said and "cat, dog" in said
 
 
-def test_a_narrow_image_takes_the_memory_of_what_remains_of_it(tmp_path):
+def test_a_long_image_is_cropped_before_it_is_resized_in_little_memory(tmp_path):
     write_images(tmp_path, "{}.png")
     PIL.Image.new("RGB", (1, 60_000)).save(tmp_path / "a spacer.png")
     source = open_dataset(
@@ -190,7 +190,7 @@ def test_a_narrow_image_takes_the_memory_of_what_remains_of_it(tmp_path):
     assert source.manifests["train"].shape == (3, 64, 64)
 
 
-def test_gray_among_color_does_not_depend_on_the_order(tmp_path):
+def test_the_image_mode_does_not_depend_on_the_order(tmp_path):
     PIL.Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "0.png")
     for i in range(1, 8):
         PIL.Image.new("RGB", (8, 8), (i, 99, 0)).save(tmp_path / f"{i}.png")

@@ -1,4 +1,4 @@
-"""Images that are read as they come."""
+"""Streams of images."""
 
 import json
 from collections import Counter
@@ -40,17 +40,17 @@ def test_each_process_reads_its_own_images(stream, processes):
         for rank in range(processes)
     ]
     assert max(map(len, shares)) - min(map(len, shares)) <= 4
-    whole = torch.cat([grids for grids, _ in stream.batches(100)])
-    assert len(whole) == COUNT and files(torch.cat(shares)) == files(whole)
+    complete = torch.cat([grids for grids, _ in stream.batches(100)])
+    assert len(complete) == COUNT and files(torch.cat(shares)) == files(complete)
 
 
-def test_a_pass_has_every_image_once_and_the_next_another_order(stream):
+def test_an_epoch_has_every_image_once_and_the_next_another_order(stream):
     stream.begin_at(0, 0)
     batches = iter(torch.utils.data.DataLoader(stream, COUNT // 3))
     first, second = (torch.cat([next(batches)["grid"] for _ in range(3)]) for _ in range(2))
     assert max(files(first).values()) == 1
     assert files(first) == files(second) and not torch.equal(first, second)
-    for start, is_same in ((0, True), (64, False)):  # a resumed fit sees yet another order
+    for start, is_same in ((0, True), (64, False)):  # a resumed fit has another order
         stream.begin_at(0, start)
         again = next(iter(torch.utils.data.DataLoader(stream, 100)))["grid"]
         assert torch.equal(again, first[:100]) == is_same
@@ -98,28 +98,30 @@ def test_a_stream_is_held_out_by_content_or_by_whole_path(tmp_path, has_bytes):
     assert 15 < len(values["test"]) < 60
 
 
-def test_a_stream_that_ends_before_it_begins(stream):
+def test_an_empty_stream_raises(stream):
     empty = PixelStream(stream.table.take(0), stream.manifest, **COLUMNS)
     with pytest.raises(ValueError, match="expected images in split 'train', got none"):
         next(iter(empty))
 
 
-def test_mirror_images(stream):
+def test_random_flips(stream):
     table = (
         load_images(DataSettings(dataset_name="digits", streaming=True)).splits["train"].take(200)
     )
     mirrored = PixelStream(table, stream.manifest, random_flip=True, buffer_size=1, **COLUMNS)
     plain = PixelStream(table, stream.manifest, buffer_size=1, **COLUMNS)
-    seen, unseen = (
+    flipped, original = (
         next(iter(torch.utils.data.DataLoader(s, 200)))["grid"] for s in (mirrored, plain)
     )
-    is_flipped = (seen == unseen.flip(-1)).flatten(1).all(1)
-    assert ((seen == unseen).flatten(1).all(1) | is_flipped).all()
+    is_flipped = (flipped == original.flip(-1)).flatten(1).all(1)
+    assert ((flipped == original).flatten(1).all(1) | is_flipped).all()
     assert 60 < is_flipped.sum() < 140
-    assert sum(len(grids) for grids, _ in mirrored.batches(50)) == 400  # both, to be encoded
+    assert (
+        sum(len(grids) for grids, _ in mirrored.batches(50)) == 400
+    )  # both the images and their flips
 
 
-def test_the_main_job_on_a_stream(tmp_path):
+def test_training_on_a_stream(tmp_path):
     script, flags = load_script("train"), [*STREAM, "--output_dir", str(tmp_path)]
     script.main([*flags, "--level_2.refit.fit.max_train_steps", "6"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -131,7 +133,7 @@ def test_the_main_job_on_a_stream(tmp_path):
     script.main([*flags, "--phase", "prior"])
 
 
-def test_a_stream_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+def test_training_on_a_stream_resumes_from_a_checkpoint(tmp_path, monkeypatch):
     script = load_script("train")
     save = Checkpoints.save
 

@@ -1,1 +1,1 @@
-"""Data sets of images: folders, columns and classes; cached pixels and codes; augmentation."""
+"""Datasets of images: folders, columns and classes; caches of pixels and codes; augmentation."""

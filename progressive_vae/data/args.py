@@ -1,4 +1,4 @@
-"""The settings of a data set."""
+"""Settings of a dataset."""
 
 import os
 from dataclasses import dataclass
@@ -7,15 +7,15 @@ from typing import Any
 from ..image_files import MAX_IMAGE_PIXELS, MODES
 from ..paths import expand_home
 
-# Of the data, what says nothing about held-out images.
-OF_TRAINING_IMAGES = frozenset(
+# Settings that do not concern held-out images.
+TRAIN_ONLY_SETTINGS = frozenset(
     "random_flip num_crops random_rotation random_colours max_train_samples streaming "
     "shuffle_buffer_size".split()
 )
 
 
 def check(settings: Any, name: str, is_right: bool, expected: str):
-    """Raise a `ValueError` unless a setting is right, which NaN never is."""
+    """Raise a `ValueError` unless a setting is right."""
     if not is_right:
         raise ValueError(f"expected {name} {expected}, got {getattr(settings, name)!r}")
 
@@ -30,34 +30,35 @@ def expand_paths(settings: Any, *names: str):
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What images to train on, and how they come in.
+    """The dataset, and how its images are preprocessed and augmented.
 
     Args:
-        dataset_name: id on the Hub or a local path; "digits" is embedded.
-        dataset_config_name: of a data set on the Hub that has several.
+        dataset_name: id on the Hub or a local path; "digits" is scikit-learn's.
+        dataset_config_name: configuration of a dataset on the Hub that has several.
         train_data_dir: a folder of images (with a folder for each class, or none) or of parquet
             files, in place of dataset_name.
-        image_column: of the images; one of the usual names where not given.
-        label_column: of the labels; one of the usual names where not given.
-        train_split: to train on.
-        eval_split: held out, for measuring.
-        eval_fraction: held out of train_split where there is no eval_split.
-        resolution: resize the shorter side; images keep their size without it.
-        center_crop: to a square of the resolution.
-        random_flip: train on mirror images too.
-        num_crops: squares cut out of each training image, the first from the middle and the others
-            from anywhere; with center_crop.
-        random_rotation: the finest level learns from images turned by quarters, too (by halves
-            where they are no squares); what is coarser, and so what is drawn, from them as they
-            are.
-        random_colours: likewise, with colors exchanged for each other.
-        max_train_samples: so many images at most, drawn at random.
-        max_eval_samples: likewise, of the held-out images.
-        image_mode: "L" for gray images or "RGB" for color; where not given, "RGB" if any of the
-            images that are looked at has color.
-        max_image_pixels: images of more are left out, and named.
-        streaming: read the training images as they come, never all of them to a disk.
-        shuffle_buffer_size: images among which a stream is shuffled.
+        image_column: column of the images; by default the first of the usual names.
+        label_column: column of the labels; by default the first of the usual names.
+        train_split: split to train on.
+        eval_split: held-out split, for evaluation.
+        eval_fraction: share of train_split to hold out if there is no eval_split.
+        resolution: length to which the shorter side is resized; by default images keep their size.
+        center_crop: crop to a square of the resolution.
+        random_flip: train on horizontally flipped images too.
+        num_crops: crops of each training image, the first from the center and the others at
+            random; needs center_crop.
+        random_rotation: augment the training images of the finest level with rotations by
+            multiples of 90° (180° if they are not square). Coarser levels and the prior, and so
+            samples, follow the original images.
+        random_colours: augment the training images of the finest level with permutations of the
+            color channels.
+        max_train_samples: train on a random subset of at most this many images.
+        max_eval_samples: evaluate on a random subset of at most this many images.
+        image_mode: "L" for gray images or "RGB" for color; by default "RGB" if any of the
+            inspected images has color.
+        max_image_pixels: larger images are left out, and a warning names them.
+        streaming: read the training images on the fly, without storing all of them on a disk.
+        shuffle_buffer_size: number of images in the buffer that shuffles a stream.
     """
 
     dataset_name: str | None = None
@@ -83,8 +84,14 @@ class DataSettings:
 
     def __post_init__(self):
         expand_paths(self, "dataset_name", "train_data_dir")
-        for name in ("resolution", "max_train_samples", "max_eval_samples", "max_image_pixels",
-                     "shuffle_buffer_size", "num_crops"):  # fmt: skip
+        for name in (
+            "resolution",
+            "max_train_samples",
+            "max_eval_samples",
+            "max_image_pixels",
+            "shuffle_buffer_size",
+            "num_crops",
+        ):
             value = getattr(self, name)
             check(self, name, value is None or value >= 1, ">= 1")
         modes = tuple(MODES.values())

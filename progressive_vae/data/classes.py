@@ -35,12 +35,12 @@ class Classes:
 
 
 def find_column(
-    table: Table, name: str | None, candidates: tuple[str, ...], argument: str
+    table: Table, name: str | None, usual_names: tuple[str, ...], argument: str
 ) -> str | None:
-    """The column asked for, or the first of the usual ones that is there."""
+    """Return the column `name`, or without a name the first usual one that the table has."""
     names = table.column_names or list(next(iter(table), {}))  # a stream may not know them yet
     if name is None:
-        return next((c for c in candidates if c in names), None)
+        return next((c for c in usual_names if c in names), None)
     if name not in names:
         raise ValueError(f"expected {argument} among {names}, got {name!r}")
     return name
@@ -73,13 +73,13 @@ def find_classes(splits: Mapping[str, Table], label_column: str | None = None) -
         return Classes()
     ids = {name: i for i, name in enumerate(names)}
     labels_of = {split: counts.get(split, dict.fromkeys(range(len(names)), 0)) for split in splits}
-    found = {}
+    ids_of = {}
     for split, table in splits.items():
         own_feature = (table.features or {}).get(column, feature)
         name_of = {label: _class_name(own_feature, label) for label in labels_of[split]}
-        found[split] = {label: ids[name] for label, name in name_of.items() if name in ids}
-    _warn_of_gaps(splits, column, names, counts, found)
-    return Classes(column, names, found)
+        ids_of[split] = {label: ids[name] for label, name in name_of.items() if name in ids}
+    _warn_of_gaps(splits, column, names, counts, ids_of)
+    return Classes(column, names, ids_of)
 
 
 class _NotClasses(ValueError):

@@ -1,8 +1,8 @@
-"""A data set's grids (pixels or codes) on disk: Arrow shards, memory-mapped, and a manifest.
+"""Cache of a dataset's grids (pixels or codes): memory-mapped Arrow shards and a manifest.
 
-A cache says what it is. `manifest.json` names the weights that made the codes, the data set, the
-split, the shape and the count; opening a cache that is not the expected one is an error. A cache
-is written under a temporary name and renamed, so it is complete or absent.
+`manifest.json` identifies the weights that encoded the grids, the dataset, the split, the shape and
+the number of examples; opening a cache with another manifest is an error. A cache is written under
+a temporary name and renamed, so it is complete or absent.
 """
 
 import copy
@@ -26,27 +26,27 @@ from ..serialization import read_json
 from .classes import NO_LABEL
 
 FORMAT = 2
-_REMADE = "the cache is damaged, delete its folder and it is made again"
+_REMEDY = "the cache is damaged: delete its folder, and it is written again"
 _FEATURES = datasets.Features(
     {
         "grid": datasets.Value("binary"),
         "label": datasets.Value("int64"),
-        "crc": datasets.Value("uint32"),  # of the grid: a disk may lie
+        "crc": datasets.Value("uint32"),  # of the grid, to detect damage of the disk
     }
 )
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds.
+    """The identity of a cache.
 
     Args:
-        weights: fingerprint of the encoders and codebooks that made the codes; "" for pixels.
-        dataset: name and fingerprint of the data set.
-        split: its split.
+        weights: fingerprint of the encoders and codebooks of the codes; "" for pixels.
+        dataset: name and fingerprint of the dataset.
+        split: "train" or "test".
         shape: of one grid, (C, H, W) for pixels and (H, W) for codes.
         num_values: entries are 0 … num_values − 1.
-        format: version of the files.
+        format: version of the file format.
     """
 
     weights: str
@@ -67,18 +67,20 @@ def write_cache(
     batches: Iterable[tuple[Tensor, Tensor]],
     state: PartialState | None = None,
 ) -> None:
-    """Write batches of (grids int64 (b, *shape), labels int64 (b,)) as the cache `folder`.
+    """Write batches as the cache `folder`.
 
-    Memory does not grow with the number of batches. A label of −1 says that there is none.
+    Memory does not grow with the number of batches.
 
     Args:
-        state: of Accelerate. Each process writes the batches that it is given as a shard of its
-            own, in the order of their ranks, and all call this; `None` for one process alone.
+        batches: grids int64 (b, *shape), and labels int64 (b,), −1 for no label.
+        state: of Accelerate, if all processes call this: each writes its batches as one shard, and
+            shards are ordered by rank. `None` for a single process.
     """
-    folder, rank, size = Path(folder), 0, 1
-    if state is not None:
-        rank, size = state.process_index, state.num_processes
-    is_main, shards = rank == 0, [f"grids-{i:05d}-of-{size:05d}.arrow" for i in range(size)]
+    folder = Path(folder)
+    rank = 0 if state is None else state.process_index
+    num_shards = 1 if state is None else state.num_processes
+    is_main = rank == 0
+    shards = [f"grids-{i:05d}-of-{num_shards:05d}.arrow" for i in range(num_shards)]
     temporary = folder.with_name(folder.name + ".incomplete")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -107,42 +109,47 @@ def write_cache(
 
 
 class GridDataset(torch.utils.data.Dataset):
-    """A cache as a torch data set: `dataset[i]` is {"grid": (*shape), "label": int, "index": i}.
+    """A cache as a torch dataset: `dataset[i]` is {"grid": (*shape), "label": int, "index": i}.
 
-    Batches are read at once (`__getitems__`), from the memory map.
+    A loader reads each batch with one access to the memory map (`__getitems__`).
 
     Raises:
         ValueError: no cache in `folder`, or one whose manifest is not `expected`.
     """
 
     def __init__(self, folder: str | Path, expected: Manifest | None = None):
-        self.folder, path = folder, Path(folder) / "manifest.json"
+        self.folder = folder
+        path = Path(folder) / "manifest.json"
         if not path.is_file():
             raise ValueError(f"expected a code cache in {folder}, got no manifest.json")
-        contents = read_json(path, _REMADE)
+        contents = read_json(path, _REMEDY)
         try:
-            self.num_examples, shards = contents.pop("num_examples"), contents.pop("shards")
+            self.num_examples = contents.pop("num_examples")
+            shards = contents.pop("shards")
             self.manifest = Manifest(**{**contents, "shape": tuple(contents["shape"])})
         except (KeyError, TypeError) as error:
-            raise ValueError(f"expected a manifest in {path}, got {error!r}: {_REMADE}") from error
+            raise ValueError(f"expected a manifest in {path}, got {error!r}: {_REMEDY}") from error
         if expected is not None and self.manifest != expected:
-            ours, theirs = asdict(self.manifest), asdict(expected)
-            different = [name for name in theirs if theirs[name] != ours[name]]
+            actual_fields = asdict(self.manifest)
+            expected_fields = asdict(expected)
+            different = [
+                name for name in expected_fields if expected_fields[name] != actual_fields[name]
+            ]
             raise ValueError(
-                f"the code cache {folder} is not the one asked for: expected "
-                f"{ {name: theirs[name] for name in different} }, got "
-                f"{ {name: ours[name] for name in different} }; "
-                f"run the phase that made it again (for pixels pass --overwrite_cache)"
+                f"the code cache {folder} has another manifest: expected "
+                f"{ {name: expected_fields[name] for name in different} }, got "
+                f"{ {name: actual_fields[name] for name in different} }; "
+                f"run again the phase that writes it (for pixels pass --overwrite_cache)"
             )
         try:
             tables = [datasets.Dataset.from_file(str(Path(folder) / shard)) for shard in shards]
             self.table = datasets.concatenate_datasets(tables)
-            found = str(len(self.table))
+            actual = str(len(self.table))
         except (OSError, TypeError, ValueError, pyarrow.ArrowInvalid) as error:
-            found = str(error)
-        if found != str(self.num_examples):
+            actual = str(error)
+        if actual != str(self.num_examples):
             raise ValueError(
-                f"expected {self.num_examples} examples in {folder}, got {found}: {_REMADE}"
+                f"expected {self.num_examples} examples in {folder}, got {actual}: {_REMEDY}"
             )
 
     def __len__(self) -> int:
@@ -150,39 +157,39 @@ class GridDataset(torch.utils.data.Dataset):
 
     @property
     def has_labels(self) -> bool:
-        """Whether any image has a class id."""
+        """Return whether any image has a class id."""
         return max(self.table.unique("label"), default=NO_LABEL) != NO_LABEL
 
     def batch(self, indices: slice | list[int]) -> tuple[Tensor, Tensor]:
-        """(grids int64 (b, *shape), labels int64 (b,)).
+        """Return grids int64 (b, *shape), and labels int64 (b,).
 
         Raises:
-            ValueError: a grid that is not what was written.
+            ValueError: a grid whose checksum is wrong.
         """
         rows = self.table[indices]
         if [zlib.crc32(grid) for grid in rows["grid"]] != rows["crc"]:
             raise ValueError(
-                f"expected the grids that were written to {self.folder}, got others: {_REMADE}"
+                f"expected the grids that were written to {self.folder}, got others: {_REMEDY}"
             )
         values = np.frombuffer(b"".join(rows["grid"]), self.manifest.dtype)
         grids = torch.from_numpy(values.reshape(-1, *self.manifest.shape).astype(np.int64))
         return grids, torch.tensor(rows["label"])
 
     def share(self, rank: int, world_size: int) -> "GridDataset":
-        """The rows of process `rank`, which follow those of the process before."""
+        """Return the contiguous shard of process `rank`."""
         part = copy.copy(self)
         part.table = self.table.shard(world_size, rank, contiguous=True)
         part.num_examples = len(part.table)
         return part
 
     def sample(self, count: int, seed: int) -> Tensor:
-        """`count` random grids, or all if there are fewer: int64 (b, *shape)."""
+        """Return `count` random grids, or all if there are fewer: int64 (b, *shape)."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(self), generator=generator)[:count]
         return self.batch(rows.tolist())[0]
 
     def random_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Without an end, drawn with torch's global generator."""
+        """Yield random batches endlessly, sampled with torch's global generator."""
         while True:
             yield self.batch(torch.randint(len(self), (batch_size,)).tolist())
 
@@ -202,15 +209,14 @@ class GridDataset(torch.utils.data.Dataset):
 def cached(
     folder: str | Path, manifest: Manifest, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> GridDataset:
-    """The cache `folder`; where that is not what `manifest` says, `batches` are written there
-    first."""
+    """Return the cache `folder`; unless it has this manifest, write `batches` there first."""
     if not is_cache(folder, manifest):
         write_cache(folder, manifest, batches)
     return GridDataset(folder, manifest)
 
 
 def is_cache(folder: str | Path, manifest: Manifest) -> bool:
-    """Whether the folder holds what the manifest says."""
+    """Return whether the folder is a cache with this manifest."""
     try:
         GridDataset(folder, manifest)
     except ValueError:
@@ -224,13 +230,15 @@ class PairedDataset(torch.utils.data.Dataset):
     def __init__(self, grids: GridDataset, codes: GridDataset):
         if len(grids) != len(codes):
             raise ValueError(f"expected {len(grids)} codes, one for each grid, got {len(codes)}")
-        self.grids, self.codes = grids, codes
+        self.grids = grids
+        self.codes = codes
 
     def __len__(self) -> int:
         return len(self.grids)
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        examples, codes = self.grids.__getitems__(indices), self.codes.batch(indices)[0]
+        examples = self.grids.__getitems__(indices)
+        codes, _ = self.codes.batch(indices)
         return [{**example, "codes": z} for example, z in zip(examples, codes, strict=True)]
 
     def __getitem__(self, index: int) -> dict:

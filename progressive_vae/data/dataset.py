@@ -1,4 +1,4 @@
-"""The images of a data set, as grids of 8-bit values."""
+"""Load datasets of images, split them, and read their images as uint8 arrays."""
 
 import glob
 import warnings
@@ -44,7 +44,7 @@ Images: TypeAlias = (
 
 
 def load_digits() -> datasets.DatasetDict:
-    """scikit-learn's 1,797 digits, 8×8 with 17 gray values, as a data set of images.
+    """Return scikit-learn's 1,797 digits, 8×8 with 17 gray values, as a dataset of images.
 
     The held-out split is stratified by class: 360 digits.
     """
@@ -66,7 +66,7 @@ class LoadedImages:
     """
     Args:
         splits: "train" and "test".
-        notes: what was found, and what was left aside, for people.
+        notes: messages about splits and files that are held out or not used.
     """
 
     splits: dict[str, Table]
@@ -76,24 +76,25 @@ class LoadedImages:
 def load_images(
     settings: DataSettings, images: Images | None = None, seed: int = 0
 ) -> LoadedImages:
-    """The splits "train" and "test" of a data set of images.
+    """Load the splits "train" and "test" of a dataset of images.
 
-    Where there is no `eval_split`, `eval_fraction` of the training split is held out: drawn with
-    `seed`, or of a stream by the bytes of the files.
+    Without an `eval_split`, `eval_fraction` of the training split is held out: a random subset by
+    `seed`, or for a stream a subset by the hash of each file.
 
     Args:
-        images: what is at hand, in place of a name in the settings.
+        images: a loaded dataset or a list of images, in place of a name in the settings.
 
     Raises:
-        ValueError: no data set of images, or none of two images at least.
+        ValueError: not a dataset of images, or fewer than two images.
     """
     splits, notes = _open(settings, images)
     splits = {name: _without_format(table) for name, table in splits.items()}
-    train_split, eval_split = settings.train_split, settings.eval_split
+    train_split = settings.train_split
+    eval_split = settings.eval_split
     fraction = settings.eval_fraction
     is_stream = any(isinstance(split, datasets.IterableDataset) for split in splits.values())
     if is_stream and not settings.streaming:
-        raise ValueError("expected streaming=True for a data set that is a stream, got False")
+        raise ValueError("expected streaming=True for a dataset that is a stream, got False")
     if train_split not in splits:
         raise ValueError(f"expected train_split among {list(splits)}, got {train_split!r}")
     used = [train_split]
@@ -102,15 +103,15 @@ def load_images(
         pair = {"train": splits[train_split], "test": splits[eval_split]}
     elif not 0 < fraction < 1:
         raise ValueError(
-            f"the data set has no split {eval_split!r}: expected eval_fraction in (0, 1) to hold "
-            f"some images out, got {fraction}"
+            f"expected eval_fraction in (0, 1) for a dataset without a split {eval_split!r}, "
+            f"got {fraction}"
         )
     else:
         notes.append(f"held out: {fraction} of the split {train_split!r}")
         pair = _hold_out(splits[train_split], settings, seed)
     unused = [name for name in splits if name not in used]
     if unused:
-        notes.append(f"splits that are not used: {unused} (--eval_split names another one)")
+        notes.append(f"unused splits: {unused} (choose another one with --eval_split)")
     if settings.streaming:
         pair = {
             name: table.to_iterable_dataset(num_shards=max(1, min(4, len(table))))
@@ -122,41 +123,42 @@ def load_images(
 
 
 def _without_format(table: Table) -> Table:
-    """The rows as they are stored: a format or a transform, as diffusers' scripts set it, is for
-    whoever set it."""
+    """Return a table without its format or transform, which are meant for another program."""
     if isinstance(table, datasets.IterableDataset):
         return table
     if table.format["type"] == "custom":
         warnings.warn(
-            "the transform of the data set is not applied: images are read as they are stored",
+            "the transform of the dataset is not applied: images are read as stored",
             stacklevel=3,
         )
     return table.with_format(None)
 
 
-def _hold_out(whole: Table, settings: DataSettings, seed: int) -> dict[str, Table]:
+def _hold_out(table: Table, settings: DataSettings, seed: int) -> dict[str, Table]:
     fraction = settings.eval_fraction
-    if isinstance(whole, datasets.Dataset):
-        if len(whole) < 2:
-            raise ValueError(f"expected at least 2 images to hold some out, got {len(whole)}")
-        return dict(whole.train_test_split(test_size=fraction, seed=seed))
-    column = find_image_column(whole, settings.image_column)
-    stream = encoded(whole, column)
+    if isinstance(table, datasets.Dataset):
+        if len(table) < 2:
+            raise ValueError(f"expected at least 2 images to hold some out, got {len(table)}")
+        return dict(table.train_test_split(test_size=fraction, seed=seed))
+    column = find_image_column(table, settings.image_column)
+    stream = encoded(table, column)
 
-    def select(wanted: bool) -> Table:
-        options = dict(wanted=wanted, column=column, fraction=fraction)
-        return stream.filter(_is_held_out, fn_kwargs=options)
+    def select(held_out: bool) -> Table:
+        options = dict(held_out=held_out, column=column, fraction=fraction)
+        return stream.filter(_is_in_split, fn_kwargs=options)
 
     return {"train": select(False), "test": select(True)}
 
 
 def _open(settings: DataSettings, images: Images | None) -> tuple[Mapping[str, Table], list[str]]:
-    """All splits, by their names, and notes for people."""
-    name, folder, is_stream = settings.dataset_name, settings.train_data_dir, settings.streaming
+    """Return all splits by name, and notes."""
+    name = settings.dataset_name
+    folder = settings.train_data_dir
+    is_stream = settings.streaming
     if sum(source is None for source in (name, folder, images)) != 2:
         raise ValueError(
             f"expected one of dataset_name and train_data_dir, got {name!r} and {folder!r}"
-            + ("" if images is None else f" beside {type(images).__name__}")
+            + ("" if images is None else f" in addition to {type(images).__name__}")
         )
     if images is not None:
         return _as_splits(images, settings.train_split), []
@@ -168,17 +170,17 @@ def _open(settings: DataSettings, images: Images | None) -> tuple[Mapping[str, T
         has_card = argument == "dataset_name" and (path / "README.md").is_file()
         if not has_card and settings.dataset_config_name is None:
             return _open_folder(path, settings)
-        escaped = glob.escape(str(path))  # a path is no pattern
+        escaped = glob.escape(str(path))  # datasets takes patterns
         return _load(escaped, name=settings.dataset_config_name, streaming=is_stream), []
     is_path = path.is_absolute() or path.exists() or str(value).startswith((".", "~"))
     if argument == "train_data_dir" or is_path:
-        state = "which is a file" if path.is_file() else "which is not there"
+        state = "which is a file" if path.is_file() else "which does not exist"
         raise ValueError(f"expected {argument} to be a folder, got {value!r}, {state}")
     return _load(str(name), name=settings.dataset_config_name, streaming=is_stream), []
 
 
 def _as_splits(images: Any, train_split: str) -> Mapping[str, Table]:
-    """The splits of what a caller has at hand."""
+    """Return the splits of a loaded dataset or a list of images."""
     if isinstance(images, (datasets.DatasetDict, datasets.IterableDatasetDict)):
         return images
     if isinstance(images, (datasets.Dataset, datasets.IterableDataset)):
@@ -189,12 +191,12 @@ def _as_splits(images: Any, train_split: str) -> Mapping[str, Table]:
     if not items or not all(issubclass(kind, PIL.Image.Image) for kind in kinds):
         of = f" of {sorted(kind.__name__ for kind in kinds)}" if items else ""
         raise ValueError(
-            "expected a data set of images, the name of one, a folder or a list of PIL images, "
+            "expected a dataset of images, the name of one, a folder or a list of PIL images, "
             f"got {type(images).__name__}{of}"
         )
     features = datasets.Features({"image": datasets.Image()})
-    # Of an image that knows its file datasets would store the file, whatever was done to it since;
-    # and palettes as TIFF, which has no transparent color.
+    # datasets stores the file of an image that was opened from one, without later changes: copies
+    # have no file. It stores palettes as TIFF, which has no transparent color: RGBA has.
     copies = [
         image.convert("RGBA") if "transparency" in image.info else image.copy() for image in items
     ]
@@ -202,13 +204,13 @@ def _as_splits(images: Any, train_split: str) -> Mapping[str, Table]:
 
 
 def _open_folder(folder: Path, settings: DataSettings) -> tuple[Mapping[str, Table], list[str]]:
-    """Image files, else what `Dataset.save_to_disk` wrote, else files of parquet."""
+    """Open a folder of `Dataset.save_to_disk`, of image files or of parquet files."""
     if any((folder / name).is_file() for name in _SAVED_TO_DISK):
         saved = datasets.load_from_disk(str(folder))
         return _as_splits(saved, settings.train_split), []
     if has_images(folder):
-        found = open_image_folder(folder, settings.train_split, settings.label_column)
-        return found.splits, found.notes
+        opened = open_image_folder(folder, settings.train_split, settings.label_column)
+        return opened.splits, opened.notes
     if not any(folder.rglob("*.parquet")):
         count = len(list_files(folder))
         raise ValueError(
@@ -223,45 +225,53 @@ def _load(path: str, **options) -> datasets.DatasetDict | datasets.IterableDatas
     try:
         return datasets.load_dataset(path, **options)
     except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        expected = "a data set of images"
+        expected = "a dataset of images"
         if "corresponds to no data" in str(error):
             expected = "at least one image in each split"
         where = options.get("data_dir", path)
         reason: BaseException = error
-        while reason.__cause__ is not None:  # datasets wraps it, and says less than it does
+        while reason.__cause__ is not None:  # the first cause is more specific
             reason = reason.__cause__
         raise ValueError(f"expected {expected} in {where}, got {reason!r}") from error
 
 
-def _is_held_out(row: dict, column: str, fraction: float, wanted: bool) -> bool:
-    """By a hash of the file, or of its whole path where it is not read yet: alike wherever the
-    image stands in the stream, and whichever process reads it."""
+def _is_in_split(row: dict, column: str, fraction: float, held_out: bool) -> bool:
+    """Return whether an image belongs to the held-out split, or else to the training split.
+
+    The hash of its file decides, or of its full path if the file is not read yet, so that the
+    split depends neither on the order of the stream nor on the number of processes.
+    """
     value = row[column] or {"bytes": None, "path": None}
     content = value["bytes"] or (value["path"] or "").encode(errors="surrogateescape")
-    return (zlib.crc32(content) < fraction * 2**32) == wanted
+    return (zlib.crc32(content) < fraction * 2**32) == held_out
 
 
 def find_image_column(table: Table, name: str | None = None) -> str:
-    found = find_column(table, name, IMAGE_COLUMNS, "image_column")
-    if found is None:
+    """Return the column named `name`, else the first of `IMAGE_COLUMNS` that the table has.
+
+    Raises:
+        ValueError: no such column, or a column of something else.
+    """
+    column = find_column(table, name, IMAGE_COLUMNS, "image_column")
+    if column is None:
         raise ValueError(
             f"expected image_column among {table.column_names}, got none of the usual names "
             f"{IMAGE_COLUMNS}"
         )
-    feature = (table.features or {}).get(found)
+    feature = (table.features or {}).get(column)
     is_file = isinstance(feature, datasets.Value) and feature.dtype in FILE_TYPES
     if not (feature is None or is_file or isinstance(feature, (datasets.Image, dict))):
         raise ValueError(f"expected image_column of images or their files, got {feature}")
-    return found
+    return column
 
 
 def encoded(table: Table, image_column: str) -> Table:
-    """The table with images as the bytes of their files, for `decode`."""
+    """Return the table with images as {"bytes", "path"} of their files, for `decode`."""
     return table.cast_column(image_column, datasets.Image(decode=False))
 
 
 def decode(value: dict | None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> OpenedImage:
-    """The image of {"bytes", "path"}, turned as its file says.
+    """Return the image of {"bytes", "path"}, with the orientation of its EXIF data.
 
     Raises:
         ValueError: it cannot be read, or has more pixels than the limit; the message is the reason.
@@ -276,12 +286,12 @@ def decode(value: dict | None, max_image_pixels: int = MAX_IMAGE_PIXELS) -> Open
 
 
 def file_of(value: dict | None) -> bytes:
-    """The bytes of {"bytes", "path"}; b"" where a data set has a null."""
+    """Return the bytes of {"bytes", "path"}, or b"" for a null."""
     if value is None or (value["bytes"] is None and value["path"] is None):
         return b""
     if value["bytes"] is not None:
         return value["bytes"]
-    with xopen(value["path"], "rb") as file:  # those of streams may lie on the Hub
+    with xopen(value["path"], "rb") as file:  # a stream's paths may be URLs
         return file.read()
 
 
@@ -293,18 +303,18 @@ def prepare_image(
     rng: np.random.Generator | None = None,
     max_image_pixels: int = MAX_IMAGE_PIXELS,
 ) -> np.ndarray:
-    """uint8 (C, H, W) in `mode` ("L" or "RGB").
+    """Return an image as uint8 (C, H, W) in `mode` ("L" or "RGB").
 
     Args:
-        resolution: length to which the shorter side is resized; `None` leaves the image alone.
-        center_crop: crop to the middle square.
-        rng: of a square from anywhere, in place of the middle.
+        resolution: length to which the shorter side is resized; `None` keeps the size.
+        center_crop: crop to the center square, before resizing.
+        rng: crop to a random square instead.
 
     Raises:
         ValueError: more than 8 bits a channel, or more pixels than the limit after resizing.
     """
     image = convert_image(image, mode).image
-    if center_crop:  # first, as of a narrow image little remains to be resized
+    if center_crop:  # before resizing, which for long images is costly
         image = crop_square(image, rng)
     if resolution is not None:
         image = resize_shorter_side(image, resolution, max_image_pixels)
@@ -324,25 +334,24 @@ def read_images(
     class_ids: Mapping[Any, int] | None = None,
     may_drop_color: bool = False,
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Each image, uint8 (C, H, W), and its class id or −1.
+    """Yield each image, uint8 (C, H, W), and its class id, −1 for no label.
 
-    With `num_crops` squares of it follow each other, the first from the middle and the others from
-    anywhere, the same each time.
-
-    Images that cannot be read, or have too many pixels or bits, are left out, and a warning counts
-    and names them at the end, by their files or by their indices, of which the table's begin with
-    `first_index`.
+    Images that cannot be read, or have too many pixels or bits, are skipped. At the end a warning
+    counts and names them, by file or by index.
 
     Args:
-        class_ids: the class id of each label; other labels are −1, no class. `None`: labels are
-            class ids.
-        may_drop_color: images with color among gray ones are converted, which is else an error.
+        shape: (C, H, W) that all images must have after cropping and resizing.
+        first_index: index of the first row of `table`, if it is a shard.
+        num_crops: yield a center crop of each image and `num_crops` − 1 random crops, which are
+            reproducible.
+        class_ids: the class id of each label; other labels are −1. `None`: labels are class ids.
+        may_drop_color: convert color images to gray if C is 1; otherwise they are an error.
 
     Raises:
-        ValueError: an image whose size is not `shape`, as nothing is resized unless asked; an image
-            with color among gray ones.
+        ValueError: an image of another shape, or a color image among gray ones.
     """
-    mode, refused = "L" if shape[0] == 1 else "RGB", defaultdict[str, list[str]](list)
+    mode = "L" if shape[0] == 1 else "RGB"
+    skipped = defaultdict[str, list[str]](list)  # the names of images, by reason
     prepare = partial(
         prepare_image,
         mode=mode,
@@ -351,7 +360,8 @@ def read_images(
         max_image_pixels=max_image_pixels,
     )
     for index, row in enumerate(encoded(table, image_column), first_index):
-        value, label = row[image_column], row.get(label_column, NO_LABEL)
+        value = row[image_column]
+        label = row.get(label_column, NO_LABEL)
         name = (value or {}).get("path") or f"index {index}"
         try:
             image = decode(value, max_image_pixels).image
@@ -360,46 +370,46 @@ def read_images(
                 rng = np.random.default_rng(index)
                 arrays += [prepare(image, rng=rng) for _ in range(num_crops - 1)]
         except ValueError as error:
-            refused[str(error)].append(name)
+            skipped[str(error)].append(name)
             continue
         if mode == "L" and not (may_drop_color or is_gray(image)):
             raise ValueError(
                 f"expected gray images, as the first ones are, got one with color ({image.mode}): "
-                f'{name}; --image_mode "RGB" or "L" says what all shall be'
+                f'{name}; set --image_mode to "RGB" or "L"'
             )
         if arrays[0].shape != shape:
             raise ValueError(
                 f"expected all images of (C, H, W) = {shape}, got {arrays[0].shape}: {name}; "
-                "--resolution and --center_crop make them one size"
+                "resize them with --resolution and --center_crop"
             )
         if class_ids is not None:
             label = class_ids.get(label, NO_LABEL)
         elif label is None:
             label = NO_LABEL
         yield from ((array, label) for array in arrays)
-    if refused:
-        warnings.warn(_summarize(refused), stacklevel=2)
+    if skipped:
+        warnings.warn(_summarize(skipped), stacklevel=2)
 
 
-def _summarize(refused: Mapping[str, list[str]], most: int = 20) -> str:
-    """What was left out, and why."""
+def _summarize(skipped: Mapping[str, list[str]], limit: int = 20) -> str:
+    """Return the number of skipped images, and at most `limit` reasons and names for each."""
     parts = []
-    for reason, names in refused.items():
-        more = ", …" if len(names) > most else ""
-        parts.append(f"{reason}: {', '.join(names[:most])}{more}")
-    count = sum(map(len, refused.values()))
-    more = f"; and for {len(parts) - most} other reasons" if len(parts) > most else ""
-    return f"left out {count} images: {'; '.join(parts[:most])}{more}"
+    for reason, names in skipped.items():
+        ellipsis = ", …" if len(names) > limit else ""
+        parts.append(f"{reason}: {', '.join(names[:limit])}{ellipsis}")
+    count = sum(map(len, skipped.values()))
+    rest = f"; and for {len(parts) - limit} other reasons" if len(parts) > limit else ""
+    return f"left out {count} images: {'; '.join(parts[:limit])}{rest}"
 
 
 def pixel_batches(
     images: Iterator[tuple[np.ndarray, int]], random_flip: bool = False, batch_size: int = 1000
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches (int64 (b, C, H, W) of 0 … 255, labels (b,)) of what `read_images` gives, for
-    `codes.write_cache`.
+    """Yield batches of `read_images` for `write_cache`: int64 (b, C, H, W) of 0 … 255, and labels
+    (b,).
 
-    With `random_flip` the mirror image of each follows: a model trained on both sees every image
-    either way with probability ½.
+    With `random_flip` each batch is followed by the batch of flipped images, so that uniform
+    sampling from both flips each image with probability ½.
     """
     while batch := list(islice(images, batch_size)):
         arrays, labels = zip(*batch, strict=True)

@@ -99,10 +99,10 @@ def _notes_on_other_files(folder: Path, files: list[Path]) -> list[str]:
     if not others:
         return []
     kinds = Counter(path.suffix.lower() or "without a suffix" for path in others)
-    shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    suffixes = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
     names = ", ".join(printable(path.relative_to(folder)) for path in others[:5])
     more = ", …" if len(others) > 5 else ""
-    return [f"left aside {len(others)} other files ({shown}): {names}{more}"]
+    return [f"left aside {len(others)} other files ({suffixes}): {names}{more}"]
 
 
 def _without_wrappers(folder: Path, images: list[Path], train_split: str) -> Path:
@@ -161,12 +161,12 @@ def _metadata_labels(base: Path, images: list[Path], label_column: str | None) -
     if path is None:
         return [None] * len(images)
     rows = _read_metadata(path)
-    candidates = LABEL_COLUMNS if label_column is None else (label_column,)
-    column = next((name for name in candidates if name in rows), None)
+    usual_names = LABEL_COLUMNS if label_column is None else (label_column,)
+    column = next((name for name in usual_names if name in rows), None)
     if column is None or "file_name" not in rows:
         return [None] * len(images)
-    known = rows.dropna(subset=[column])
-    labels = dict(zip(known["file_name"], known[column].map(str), strict=True))
+    labeled = rows.dropna(subset=[column])
+    labels = dict(zip(labeled["file_name"], labeled[column].map(str), strict=True))
     return [labels.get(image.relative_to(base).as_posix()) for image in images]
 
 

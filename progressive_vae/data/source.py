@@ -1,4 +1,4 @@
-"""A data set of images, opened: what its images are, and their pixels as caches or as a stream."""
+"""An opened dataset: shape and classes of its images, and pixels as caches or as a stream."""
 
 import zlib
 from contextlib import suppress
@@ -33,26 +33,27 @@ from .dataset import (
 )
 from .streaming import PixelStream
 
-STREAMED_EVAL_SAMPLES = 10_000  # of a stream, whose end may be far
-# Images whose files are opened to see whether a data set has color; of a stream only the first.
-NUM_INSPECTED, NUM_INSPECTED_OF_STREAM = 2_000, 32
+STREAMED_EVAL_SAMPLES = 10_000  # held-out images of a stream, which may be very long
+# Images that are inspected to detect color. Of a stream these are the first ones.
+NUM_INSPECTED = 2_000
+NUM_INSPECTED_OF_STREAM = 32
 
 
 @dataclass
 class Source:
-    """The splits "train" and "test", of which no more than the first image has been read.
+    """The splits "train" and "test" of a dataset, before their images are read.
 
     Args:
-        splits: their tables.
-        manifests: what the caches of their pixels hold.
-        classes: of the images.
-        options: of `read_images` for every split; see `read_options`.
-        notes: what was found, what is used and what was left aside, for people.
-        random_flip: of the training split, as is
-        num_crops: squares out of each image.
-        forms: in which the finest level sees its images.
-        shuffle_buffer_size: images in the window of a stream; `None` if it is none.
-        limit: images of the training split at most, where that was asked for.
+        splits: table of each split.
+        manifests: identity of each split's cache of pixels.
+        classes: names, and class ids of labels.
+        options: arguments of `read_images` for every split; see `read_options`.
+        notes: messages about the images that are used and left out.
+        random_flip: flip training images horizontally with probability ½.
+        num_crops: crops of each training image.
+        augmentation: of the finest level's training images.
+        shuffle_buffer_size: images in the shuffle buffer of a stream; `None` if it is not one.
+        limit: upper bound of the number of training images, if there is one.
     """
 
     splits: dict[str, Table]
@@ -62,17 +63,17 @@ class Source:
     notes: list[str]
     random_flip: bool = False
     num_crops: int = 1
-    forms: Augmentation = IDENTITY
+    augmentation: Augmentation = IDENTITY
     shuffle_buffer_size: int | None = None
     limit: int | None = None
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, [] where there are none."""
+        """Names of the classes, [] without classes."""
         return self.classes.names
 
     def read_options(self, split: str) -> dict[str, Any]:
-        """The arguments of `read_images` for the rows of a split, but for their shape."""
+        """Return the arguments of `read_images` for a split, except for the shape."""
         return {**self.options, "class_ids": self.classes.ids.get(split)}
 
     def pixels(
@@ -82,12 +83,13 @@ class Source:
         overwrite_cache: bool = False,
         overwrite_others: bool = False,
     ) -> dict[str, GridDataset | PixelStream]:
-        """The pixels of both splits, from the caches in `folder`, which are made where they are
-        missing; those of a stream's training split as they come.
+        """Return the pixels of both splits from the caches in `folder`; missing caches are written.
+
+        The training split of a stream is not cached.
 
         Args:
-            overwrite_cache: make them anew.
-            overwrite_others: make those anew that are of other images.
+            overwrite_cache: write all caches again.
+            overwrite_others: write those caches again that are of other images.
         """
         return {
             split: PixelStream(
@@ -95,7 +97,7 @@ class Source:
                 self.manifests[split],
                 **self.read_options(split),
                 random_flip=self.random_flip,
-                forms=self.forms,
+                augmentation=self.augmentation,
                 buffer_size=self.shuffle_buffer_size,
                 limit=self.limit,
             )
@@ -105,47 +107,57 @@ class Source:
         }
 
     def _cached(
-        self, split: str, folder: Path, accelerator: Accelerator, anew: bool, others_anew: bool
+        self,
+        split: str,
+        folder: Path,
+        accelerator: Accelerator,
+        overwrite: bool,
+        overwrite_others: bool,
     ) -> GridDataset:
-        table, manifest = self.splits[split], self.manifests[split]
-        is_missing = anew or not folder.exists() or (others_anew and not is_cache(folder, manifest))
-        accelerator.wait_for_everyone()  # all have seen that there is no cache yet
-        if is_missing:
-            rank, processes = accelerator.process_index, accelerator.num_processes
-            share, before = split_dataset_by_node(table, rank, processes), 0
+        """Return the cache of a split, which all processes write together if it is missing."""
+        table = self.splits[split]
+        manifest = self.manifests[split]
+        is_other = overwrite_others and not is_cache(folder, manifest)
+        must_write = overwrite or is_other or not folder.exists()
+        accelerator.wait_for_everyone()  # before one of them writes, all must have looked
+        if must_write:
+            rank = accelerator.process_index
+            num_shards = accelerator.num_processes
+            first_index = 0
             if self.shuffle_buffer_size is None:
-                before = sum(len(split_dataset_by_node(table, i, processes)) for i in range(rank))
+                first_index = sum(
+                    len(split_dataset_by_node(table, i, num_shards)) for i in range(rank)
+                )
             options = self.read_options(split)
-            options |= {"shape": manifest.shape, "first_index": before}
+            options |= {"shape": manifest.shape, "first_index": first_index}
             if split == "train":
                 options["num_crops"] = self.num_crops
-            images = read_images(share, **options)
+            images = read_images(split_dataset_by_node(table, rank, num_shards), **options)
             is_flipped = self.random_flip and split == "train"
             write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
         return GridDataset(folder, manifest)
 
 
 def _first_files(table: Table, column: str, count: int = 8) -> int:
-    """The CRC-32 of the first images' files."""
+    """Return the CRC-32 of the first images' files."""
     checksum = 0
     for row in islice(encoded(table, column), count):
-        with suppress(OSError):  # it is left out when it is read
+        with suppress(OSError):  # `read_images` leaves it out
             checksum = zlib.crc32(file_of(row[column]), checksum)
     return checksum
 
 
 def image_mode(table: Table, column: str, settings: DataSettings) -> tuple[str, bool]:
-    """ "L" or "RGB", and whether that is settled for images that are otherwise, too.
+    """Return "L" or "RGB", and whether the settings or the dataset's `Image(mode=)` define it.
 
-    It is what the settings say, or the data set's own `Image(mode=)`; else "RGB" if any of the
-    images has color of those that are inspected, spread evenly over the table.
+    Otherwise it is "RGB" if any of the inspected images, spread evenly over the table, has color.
     """
     if settings.image_mode is not None:
         return settings.image_mode, True
     feature = (table.features or {}).get(column)
-    stated = getattr(feature, "mode", None)
-    if stated is not None:
-        return ("L" if stated in GRAY_MODES else "RGB"), True
+    mode = getattr(feature, "mode", None)
+    if mode is not None:
+        return ("L" if mode in GRAY_MODES else "RGB"), True
     files = encoded(table, column)
     if isinstance(files, datasets.Dataset):
         inspected = files.select(range(0, len(files), max(1, len(files) // NUM_INSPECTED)))
@@ -153,21 +165,22 @@ def image_mode(table: Table, column: str, settings: DataSettings) -> tuple[str, 
         inspected = files.take(NUM_INSPECTED_OF_STREAM)
     for row in inspected:
         try:
-            with PIL.Image.open(BytesIO(file_of(row[column]))) as image:  # its header alone
+            with PIL.Image.open(BytesIO(file_of(row[column]))) as image:  # reads only the header
                 if not is_gray(image):
                     return "RGB", False
-        except Exception:  # each format has errors of its own; the file is named when it is read
+        except Exception:  # formats raise various errors; `read_images` names the file
             continue
     return "L", False
 
 
-def _first_image(table: Table, column: str, mode: str, settings: DataSettings) -> tuple[int, ...]:
-    """The shape (C, H, W) of the first image that can be read.
+def _first_shape(table: Table, column: str, mode: str, settings: DataSettings) -> tuple[int, ...]:
+    """Return the shape (C, H, W) of the first image that can be read.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no image can be read.
     """
-    limit, reason = settings.max_image_pixels, "no image"
+    limit = settings.max_image_pixels
+    reason = "no image"
     for row in encoded(table, column):
         try:
             image = decode(row[column], limit).image
@@ -182,81 +195,103 @@ def _first_image(table: Table, column: str, mode: str, settings: DataSettings) -
 
 
 def open_dataset(settings: DataSettings, images: Images | None = None) -> Source:
-    """Open a data set; the first image of its training split settles the size.
+    """Open a dataset; the first image of its training split defines the shape.
 
     Args:
-        images: what is at hand, in place of a name in the settings.
+        images: a loaded dataset or a list of images, in place of a name in the settings.
 
     Raises:
-        ValueError: no such data set, or no image in it that can be read.
+        ValueError: no such dataset, no image in it that can be read, or permutations of the color
+            channels of gray images.
     """
+    loaded = load_images(settings, images)
+    column = find_image_column(loaded.splits["train"], settings.image_column)
+    classes = find_classes(loaded.splits, settings.label_column)
     limits = {"train": settings.max_train_samples, "test": settings.max_eval_samples}
-    loaded, streaming = load_images(settings, images), settings.streaming
-    splits, notes = loaded.splits, loaded.notes
-    column = find_image_column(splits["train"], settings.image_column)
-    classes = find_classes(splits, settings.label_column)
-    window = settings.shuffle_buffer_size
-    for split, limit in limits.items():
-        if streaming:
-            limit = limit or {"test": STREAMED_EVAL_SAMPLES}.get(split)
-            if limit:  # of sorted files too: their order is shuffled, then images in a buffer
-                shuffled = splits[split].shuffle(seed=0, buffer_size=window)
-                splits[split] = shuffled.take(limit)
-            continue
-        if limit is not None and limit < len(splits[split]):  # image folders are sorted by class
-            splits[split] = splits[split].shuffle(seed=0).select(range(limit))
-        if split == "test":
-            splits[split] = splits[split].shuffle(seed=0)  # the pictures show its beginning
+    if settings.streaming:
+        limits["test"] = limits["test"] or STREAMED_EVAL_SAMPLES
+    splits = {
+        split: _subset(split, table, limits[split], settings)
+        for split, table in loaded.splits.items()
+    }
     mode, is_settled = image_mode(splits["train"], column, settings)
-    shape = _first_image(splits["train"], column, mode, settings)
+    shape = _first_shape(splits["train"], column, mode, settings)
     if settings.random_colours and shape[0] == 1:
-        raise ValueError("expected random_colours=False of gray pictures, got True")
-    dataset, manifests = settings.dataset_name or settings.train_data_dir or "images", {}
-    if Path(dataset).expanduser().exists():  # however its path is written
-        dataset = str(Path(dataset).expanduser().resolve())
-    for split, table in splits.items():
-        if not streaming:
-            content = table._fingerprint
-        else:  # which has no name of its content: its first files stand for it
-            content = f"stream of {limits[split]}, {settings.dataset_config_name}, "
-            content += f"{settings.train_split}, {settings.eval_split}, {settings.eval_fraction}, "
-            content += f"{window}, {_first_files(table, column):08x}"
-        varied = f"{settings.random_flip and split == 'train'}"
-        if split == "train" and settings.num_crops > 1:
-            varied += f", {settings.num_crops} crops"
-        manifests[split] = Manifest(
-            weights="",
-            dataset=f"{dataset} ({content}; {column}, {classes.column}, "
-            f"{settings.max_image_pixels}; {settings.resolution}, {settings.center_crop}, "
-            f"{varied})",
-            split=split,
-            shape=shape,
-            num_values=NUM_PIXEL_VALUES,
-        )
-    options = {
-        "image_column": column,
-        "label_column": classes.column,
-        "resolution": settings.resolution,
-        "center_crop": settings.center_crop,
-        "max_image_pixels": settings.max_image_pixels,
-        "may_drop_color": is_settled,
+        raise ValueError("expected random_colours=False for gray images, got True")
+    manifests = {
+        split: _manifest(split, table, limits[split], shape, column, classes, settings)
+        for split, table in splits.items()
     }
     return Source(
         splits,
         manifests,
         classes,
-        options,
-        [*notes, _use(splits, shape, classes)],
-        settings.random_flip,
-        settings.num_crops,
-        Augmentation(settings.random_rotation, settings.random_colours),
-        window if streaming else None,
-        limits["train"],
+        options={
+            "image_column": column,
+            "label_column": classes.column,
+            "resolution": settings.resolution,
+            "center_crop": settings.center_crop,
+            "max_image_pixels": settings.max_image_pixels,
+            "may_drop_color": is_settled,
+        },
+        notes=[*loaded.notes, _summary(splits, shape, classes)],
+        random_flip=settings.random_flip,
+        num_crops=settings.num_crops,
+        augmentation=Augmentation(settings.random_rotation, settings.random_colours),
+        shuffle_buffer_size=settings.shuffle_buffer_size if settings.streaming else None,
+        limit=limits["train"],
     )
 
 
-def _use(splits: dict[str, Table], shape: tuple[int, ...], classes: Classes) -> str:
-    """What is used of a data set, in words."""
+def _subset(split: str, table: Table, limit: int | None, settings: DataSettings) -> Table:
+    """Return a random subset of at most `limit` images of a split."""
+    if isinstance(table, datasets.IterableDataset):
+        if limit is None:
+            return table
+        # Sorted files are shuffled too: their order first, then images in the buffer.
+        return table.shuffle(seed=0, buffer_size=settings.shuffle_buffer_size).take(limit)
+    if limit is not None and limit < len(table):  # image folders are sorted by class
+        table = table.shuffle(seed=0).select(range(limit))
+    # Sample grids and curves show the first held-out images.
+    return table.shuffle(seed=0) if split == "test" else table
+
+
+def _manifest(
+    split: str,
+    table: Table,
+    limit: int | None,
+    shape: tuple[int, ...],
+    column: str,
+    classes: Classes,
+    settings: DataSettings,
+) -> Manifest:
+    """Return the identity of a split's cache of pixels: all settings that change its content."""
+    name = settings.dataset_name or settings.train_data_dir or "images"
+    if Path(name).expanduser().exists():  # several spellings of one path
+        name = str(Path(name).expanduser().resolve())
+    if isinstance(table, datasets.Dataset):
+        content = table._fingerprint
+    else:  # a stream has no fingerprint: its first files stand for its content
+        content = (
+            f"stream of {limit}, {settings.dataset_config_name}, {settings.train_split}, "
+            f"{settings.eval_split}, {settings.eval_fraction}, {settings.shuffle_buffer_size}, "
+            f"{_first_files(table, column):08x}"
+        )
+    variants = f"{settings.random_flip and split == 'train'}"
+    if split == "train" and settings.num_crops > 1:
+        variants += f", {settings.num_crops} crops"
+    return Manifest(
+        weights="",
+        dataset=f"{name} ({content}; {column}, {classes.column}, {settings.max_image_pixels}; "
+        f"{settings.resolution}, {settings.center_crop}, {variants})",
+        split=split,
+        shape=shape,
+        num_values=NUM_PIXEL_VALUES,
+    )
+
+
+def _summary(splits: dict[str, Table], shape: tuple[int, ...], classes: Classes) -> str:
+    """Return a message with the number, size, mode and classes of the images."""
     counts = [
         f"{len(table) if isinstance(table, datasets.Dataset) else 'a stream'} to {verb}"
         for verb, table in (("train", splits["train"]), ("evaluate", splits["test"]))

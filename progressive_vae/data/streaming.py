@@ -1,4 +1,4 @@
-"""Images that are read as they come: a data set that does not fit a disk."""
+"""Streaming: images that are read on the fly, for datasets larger than a disk."""
 
 import copy
 from collections.abc import Iterator
@@ -16,53 +16,60 @@ from .dataset import pixel_batches, read_images
 
 
 class PixelStream(torch.utils.data.IterableDataset):
-    """The pixels of a stream, as `GridDataset` has those of a cache.
+    """The pixels of a stream, with the interface of `GridDataset`.
 
-    As an iterable it has no end: the images pass again and again, in another order each time,
-    shuffled within a window. `batches` passes once, in the order of the files.
+    As an iterable it is endless: each epoch shuffles the images in another order, within a buffer.
+    `batches` is one epoch in the order of the files.
 
     Args:
-        table: the stream. Its files are shared out among processes and the workers of their
-            loaders; where their number is no multiple of that of the processes, each process reads
-            all and leaves out what is not its own.
-        random_flip: mirror each image with probability ½.
-        forms: in one of which each image comes; of `batches`, as they are.
-        buffer_size: images in the window; they are held as encoded files.
-        limit: images that the stream has at most, where that is known.
+        table: the stream. Its files are split among processes and the workers of their loaders; if
+            their number is not a multiple of the number of processes, each process reads all files
+            and skips the images of other processes.
+        random_flip: flip each image horizontally with probability ½.
+        augmentation: one random transform is applied to each image, except by `batches`.
+        buffer_size: images in the shuffle buffer, which holds encoded files.
+        limit: upper bound of the number of images, if there is one.
         options: further arguments of `read_images`.
     """
 
-    num_examples = None  # unknown
+    num_examples = None  # unknown until the stream ends
 
     def __init__(
         self,
         table: datasets.IterableDataset,
         manifest: Manifest,
         random_flip: bool = False,
-        forms: Augmentation = IDENTITY,
+        augmentation: Augmentation = IDENTITY,
         buffer_size: int = 1000,
         limit: int | None = None,
         **options,
     ):
-        self.table, self.manifest, self.random_flip = table, manifest, random_flip
-        self.forms = forms
+        self.table = table
+        self.manifest = manifest
+        self.random_flip = random_flip
+        self.augmentation = augmentation
+        self.buffer_size = buffer_size
+        self.limit = limit
         self.options: dict[str, Any] = {"shape": manifest.shape, **options}
-        self.buffer_size, self.limit, self.rank, self.seed = buffer_size, limit, 0, 0
+        self.rank = 0
+        self.seed = 0
 
     def share(self, rank: int, world_size: int) -> "PixelStream":
-        """The part of process `rank`."""
+        """Return the shard of process `rank`."""
         part = copy.copy(self)
-        part.table, part.rank = split_dataset_by_node(self.table, rank, world_size), rank
+        part.table = split_dataset_by_node(self.table, rank, world_size)
+        part.rank = rank
         return part
 
     def begin_at(self, epoch: int, start: int):
-        """Begin anew, in an order that depends on `epoch` and on `start`, the number of images
-        that a training has seen of it: a stream is not wound forward."""
+        """Set the order of the images for an epoch that resumes after `start` images.
+
+        A stream cannot skip images cheaply, so a resumed epoch restarts in another order.
+        """
         self.seed = epoch + start
 
     def sample(self, count: int, seed: int) -> Tensor:
-        """The first images in the order of a seed, `count` unless the stream has fewer: int64
-        (b, C, H, W)."""
+        """Return `count` shuffled images, or all if there are fewer: int64 (b, C, H, W)."""
         shuffled = self.table.shuffle(seed=seed, buffer_size=max(count, self.buffer_size))
         return next(pixel_batches(read_images(shuffled, **self.options), batch_size=count))[0]
 
@@ -78,15 +85,18 @@ class PixelStream(torch.utils.data.IterableDataset):
         generator = torch.Generator().manual_seed(
             self.seed + 1000 * self.rank + (worker.id if worker else 0)
         )
-        epoch, is_empty, forms = self.seed, False, self.forms.of(self.manifest.shape)
+        transforms = self.augmentation.transforms(self.manifest.shape)
+        epoch = self.seed
+        is_empty = False
         while not is_empty:
             is_empty = True
             table = self.table.shuffle(seed=epoch, buffer_size=self.buffer_size)
             for array, label in read_images(table, **self.options):
                 is_empty = False
                 grid = torch.from_numpy(array.astype(np.int64))
-                if len(forms) > 1:
-                    grid = augment(grid, forms[torch.randint(len(forms), (), generator=generator)])
+                if len(transforms) > 1:
+                    choice = int(torch.randint(len(transforms), (), generator=generator))
+                    grid = augment(grid, transforms[choice])
                 if self.random_flip and torch.rand((), generator=generator) < 0.5:
                     grid = grid.flip(-1)
                 index = int(torch.randint(2**62, (), generator=generator))

@@ -1,1 +1,1 @@
-"""Held-out metrics: bits per dimension, Fréchet distances, rate and distortion, throughput."""
+"""Held-out metrics: bits per dimension, Fréchet distances, rate–distortion, throughput."""

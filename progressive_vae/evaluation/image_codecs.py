@@ -1,4 +1,4 @@
-"""What image files cost: bits/dim of lossless formats, rate and distortion of lossy ones."""
+"""Image codecs as baselines: bits/dim of lossless formats, rate–distortion of lossy ones."""
 
 import io
 from contextlib import suppress
@@ -18,61 +18,85 @@ LOSSLESS: dict[str, dict] = {
 
 
 def image_files(images: torch.Tensor) -> tuple[dict[str, float], dict[str, list]]:
-    """Of image files, one file an image: bits/dim of lossless ones, and (bits/dim, mean squared
-    error) of lossy ones at low qualities."""
-    arrays = [image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-              for image in images]  # fmt: skip
+    """Return the size of image files, one file an image, headers included.
+
+    Args:
+        images: uint8 (B, C, H, W).
+
+    Returns:
+        Bits/dim of each lossless format, and for each lossy format its rate–distortion curve at
+        low qualities: (bits/dim, mean squared error).
+    """
+    arrays = [
+        image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+        for image in images
+    ]
     curves: dict[str, list[tuple[float, float]]] = {}
-    lossless = {}
+    lossless: dict[str, float] = {}
     for name, options in LOSSLESS.items():
-        with suppress(ImportError):  # imagecodecs is not there
-            bits, squares = file_figures(name, arrays, options)
-            assert squares == 0
+        with suppress(ImportError):  # imagecodecs is not installed
+            bits, squared_error = rate_and_distortion(name, arrays, options)
+            assert squared_error == 0
             lossless[f"{name} files of {len(images)} images"] = bits
     for name, qualities in LOSSY.items():
         for quality in qualities:
             with suppress(ImportError):
                 options = {"distance": quality} if name == "JPEG-XL" else {"quality": quality}
-                curves.setdefault(name, []).append(file_figures(name, arrays, options))
+                curves.setdefault(name, []).append(rate_and_distortion(name, arrays, options))
     return lossless, {name: points for name, points in curves.items() if points}
 
 
 def compare_with_codecs(
     rows: dict[str, dict[str, float]], curves: dict[str, list], num_dims: int
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """For each row of `rate_distortion` the bytes of an image of `num_dims` values and its PSNR in
-    dB: of `codes` and what they preview, and of each format's best files that are no larger, or of
-    its smallest ones where none are.
+    """Compare previews from codes with lossy image files at the same rate.
 
     Args:
-        curves: those of `image_files`.
+        rows: of `rate_distortion`.
+        curves: of `image_files`.
+        num_dims: C·H·W of an image.
+
+    Returns:
+        For each row the bytes of an image and its PSNR in dB: of the "codes" and their preview,
+        and of each format's best files that are no larger (else of its smallest files).
     """
-    found = {}
+    comparison = {}
     for name, row in rows.items():
         points = {"codes": (row["bits_per_dim"], row["mse_of_preview"])}
         for kind, files in curves.items():
             no_larger = [file for file in files if file[0] <= row["bits_per_dim"]]
             points[kind] = min(no_larger, key=lambda file: file[1]) if no_larger else min(files)
-        found[name] = {
+        comparison[name] = {
             kind: {"bytes": bits * num_dims / 8, "psnr": psnr_of(error)}
             for kind, (bits, error) in points.items()
         }
-    return found
+    return comparison
 
 
-def file_figures(name: str, arrays: list[np.ndarray], options: dict) -> tuple[float, float]:
-    """Bits/dim, and the mean squared error of the pixels that are read again."""
-    bits = squares = 0.0
+def rate_and_distortion(name: str, arrays: list[np.ndarray], options: dict) -> tuple[float, float]:
+    """Return bits/dim and the mean squared error of a format's files."""
+    bits = squared_error = 0.0
     for array in arrays:
-        file, seen = codec_roundtrip(name, array, options)
+        file, decoded = codec_roundtrip(name, array, options)
         bits += 8 * len(file)
-        squares += float(((seen.astype(float) - array) ** 2).sum())
-    count = sum(array.size for array in arrays)
-    return bits / count, squares / count
+        squared_error += float(((decoded.astype(float) - array) ** 2).sum())
+    num_dims = sum(array.size for array in arrays)
+    return bits / num_dims, squared_error / num_dims
 
 
 def codec_roundtrip(name: str, array: np.ndarray, options: dict) -> tuple[bytes, np.ndarray]:
-    """A picture's file, and the pixels that are read again, uint8 of the same shape."""
+    """Encode an image and decode it.
+
+    Args:
+        array: uint8 (H, W) or (H, W, 3).
+        options: of the encoder.
+
+    Returns:
+        The bytes of the file, and the decoded pixels, uint8 of the same shape.
+
+    Raises:
+        ImportError: JPEG-XL without the package imagecodecs.
+    """
     if name == "JPEG-XL":
         import imagecodecs
 
@@ -80,5 +104,5 @@ def codec_roundtrip(name: str, array: np.ndarray, options: dict) -> tuple[bytes,
         return bytes(file), imagecodecs.jpegxl_decode(file).reshape(array.shape)
     buffer = io.BytesIO()
     PIL.Image.fromarray(array).save(buffer, name, **options)
-    seen = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))
-    return buffer.getvalue(), seen.reshape(array.shape)
+    decoded = np.asarray(PIL.Image.open(buffer).convert("L" if array.ndim == 2 else "RGB"))
+    return buffer.getvalue(), decoded.reshape(array.shape)

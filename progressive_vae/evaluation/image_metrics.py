@@ -1,4 +1,4 @@
-"""How near drawn images are to real ones: a classifier, and distances in features."""
+"""Metrics of sample quality: classification accuracy, Fréchet distance, precision and recall."""
 
 import hashlib
 import math
@@ -22,10 +22,10 @@ from ..pipeline import ProgressiveVAEPipeline
 
 
 class Classifier(nn.Sequential):
-    """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1]: a yardstick.
-    That of colored images, which are harder to tell apart, is deeper, with batch norm.
+    """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1].
 
-    Images may come from any device; logits are on the CPU.
+    For color images it is deeper and has batch norm. It moves images to its own device and returns
+    logits on the CPU.
     """
 
     def __init__(self, num_channels: int, num_classes: int):
@@ -41,14 +41,13 @@ class Classifier(nn.Sequential):
             nn.Linear(16 * width, num_classes),
         )
         if num_channels > 1:
-            self.to(memory_format=torch.channels_last)  # a quarter quicker on CPUs
+            self.to(memory_format=torch.channels_last)  # a quarter faster on CPUs
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return super().forward(_beside(self, pixel_values)).cpu()
+        return super().forward(_to_device_of(self, pixel_values)).cpu()
 
 
-def _beside(module: nn.Module, images: Tensor) -> Tensor:
-    """Images on the device of a network."""
+def _to_device_of(module: nn.Module, images: Tensor) -> Tensor:
     return images.to(next(module.parameters()).device)
 
 
@@ -79,7 +78,7 @@ def train_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Fit the yardstick on a training split in batches of 128, for at most 20 epochs."""
+    """Train a classifier on a training split in batches of 128, for at most 20 epochs."""
     num_steps = max_train_steps
     count = dataset.limit if isinstance(dataset, PixelStream) else dataset.num_examples
     if count is not None:
@@ -110,8 +109,9 @@ def cached_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """What `train_classifier` made of this data set, read from the safetensors file `path`; it is
-    written there first where there is none, or that of another data set, length, seed or network.
+    """Return the classifier of the safetensors file `path`, or train it and write that file.
+
+    It is trained again if the file is of another data set, number of steps, seed or architecture.
 
     Raises:
         ValueError: a data set without labels.
@@ -136,7 +136,7 @@ def cached_classifier(
 
 
 class ClassifierFeatures(nn.Module):
-    """The last features of a classifier, averaged over the picture: images (B, C, H, W) in [0, 1]
+    """The last features of a classifier, averaged over positions: images (B, C, H, W) in [0, 1]
     -> (B, F) on the CPU."""
 
     def __init__(self, classifier: Classifier):
@@ -146,64 +146,69 @@ class ClassifierFeatures(nn.Module):
         self.layers = nn.Sequential(*modules[:pool])
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(_beside(self, images * 2 - 1)).mean((2, 3)).cpu()
+        return self.layers(_to_device_of(self, images * 2 - 1)).mean((2, 3)).cpu()
 
 
 class Inception(torch.nn.Module):
-    """torchmetrics' Inception network on gray or colored images in [0, 1]."""
+    """torchmetrics' Inception network on gray or color images in [0, 1]."""
 
     def __init__(self, network: torch.nn.Module):
         super().__init__()
         self.network = network
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))  # 8 bits
+        return self.network((images.expand(-1, 3, -1, -1) * 255).round().to(torch.uint8))
 
 
 @torch.no_grad()
 def features_of(extractor: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """Features (n, F) of batches of images in [0, 1]."""
+    """Return features (n, F) of batches of images in [0, 1]."""
     return torch.cat([extractor(images) for images in batches])
 
 
-class _Given(nn.Identity):
-    """Features in place of images, for torchmetrics."""
+class _PrecomputedFeatures(nn.Identity):
+    """An extractor whose inputs are features already, for torchmetrics."""
 
     def __init__(self, num_features: int):
         super().__init__()
         self.num_features = num_features
 
 
-def frechet_distance(real: Tensor, drawn: Tensor) -> float:
-    """Fréchet distance of two sets of features (n, F) (Heusel et al. 2017). It falls with n, so
-    only distances of equally many images are to be compared."""
+def frechet_distance(real: Tensor, samples: Tensor) -> float:
+    """Return the Fréchet distance of two sets of features (n, F) (Heusel et al. 2017).
+
+    It falls with n: compare only distances with equal n.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    # One process measures, and would wait for the others for ever.
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), sync_on_compute=False)
+    # Only one process computes the metric: synchronization would wait for the others forever.
+    metric = FrechetInceptionDistance(
+        feature=_PrecomputedFeatures(real.shape[1]), sync_on_compute=False
+    )
     metric.update(real, real=True)
-    metric.update(drawn, real=False)
+    metric.update(samples, real=False)
     return metric.compute().item()
 
 
-def precision_recall(real: Tensor, drawn: Tensor, num_neighbors: int = 3) -> dict[str, float]:
-    """Of two sets of features (n, F): the share of drawn ones that lie among the real ones, and of
-    real ones among the drawn ones.
+def precision_recall(real: Tensor, samples: Tensor, num_neighbors: int = 3) -> dict[str, float]:
+    """Return improved precision and recall of two sets of features (n, F).
 
-    A point lies among a set if it is nearer to one of its points than that point's k-th neighbor
-    in the set (Kynkäänniemi et al. 2019).
+    Precision is the share of samples in the manifold of the real set, recall the share of real
+    points in the manifold of the samples. The manifold of a set is the union of balls around its
+    points, each as large as the distance to its k-th neighbor (Kynkäänniemi et al. 2019).
     """
 
-    def share_among(points: Tensor, others: Tensor) -> float:
+    def coverage(points: Tensor, manifold: Tensor) -> float:
         radii = [
-            torch.cdist(part, others).kthvalue(num_neighbors + 1).values
-            for part in others.split(1000)
+            # The nearest neighbor of a point is itself.
+            torch.cdist(part, manifold).kthvalue(num_neighbors + 1).values
+            for part in manifold.split(1000)
         ]
-        radius = torch.cat(radii)  # the nearest neighbor of a point is itself
-        inside = [(torch.cdist(part, others) <= radius).any(1) for part in points.split(1000)]
-        return torch.cat(inside).double().mean().item()
+        radius = torch.cat(radii)
+        is_inside = [(torch.cdist(part, manifold) <= radius).any(1) for part in points.split(1000)]
+        return torch.cat(is_inside).double().mean().item()
 
-    return {"precision": share_among(drawn, real), "recall": share_among(real, drawn)}
+    return {"precision": coverage(samples, real), "recall": coverage(real, samples)}
 
 
 def sample_labeled(
@@ -213,22 +218,29 @@ def sample_labeled(
     batch_size: int = 250,
     preview: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Drawn uint8 images, or previews of drawn codes, and their labels, spread evenly over the
-    classes; −1 where there are none. For `codes.write_cache`."""
-    num_classes, generator = len(pipe.labels), torch.Generator().manual_seed(seed)
-    for start in tqdm(range(0, num_images, batch_size), desc="draw"):
-        numbers = torch.arange(start, min(start + batch_size, num_images))
-        labels = numbers % num_classes if num_classes else torch.full_like(numbers, -1)
-        prompt = {"class_labels": labels.tolist()} if num_classes else {}
-        drawn = pipe(
-            **prompt,
-            num_images_per_prompt=1 if num_classes else len(numbers),
+    """Sample images with labels spread evenly over the classes, in batches for `write_cache`.
+
+    Args:
+        preview: sample codes only, and decode them with the auxiliary decoders.
+
+    Yields:
+        uint8 (b, C, H, W), and class ids (b,), −1 for a model without classes.
+    """
+    num_classes = len(pipe.labels)
+    generator = torch.Generator().manual_seed(seed)
+    for start in tqdm(range(0, num_images, batch_size), desc="sample"):
+        indices = torch.arange(start, min(start + batch_size, num_images))
+        labels = indices % num_classes if num_classes else torch.full_like(indices, NO_LABEL)
+        condition = {"class_labels": labels.tolist()} if num_classes else {}
+        output = pipe(
+            **condition,
+            num_images_per_prompt=1 if num_classes else len(indices),
             generator=generator,
             output_type="pt",
             batch_size=batch_size,
             preview=preview,
         )
-        yield unit_to_uint8(drawn.images), labels
+        yield unit_to_uint8(output.images), labels
 
 
 def cached_samples(
@@ -239,30 +251,40 @@ def cached_samples(
     seed: int,
     batches: Iterable[tuple[Tensor, Tensor]],
 ) -> GridDataset:
-    """Drawn images (C, H, W) and their labels, as drawing takes minutes, from the cache `folder`;
-    where that is not what these models draw, `batches` are written there first."""
+    """Return samples and their labels from the cache `folder`, as sampling takes minutes.
+
+    If the cache is of other weights, seed or number of images, `batches` are written there first.
+
+    Args:
+        models: all that samples depend on.
+        shape: (C, H, W).
+        batches: as `sample_labeled` yields them.
+    """
     digest = hashlib.sha256()
     for model in models:
         for value in model.state_dict().values():
             digest.update(value.float().cpu().numpy().tobytes())
-    manifest = Manifest(digest.hexdigest(), f"drawn {seed}", str(num_images), shape, 256)
+    manifest = Manifest(digest.hexdigest(), f"samples, seed {seed}", str(num_images), shape, 256)
     return cached(folder, manifest, batches)
 
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000) -> float:
-    """The share of labeled images whose label a classifier of pixel values in [−1, 1] predicts.
+    """Return the share of labeled images that the classifier predicts correctly.
+
+    Args:
+        classifier: of pixel values (B, C, H, W) in [−1, 1].
 
     Raises:
         ValueError: no image has a label.
     """
-    right = count = 0
+    num_correct = num_labeled = 0
     for images, labels in dataset.batches(batch_size):
-        right += int((classifier(uint8_to_signed(images)).argmax(1) == labels).sum())
-        count += int((labels != NO_LABEL).sum())
-    if not count:
+        num_correct += int((classifier(uint8_to_signed(images)).argmax(1) == labels).sum())
+        num_labeled += int((labels != NO_LABEL).sum())
+    if not num_labeled:
         raise ValueError(f"expected labels in {dataset.folder}, got none")
-    return right / count
+    return num_correct / num_labeled
 
 
 def distance_of_samples(
@@ -273,14 +295,18 @@ def distance_of_samples(
     seed: int = 0,
     batch_size: int = 250,
 ) -> float:
-    """Fréchet distance of so many drawn images, their labels spread evenly over the classes, to
-    as many held-out ones, the first, in the features of a classifier."""
+    """Return the Fréchet distance between samples and held-out images.
+
+    Args:
+        classifier: whose features are compared.
+        dataset: of held-out images, of which the first `num_images` are used.
+        num_images: to sample, with labels spread evenly over the classes.
+    """
     extractor = ClassifierFeatures(classifier)
-    real, drawn = (
-        features_of(extractor, (uint8_to_unit(images) for images, _ in batches))[:num_images]
-        for batches in (
-            islice(dataset.batches(batch_size), math.ceil(num_images / batch_size)),
-            sample_labeled(pipe, num_images, seed, batch_size),
-        )
-    )
-    return frechet_distance(real, drawn)
+
+    def features(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        return features_of(extractor, (uint8_to_unit(images) for images, _ in batches))[:num_images]
+
+    num_batches = math.ceil(num_images / batch_size)
+    real = features(islice(dataset.batches(batch_size), num_batches))
+    return frechet_distance(real, features(sample_labeled(pipe, num_images, seed, batch_size)))

@@ -134,7 +134,13 @@ def train(
                 each.on_top = phase != "all"
         check_fit(chosen, configs, size)
         run = Run(
-            read.run, accelerator, len(configs), {}, names, source.forms, checkpoints=checkpoints
+            read.run,
+            accelerator,
+            len(configs),
+            {},
+            names,
+            source.augmentation,
+            checkpoints=checkpoints,
         )
         is_first = phase in ("all", names_of_all[0])
         given_parts = {

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from ..evaluation.throughput import has_bf16
 from ..models.layers import ZeroLinear
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero (Jordan et al. 2024)
@@ -107,3 +106,13 @@ def matrices_and_others(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.P
         [parameter for parameter in parameters if id(parameter) in hidden],
         [parameter for parameter in parameters if id(parameter) not in hidden],
     )
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices in bf16 at full speed.
+
+    CPUs without wide vectors emulate bf16: a training step takes at least ten times as long as in
+    fp32.
+    """
+    wide_vectors = ("AVX512", "AMX", "SVE")
+    return device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith(wide_vectors)

@@ -30,7 +30,6 @@ from ..configuration.validation import MAX_LEVELS, grid_sizes
 from ..data.augmentation import IDENTITY, Augmentation, AugmentedDataset
 from ..data.code_cache import GridDataset, Manifest, write_cache
 from ..data.streaming import PixelStream
-from ..evaluation.throughput import has_bf16
 from ..models.fingerprint import fingerprint
 from ..models.level import ProgressiveVAELevel
 from ..paths import replacing
@@ -38,6 +37,7 @@ from ..serialization import read_json, write_json
 from .args import RunSettings
 from .checkpoints import Checkpoints, check_identity, errors_of_writing, is_sharded
 from .lock import alone
+from .muon import has_bf16
 
 HISTORY, PHASES, REPLACED = "history.json", "phases.json", ".replaced"
 

@@ -1,4 +1,4 @@
-"""Distances of patches, on shifts that are known."""
+"""Sliced Wasserstein distances between images with known differences."""
 
 import pytest
 import torch
@@ -28,24 +28,26 @@ def test_a_pyramid_adds_up_to_its_image():
     images = smooth(2, 0)
     pyramid = laplacian_pyramid(images)
     assert [level.shape[-1] for level in pyramid] == [64, 32, 16]
-    whole = pyramid[-1]
+    image = pyramid[-1]
     for level in reversed(pyramid[:-1]):
         size = level.shape[-2:]
-        whole = level + F.interpolate(whole, size, mode="bilinear", align_corners=False)
-    assert torch.allclose(whole, images, atol=1e-5)
+        image = level + F.interpolate(image, size, mode="bilinear", align_corners=False)
+    assert torch.allclose(image, images, atol=1e-5)
 
 
-def test_each_scale_sees_its_own_shift():
+def test_each_scale_measures_its_own_difference():
     real, others = smooth(40, 0), smooth(40, 1)
     same = distances(real, others)
     assert distances(real, real) == [0.0, 0.0, 0.0]
-    striped = distances(real, others + 0.05 * (torch.arange(64) % 2))  # a pixel wide: texture alone
-    assert striped[0] > 3 * same[0] and striped[2] < 2 * same[2]
-    bands = distances(real, smooth(40, 1, (5, 1)))  # of the same texture: shapes alone
+    stripes = distances(
+        real, others + 0.05 * (torch.arange(64) % 2)
+    )  # one pixel wide: texture only
+    assert stripes[0] > 3 * same[0] and stripes[2] < 2 * same[2]
+    bands = distances(real, smooth(40, 1, (5, 1)))  # same texture, other shapes
     assert bands[2] > 2 * same[2] and bands[0] < 2 * same[0]
 
 
-def test_images_without_room():
+def test_images_smaller_than_a_patch_raise():
     assert len(patches_of([torch.rand(3, 1, 8, 8)], 3)) == 1
     with pytest.raises(ValueError, match="at least 7×7"):
         patches_of([torch.rand(3, 1, 5, 7)], 3)

@@ -1,4 +1,4 @@
-"""More training images than there are: of the finest level in other forms, and crops."""
+"""Augmentation of the finest level's training images, and crops."""
 
 from itertools import permutations
 
@@ -29,14 +29,14 @@ def cached(folder, grids):
     return GridDataset(folder, manifest)
 
 
-def test_all_forms_of_a_square_and_no_others(tmp_path):
+def test_a_square_has_all_24_transforms(tmp_path):
     grids = torch.randint(256, (5, 3, 4, 4), generator=torch.Generator().manual_seed(0))
-    found = AugmentedDataset(cached(tmp_path, grids), Augmentation(rotation=True, colors=True))
-    assert len(found) == 5 * 24
-    rows = found.__getitems__(list(range(len(found))))
-    assert [row["index"] for row in rows] == list(range(len(found)))
+    dataset = AugmentedDataset(cached(tmp_path, grids), Augmentation(rotation=True, colors=True))
+    assert len(dataset) == 5 * 24
+    rows = dataset.__getitems__(list(range(len(dataset))))
+    assert [row["index"] for row in rows] == list(range(len(dataset)))
     assert [row["label"] for row in rows] == 24 * list(range(5))
-    assert all(torch.equal(rows[i]["grid"], grids[i]) for i in range(5))  # as they are
+    assert all(torch.equal(rows[i]["grid"], grids[i]) for i in range(5))  # the identity
     expected = {
         np.rot90(grids[3][list(order)], turns, (1, 2)).tobytes()
         for order in permutations(range(3)) for turns in range(4)
@@ -44,19 +44,19 @@ def test_all_forms_of_a_square_and_no_others(tmp_path):
     assert {row["grid"].numpy().tobytes() for row in rows[3::5]} == expected and len(expected) == 24
 
 
-def test_what_is_no_square_keeps_its_shape(tmp_path):
+def test_rotations_of_other_rectangles_keep_the_shape(tmp_path):
     grids = torch.randint(256, (2, 1, 3, 5), generator=torch.Generator().manual_seed(0))
-    found = AugmentedDataset(cached(tmp_path, grids), Augmentation(rotation=True))
-    assert len(found) == 4 and torch.equal(found[2]["grid"], grids[0].flip(-1, -2))
+    dataset = AugmentedDataset(cached(tmp_path, grids), Augmentation(rotation=True))
+    assert len(dataset) == 4 and torch.equal(dataset[2]["grid"], grids[0].flip(-1, -2))
 
 
-def test_the_finest_level_alone_learns_from_them(tmp_path):
+def test_only_the_finest_level_trains_on_augmented_images(tmp_path):
     images = colored(30, 8, 8)
     recipe = {**RECIPE, "data": {"random_rotation": True, "random_colours": True}}
     pipe = train(recipe, images, tmp_path)
     codes = GridDataset(tmp_path / "cache" / "level_2" / "train")
     pixels = GridDataset(tmp_path / "cache" / "pixels" / "train")
-    assert len(codes) == len(pixels) == 27  # what is coarser, from the images as they are
+    assert len(codes) == len(pixels) == 27  # coarser levels train on the original images
     expected = pipe.level_2.encode(pixels.batch(slice(0, 27))[0].float() / 127.5 - 1)
     assert torch.equal(codes.batch(slice(0, 27))[0], expected)
     with pytest.raises(ValueError, match="forms"):
@@ -67,32 +67,32 @@ def test_the_finest_level_alone_learns_from_them(tmp_path):
     assert before != (tmp_path / "plain" / "level_2" / "model.safetensors").read_bytes()
 
 
-def test_a_decoder_of_codes_in_all_forms(tmp_path):
-    """Its codes are those of the form at hand, which no cache holds."""
+def test_a_decoder_trains_on_the_codes_of_augmented_images(tmp_path):
+    """No cache holds these codes: they are computed in each step."""
     levels = {**RECIPE["levels"], "auxiliary_hidden_size": 8, "encoder_fit": {"max_train_steps": 2}}
     recipe = {**RECIPE, "levels": levels, "data": {"random_colours": True}}
     train(recipe, colored(20, 8, 8), tmp_path)
     assert len(GridDataset(tmp_path / "cache" / "level_2" / "train")) == 18
-    train(recipe, colored(20, 8, 8), tmp_path)  # all is done
+    train(recipe, colored(20, 8, 8), tmp_path)  # nothing is left to train
 
 
-def test_a_stream_comes_in_forms(tmp_path):
+def test_images_of_a_stream_are_augmented(tmp_path):
     for i, image in enumerate(colored(20, 4, 4)):
         image.save(tmp_path / f"{i}.png")
     settings = DataSettings(train_data_dir=str(tmp_path), streaming=True, eval_fraction=0.2)
     table = load_images(settings).splits["train"]
     manifest = Manifest("", "x", "train", (3, 4, 4), 256)
     columns = {"image_column": "image", "label_column": None, "buffer_size": 1}
-    stream = PixelStream(table, manifest, forms=Augmentation(colors=True), **columns)
+    stream = PixelStream(table, manifest, augmentation=Augmentation(colors=True), **columns)
     plain = next(iter(stream.batches(100)))[0]
     assert torch.equal(plain, next(iter(PixelStream(table, manifest, **columns).batches(100)))[0])
     orders = set()
     for row, _ in zip(stream, range(200), strict=False):
-        (found,) = (
+        (order,) = (
             order for grid in plain for order in permutations(range(3))
             if torch.equal(grid[list(order)], row["grid"])
         )  # fmt: skip
-        orders.add(found)
+        orders.add(order)
     assert len(orders) == 6
 
 
@@ -102,11 +102,13 @@ def test_crops_of_each_training_image(tmp_path):
     source = open_dataset(settings, images)
     pixels = source.pixels(tmp_path, Accelerator(cpu=True))
     assert len(pixels["test"]) == 2 and len(pixels["train"]) == 18 * 30 * 2
-    wholes = [np.asarray(row["image"]).transpose(2, 0, 1) for row in source.splits["train"]]
+    originals = [np.asarray(row["image"]).transpose(2, 0, 1) for row in source.splits["train"]]
     grids = pixels["train"].batch(slice(0, 30))[0].numpy()
-    assert np.array_equal(grids[0], wholes[0][..., 1:7])  # from the middle
-    places = {i for g in grids for i in range(4) if np.array_equal(g, wholes[0][..., i : i + 6])}
-    assert places == {0, 1, 2, 3}
+    assert np.array_equal(grids[0], originals[0][..., 1:7])  # the center crop
+    offsets = {
+        i for g in grids for i in range(4) if np.array_equal(g, originals[0][..., i : i + 6])
+    }
+    assert offsets == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -117,12 +119,12 @@ def test_crops_of_each_training_image(tmp_path):
         (dict(num_crops=0), "num_crops >= 1"),
     ],
 )
-def test_crops_that_cannot_be(settings, message):
+def test_invalid_crops(settings, message):
     with pytest.raises(ValueError, match=message):
         DataSettings(**settings)
 
 
-def test_gray_pictures_have_no_other_colors():
+def test_gray_images_have_no_channel_permutations():
     gray = [image.convert("L") for image in colored(4, 4, 4)]
-    with pytest.raises(ValueError, match="random_colours=False of gray pictures"):
+    with pytest.raises(ValueError, match="random_colours=False for gray images"):
         open_dataset(DataSettings(random_colours=True), gray)

@@ -21,7 +21,7 @@ from progressive_vae.evaluation.likelihood import code_use, evaluate, label_accu
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Dark and light images, labeled so."""
+    """Dark images with the label 0 and light ones with the label 1."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(256) % 2
     grids = torch.randint(100, (256, 3, 5, 7), generator=generator) + 150 * labels.view(-1, 1, 1, 1)
@@ -36,37 +36,37 @@ def test_code_use():
     assert use["codes_used"] == 1 and use["codebook_perplexity"] == pytest.approx(1)
 
 
-def test_figures_over_a_split_are_those_of_the_pipeline(dataset):
+def test_metrics_of_a_split_agree_with_the_pipeline(dataset):
     pipe = tiny_pipeline()
-    figures = evaluate(pipe, dataset, batch_size=100)
+    metrics = evaluate(pipe, dataset, batch_size=100)
     images = dataset.batch(slice(0, 256))[0].to(torch.uint8)
     for name, bits in pipe.bits_per_dim(images).items():
-        assert figures["bits_per_dim"][name] == pytest.approx(bits, rel=1e-4)
+        assert metrics["bits_per_dim"][name] == pytest.approx(bits, rel=1e-4)
     for i, codes in enumerate(pipe.encode(images), 1):
-        assert figures["codes"][f"level_{i}"]["codes_used"] == len(codes.unique())
+        assert metrics["codes"][f"level_{i}"]["codes_used"] == len(codes.unique())
 
 
-def test_labels_are_kept_by_images_and_lost_by_a_model_of_noise(dataset):
+def test_label_accuracy_of_images_and_of_an_untrained_model(dataset):
     classifier = train_classifier(dataset, num_classes=2)
     accuracy = label_accuracy(tiny_pipeline(), classifier, dataset)
     assert list(accuracy) == ["images", "level_1", "level_2", "level_3"]
     assert accuracy["images"] > 0.95 > 0.8 > accuracy["level_1"]
 
 
-def test_labels_of_previews(dataset):
+def test_label_accuracy_of_previews(dataset):
     classifier, pipe = train_classifier(dataset, num_classes=2), pipeline_of(**AUXILIARY)
     accuracy = label_accuracy(pipe, classifier, dataset, batch_size=100)
-    views = [f"{view}level_{i}" for view in ("", "preview_of_") for i in (1, 2)]
-    assert list(accuracy) == ["images", *views]
+    kinds = [f"{kind}level_{i}" for kind in ("", "preview_of_") for i in (1, 2)]
+    assert list(accuracy) == ["images", *kinds]
     grids, labels = dataset.batch(slice(0, 256))
     for i in (1, 2):
-        shown = pipe.preview(grids.to(torch.uint8), i, "pt")
-        right = classifier(shown * 2 - 1).argmax(1) == labels
-        share = right.double().mean().item()
+        images = pipe.preview(grids.to(torch.uint8), i, "pt")
+        is_correct = classifier(images * 2 - 1).argmax(1) == labels
+        share = is_correct.double().mean().item()
         assert accuracy[f"preview_of_level_{i}"] == pytest.approx(share, abs=0.01)
 
 
-def test_a_classifier_is_kept_until_its_network_is_another(dataset, tmp_path):
+def test_a_cached_classifier_is_trained_again_for_another_architecture(dataset, tmp_path):
     path, pixel_values = tmp_path / "classifier.safetensors", torch.rand(3, 3, 5, 7)
     first = cached_classifier(path, dataset, 3)
     weights = path.read_bytes()
@@ -79,16 +79,16 @@ def test_a_classifier_is_kept_until_its_network_is_another(dataset, tmp_path):
     assert load_file(path).keys() == first.state_dict().keys()
 
 
-def test_drawn_images_have_the_classes_that_any_factor_knows():
-    told = tiny_level(num_channels=1, num_classes=3)
-    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[2, 2]), [told], (4, 4))
+def test_samples_are_spread_over_the_classes_of_any_factor():
+    level = tiny_level(num_channels=1, num_classes=3)
+    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[2, 2]), [level], (4, 4))
     pipe.set_progress_bar_config(disable=True)
     parts = list(sample_labeled(pipe, 7, batch_size=4))
     assert torch.cat([labels for _, labels in parts]).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert torch.cat([images for images, _ in parts]).shape == (7, 1, 4, 4)
 
 
-def test_the_frechet_distance_of_gaussians():
+def test_frechet_distance_of_gaussians():
     """|μ − ν|² + tr(Σ + Τ − 2 √ΣΤ), here with diagonal covariances."""
     generator = torch.Generator().manual_seed(0)
     one, two = torch.randn(2, 100_000, 2, generator=generator).double()

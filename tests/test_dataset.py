@@ -28,7 +28,7 @@ def table(images, **columns):
     )
 
 
-def pictures(*modes, size=(4, 3)):
+def images_of_modes(*modes, size=(4, 3)):
     return [PIL.Image.new(mode, size) for mode in modes]
 
 
@@ -88,13 +88,13 @@ def test_resolution_and_crop_only_when_asked():
 @pytest.mark.parametrize(
     ("modes", "shape", "message"),
     [
-        (("L", "RGB"), (1, 3, 4), "expected gray images.*color .RGB.: index 1; --image_mode"),
+        (("L", "RGB"), (1, 3, 4), "expected gray images.*color .RGB.: index 1; .*--image_mode"),
         (("L",), (1, 4, 4), r"all images of \(C, H, W\) = \(1, 4, 4\), got \(1, 3, 4\): index 0"),
     ],
 )
-def test_images_that_do_not_fit(modes, shape, message):
+def test_images_of_another_mode_or_shape_raise(modes, shape, message):
     with pytest.raises(ValueError, match=message):
-        list(read_images(table(pictures(*modes)), "image", None, shape))
+        list(read_images(table(images_of_modes(*modes)), "image", None, shape))
 
 
 @pytest.mark.parametrize(
@@ -105,19 +105,19 @@ def test_images_that_do_not_fit(modes, shape, message):
         (dict(train_data_dir="/no/such/folder"), "train_data_dir to be a folder"),
     ],
 )
-def test_bad_sources(arguments, message):
+def test_invalid_sources(arguments, message):
     with pytest.raises(ValueError, match=message):
         load_images(DataSettings(**arguments))
 
 
-def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
+def test_unreadable_images_are_left_out_and_named(tmp_path):
     folder = tmp_path / "one"
     folder.mkdir()
-    for i, image in enumerate(pictures("L", "L", "L", "L")):
+    for i, image in enumerate(images_of_modes("L", "L", "L", "L")):
         image.save(folder / f"{i}.png")
-    (folder / "1.png").write_bytes(b"no picture at all")
-    whole = (folder / "2.png").read_bytes()
-    (folder / "2.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "1.png").write_bytes(b"not an image")
+    contents = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(contents[: len(contents) // 2])
     images = table([str(folder / f"{i}.png") for i in range(4)])
     with pytest.warns(UserWarning, match="left out 2 images: .*1.png.*2.png"):
         ((grids, labels),) = pixel_batches(read_images(images, "image", None, (1, 3, 4)))
@@ -125,7 +125,7 @@ def test_images_that_cannot_be_read_are_left_out_counted_and_named(tmp_path):
 
 
 def png_of(width, height):
-    """A file of a few bytes that says it has so many pixels."""
+    """A file of a few bytes whose header claims this many pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
     file = b"\x89PNG\r\n\x1a\n"
@@ -135,7 +135,7 @@ def png_of(width, height):
     return file
 
 
-def file_of_kind(kind, size=(40, 30), **options):
+def file_of_format(kind, size=(40, 30), **options):
     rng = np.random.default_rng(0)
     file = io.BytesIO()
     pixels = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -149,8 +149,8 @@ def file_of_kind(kind, size=(40, 30), **options):
      ("BMP", slice(28, 30), b"\xff\xff"), ("TIFF", slice(8, 60), b"\xff" * 52),
      ("GIF", slice(6, 12), b"\xff" * 6), ("WEBP", slice(16, 40), b"\0" * 24)],
 )  # fmt: skip
-def test_a_damaged_file_of_any_format_is_refused(kind, place, value):
-    file = file_of_kind(kind)
+def test_a_damaged_file_of_any_format_raises(kind, place, value):
+    file = file_of_format(kind)
     assert decode({"bytes": bytes(file), "path": None}).image.size == (40, 30)
     file[place] = value
     with pytest.raises(ValueError):
@@ -158,20 +158,20 @@ def test_a_damaged_file_of_any_format_is_refused(kind, place, value):
 
 
 def test_bombs_nulls_and_missing_files_are_left_out_and_named(tmp_path):
-    whole = bytes(file_of_kind("PNG", (4, 3)))
-    files = [whole, png_of(20_000, 20_000), None, b"", whole]
+    valid = bytes(file_of_format("PNG", (4, 3)))
+    files = [valid, png_of(20_000, 20_000), None, b"", valid]
     rows = [{"bytes": file, "path": None} for file in files]
     rows[2] = None
     images = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
     images.to_parquet(tmp_path / "train.parquet")
     columns = dict(image_column="image", label_column=None, shape=(3, 3, 4))
     for streaming in (False, True):
-        found = datasets.load_dataset(
+        table_or_stream = datasets.load_dataset(
             "parquet", data_files=str(tmp_path / "train.parquet"), streaming=streaming
         )["train"]
         words = "left out 3 images: (?=.*index 1)(?=.*index 2)(?=.*index 3).*more than 134217728"
         with pytest.warns(UserWarning, match=words):
-            assert len(list(read_images(found, **columns))) == 2
+            assert len(list(read_images(table_or_stream, **columns))) == 2
     with pytest.warns(UserWarning, match=r"left out 5 images: .*more than 11 pixels"):
         assert not list(read_images(images, **columns, max_image_pixels=11))
     gone = table([{"bytes": None, "path": str(tmp_path / "gone.png")}])
@@ -180,15 +180,15 @@ def test_bombs_nulls_and_missing_files_are_left_out_and_named(tmp_path):
 
 
 def test_a_limit_above_that_of_pillow():
-    before = PIL.Image.MAX_IMAGE_PIXELS
+    previous = PIL.Image.MAX_IMAGE_PIXELS
     try:
         PIL.Image.MAX_IMAGE_PIXELS = 100
-        value = {"bytes": bytes(file_of_kind("PNG")), "path": None}
+        value = {"bytes": bytes(file_of_format("PNG")), "path": None}
         assert decode(value, 10_000).image.size == (40, 30)
         with pytest.raises(ValueError, match="more than 1199 pixels: 40×30"):
             decode(value, 1199)
     finally:
-        PIL.Image.MAX_IMAGE_PIXELS = before
+        PIL.Image.MAX_IMAGE_PIXELS = previous
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_a_limit_above_that_of_pillow():
     [dict(resolution=0), dict(max_train_samples=0), dict(max_eval_samples=-1),
      dict(max_image_pixels=0), dict(shuffle_buffer_size=0)],
 )  # fmt: skip
-def test_numbers_of_a_source_are_positive(wrong):
+def test_settings_that_must_be_positive(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"expected {name} >= 1, got {value}"):
         open_dataset(DataSettings(dataset_name="digits", **wrong))
@@ -207,12 +207,12 @@ def test_every_mode_of_8_bits_becomes_color(mode):
     gray = PIL.Image.new("L", (4, 3), 255)
     first = PIL.Image.new("RGB", (4, 3))
     last = gray.convert("RGB" if mode == "LA" else "L").convert(mode)
-    if mode == "YCbCr":  # as `datasets` keeps it
+    if mode == "YCbCr":  # as `datasets` stores it
         try:
             last.save(file := io.BytesIO(), "TIFF")
             PIL.Image.open(file).load()
         except OSError as error:
-            pytest.skip(f"this Pillow does not read the picture that it writes: {error}")
+            pytest.skip(f"this Pillow does not read the image that it writes: {error}")
     images = table([first, last])
     (_, (array, _)) = read_images(images, "image", None, (3, 3, 4))
     assert array.dtype == np.uint8 and array.min() >= 254
@@ -228,16 +228,16 @@ def test_palettes_are_read_as_color_and_transparency_on_white():
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_more_than_8_bits_is_left_out_and_named(mode):
     with pytest.warns(UserWarning, match=f"left out 1 images: more than 8 bits.*{mode}.*index 0"):
-        read = list(read_images(table(pictures(mode, "L")), "image", None, (1, 3, 4)))
+        read = list(read_images(table(images_of_modes(mode, "L")), "image", None, (1, 3, 4)))
     assert len(read) == 1
 
 
 def test_a_missing_column():
-    images = table(pictures("L", "L")).rename_column("image", "scan")
+    images = table(images_of_modes("L", "L")).rename_column("image", "scan")
     with pytest.raises(ValueError, match="image_column among .*'scan'.*got none of the usual"):
         find_image_column(images)
     assert find_image_column(images, "scan") == "scan"
-    numbers = table(pictures("L", "L"), label=[0, 1])
+    numbers = table(images_of_modes("L", "L"), label=[0, 1])
     for wrong in (numbers, numbers.to_iterable_dataset()):
         with pytest.raises(ValueError, match="image_column of images or their files, got Value"):
             find_image_column(wrong, "label")
@@ -247,7 +247,7 @@ def test_a_missing_column():
 
 def test_an_empty_split(tmp_path):
     for split, count in (("train", 3), ("test", 0)):
-        images = table(pictures(*["L"] * count))
+        images = table(images_of_modes(*["L"] * count))
         images.to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
     with pytest.raises(ValueError, match='one image in each split in .*"test" corresponds to no'):
         load_images(DataSettings(train_data_dir=str(tmp_path)))
