@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from baselines.vqvae_transformer import VQVAETransformer
 from jsonargparse import ArgumentParser
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,6 @@ from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.scripts import run_script, save_image
 from progressive_vae.serialization import read_json, write_json, write_text
 from progressive_vae.training import train
-from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
 from progressive_vae.training.recipe import read_recipe
@@ -110,12 +110,12 @@ class Arguments:
 
 def afternoon(
     folder: Path, run: Run, minutes: float, dtype: torch.dtype
-) -> tuple[Afternoon, dict[str, float]]:
+) -> tuple[VQVAETransformer, dict[str, float]]:
     """Trained, or as it was saved in `folder`; and images a second of its training."""
     channels, height, width = run.image_shape
     size = height // 4, width // 4
     device = run.accelerator.device
-    model = Afternoon(channels, len(run.class_names), size, run.settings.seed, device)
+    model = VQVAETransformer(channels, len(run.class_names), size, run.settings.seed, device)
     if (folder / "costs.json").is_file():
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -195,16 +195,18 @@ class Yardstick:
 
 @torch.no_grad()
 def speeds_of_afternoon(
-    model: Afternoon, images: Tensor, costs: dict[str, float]
+    model: VQVAETransformer, images: Tensor, costs: dict[str, float]
 ) -> dict[str, float]:
     pixel_values, count = uint8_to_signed(images.to(model.device)), len(images)
     some = torch.arange(count) % model.num_classes
     return {
-        "drawn, batch 1": rate(lambda: model.draw(some[:1], False), 1),
-        f"drawn, batch {count}": rate(lambda: model.draw(some, False), count),
-        f"drawn with a key-value cache, batch {count}": rate(lambda: model.draw(some, True), count),
+        "drawn, batch 1": rate(lambda: model.sample(some[:1], False), 1),
+        f"drawn, batch {count}": rate(lambda: model.sample(some, False), count),
+        f"drawn with a key-value cache, batch {count}": rate(
+            lambda: model.sample(some, True), count
+        ),
         "encoded": rate(lambda: model.vae(pixel_values), count),
-        "GFLOP to draw an image": operations(lambda: model.draw(some[:8], False)) / 8e9,
+        "GFLOP to draw an image": operations(lambda: model.sample(some[:8], False)) / 8e9,
         **{f"trained on, {name}": value for name, value in costs.items()},
     }
 

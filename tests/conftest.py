@@ -21,6 +21,7 @@ os.environ |= {
 }
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,11 @@ def load_script(name: str, folder: str = "examples"):
     path = Path(__file__).parents[1] / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # as Python does when it runs a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     main = module.main
 
     def fresh_main(arguments):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser
 
 from ..paths import expand_home
-from ..scripts import run_script as run_script
 
 Result = TypeVar("Result")
 
