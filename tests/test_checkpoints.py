@@ -85,7 +85,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(stopped):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(
-            ValueError, match="expected (a whole checkpoint, got|JSON in) .*00000010.*delete"
+            ValueError, match="expected (a complete checkpoint, got|JSON in) .*00000010.*delete"
         ):
             script.main(flags)
         flipped = bytearray(whole)
@@ -159,17 +159,17 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
     """As that of Ctrl-C is in a job that a shell started in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Checkpoints(tmp_path).listening():
+        with Checkpoints(tmp_path).handle_signals():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
-    with Checkpoints(tmp_path).listening():
+    with Checkpoints(tmp_path).handle_signals():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_the_path_of_a_checkpoint_in_the_home_folder(stopped, monkeypatch):
     monkeypatch.setenv("HOME", str(stopped))
-    (checkpoint,) = Checkpoints(stopped, resume="~/checkpoint-level_2-00000005").named()
+    checkpoint = Checkpoints(stopped, resume="~/checkpoint-level_2-00000005").explicit_path
     assert checkpoint == (stopped / "checkpoint-level_2-00000005").resolve()

@@ -230,13 +230,13 @@ def test_other_images_in_the_same_folder_when_told(tmp_path):
 
 
 def test_sigterm_in_the_last_validation_ends_the_run(tmp_path, monkeypatch):
-    show = Run.show
+    log_validation = Run.log_validation
 
-    def show_and_stop(run, *arguments):
-        show(run, *arguments)
+    def log_and_stop(run, *arguments):
+        log_validation(run, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Run, "show", show_and_stop)
+    monkeypatch.setattr(Run, "log_validation", log_and_stop)
     with pytest.raises(SystemExit) as stopped:
         train(RECIPE, pictures(), tmp_path)
     assert stopped.value.code == 0 and (tmp_path / "level_2").is_dir()

@@ -8,7 +8,7 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.recipe import read_recipe
-from progressive_vae.training.resume import given_levels
+from progressive_vae.training.resume import pretrained_levels
 
 
 def test_sections_of_levels_win_over_what_is_said_of_all():
@@ -32,7 +32,7 @@ def test_extend_takes_the_levels_that_the_index_names(tmp_path):
     assert (tmp_path / "level_3").is_dir()  # an earlier pipeline left it
     recipe = read_recipe({"run": {"extend": str(tmp_path), "output_dir": str(tmp_path / "run")}})
     assert len(recipe.levels) == 2
-    assert given_levels(recipe) == {2: tmp_path / "level_1"}
+    assert pretrained_levels(recipe) == {2: tmp_path / "level_1"}
 
 
 def test_overrides_win_whatever_they_are_said_of():

@@ -1,7 +1,7 @@
 """Baseline: a VQ-VAE with one code grid and an autoregressive transformer over its codes.
 
-The decoder minimizes the squared error. Source: van den Oord et al. 2017; here a transformer replaces
-the PixelCNN.
+The decoder minimizes the squared error. Source: van den Oord et al. 2017; here a transformer
+replaces the PixelCNN.
 """
 
 import math

@@ -9,7 +9,7 @@ from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.training import fit as fitting
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.checkpoints import Checkpoints
-from progressive_vae.training.fit import fit
+from progressive_vae.training.fit import Fit
 
 NAN, INF = float("nan"), float("inf")
 
@@ -76,7 +76,7 @@ def fitted(data, **settings):
     def to_inputs(batch):
         return {"finer": batch["grid"] / 127.5 - 1}
 
-    for _ in fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"}):
+    for _ in Fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"}):
         pass
     return level.state_dict()
 
@@ -123,8 +123,8 @@ def test_a_fit_lasts_as_long_as_it_is_told_to(data, tmp_path, monkeypatch, stop_
             return {"finer": batch["grid"] / 127.5 - 1}
 
         identity = {"phase": "x"}
-        told = {"run": run, "checkpoints": checkpoints, "seconds": 30, "began": began}
-        for _ in fit(level, data, to_inputs, accelerator, settings, identity, **told):
+        told = {"run": run, "checkpoints": checkpoints, "seconds": 30, "start_time": began}
+        for _ in Fit(level, data, to_inputs, accelerator, settings, identity, **told):
             clock.now += 2
         return clock.now - began
 
@@ -155,7 +155,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, steps
     checkpoints = Checkpoints(tmp_path, every=2, total_limit=1)
     options = {"run": run, "checkpoints": checkpoints}
     with pytest.raises(FloatingPointError, match="of x became .* learning_rate .*-x-00000002$"):
-        for _ in fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"},
+        for _ in Fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"},
                      **options):  # fmt: skip
             raise AssertionError("it was validated")
     assert [path.name for path in checkpoints.all()] == ["checkpoint-x-00000002"]
