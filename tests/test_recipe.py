@@ -194,6 +194,13 @@ def test_a_key_that_stands_twice(tmp_path, text, words):
         read_recipe(path)
 
 
+def test_alias_inside_its_own_anchor_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("level_1: &a {fit: *a}")
+    with pytest.raises(ValueError, match=f"expected YAML in {path}, got .*recursive"):
+        read_recipe(path)
+
+
 def test_anchors_and_merge_keys(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(
