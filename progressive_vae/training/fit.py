@@ -59,7 +59,7 @@ class ResumableSampler(Sampler):
 
 @dataclass
 class Fit:
-    """Minimize `model(**inputs).loss`: iterating over a fit trains the model.
+    """Minimize `model(**inputs).loss`: iterating over a fit, once, trains the model.
 
     The iterator yields the progress every `validation_steps` and at the end. Then the model is in
     evaluation mode and holds the averaged weights; it stays so after the last one. If the model has
@@ -116,8 +116,9 @@ class Fit:
             if self.progress.step % self.run.logging_steps == 0 or is_final:
                 self._log(output.loss)
             if is_final:
-                self._check_weights()
+                self._check_weights()  # they replace the previous ones when the phase is saved
             if is_validation or is_final:
+                # The caller validates the averaged weights while the loop waits here.
                 self._begin_validation()
                 start = time.perf_counter()
                 yield self.progress
@@ -342,7 +343,7 @@ def _make_loader(
     run: RunSettings,
 ) -> tuple[DataLoader, ResumableSampler | PixelStream]:
     """Return the loader of this process, and what sets the position in its data (`begin_at`)."""
-    shared: dict[str, Any] = dict(
+    options: dict[str, Any] = dict(
         batch_size=batch_size,
         num_workers=run.dataloader_num_workers,
         persistent_workers=run.dataloader_num_workers > 0,
@@ -352,7 +353,7 @@ def _make_loader(
     )
     if isinstance(dataset, PixelStream):
         share = dataset.share(accelerator.process_index, accelerator.num_processes)
-        loader = DataLoader(share, **shared)
+        loader = DataLoader(share, **options)
         # The stream is divided among processes already: Accelerate only moves its batches.
         loader = prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
@@ -360,7 +361,7 @@ def _make_loader(
         return loader, share
     order = ResumableSampler(len(dataset), run.seed)
     drop_last = len(dataset) >= batch_size * accelerator.num_processes
-    loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **shared)
+    loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **options)
     return accelerator.prepare(loader), order
 
 
