@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from baselines.vqvae_transformer import VQVAETransformer
 from jsonargparse import ArgumentParser
 from PIL.Image import Image
 from safetensors.torch import load_file, save_file
@@ -66,7 +67,6 @@ from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.scripts import run_script, save_image
 from progressive_vae.serialization import read_json, write_json, write_text
 from progressive_vae.training import train
-from progressive_vae.training.afternoon import Afternoon
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
 from progressive_vae.training.muon import has_bf16
@@ -119,12 +119,12 @@ class Arguments:
 
 def trained_baseline(
     folder: Path, run: Run, minutes: float, dtype: torch.dtype
-) -> tuple[Afternoon, dict[str, float]]:
+) -> tuple[VQVAETransformer, dict[str, float]]:
     """Return the baseline, trained or read from `folder`, and images/s of its training."""
     channels, height, width = run.image_shape
     size = height // 4, width // 4
     device = run.accelerator.device
-    model = Afternoon(channels, len(run.class_names), size, run.settings.seed, device)
+    model = VQVAETransformer(channels, len(run.class_names), size, run.settings.seed, device)
     if (folder / "costs.json").is_file():
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
@@ -216,17 +216,19 @@ class SampleMetrics:
 
 
 @torch.no_grad()
-def baseline_speeds(model: Afternoon, images: Tensor, costs: dict[str, float]) -> dict[str, float]:
+def baseline_speeds(
+    model: VQVAETransformer, images: Tensor, costs: dict[str, float]
+) -> dict[str, float]:
     """Return images/s and GFLOP of the baseline, as `pipeline_speeds`."""
     pixel_values = uint8_to_signed(images.to(model.device))
     count = len(images)
     labels = torch.arange(count) % model.num_classes
     return {
-        "sampled, batch 1": rate(lambda: model.draw(labels[:1], False), 1),
-        f"sampled, batch {count}": rate(lambda: model.draw(labels, False), count),
-        f"sampled with a KV cache, batch {count}": rate(lambda: model.draw(labels, True), count),
+        "sampled, batch 1": rate(lambda: model.sample(labels[:1], False), 1),
+        f"sampled, batch {count}": rate(lambda: model.sample(labels, False), count),
+        f"sampled with a KV cache, batch {count}": rate(lambda: model.sample(labels, True), count),
         "encoded": rate(lambda: model.vae(pixel_values), count),
-        "GFLOP to sample an image": count_flops(lambda: model.draw(labels[:8], False)) / 8e9,
+        "GFLOP to sample an image": count_flops(lambda: model.sample(labels[:8], False)) / 8e9,
         **{f"trained on, {name}": value for name, value in costs.items()},
     }
 

@@ -120,7 +120,11 @@ def load_script(name: str, folder: str = "examples"):
         sys.path.append(str(path.parent))  # where the script finds modules beside it
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # as Python does when it runs a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
     main = module.main
 
     def fresh_main(arguments):

@@ -1,11 +1,11 @@
-"""Kill a training run at random moments, start it again each time, and compare its weights with
-those of a run that nobody disturbed.
+"""Kill a training run at random moments, resume it each time, and compare its weights with those of
+an undisturbed run.
 
     python tests/interruptions.py --kills 20
 
-A moment is a random time after the first sight of something that a run writes, or before it has
-written anything: while it imports, reads the data set, encodes, trains, validates, saves a
-checkpoint or a level, and between phases.
+A moment is a random time after a run has written a file, or before it has written any: while it
+imports, reads the data set, encodes, trains, validates, saves a checkpoint or a level, and between
+phases.
 """
 
 import argparse
@@ -32,21 +32,21 @@ FLAGS = (
 
 def start(output_dir: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "examples" / "train.py"), *FLAGS, *flags]
-    # A pipe that nobody reads would fill up.
+    # A pipe without a reader would fill up.
     with open(f"{output_dir}.log", "w", encoding="utf-8") as log:
         return subprocess.Popen(
             [*command, "--output_dir", str(output_dir)],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=log,
             stderr=log,
-            start_new_session=True,  # a group of its own, for signals to all its processes
+            start_new_session=True,  # a process group, for signals to all its processes
         )
 
 
 def finish(process: subprocess.Popen, output_dir: Path):
     if process.wait():
-        said = Path(f"{output_dir}.log").read_text(encoding="utf-8")
-        raise RuntimeError(f"expected training to end well, got {said[-3000:]}")
+        log = Path(f"{output_dir}.log").read_text(encoding="utf-8")
+        raise RuntimeError(f"expected exit code 0, got {process.returncode}: {log[-3000:]}")
 
 
 def weights(output_dir: Path) -> dict[str, str]:
@@ -55,7 +55,7 @@ def weights(output_dir: Path) -> dict[str, str]:
     return {path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
 
 
-# What a run writes, in this order; the names of a checkpoint say its step.
+# Files of a run in their order.
 WRITTEN = ["cache/pixels/train", "cache/pixels/test"]
 for _phase in ("level_2", "level_1", "prior", "refit_level_2"):
     WRITTEN += [f"checkpoint-{_phase}-{step:08d}.incomplete" for step in (5, 20, 35)]
@@ -65,13 +65,13 @@ for _phase in ("level_2", "level_1", "prior", "refit_level_2"):
 
 
 def disturb(output_dir: Path, kills: int, seed: int = 0) -> int:
-    """Kill a run so many times, or as often as it can be before it ends; the kills done."""
-    draws = random.Random(seed)
+    """Kill a run up to `kills` times, then let it end; return the number of kills."""
+    rng = random.Random(seed)
     for kill in range(kills):
         process = start(output_dir, "--resume_from_checkpoint", "latest")
         left = [name for name in WRITTEN if not (output_dir / name).exists()]
-        awaited = output_dir / draws.choice(["", *left])  # the folder itself: at once
-        delay = draws.uniform(0, 6) if awaited == output_dir else draws.uniform(0, 0.2)
+        awaited = output_dir / rng.choice(["", *left])  # "" is the folder itself
+        delay = rng.uniform(0, 6) if awaited == output_dir else rng.uniform(0, 0.2)
         while process.poll() is None and not awaited.exists():
             time.sleep(0.002)
         try:

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends with the weights of one that was not."""
+"""A run that is killed and resumed ends with the weights of an undisturbed one."""
 
 import errno
 import json
@@ -25,18 +25,18 @@ def undisturbed(tmp_path_factory):
     return output_dir
 
 
-def test_killed_and_started_again_the_weights_are_the_same(undisturbed, tmp_path):
+def test_killed_and_resumed_runs_have_the_same_weights(undisturbed, tmp_path):
     output_dir = tmp_path / "run"
     assert len(weights(undisturbed)) == 3
     assert disturb(output_dir, kills=3) > 0
     assert weights(output_dir) == weights(undisturbed)
-    assert not list(output_dir.glob("checkpoint-*"))  # what is done needs none
+    assert not list(output_dir.glob("checkpoint-*"))  # finished phases need none
 
 
 @pytest.mark.parametrize(
     ("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
 )
-def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path, number, workers):
+def test_signals_save_a_checkpoint(undisturbed, tmp_path, number, workers):
     output_dir = tmp_path / "run"
     flags = ["--checkpointing_steps", "null", "--dataloader_num_workers", str(workers)]
     process = start(output_dir, *flags)
@@ -55,7 +55,7 @@ def test_told_to_stop_it_saves_and_goes_on_later(undisturbed, tmp_path, number, 
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """A run that has just written two checkpoints of level_2, and where it lies."""
+    """The folder of a run that stopped after its second checkpoint of level_2."""
     script = load_script("train")
     stop_at(monkeypatch, "checkpoint-level_2-00000010")
     with pytest.raises(SystemExit):
@@ -75,25 +75,25 @@ def stop_at(monkeypatch, name):
     monkeypatch.setattr(Checkpoints, "save", save_and_stop)
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(stopped):
+def test_damaged_checkpoints_and_other_settings_are_refused(stopped):
     script, flags = load_script("train"), [*FLAGS, "--output_dir", str(stopped), *RESUME]
     with pytest.raises(ValueError, match="with learning_rate=0.002, got learning_rate=0.001: "):
         script.main([*flags, "--levels.fit.learning_rate", "0.001"])
     newest = stopped / "checkpoint-level_2-00000010"
     for name in ("fit.pt", "identity.json", "model.safetensors", "optimizer.bin"):
         path = newest / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
         with pytest.raises(
-            ValueError, match="expected (a whole checkpoint, got|JSON in) .*00000010.*delete"
+            ValueError, match="expected (a complete checkpoint, got|JSON in) .*00000010.*delete"
         ):
             script.main(flags)
-        flipped = bytearray(whole)
-        flipped[-len(whole) // 3] ^= 1  # which may well be read
+        flipped = bytearray(content)
+        flipped[-len(content) // 3] ^= 1  # it may still be valid JSON
         path.write_bytes(flipped)
         with pytest.raises(ValueError, match=r"00000010|--overwrite_output_dir"):
             script.main(flags)
-        path.write_bytes(whole)
+        path.write_bytes(content)
     with pytest.raises(ValueError, match="resume_from_checkpoint to be 'latest' or a checkpoint"):
         script.main([*flags, "--resume_from_checkpoint", str(stopped / "nothing")])
 
@@ -106,7 +106,7 @@ def test_a_checkpoint_by_its_path(stopped, undisturbed):
     assert weights(stopped) == weights(undisturbed)
 
 
-def test_only_so_many_checkpoints_are_kept(tmp_path, monkeypatch):
+def test_checkpoints_total_limit(tmp_path, monkeypatch):
     script = load_script("train")
     stop_at(monkeypatch, "checkpoint-level_2-00000020")
     with pytest.raises(SystemExit):
@@ -117,7 +117,7 @@ def test_only_so_many_checkpoints_are_kept(tmp_path, monkeypatch):
     assert identity["phase"] == "level_2" and identity["num_processes"] == 1
 
 
-def test_starting_anew_takes_no_old_checkpoint(stopped, undisturbed):
+def test_a_new_run_ignores_old_checkpoints(stopped, undisturbed):
     script, flags = load_script("train"), [*FLAGS, "--output_dir", str(stopped)]
     with pytest.raises(ValueError, match="got .* with checkpoint-level_2-.*--overwrite_output_dir"):
         script.main(flags)
@@ -136,7 +136,7 @@ def test_starting_anew_takes_no_old_checkpoint(stopped, undisturbed):
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("when", ["checkpoint", "level"])
-def test_a_full_disk_loses_nothing(stopped, undisturbed, when, error, monkeypatch):
+def test_a_full_disk_loses_no_work(stopped, undisturbed, when, error, monkeypatch):
     script = load_script("train")
     flags = [*FLAGS, "--output_dir", str(stopped), *RESUME]
     before = {path.name for path in stopped.iterdir()}
@@ -156,20 +156,20 @@ def test_a_full_disk_loses_nothing(stopped, undisturbed, when, error, monkeypatc
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path):
-    """As that of Ctrl-C is in a job that a shell started in the background."""
+    """A shell starts background jobs with Ctrl-C ignored."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Checkpoints(tmp_path).listening():
+        with Checkpoints(tmp_path).handle_signals():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
-    with Checkpoints(tmp_path).listening():
+    with Checkpoints(tmp_path).handle_signals():
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_the_path_of_a_checkpoint_in_the_home_folder(stopped, monkeypatch):
+def test_checkpoint_in_the_home_folder(stopped, monkeypatch):
     monkeypatch.setenv("HOME", str(stopped))
-    (checkpoint,) = Checkpoints(stopped, resume="~/checkpoint-level_2-00000005").named()
+    checkpoint = Checkpoints(stopped, resume="~/checkpoint-level_2-00000005").explicit_path
     assert checkpoint == (stopped / "checkpoint-level_2-00000005").resolve()

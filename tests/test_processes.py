@@ -82,7 +82,7 @@ def losses(folder):
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags}
 
 
-HEARS = """
+SIGNAL = """
 import runpy
 import sys
 
@@ -91,13 +91,13 @@ from progressive_vae.training.checkpoints import Checkpoints
 is_due = Checkpoints.is_due
 
 
-def told_at_three(self, step, accelerator, logging_steps):
+def signal_at_three(self, step, accelerator, logging_steps):
     if step == 3 and accelerator.process_index == 1:
         self.stop()
     return is_due(self, step, accelerator, logging_steps)
 
 
-Checkpoints.is_due = told_at_three
+Checkpoints.is_due = signal_at_three
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -162,13 +162,13 @@ def test_two_processes_go_on_from_their_checkpoint(tmp_path):
     assert ours == theirs
 
 
-def test_all_stop_where_one_is_told_to(tmp_path):
-    """Processes hear of a signal at different steps; they agree on the next that is logged."""
-    (tmp_path / "hears.py").write_text(HEARS)
+def test_a_signal_to_one_process_stops_all(tmp_path):
+    """All processes stop at the next step that is logged."""
+    (tmp_path / "signal_at_three.py").write_text(SIGNAL)
     flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--phase", "level_2"]
     flags += ["--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "null"]
-    printed = launch(str(tmp_path / "hears.py"), SCRIPT, *flags)
-    assert "stopped in level_2 at step 4, which is saved" in printed
+    printed = launch(str(tmp_path / "signal_at_three.py"), SCRIPT, *flags)
+    assert "stopped in level_2 at step 4" in printed
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == [
         "checkpoint-level_2-00000004"
     ]

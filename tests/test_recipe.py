@@ -1,4 +1,4 @@
-"""A recipe: typed, in sections, and the same when it is read again."""
+"""Recipes: sections, types, overrides, YAML."""
 
 import pytest
 import yaml
@@ -8,10 +8,10 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.recipe import read_recipe
-from progressive_vae.training.resume import given_levels
+from progressive_vae.training.resume import pretrained_levels
 
 
-def test_sections_of_levels_win_over_what_is_said_of_all():
+def test_sections_of_levels_override_levels():
     recipe = read_recipe(
         {
             "levels": {"hidden_size": 32, "fit": {"learning_rate": 1e-4}},
@@ -25,34 +25,33 @@ def test_sections_of_levels_win_over_what_is_said_of_all():
     assert recipe.levels[2].refit.fit == FitSettings()
 
 
-def test_extend_takes_the_levels_that_the_index_names(tmp_path):
+def test_extend_uses_the_levels_of_the_index(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path)
     finest = tiny_level(num_channels=3)
     ProgressiveVAEPipeline(None, finest, image_size=[8, 8]).save_pretrained(tmp_path)
-    assert (tmp_path / "level_3").is_dir()  # an earlier pipeline left it
+    assert (tmp_path / "level_3").is_dir()  # of a previous pipeline
     recipe = read_recipe({"run": {"extend": str(tmp_path), "output_dir": str(tmp_path / "run")}})
     assert len(recipe.levels) == 2
-    assert given_levels(recipe) == {2: tmp_path / "level_1"}
+    assert pretrained_levels(recipe) == {2: tmp_path / "level_1"}
 
 
-def test_overrides_win_whatever_they_are_said_of():
+def test_overrides_take_precedence():
     recipe = {"level_1": {"hidden_size": 16}, "data": {"dataset_name": "digits"}}
-    found = read_recipe(recipe, {"levels": {"hidden_size": 8}, "data": {"train_data_dir": "x"}})
-    assert [level.config["hidden_size"] for level in found.levels] == [8]
-    assert found.data.dataset_name is None and found.data.train_data_dir == "x"
+    read = read_recipe(recipe, {"levels": {"hidden_size": 8}, "data": {"train_data_dir": "x"}})
+    assert [level.config["hidden_size"] for level in read.levels] == [8]
+    assert read.data.dataset_name is None and read.data.train_data_dir == "x"
 
 
-def test_a_backbone_that_names_its_kind_is_another_one():
+def test_model_type_replaces_the_backbone_config():
     recipe = {"prior": {"backbone_config": {"model_type": "opt", "ffn_dim": 8, "dropout": 0.0}}}
     same = read_recipe(recipe, {"prior": {"backbone_config": {"ffn_dim": 16}}})
-    assert same.prior.config["backbone_config"] == {
-        "model_type": "opt", "ffn_dim": 16, "dropout": 0.0
-    }  # fmt: skip
+    expected = {"model_type": "opt", "ffn_dim": 16, "dropout": 0.0}
+    assert same.prior.config["backbone_config"] == expected
     other = read_recipe(recipe, {"prior": {"backbone_config": {"model_type": "llama"}}})
     assert other.prior.config["backbone_config"] == {"model_type": "llama"}
 
 
-def test_what_is_not_said_is_what_its_owner_says():
+def test_defaults_are_those_of_configs_and_settings():
     recipe, config = read_recipe({}), ProgressiveVAELevelConfig(num_channels=1)
     assert len(recipe.levels) == 2 and recipe.levels[0].fit == FitSettings()
     (finest,) = recipe.level_configs(1, [], {})[1:]
@@ -60,7 +59,7 @@ def test_what_is_not_said_is_what_its_owner_says():
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
-def test_without_a_recipe_it_is_one_for_pictures(count):
+def test_default_recipe(count):
     recipe = read_recipe(None, {"num_levels": count, "levels": {"hidden_size": 8}})
     finest = recipe.levels[-1]
     assert finest.config["downsample"] == 4
@@ -71,21 +70,21 @@ def test_without_a_recipe_it_is_one_for_pictures(count):
     assert len(read_recipe().levels) == 3 and read_recipe({}).levels[0].encoder_fit is None
 
 
-def test_flags_win_over_the_recipe_for_pictures(tmp_path):
-    """And do not change of which level they speak."""
+def test_overrides_of_the_default_recipe(tmp_path):
+    """They do not change the number of its levels."""
     assert len(read_recipe(None, {"level_1": {"hidden_size": 96}}).levels) == 3
     assert len(read_recipe(None, {"level_5": {"hidden_size": 96}}).levels) == 5
-    for said in (
+    for overrides in (
         {"levels": {"downsample": 16}},
         {"level_3": {"decoder_order": "masked"}},
         {"levels": {"decoder_order": "factorized"}},
     ):
-        read_recipe(None, said).level_configs(3, [], {})
-    (tmp_path / "empty.yaml").write_text("# nothing said yet")
+        read_recipe(None, overrides).level_configs(3, [], {})
+    (tmp_path / "empty.yaml").write_text("# no sections")
     assert read_recipe(tmp_path / "empty.yaml") == read_recipe({})
 
 
-def test_what_was_read_is_read_again_as_it_was(tmp_path):
+def test_sections_give_the_same_recipe(tmp_path):
     recipe = read_recipe(
         {
             "num_levels": 3,
@@ -124,21 +123,21 @@ def test_what_was_read_is_read_again_as_it_was(tmp_path):
         ("/nowhere.yaml", "expected the path of a recipe, got /nowhere.yaml"),
     ],
 )
-def test_recipes_that_mean_nothing(recipe, words):
+def test_invalid_recipes(recipe, words):
     with pytest.raises(ValueError, match=words) as error:
         read_recipe(recipe)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ["{", "5", "[a, b]", "\t- x"])
-def test_files_that_are_no_recipe(tmp_path, text):
+def test_invalid_recipe_files(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="expected (YAML|sections) in .*recipe.yaml"):
         read_recipe(path)
 
 
-def test_levels_that_know_classes_need_some():
+def test_class_conditional_levels_need_labels():
     recipe = read_recipe({"level_2": {"class_conditional": True}})
     coarsest, finest = recipe.level_configs(1, ["cat", "dog"], {})
     assert (coarsest.num_classes, finest.num_classes) == (0, 2)
@@ -148,20 +147,20 @@ def test_levels_that_know_classes_need_some():
     assert recipe.prior_config([coarsest, finest], (8, 8), ["a"]).num_classes == 1
 
 
-def test_a_recipe_says_what_a_config_refuses():
+def test_config_errors_name_the_section():
     recipe = read_recipe({"level_1": {"hidden_size": -4}})
     with pytest.raises(ValueError, match="level_1: .*expected hidden_size >= 1, got -4"):
         recipe.level_configs(1, [], {})
 
 
-def test_headings_alone_and_a_bare_no():
+def test_empty_sections_and_an_unquoted_no():
     recipe = read_recipe(
         {"level_1": None, "level_2": {"fit": None}, "run": {"mixed_precision": False}}
     )
     assert len(recipe.levels) == 2 and recipe.run.mixed_precision == "no"
 
 
-def test_words_of_a_command(script):
+def test_command_line(script):
     def parse(words):
         return script.parse(words.split())[0]
 
@@ -187,10 +186,17 @@ def test_words_of_a_command(script):
         ("prior: {backbone_config: {a: 1, 'a': 1}}", "'a' twice, in lines 1 and 1"),
     ],
 )
-def test_a_key_that_stands_twice(tmp_path, text, words):
+def test_duplicate_keys(tmp_path, text, words):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=f"expected YAML in {path}, got the key {words}"):
+        read_recipe(path)
+
+
+def test_alias_inside_its_own_anchor_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("level_1: &a {fit: *a}")
+    with pytest.raises(ValueError, match=f"expected YAML in {path}, got .*recursive"):
         read_recipe(path)
 
 
@@ -202,8 +208,8 @@ def test_anchors_and_merge_keys(tmp_path):
         "level_3: &third {<<: *first}\n"
         "level_4: {<<: [*third, *first], codebook_size: 5}\n"
     )
-    sizes = [(each.config["hidden_size"], each.config["codebook_size"])
-             for each in read_recipe(path).levels]  # fmt: skip
+    levels = read_recipe(path).levels
+    sizes = [(level.config["hidden_size"], level.config["codebook_size"]) for level in levels]
     assert sizes == [(8, 7), (16, 7), (8, 7), (8, 5)]
 
 
@@ -217,7 +223,7 @@ def test_encodings_and_numbers(tmp_path, encoding):
     assert recipe.levels[0].fit.learning_rate == 1e-3
 
 
-def test_the_home_folder(tmp_path, monkeypatch, script):
+def test_home_folder_in_paths(tmp_path, monkeypatch, script):
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     home.mkdir()

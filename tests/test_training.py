@@ -1,5 +1,6 @@
-"""The main job through its own script, at tiny size."""
+"""Training through `examples/train.py`, at tiny size."""
 
+import importlib
 import json
 import re
 import shlex
@@ -17,9 +18,8 @@ from conftest import load_script
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
 from progressive_vae.models.fingerprint import fingerprint
-from progressive_vae.training import greedy
 from progressive_vae.training.args import FitSettings, RunSettings
-from progressive_vae.training.fit import fit
+from progressive_vae.training.fit import Fit
 
 ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(
@@ -39,7 +39,7 @@ def trained(script, tmp_path_factory):
     return output_dir
 
 
-def test_the_main_job_writes_all_it_promises(trained):
+def test_files_of_a_run(trained):
     metrics = json.loads((trained / "metrics.json").read_text())
     bits = metrics["bits_per_dim"]
     assert list(bits) == ["prior", "level_1", "level_2", "total"]
@@ -51,14 +51,14 @@ def test_the_main_job_writes_all_it_promises(trained):
     for name in ("samples.png", "reconstructions.png"):
         assert PIL.Image.open(trained / name).width > 56
     for phase in ("level_2", "level_1", "prior"):
-        pictures = sorted(p.name for p in (trained / "validation" / phase).iterdir())
-        assert pictures == ["step-000004.png", "step-000006.png"]
+        names = sorted(p.name for p in (trained / "validation" / phase).iterdir())
+        assert names == ["step-000004.png", "step-000006.png"]
     assert any((trained / "logs").rglob("events*"))
     card = (trained / "README.md").read_text()
     assert f"{bits['total']:.4f}" in card and "model-index" in card
 
 
-def test_the_figures_are_those_of_the_saved_pipeline(trained, script):
+def test_metrics_are_those_of_the_saved_pipeline(trained, script):
     pipe = ProgressiveVAEPipeline.from_pretrained(trained)
     test = GridDataset(trained / "cache" / "pixels" / "test")
     bits = pipe.bits_per_dim(test.batch(slice(0, 360))[0].to(torch.uint8))
@@ -77,7 +77,7 @@ def test_cached_codes_are_those_of_the_pipeline(trained, script):
         assert torch.equal(codes, cached)
 
 
-def test_a_phase_again_alone(trained, script, tmp_path):
+def test_one_phase_again(trained, script, tmp_path):
     output_dir = tmp_path / "again"
     shutil.copytree(trained, output_dir)
     flags = [*SMALL, "--output_dir", str(output_dir)]
@@ -86,9 +86,7 @@ def test_a_phase_again_alone(trained, script, tmp_path):
     assert (output_dir / "level_1" / "model.safetensors").read_bytes() == before
     script.main([*flags, "--phase", "level_2", "--seed", "1"])
     with pytest.raises(ValueError, match="expected seed=1, with which .*pass --seed 1"):
-        script.main(
-            [*flags, "--phase", "level_1"]
-        )  # with the flags of the whole run, or not at all
+        script.main([*flags, "--phase", "level_1"])
     flags += ["--seed", "1"]
     for phase in ("prior", "evaluate"):
         with pytest.raises(ValueError, match="level_1.*expected.*weights"):
@@ -103,24 +101,23 @@ def test_a_phase_again_alone(trained, script, tmp_path):
         script.main([*flags, "--phase", "level_3"])
 
 
-def test_a_finished_run_that_is_started_again_keeps_its_figures(
-    trained, script, tmp_path, monkeypatch
-):
+def test_resuming_a_finished_run_keeps_its_metrics(trained, script, tmp_path, monkeypatch):
     output_dir = tmp_path / "again"
     shutil.copytree(trained, output_dir)
-    monkeypatch.setattr(greedy, "evaluate_and_save", lambda *_: None)  # killed before it
+    module = importlib.import_module("progressive_vae.training.train")  # not the function
+    monkeypatch.setattr(module, "evaluate_and_save", lambda *_: None)
     flags = [*SMALL, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
     script.main(flags)
     for name in ("metrics.json", "samples.png"):
         assert (output_dir / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
+def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
     output_dir = tmp_path / "refit"
     shutil.copytree(trained, output_dir)
-    kept = [*output_dir.rglob("cache/*/*/*")]
-    kept += [output_dir / name / "model.safetensors" for name in ("level_1", "prior")]
-    contents = [path.read_bytes() for path in kept]
+    unchanged = [*output_dir.rglob("cache/*/*/*")]
+    unchanged += [output_dir / name / "model.safetensors" for name in ("level_1", "prior")]
+    contents = [path.read_bytes() for path in unchanged]
     before = fingerprint([ProgressiveVAELevel.from_pretrained(output_dir / "level_2")])
     flags = [*SMALL, "--output_dir", str(output_dir)]
     command = shlex.split(next(c for c in readme_commands() if "--phase refit" in c))
@@ -129,7 +126,7 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
     level = ProgressiveVAELevel.from_pretrained(output_dir / "level_2")
     assert level.config.hidden_size == 16 and level.config.corruption == 0.1
     assert level.config.encoder_hidden_size == 8 and fingerprint([level]) == before
-    assert [path.read_bytes() for path in kept] == contents
+    assert [path.read_bytes() for path in unchanged] == contents
     script.main([*flags, "--phase", "evaluate"])  # nothing is stale
     phases = json.loads((output_dir / "metrics.json").read_text())["phases"]
     assert phases["refit_level_2"]["validation_bits_per_dim"] > 0
@@ -152,18 +149,18 @@ def test_a_refit_leaves_everything_coarser_alone(trained, script, tmp_path):
         "--level_1.refit.corruption 0.1 --level_1.refit.corruption_kind random",
     ],
 )
-def test_every_order_and_quantizer_by_a_flag(script, tmp_path, flags):
+def test_decoder_orders_and_quantizers(script, tmp_path, flags):
     script.main([*SMALL, *shlex.split(flags), "--output_dir", str(tmp_path)])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    drawn = metrics["bits_per_dim_of_drawn_codes"]
-    assert list(drawn) == ["prior", "level_1", "level_2", "encoders", "total"]
-    assert drawn["encoders"] <= 0 < drawn["total"]
+    bits = metrics["bits_per_dim_of_drawn_codes"]
+    assert list(bits) == ["prior", "level_1", "level_2", "encoders", "total"]
+    assert bits["encoders"] <= 0 < bits["total"]
     assert {level.config.quantizer for level in pipe.levels} == {"fsq", "gumbel"}
     pipe.set_progress_bar_config(disable=True)
     is_refitted = "refit" in flags
     assert pipe(["3"], guidance_scale=[1.5, 2.0, 1.0]).images[0].size == (8, 8)
-    assert pipe.level_1.config.decoder_order == "raster"  # there from the start, or by the refit
+    assert pipe.level_1.config.decoder_order == "raster"  # from the first fit, or from the refit
     assert pipe.level_1.config.corruption == (0.1 if is_refitted else 0.0)
     assert ("refit_level_1" in metrics["phases"]) == is_refitted
     assert pipe.level_2.config.num_classes == (10 if is_refitted else 0)
@@ -174,7 +171,7 @@ def readme_commands():
     return [c for block in blocks for c in block.replace("\\\n", " ").strip().splitlines()]
 
 
-def test_every_launch_line_of_the_readme_parses(script):
+def test_launch_commands_of_the_readme_parse(script):
     launches = [c.split(" && ")[-1] for c in readme_commands() if "accelerate launch" in c]
     assert len(launches) == 11
     documented = re.findall(
@@ -190,7 +187,7 @@ def test_every_launch_line_of_the_readme_parses(script):
         script.parse(flags)
 
 
-def test_the_python_of_the_readme(trained, tmp_path, monkeypatch):
+def test_python_code_of_the_readme(trained, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained)
     monkeypatch.chdir(tmp_path)
@@ -202,7 +199,7 @@ def test_the_python_of_the_readme(trained, tmp_path, monkeypatch):
     assert len(names["variations"]) == 16 and len(names["same"]) == len(names["again"]) == 8
 
 
-def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
+def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
     """The README's command for it, at tiny size, on parquet files in the schema of the Hub's."""
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["shirt", "shoe"])}
@@ -226,9 +223,8 @@ def test_the_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
         assert json.loads((output_dir / "metrics.json").read_text())["num_images"] == 30
 
 
-def test_a_folder_of_color_pictures(script, tmp_path, monkeypatch, capsys):
-    """The README's command for it, run as it stands but at tiny size: it says which phase of how
-    many it is at, for how long, and what one does next."""
+def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
+    """The README's command at tiny size: it prints places of phases, time left, next commands."""
     command = next(c for c in readme_commands() if "--center_crop" in c)
     flags = shlex.split(command)
     assert flags[:3] == ["accelerate", "launch", "examples/train.py"]
@@ -239,22 +235,19 @@ def test_a_folder_of_color_pictures(script, tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     for i in range(20):
         height, width = rng.integers(70, 100, 2)
-        picture = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        PIL.Image.fromarray(picture).resize((int(width), int(height))).save(folder / f"{i}.png")
+        pixels = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).resize((int(width), int(height))).save(folder / f"{i}.png")
     script.main([*flags[3:], *SMALL, *SHORT, "--max_train_minutes", "0.02"])
-    said = capsys.readouterr()
-    assert "encoder_3 (1 of 7)" in said.err and "prior (7 of 7)" in said.err
-    assert re.search(r"left='?\d+( of \d+)? min", said.err)
-    done = (
-        "encoder_3 (1 of 7) is done; held-out pictures by it: runs/colour_64/validation/encoder_3"
-    )
-    assert done in said.out
-    after = said.out.partition("next: ")[2].strip().splitlines()
-    assert [shlex.split(line)[1] for line in after] == [
-        "examples/sample.py", "examples/evaluate.py", "examples/compress.py", "upload"
-    ]  # fmt: skip
+    output = capsys.readouterr()
+    assert "encoder_3 (1 of 7)" in output.err and "prior (7 of 7)" in output.err
+    assert re.search(r"left='?\d+( of \d+)? min", output.err)
+    done = "encoder_3 (1 of 7) is done; validation images: runs/colour_64/validation/encoder_3"
+    assert done in output.out
+    after = output.out.partition("next: ")[2].strip().splitlines()
+    scripts = [f"examples/{name}.py" for name in ("sample", "evaluate", "compress")]
+    assert [shlex.split(line)[1] for line in after] == [*scripts, "upload"]
     words = shlex.split(after[1])[2:]
-    assert words[2:] == flags[5:10]  # and what is of training images alone is not said
+    assert words[2:] == flags[5:10]  # without flags of the training images
     load_script("evaluate").main([*words, *"--features none --num_drawn 4".split()])
     output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
@@ -271,7 +264,7 @@ def test_images_of_several_sizes_are_not_resized_silently(script, tmp_path):
         script.main([*SMALL, *flags])
 
 
-def test_every_recipe_of_the_examples_is_read(script):
+def test_recipes_of_the_examples(script):
     recipe, arguments = script.parse([])  # the embedded default
     assert recipe.data.dataset_name == "digits" and recipe.run.output_dir == "runs/digits"
     assert arguments == {"resume_from_checkpoint": None}
@@ -279,37 +272,38 @@ def test_every_recipe_of_the_examples_is_read(script):
     assert script.parse(["--train_data_dir", "x"])[0].data.dataset_name is None
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
         recipe, _ = script.parse(["--config", str(path)])
-        fits = [each for level in recipe.levels for each in (level.encoder_fit, level.fit)]
+        fits = [fit for level in recipe.levels for fit in (level.encoder_fit, level.fit)]
         shares = [fit.time_share for fit in [*fits, recipe.prior.fit] if fit is not None]
         assert sum(shares) == pytest.approx(1)
         assert yaml.safe_load(path.read_text())["run"]["output_dir"] == f"runs/{path.stem}"
 
 
-def test_a_trained_pipeline_gets_a_coarser_level(trained, script, tmp_path):
+def test_extend_a_pipeline_by_a_coarser_level(trained, script, tmp_path):
     before = {p: p.read_bytes() for p in sorted(trained.glob("*/model.safetensors"))}
     script.main([*SMALL, "--extend", str(trained), "--output_dir", str(tmp_path)])
     assert before == {p: p.read_bytes() for p in before}
     pipe, old = (ProgressiveVAEPipeline.from_pretrained(folder) for folder in (tmp_path, trained))
     assert pipe.num_levels == 3 and pipe.grid_sizes[1:] == old.grid_sizes
-    for level, ours in ((old.level_1, pipe.level_2), (old.level_2, pipe.level_3)):
+    for level, copy in ((old.level_1, pipe.level_2), (old.level_2, pipe.level_3)):
         for name, value in level.state_dict().items():
-            assert torch.equal(value, ours.state_dict()[name])
+            assert torch.equal(value, copy.state_dict()[name])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    known = json.loads((trained / "metrics.json").read_text())["bits_per_dim"]
-    assert metrics["bits_per_dim"]["level_3"] == pytest.approx(known["level_2"], rel=1e-5)
+    old_bits = json.loads((trained / "metrics.json").read_text())["bits_per_dim"]
+    assert metrics["bits_per_dim"]["level_3"] == pytest.approx(old_bits["level_2"], rel=1e-5)
     assert "level_2" not in metrics["phases"] and "level_1" in metrics["phases"]
     with pytest.raises(ValueError, match="expected extend to be the folder of a saved pipeline"):
         script.main([*SMALL, "--extend", str(tmp_path / "none"), "--output_dir", str(tmp_path)])
 
 
-def test_only_what_is_coarser_than_a_given_level(trained, script, tmp_path):
-    given = trained / "level_2"
-    flags = [*SMALL, "--finest_level", str(given), "--output_dir", str(tmp_path)]
+def test_train_on_top_of_a_pretrained_level(trained, script, tmp_path):
+    pretrained = trained / "level_2"
+    flags = [*SMALL, "--finest_level", str(pretrained), "--output_dir", str(tmp_path)]
     script.main([*flags, "--level_1.codebook_size", "4", "--level_2.codebook_size", "99"])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     assert pipe.level_2.config.codebook_size == pipe.level_1.config.num_symbols == 8
     assert pipe.level_1.config.codebook_size == 4
-    assert fingerprint([pipe.level_2]) == fingerprint([ProgressiveVAELevel.from_pretrained(given)])
+    level = ProgressiveVAELevel.from_pretrained(pretrained)
+    assert fingerprint([pipe.level_2]) == fingerprint([level])
     with pytest.raises(ValueError, match="expected a saved level in"):
         script.main([*SMALL, "--finest_level", str(tmp_path), "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="an output_dir other than that of"):
@@ -322,18 +316,23 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
     data = GridDataset(trained / "cache" / "pixels" / "train")
     level = ProgressiveVAELevel.from_pretrained(trained / "level_2")
     pixels = data.batch(slice(0, 200))[0] / 127.5 - 1
-    before, losses = level(pixels).loss.item(), []
+    before = level(pixels).loss.item()
+    losses = []
     settings = FitSettings(max_train_steps=30, lr_warmup_steps=2)
-    watch = RunSettings(validation_steps=10, seed=20240101)
-    to_inputs, identity = lambda b: {"finer": b["grid"] / 127.5 - 1}, {"phase": "x"}
-    for progress in fit(level, data, to_inputs, Accelerator(), settings, identity, run=watch):
+    run = RunSettings(validation_steps=10, seed=20240101)
+    identity = {"phase": "x"}
+
+    def to_inputs(batch):
+        return {"finer": batch["grid"] / 127.5 - 1}
+
+    for progress in Fit(level, data, to_inputs, Accelerator(), settings, identity, run=run):
         assert not level.training
         losses.append((progress.step, level(pixels).loss.item()))
     assert [step for step, _ in losses] == [10, 20, 30]
     assert level(pixels).loss.item() == losses[-1][1] < before
 
 
-def test_a_loss_that_is_no_number_stops_the_phase(script, tmp_path):
+def test_an_infinite_loss_stops_the_phase(script, tmp_path):
     flags = [*SMALL, "--output_dir", str(tmp_path), "--levels.fit.max_train_steps", "30"]
     flags += shlex.split("--levels.fit.learning_rate 1e30 --levels.fit.max_grad_norm null")
     flags += shlex.split("--levels.fit.lr_warmup_steps 0")

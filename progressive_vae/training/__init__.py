@@ -1,10 +1,10 @@
-"""Greedy training, from the data up, level by level.
+"""Greedy training, level by level, from the data upwards.
 
 from progressive_vae.training import train
 
 pipe = train("examples/configs/digits.yaml", output_dir="runs/digits")
 """
 
-from .greedy import train
+from .train import train
 
 __all__ = ["train"]

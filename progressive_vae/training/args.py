@@ -1,4 +1,4 @@
-"""The settings of one fit, and of a whole run."""
+"""Settings of one fit and of a run."""
 
 import math
 from dataclasses import dataclass
@@ -9,30 +9,32 @@ from diffusers.optimization import SchedulerType
 from ..data.args import check, expand_paths
 
 OPTIMIZERS = ("muon", "adamw")
-# The others need more than the names of this file say.
-SCHEDULERS = tuple(each.value for each in SchedulerType if each.value != "piecewise_constant")
+# "piecewise_constant" needs rules that these settings do not have.
+SCHEDULERS = tuple(
+    scheduler.value for scheduler in SchedulerType if scheduler.value != "piecewise_constant"
+)
 PRECISIONS = ("no", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to minimize one loss; the names are those of diffusers' training scripts.
+    """Optimization of one loss; the names are those of diffusers' training scripts.
 
     Args:
-        max_train_steps: optimization steps; where a run has `max_train_minutes`, those that the
-            schedule of the learning rate speaks of, which then lasts as long as the fit.
-        time_share: of `max_train_minutes`, beside the shares of the other fits.
-        train_batch_size: images a step, on each process.
-        optimizer: "muon", which has AdamW for what are no matrices, or "adamw".
+        max_train_steps: optimization steps. If a run has `max_train_minutes`, only the schedule of
+            the learning rate uses them, and the clock decides its position.
+        time_share: relative part of `max_train_minutes`; all fits together have their sum.
+        train_batch_size: images of a batch on each process.
+        optimizer: "muon", with AdamW for parameters that are no matrices, or "adamw".
         learning_rate: after warm-up.
         lr_scheduler: a name of diffusers' `SchedulerType`.
         lr_warmup_steps: steps of warm-up.
-        lr_warmup_share: of all steps, which warm-up takes at most.
-        adam_beta1: decay of the gradient's mean; Muon's momentum too.
-        adam_beta2: decay of its square.
+        lr_warmup_share: maximal part of all steps that warm-up takes.
+        adam_beta1: decay of the gradient's mean in AdamW; the momentum of Muon is 0.95.
+        adam_beta2: decay of the squared gradient's mean.
         adam_weight_decay: decoupled weight decay.
-        max_grad_norm: longer gradients are clipped; null for no clipping.
-        use_ema: end with averaged weights.
+        max_grad_norm: norm to which longer gradients are clipped; null for no clipping.
+        use_ema: validate and save averaged weights.
         ema_decay: of that average.
     """
 
@@ -73,7 +75,7 @@ class FitSettings:
 
 @dataclass(frozen=True)
 class PriorFitSettings(FitSettings):
-    """How to fit the prior, a transformer on few symbols: it learns quickly, and soon by heart."""
+    """Optimization of the prior: a transformer on few codes, which overfits early."""
 
     __doc__ = f"{__doc__}\n{FitSettings.__doc__}"
 
@@ -86,27 +88,26 @@ class PriorFitSettings(FitSettings):
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a run writes, how it is watched and saved, and on what arithmetic it runs.
+    """Output, logging, checkpoints and precision of a run.
 
     Args:
-        output_dir: the pipeline's folder.
-        finest_level: folder of a level to start from: only what is coarser is trained.
-        extend: folder of a pipeline that gets one more level, coarser than its others.
-        max_train_minutes: the time that all fits share as their `time_share` says; null: they
-            take as many steps as they say.
-        seed: of everything.
-        mixed_precision: no, bf16 or fp16; as Accelerate is configured if not given. On CPUs that
-            emulate 16-bit floats bf16 becomes no.
-        gradient_accumulation_steps: batches that make a step.
-        dataloader_num_workers: processes that read the cached grids.
-        logging_steps: steps from one logged loss to the next.
-        validation_steps: steps from one validation to the next.
-        num_validation_images: images that its picture shows.
+        output_dir: folder of the pipeline.
+        finest_level: folder of a pretrained finest level: only coarser ones are trained.
+        extend: folder of a pipeline that gets one more level, the coarsest.
+        max_train_minutes: time of all fits together; null: their `max_train_steps` count.
+        seed: of all random numbers.
+        mixed_precision: no, bf16 or fp16; by default as Accelerate is configured. On CPUs that
+            emulate bf16 it becomes no.
+        gradient_accumulation_steps: batches of an optimization step.
+        dataloader_num_workers: processes that read the examples.
+        logging_steps: steps between logged losses.
+        validation_steps: steps between validations.
+        num_validation_images: images of each validation's grid.
         report_to: a tracker's name, "all" or "none".
         logging_dir: of the trackers, in output_dir.
-        checkpointing_steps: steps from one checkpoint to the next; null: only when told to stop.
-        checkpoints_total_limit: checkpoints of a phase that are kept; null: all.
-        hub_license: of the weights, for the card; as the Hub names it.
+        checkpointing_steps: steps between checkpoints; null: only before the run is stopped.
+        checkpoints_total_limit: retained checkpoints of a phase; null: all.
+        hub_license: of the weights, for the model card; an identifier of the Hub.
     """
 
     output_dir: str = "runs/progressive_vae"
@@ -128,8 +129,12 @@ class RunSettings:
 
     def __post_init__(self):
         expand_paths(self, "output_dir", "finest_level", "extend", "logging_dir")
-        for name in ("gradient_accumulation_steps", "logging_steps", "validation_steps",
-                     "num_validation_images"):  # fmt: skip
+        for name in (
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "validation_steps",
+            "num_validation_images",
+        ):
             check(self, name, getattr(self, name) >= 1, ">= 1")
         for name in ("checkpointing_steps", "checkpoints_total_limit"):
             value = getattr(self, name)
@@ -140,8 +145,8 @@ class RunSettings:
         check(self, "max_train_minutes", minutes is None or 0 < minutes < math.inf, "> 0 or null")
         check(self, "dataloader_num_workers", self.dataloader_num_workers >= 0, ">= 0")
         check(self, "seed", 0 <= self.seed < 2**32, "in 0 … 2³² − 1")
-        check(self, "mixed_precision", self.mixed_precision in (None, *PRECISIONS),
-              f"among {PRECISIONS}")  # fmt: skip
+        precisions = (None, *PRECISIONS)
+        check(self, "mixed_precision", self.mixed_precision in precisions, f"among {PRECISIONS}")
         trackers = [*map(str, get_available_trackers()), "none", "all"]
-        check(self, "report_to", self.report_to in trackers,
-              f"among {trackers}, the trackers that are installed")  # fmt: skip
+        installed = f"among {trackers}, the trackers that are installed"
+        check(self, "report_to", self.report_to in trackers, installed)

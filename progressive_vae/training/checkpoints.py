@@ -1,8 +1,9 @@
-"""A phase that was interrupted goes on where it was, and ends with the same weights to the bit.
+"""Checkpoints: a phase that is interrupted resumes, and ends with bit-identical weights.
 
 A checkpoint is what Accelerate saves (weights, optimizer, random states of every process) and
-`fit.pt`, with the averaged weights, the schedule and the place in the data; `checksums.json` has
-the CRC-32 of each file. It is written under a temporary name and renamed: complete or invisible.
+`fit.pt`, with the averaged weights, the schedule and the position in the data; `checksums.json` has
+the CRC-32 of each file. It is written under a temporary name and renamed, so it is complete or
+invisible.
 """
 
 import json
@@ -22,11 +23,11 @@ from safetensors import SafetensorError
 
 from ..paths import expand_home
 from ..serialization import file_checksum, read_json
+from .identity import check_identity, differences
 
-IDENTITY, STATE, CHECKSUMS = "identity.json", "fit.pt", "checksums.json"
-
-# What only the phases before a phase settle: all else of its identity are settings.
-_OF_OTHER_PHASES = ("config.finer_fingerprint", "data.weights", "data.num_examples")
+IDENTITY = "identity.json"
+STATE = "fit.pt"
+CHECKSUMS = "checksums.json"
 
 
 class Stateful(Protocol):
@@ -37,15 +38,16 @@ class Stateful(Protocol):
 
 @dataclass
 class Progress:
-    """Where a fit stands.
+    """Position of a fit in its data and its time.
 
     Args:
-        step: optimization steps done.
-        epoch, batch: passes over the data set done, and batches of the next one.
-        seconds: spent so far, validations left out.
+        step: number of finished optimization steps.
+        epoch: number of finished passes over the data set.
+        batch: number of finished batches of the current pass.
+        seconds: time spent, without validations.
         waited: seconds of these in which the model waited for data.
-        elapsed: seconds since the phase began, of one that has a time to keep.
-        validating: seconds that the last validation took, 0 where there was none.
+        elapsed: seconds since the start of a phase that has a duration.
+        validating: duration of the last validation in seconds, 0 before the first.
     """
 
     step: int = 0
@@ -62,12 +64,12 @@ class Checkpoints:
     """The checkpoints `checkpoint-{phase}-{step}` in a folder.
 
     Args:
-        every: optimization steps from one to the next; `None` for none but that of a stop.
-        total_limit: the number of a phase's checkpoints that are kept; `None` for all.
-        resume: start phases from their checkpoints; "latest", or the path of one. `None`: start
-            anew, and delete what is there.
-        overwrite: what other settings made is deleted, and that phase starts anew, where it would
-            be an error.
+        every: optimization steps between checkpoints; `None`: only before the program is stopped.
+        total_limit: number of retained checkpoints of a phase; `None` for all.
+        resume: "latest", or the path of a checkpoint to start its phase from. `None`: start phases
+            from step 0 and delete their checkpoints.
+        overwrite: delete checkpoints of other settings and start from step 0; else they are an
+            error.
     """
 
     folder: Path
@@ -75,8 +77,8 @@ class Checkpoints:
     total_limit: int | None = None
     resume: str | None = None
     overwrite: bool = False
-    is_told: bool = field(default=False, init=False)  # this process, to stop
-    is_stopping: bool = field(default=False, init=False)  # all processes, at this step
+    has_signal: bool = field(default=False, init=False)  # this process got a signal to stop
+    is_stopping: bool = field(default=False, init=False)  # all processes stop at this step
     is_fitting: bool = field(default=False, init=False)
 
     def __post_init__(self):
@@ -92,62 +94,69 @@ class Checkpoints:
             )
 
     def stop(self, *_: Any):
-        """A signal's handler: a fit saves after the step it is at, and ends the program; between
-        fits there is nothing to save, as what is written is complete or invisible."""
-        self.is_told = True
+        """Handle a signal: the fit saves after its current step and ends the program.
+
+        Between fits the program ends at once, as all that is written is complete or invisible.
+        """
+        self.has_signal = True
         if not self.is_fitting:
             raise SystemExit(0)
 
     def end_of_fit(self, accelerator: Accelerator):
-        """End the program if it was told to, when nothing was left to save but the result."""
-        told = torch.tensor(float(self.is_told), device=accelerator.device)
-        if bool(accelerator.reduce(told, "sum")):
+        """End the program if a signal came after the last checkpoint of a fit that is saved now."""
+        if self._any_signal(accelerator):
             raise SystemExit(0)
 
+    def _any_signal(self, accelerator: Accelerator) -> bool:
+        signals = torch.tensor(float(self.has_signal), device=accelerator.device)
+        return bool(accelerator.reduce(signals, "sum"))
+
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While it lasts SIGTERM and Ctrl-C call `stop`; only a main thread can handle signals."""
+    def handle_signals(self) -> Iterator[None]:
+        """Call `stop` for SIGTERM and Ctrl-C; only a main thread can handle signals."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
-        # A shell starts background jobs with SIGINT ignored, which is to stay so. None: a handler
-        # that was not set from Python, and cannot be set again.
-        handlers = {k: v for k, v in handlers.items() if v not in (signal.SIG_IGN, None)}
+        # A shell starts background jobs with SIGINT ignored, which has to stay ignored. None is a
+        # handler that was not set from Python and cannot be restored.
+        handlers = {
+            number: handler
+            for number in (signal.SIGTERM, signal.SIGINT)
+            if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+        }
         for number in handlers:
             signal.signal(number, self.stop)
         try:
             yield
         except SystemExit:
-            if self.is_told and not self.is_fitting and PartialState().is_local_main_process:
-                print(f"stopped between two fits; the phases that are done are in {self.folder}")
+            if self.has_signal and not self.is_fitting and PartialState().is_local_main_process:
+                print(f"stopped between two fits; the finished phases are in {self.folder}")
             raise
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def of(self, phase: str) -> list[Path]:
-        """The complete checkpoints of a phase, oldest first."""
+        """Return the complete checkpoints of a phase, oldest first."""
         return self.all(f"{phase}-*")
 
     def all(self, pattern: str = "*") -> list[Path]:
-        found = self.folder.glob(f"checkpoint-{pattern}")
-        return sorted(path for path in found if path.suffix != ".incomplete")
+        paths = self.folder.glob(f"checkpoint-{pattern}")
+        return sorted(path for path in paths if path.suffix != ".incomplete")
 
     def remove(self, phase: str, accelerator: Accelerator):
-        accelerator.wait_for_everyone()  # all have read what they want to
+        accelerator.wait_for_everyone()  # all processes have read the files
         if accelerator.is_main_process:
             for path in self.folder.glob(f"checkpoint-{phase}-*"):
                 _discard(path)
         accelerator.wait_for_everyone()
 
     def is_due(self, step: int, accelerator: Accelerator, logging_steps: int) -> bool:
-        """Whether to save after this step; alike on all processes."""
+        """Return whether to save after this step; all processes get the same answer."""
         is_due = self.every is not None and step % self.every == 0
         if accelerator.num_processes == 1 or step % logging_steps == 0:
-            # Processes hear of a signal at different steps, and agree here.
-            told = torch.tensor(float(self.is_told), device=accelerator.device)
-            self.is_stopping = bool(accelerator.reduce(told, "sum"))
+            # Processes get a signal at different steps, so they have to agree on one.
+            self.is_stopping = self._any_signal(accelerator)
         return is_due or self.is_stopping
 
     def save(
@@ -157,11 +166,11 @@ class Checkpoints:
         states: Mapping[str, Stateful],
         accelerator: Accelerator,
     ):
-        """Write the checkpoint of `identity["phase"]`; older ones beyond `total_limit` go."""
+        """Write a checkpoint of `identity["phase"]` and delete those beyond `total_limit`."""
         phase = identity["phase"]
         path = self.folder / f"checkpoint-{phase}-{progress.step:08d}"
         if path.exists():
-            return  # a stop right after it was written
+            return  # the program is stopped right after it was written
         temporary = path.with_name(path.name + ".incomplete")
         if accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -182,50 +191,44 @@ class Checkpoints:
                 _discard(old)
         accelerator.wait_for_everyone()
 
-    def named(self) -> list[Path]:
-        """The checkpoint that `resume` is the path of, if it is one."""
-        return [] if self.resume in (None, "latest") else [Path(str(self.resume)).resolve()]
+    @property
+    def explicit_path(self) -> Path | None:
+        """The checkpoint that `resume` is the path of."""
+        return None if self.resume in (None, "latest") else Path(str(self.resume)).resolve()
 
-    def _found(self, phase: str) -> Path | None:
-        """The checkpoint to start a phase from."""
-        found = self.of(phase) if self.resume == "latest" else self.named()
-        found = [path for path in found if path.name.startswith(f"checkpoint-{phase}-")]
-        return found[-1] if found else None
+    def find(self, phase: str) -> Path | None:
+        """Return the checkpoint to start a phase from."""
+        if self.resume is None:
+            return None
+        path = self.explicit_path
+        paths = self.of(phase) if path is None else [path]
+        paths = [path for path in paths if path.name.startswith(f"checkpoint-{phase}-")]
+        return paths[-1] if paths else None
 
-    def check_named(self, phases: list[str]):
-        """Raise a `ValueError` if `resume` is the path of a checkpoint of none of these phases."""
-        for path in self.named():
-            if not any(path.name.startswith(f"checkpoint-{phase}-") for phase in phases):
-                raise ValueError(
-                    f"expected resume_from_checkpoint of a phase among {phases}, got {self.resume}"
-                )
-
-    def check(self, identity: Mapping[str, Any]):
-        """Raise a `ValueError` if the checkpoint to start a phase from is of other settings."""
-        if self.resume is not None and (path := self._found(identity["phase"])) is not None:
-            theirs = read_json(path / IDENTITY, _advice(path))
-            check_identity(identity, theirs, str(path), of_settings=True)
+    def identity(self, path: Path) -> dict[str, Any]:
+        """Return the identity of the fit that wrote a checkpoint."""
+        return read_json(path / IDENTITY, _advice(path))
 
     def load(
         self, identity: Mapping[str, Any], states: Mapping[str, Stateful], accelerator: Accelerator
     ) -> Progress:
-        """Bring everything that Accelerate prepared, and `states`, to where the checkpoint was.
+        """Load the checkpoint of a phase into `states` and all that Accelerate has prepared.
 
         Raises:
-            ValueError: it belongs to another fit, or cannot be read.
+            ValueError: the checkpoint has another identity, or cannot be read.
         """
         phase = identity["phase"]
         if self.resume is None:
             self.remove(phase, accelerator)
             return Progress()
-        path = self._found(phase)
+        path = self.find(phase)
         if path is None:
             return Progress()
-        theirs = read_json(path / IDENTITY, _advice(path))
-        if self.overwrite and differences(identity, theirs):
+        saved = self.identity(path)
+        if self.overwrite and differences(identity, saved):
             self.remove(phase, accelerator)
             return Progress()
-        check_identity(identity, theirs, str(path))
+        check_identity(identity, saved, str(path))
         _check_files(path)
         try:
             file = path / _state_name(accelerator)
@@ -240,12 +243,11 @@ class Checkpoints:
 
 @contextmanager
 def errors_of_writing(path: Path) -> Iterator[None]:
-    """Raise an `OSError` that names the path where safetensors and `torch.save` raise others, as
-    for a full disk."""
+    """Raise an `OSError` with the path where the libraries raise others, as for a full disk."""
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        is_of_torch = "inline_container" in str(error)  # the file of torch that writes
+        is_of_torch = "inline_container" in str(error)  # torch's source file of the writer
         if not isinstance(error, SafetensorError) and not is_of_torch:
             raise
         free = shutil.disk_usage(path.parent).free
@@ -253,64 +255,21 @@ def errors_of_writing(path: Path) -> Iterator[None]:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether the processes hold parts of one model (FSDP) in place of copies."""
+    """Return whether the processes hold parts of one model (FSDP) rather than copies."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
 def _state_name(accelerator: Accelerator) -> str:
-    """One file for all processes, unless each has averaged its own part of the weights."""
-    is_alone = accelerator.is_main_process or not is_sharded(accelerator)
-    return STATE if is_alone else f"fit_{accelerator.process_index}.pt"
+    """Return the name of this process's file: processes of a sharded model have one each."""
+    is_common = accelerator.is_main_process or not is_sharded(accelerator)
+    return STATE if is_common else f"fit_{accelerator.process_index}.pt"
 
 
 def _discard(path: Path):
-    """Delete a checkpoint, which a kill in between leaves invisible."""
+    """Delete a checkpoint; if the process is killed meanwhile, the rest is invisible."""
     if path.suffix != ".incomplete":
         path = path.rename(path.with_name(path.name + ".incomplete"))
     shutil.rmtree(path)
-
-
-def differences(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], of_settings: bool = False
-) -> list[tuple[str, Any, Any]]:
-    """(name, ours, theirs) of what differs among what `ours` says; names of what lies in another
-    are dotted.
-
-    Args:
-        of_settings: leave out what is settled by other phases.
-    """
-    flat_ours, flat_theirs = flat(ours), flat(theirs)
-    return [
-        (name, value, flat_theirs.get(name))
-        for name, value in flat_ours.items()
-        if not (of_settings and name in _OF_OTHER_PHASES) and value != flat_theirs.get(name)
-    ]
-
-
-def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted names."""
-    values: dict[str, Any] = {}
-    for name, value in fields.items():
-        is_nested = isinstance(value, Mapping) and value
-        values |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
-    return values
-
-
-def check_identity(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str, of_settings: bool = False
-):
-    """Raise a `ValueError` that names what differs."""
-    different = differences(ours, theirs, of_settings)
-    if different:
-        more = f" and {len(different) - 8} more" if len(different) > 8 else ""
-        expected, got = (
-            ", ".join(f"{each[0]}={each[side]!r}" for each in different[:8]) for side in (2, 1)
-        )
-        raise ValueError(
-            f"expected to go on from {where} with {expected}{more}, got {got}{more}: resume with "
-            "the same flags and number of processes, choose another --output_dir, or replace what "
-            "is there with --overwrite_output_dir"
-        )
 
 
 def _write_checksums(folder: Path):
@@ -320,21 +279,22 @@ def _write_checksums(folder: Path):
 
 
 def _check_files(folder: Path):
-    """Raise a `ValueError` unless the files are those that were written."""
+    """Raise a `ValueError` unless the files have their checksums."""
     for name, expected in read_json(folder / CHECKSUMS, _advice(folder)).items():
         try:
-            found = file_checksum(folder / name)
+            actual = file_checksum(folder / name)
         except OSError as error:
             raise ValueError(_damaged(folder, error)) from error
-        if found != expected:
+        if actual != expected:
             raise ValueError(_damaged(folder, f"{name} has another checksum"))
 
 
 def _damaged(path: Path, error: Exception | str) -> str:
     return (
-        f"expected a whole checkpoint, got {path}, which cannot be read ({error}): {_advice(path)}"
+        f"expected a complete checkpoint, got {path}, which cannot be read ({error}): "
+        f"{_advice(path)}"
     )
 
 
 def _advice(path: Path) -> str:
-    return f"delete {path} to go on from the checkpoint before, or from the start of its phase"
+    return f"delete {path} to resume from the previous checkpoint, or from the start of its phase"

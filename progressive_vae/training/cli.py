@@ -1,5 +1,8 @@
-"""Flags of scripts, by jsonargparse: it reads dotted names, types, defaults and help from classes
-and functions, so that nothing is written twice, and checks dicts and YAML by the same types."""
+"""Command-line flags by jsonargparse.
+
+It reads dotted names, types, defaults and help from classes and functions, and checks dicts and
+YAML by the same types.
+"""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -9,15 +12,14 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser
 
 from ..paths import expand_home
-from ..scripts import run_script as run_script
 
 Result = TypeVar("Result")
 
 
-def in_words(call: Callable[[], Result]) -> Result:
-    """What a call of a parser returns; its errors as a `ValueError` of one line."""
+def parse_or_raise(parse: Callable[[], Result]) -> Result:
+    """Return the result of a parser's method; raise its errors as a `ValueError` with one line."""
     try:
-        return call()
+        return parse()
     except argparse.ArgumentError as error:
         raise ValueError(" ".join(str(error).split())) from error
 
@@ -25,29 +27,33 @@ def in_words(call: Callable[[], Result]) -> Result:
 def read_flags(
     parser: ArgumentParser, words: Sequence[str], prefixes: dict[str, str] | None = None
 ) -> dict[str, Any]:
-    """What the words of a command say, nested as dotted names are.
+    """Return the values of the flags of a command, nested by their dotted names.
 
-    The name alone of something that is true or false says that it is true.
+    A Boolean flag without a value is true.
 
     Args:
         parser: with `exit_on_error=False`.
-        prefixes: of names that may come without them: {"seed": "run"} reads --seed as --run.seed.
+        prefixes: of short names: {"seed": "run"} reads --seed as --run.seed.
 
     Raises:
-        ValueError: a flag that is none, or a value that is not of its type.
+        ValueError: an unknown flag, or a value of the wrong type.
     """
-    prefixes, whole = prefixes or {}, []
-    truths = {
+    prefixes = prefixes or {}
+    boolean_names = {
         action.dest
         for action in parser._actions
         if getattr(action, "_typehint", None) in (bool, bool | None)
     }
-    for word, following in zip_longest(words, words[1:], fillvalue="--"):
+    arguments = []
+    for word, next_word in zip_longest(words, words[1:], fillvalue="--"):
         name, equals, value = word[2:].partition("=")
         if word.startswith("--"):
-            value = expand_home(value, name) if value == "~" else value  # which YAML reads as null
-            name = f"{prefixes[name]}.{name}" if name in prefixes else name
-            is_alone = not equals and following.startswith("--") and name in truths
-            word = f"--{name}{equals}{value}" + "=true" * is_alone
-        whole.append(word)
-    return in_words(lambda: parser.parse_args(whole, defaults=False)).as_dict()
+            if value == "~":  # YAML reads it as null
+                value = expand_home(value, name)
+            if name in prefixes:
+                name = f"{prefixes[name]}.{name}"
+            word = f"--{name}{equals}{value}"
+            if not equals and next_word.startswith("--") and name in boolean_names:
+                word += "=true"
+        arguments.append(word)
+    return parse_or_raise(lambda: parser.parse_args(arguments, defaults=False)).as_dict()

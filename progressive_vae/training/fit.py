@@ -1,13 +1,14 @@
-"""One loss minimized: `fit()`, through which all phases go, on one process or many.
+"""The training loop `Fit`, which all phases use, on one process or several.
 
-Noise and order depend on the seed, the epoch and the example, not on the process: two processes
-with half the batch see what one sees. A model may be sharded over the processes (FSDP2).
+Noise and order of the examples depend on seed, epoch and example, not on the process: two processes
+with half the batch size compute the steps of one. A model may be sharded over processes (FSDP2).
 """
 
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,16 +33,20 @@ from .muon import Muon, matrices_and_others
 
 
 class ResumableSampler(Sampler):
-    """The indices 0 … n − 1 in an order that depends on the seed and the epoch alone, so that a fit
-    that goes on within an epoch sees what it would have seen."""
+    """The indices 0 … n − 1 in an order that depends only on seed and epoch.
+
+    A fit that is resumed within an epoch therefore gets the examples that were left.
+    """
 
     def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
+        self.count = count
+        self.seed = seed
         self.begin_at(0, 0)
 
     def begin_at(self, epoch: int, start: int):
-        """The next pass is that of `epoch`, without its first `start` indices."""
-        self.epoch, self.start = epoch, start
+        """Set the epoch of the next pass, which skips its first `start` indices."""
+        self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
         return self.count - self.start
@@ -52,177 +57,275 @@ class ResumableSampler(Sampler):
             yield from part.tolist()
 
 
-def fit(
-    model: PreTrainedModel,
-    dataset: GridDataset | PairedDataset | PixelStream,
-    to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
-    accelerator: Accelerator,
-    settings: FitSettings,
-    identity: dict[str, Any],
-    *,
-    run: RunSettings | None = None,
-    checkpoints: Checkpoints | None = None,
-    logged_steps: int = 0,
-    seconds: float | None = None,
-    began: float | None = None,
-    title: str | None = None,
-    seconds_after: float = 0.0,
-) -> Iterator[Progress]:
-    """Minimise `model(**inputs).loss`; a generator that pauses for each validation.
+@dataclass
+class Fit:
+    """Minimize `model(**inputs).loss`: iterating over a fit, once, trains the model.
 
-    It yields where it stands every `validation_steps` and at the end, with the averaged weights in
-    the model, in evaluation mode; the model is left that way after the last one. A model that has
-    an `after_step(output, gather)` gets it called after each step.
+    The iterator yields the progress every `validation_steps` and at the end. Then the model is in
+    evaluation mode and holds the averaged weights; it stays so after the last one. If the model has
+    a method `after_step(output, gather)`, it is called after each batch.
 
     Args:
-        to_inputs: a batch of the data set -> keywords of the model.
-        identity: of the fit, `"phase"` its name: a checkpoint of another one is refused.
-        run: how it is watched; `None` stands for the defaults.
-        checkpoints: where to save and go on from; `None` for neither.
-        logged_steps: added to the steps that the trackers see.
-        seconds: how long it lasts, in place of `max_train_steps`; the last validation is among
-            them, and after a resume all that came before the checkpoint.
-        began: since when they pass, as `time.perf_counter()` tells; `None`: from now.
-        title: of the bar; the phase's name where not given.
-        seconds_after: what else is to be done then, of which the bar tells, too.
+        to_inputs: a batch of the data set -> keyword arguments of the model.
+        identity: all that the weights depend on; `"phase"` is the name of the fit. A checkpoint
+            with another identity is refused.
+        run: seed, steps between validations and logs.
+        checkpoints: where to save and to resume from; `None` for neither.
+        logged_steps: optimization steps of earlier fits, added to the steps that trackers get.
+        seconds: duration of the fit, which replaces `max_train_steps`. It includes the last
+            validation, and after a resume the time before the checkpoint.
+        start_time: `time.perf_counter()` at the start of the duration; `None`: now.
+        title: of the progress bar; the default is the name of the fit.
+        seconds_after: planned duration of later fits, which the progress bar adds.
 
     Raises:
         FloatingPointError: the loss is infinite or NaN at a step that is logged, or the weights are
-            at one that is saved.
-        SystemExit: with code 0, after a checkpoint, where `checkpoints.stop` has been called.
+            at a step that is saved.
+        SystemExit: with code 0, after a checkpoint, if `checkpoints.stop` has been called.
     """
-    name, run = identity["phase"], run or RunSettings()
-    began = time.perf_counter() if began is None else began
-    set_seed(run.seed, device_specific=True)  # a backbone may have dropout
-    loader, order = _loader(dataset, accelerator, settings.train_batch_size, run)
-    if is_sharded(accelerator) and not isinstance(model, ProgressiveVAEPrior):
-        raise ValueError(f"expected FSDP for the phase prior alone, got it for {name}")
-    model = model.to(accelerator.device, memory_format=torch.channels_last)
+
+    model: PreTrainedModel
+    dataset: GridDataset | PairedDataset | PixelStream
+    to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]]
+    accelerator: Accelerator
+    settings: FitSettings
+    identity: dict[str, Any]
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoints: Checkpoints | None = None
+    logged_steps: int = 0
+    seconds: float | None = None
+    start_time: float | None = None
+    title: str | None = None
+    seconds_after: float = 0.0
+
+    def __post_init__(self):
+        self.name = self.identity["phase"]
+        if is_sharded(self.accelerator) and not isinstance(self.model, ProgressiveVAEPrior):
+            raise ValueError(f"expected FSDP for the phase prior only, got it for {self.name}")
+        norm = self.settings.max_grad_norm
+        self.max_grad_norm = math.inf if norm is None else norm
+
+    def __iter__(self) -> Iterator[Progress]:
+        self._set_up()
+        for batch in self._batches():
+            output = self._accumulate_gradients(batch)
+            if not self.accelerator.sync_gradients:
+                continue  # the other batches of this optimization step are still to come
+            self._update_average()
+            is_validation, is_final = self._advance_schedule()
+            if self.progress.step % self.run.logging_steps == 0 or is_final:
+                self._log(output.loss)
+            if is_final:
+                self._check_weights()  # they replace the previous ones when the phase is saved
+            if is_validation or is_final:
+                # The caller validates the averaged weights while the loop waits here.
+                self._begin_validation()
+                start = time.perf_counter()
+                yield self.progress
+                self._end_validation(start, is_final)
+            if is_final:
+                break
+            self._save_if_due()
+        self._tear_down()
+
+    def _set_up(self):
+        """Make loader, optimizer, schedule and average, and load the checkpoint to resume from."""
+        start_time = time.perf_counter() if self.start_time is None else self.start_time
+        accelerator = self.accelerator
+        set_seed(self.run.seed, device_specific=True)  # a backbone may have dropout
+        self.loader, self.order = _make_loader(
+            self.dataset, accelerator, self.settings.train_batch_size, self.run
+        )
+        model = self.model.to(accelerator.device, memory_format=torch.channels_last)
+        optimizer = _make_optimizer(model, self.settings)
+        self.scheduler = get_scheduler(
+            self.settings.lr_scheduler,
+            optimizer,
+            num_warmup_steps=self.settings.num_warmup_steps,
+            num_training_steps=self.settings.max_train_steps,
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.wrapped.train()
+        if is_sharded(accelerator):
+            for method in ("log_prob", "sample"):  # these gather the weights as forward does
+                register_fsdp_forward_method(self.wrapped, method)
+        self.parameters = [p for p in self.wrapped.parameters() if p.requires_grad]
+        self.average = EMAModel(
+            _local(self.parameters), decay=self.settings.ema_decay, foreach=True
+        )
+        self.states = {"scheduler": self.scheduler, "average": self.average}
+        self.progress = Progress()
+        if self.checkpoints is not None:
+            self.progress = self.checkpoints.load(self.identity, self.states, accelerator)
+            self.checkpoints.is_fitting = True
+        self.zero_time = start_time - self.progress.elapsed  # time before the checkpoint counts
+        self.bar = tqdm(
+            total=self.settings.max_train_steps if self.seconds is None else None,
+            initial=self.progress.step,
+            desc=self.title or self.name,
+            disable=not accelerator.is_local_main_process,
+        )
+        self.timer_start = time.perf_counter()
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches of this process, epoch after epoch, from where the progress is."""
+        progress = self.progress
+        while True:
+            num_batches = progress.batch * self.accelerator.num_processes
+            self.order.begin_at(progress.epoch, num_batches * self.settings.train_batch_size)
+            for batch in _timed(self.loader, progress):
+                progress.batch += 1
+                yield batch
+            if not progress.batch:
+                raise ValueError(f"expected examples to fit {self.name} to, got none")
+            progress.epoch += 1
+            progress.batch = 0
+
+    def _accumulate_gradients(self, batch: dict[str, Tensor]) -> Any:
+        """Forward and backward pass, and a step of the optimizer if it is the last batch of one."""
+        accelerator = self.accelerator
+        noise = _generators(batch["index"], self.progress.epoch, self.run.seed)
+        with accelerator.accumulate(self.wrapped):
+            output = self.wrapped(**self.to_inputs(batch), generator=noise)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                self.grad_norm = accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        if hasattr(self.model, "after_step"):
+            self.model.after_step(output, accelerator.gather)
+        return output
+
+    def _update_average(self):
+        if self.settings.use_ema:
+            self.average.step(_local(self.parameters))
+
+    def _advance_schedule(self) -> tuple[bool, bool]:
+        """Count the step, set the learning rate; return whether to validate and whether to end."""
+        progress = self.progress
+        progress.step += 1
+        is_validation = progress.step % self.run.validation_steps == 0
+        if self.seconds is None:
+            is_final = progress.step >= self.settings.max_train_steps
+        else:
+            # The schedule follows the clock, on which all processes have to agree.
+            elapsed = self._synchronize(time.perf_counter() - self.zero_time)
+            progress.elapsed = elapsed
+            share = min(elapsed / self.seconds, 1.0)
+            # The first validation comes early: it tells how long the last one will take.
+            is_validation = is_validation or (not progress.validating and share > 0.1)
+            # Time is reserved for the last validation, which is this one if no other would fit.
+            is_final = elapsed + progress.validating * (1 + is_validation) >= self.seconds
+            self.scheduler.last_epoch = int(share * self.settings.max_train_steps) - 1
+        self.scheduler.step()
+        self.bar.update()
+        return is_validation, is_final
+
+    def _log(self, loss: Tensor):
+        """Send loss, gradient norm and learning rate to the trackers and the progress bar."""
+        mean_loss = self.accelerator.reduce(loss.detach(), "mean").item()
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(
+                self._divergence(f"the loss of {self.name} became {mean_loss}")
+            )
+        postfix = {"loss": f"{mean_loss:.4f}"}
+        if self.seconds is not None:
+            left = max(0.0, self.seconds - self.progress.elapsed)
+            minutes = [f"{value / 60:.0f}" for value in (left, left + self.seconds_after)]
+            postfix["left"] = f"{' of '.join(dict.fromkeys(minutes))} min"
+        self.bar.set_postfix(postfix)
+        values = {
+            f"{self.name}/loss": mean_loss,
+            f"{self.name}/grad_norm": float(self.grad_norm),
+            f"{self.name}/lr": self.scheduler.get_last_lr()[0],
+        }
+        self.accelerator.log(values, step=self.logged_steps + self.progress.step)
+
+    def _begin_validation(self):
+        """Put the averaged weights into the model, in evaluation mode."""
+        if self.settings.use_ema:
+            self.average.store(_local(self.parameters))
+            self.average.copy_to(_local(self.parameters))
+            _reshard(self.wrapped)
+        self.wrapped.eval()
+        self.progress.seconds += time.perf_counter() - self.timer_start
+
+    def _end_validation(self, start: float, is_final: bool):
+        """Restore the trained weights, unless the fit ends here."""
+        self.timer_start = time.perf_counter()
+        self.progress.validating = self._synchronize(self.timer_start - start)
+        if self.settings.use_ema and not is_final:
+            self.average.restore(_local(self.parameters))
+            _reshard(self.wrapped)
+        self.wrapped.train(not is_final)
+
+    def _save_if_due(self):
+        """Save a checkpoint every `checkpointing_steps`, and before a signal ends the program."""
+        checkpoints, progress = self.checkpoints, self.progress
+        if checkpoints is None:
+            return
+        if not checkpoints.is_due(progress.step, self.accelerator, self.run.logging_steps):
+            return
+        now = time.perf_counter()
+        progress.seconds += now - self.timer_start
+        progress.elapsed = now - self.zero_time
+        self.timer_start = now
+        self._check_weights()
+        checkpoints.save(self.identity, progress, self.states, self.accelerator)
+        if checkpoints.is_stopping:
+            self.bar.close()
+            self.accelerator.print(f"stopped in {self.name} at step {progress.step}, saved it")
+            raise SystemExit(0)
+
+    def _tear_down(self):
+        self.bar.close()
+        if self.checkpoints is not None:
+            self.checkpoints.is_fitting = False
+        self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+
+    def _synchronize(self, seconds: float) -> float:
+        """Return the value of the main process, on all processes."""
+        if self.accelerator.num_processes == 1:
+            return seconds
+        return broadcast(torch.tensor(seconds, device=self.accelerator.device)).item()
+
+    def _check_weights(self):
+        """Raise a `FloatingPointError` unless all weights are finite, as a save replaces good ones.
+
+        It waits for the device; only steps that do so anyway call it.
+        """
+        finite = torch.stack([weights.isfinite().all() for weights in _local(self.parameters)])
+        # Each process may hold a part of the weights.
+        if self.accelerator.reduce(finite.all().float(), "mean").item() < 1:
+            what = f"the weights of {self.name} became infinite or NaN"
+            raise FloatingPointError(self._divergence(what))
+
+    def _divergence(self, what: str) -> str:
+        saved = self.checkpoints.of(self.name) if self.checkpoints else []
+        place = f"the last checkpoint is {saved[-1]}" if saved else "there is no checkpoint"
+        return (
+            f"{what} at step {self.progress.step}: lower its learning_rate or raise its "
+            f"lr_warmup_steps; {place}"
+        )
+
+
+def _make_optimizer(model: PreTrainedModel, settings: FitSettings) -> Muon:
     matrices, others = matrices_and_others(model)
     if settings.optimizer == "adamw":
-        matrices, others = [], matrices + others
-    optimizer = Muon(
+        others = matrices + others
+        matrices = []
+    return Muon(
         matrices,
         others,
         lr=settings.learning_rate,
         betas=(settings.adam_beta1, settings.adam_beta2),
         weight_decay=settings.adam_weight_decay,
     )
-    scheduler = get_scheduler(
-        settings.lr_scheduler,
-        optimizer,
-        num_warmup_steps=settings.num_warmup_steps,
-        num_training_steps=settings.max_train_steps,
-    )
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    wrapped.train()
-    if is_sharded(accelerator):
-        for method in ("log_prob", "sample"):  # these gather the weights as forward does
-            register_fsdp_forward_method(wrapped, method)
-    parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    average = EMAModel(_local(parameters), decay=settings.ema_decay, foreach=True)
-    progress, states = Progress(), {"scheduler": scheduler, "average": average}
-    if checkpoints is not None:
-        progress = checkpoints.load(identity, states, accelerator)
-        checkpoints.is_fitting = True
-    began -= progress.elapsed
-    max_norm = math.inf if settings.max_grad_norm is None else settings.max_grad_norm
-    bar = tqdm(
-        total=settings.max_train_steps if seconds is None else None,
-        initial=progress.step,
-        desc=title or name,
-        disable=not accelerator.is_local_main_process,
-    )
-    clock, is_final = time.perf_counter(), False
-    while not is_final:
-        batches_of_all = progress.batch * accelerator.num_processes
-        order.begin_at(progress.epoch, batches_of_all * settings.train_batch_size)
-        for batch in _timed(loader, progress):
-            progress.batch += 1
-            noise = _generators(batch["index"], progress.epoch, run.seed)
-            with accelerator.accumulate(wrapped):
-                output = wrapped(**to_inputs(batch), generator=noise)
-                accelerator.backward(output.loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            if hasattr(model, "after_step"):
-                model.after_step(output, accelerator.gather)
-            if not accelerator.sync_gradients:
-                continue
-            if settings.use_ema:
-                average.step(_local(parameters))
-            progress.step += 1
-            step = progress.step
-            is_due = step % run.validation_steps == 0
-            if seconds is None:
-                is_final = step >= settings.max_train_steps
-            else:  # the schedule goes by the clock, on which all processes have to agree
-                progress.elapsed = _agreed(time.perf_counter() - began, accelerator)
-                share = min(progress.elapsed / seconds, 1.0)
-                # What a validation takes is known after the first, which therefore comes early.
-                is_due = is_due or (not progress.validating and share > 0.1)
-                # Time is left for the last one, which is this one if no other would fit.
-                is_final = progress.elapsed + progress.validating * (1 + is_due) >= seconds
-                scheduler.last_epoch = int(share * settings.max_train_steps) - 1
-            scheduler.step()
-            bar.update()
-            if step % run.logging_steps == 0 or is_final:
-                loss = accelerator.reduce(output.loss.detach(), "mean").item()
-                if not math.isfinite(loss):
-                    what = f"the loss of {name} became {loss}"
-                    raise FloatingPointError(_diverged(what, name, step, checkpoints))
-                figures = {"loss": loss, "grad_norm": float(norm), "lr": scheduler.get_last_lr()[0]}
-                shown = {"loss": f"{loss:.4f}"}
-                if seconds is not None:
-                    left = max(0.0, seconds - progress.elapsed)
-                    minutes = [f"{each / 60:.0f}" for each in (left, left + seconds_after)]
-                    shown["left"] = f"{' of '.join(dict.fromkeys(minutes))} min"
-                bar.set_postfix(shown)
-                logged = {f"{name}/{k}": v for k, v in figures.items()}
-                accelerator.log(logged, step=logged_steps + step)
-            if is_final:
-                _check_weights(parameters, accelerator, name, step, checkpoints)
-            if is_due or is_final:
-                if settings.use_ema:
-                    average.store(_local(parameters))
-                    average.copy_to(_local(parameters))
-                    _reshard(wrapped)
-                wrapped.eval()
-                progress.seconds += time.perf_counter() - clock
-                begun = time.perf_counter()
-                yield progress
-                clock = time.perf_counter()
-                progress.validating = _agreed(clock - begun, accelerator)
-                if settings.use_ema and not is_final:
-                    average.restore(_local(parameters))
-                    _reshard(wrapped)
-                wrapped.train(not is_final)
-            if is_final:
-                break
-            if checkpoints and checkpoints.is_due(step, accelerator, run.logging_steps):
-                progress.seconds += time.perf_counter() - clock
-                clock = time.perf_counter()
-                progress.elapsed = clock - began
-                _check_weights(parameters, accelerator, name, step, checkpoints)
-                checkpoints.save(identity, progress, states, accelerator)
-                if checkpoints.is_stopping:
-                    bar.close()
-                    accelerator.print(f"stopped in {name} at step {step}, which is saved")
-                    raise SystemExit(0)
-        if not progress.batch:
-            raise ValueError(f"expected examples to fit {name} to, got none")
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-    bar.close()
-    if checkpoints is not None:
-        checkpoints.is_fitting = False
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    accelerator.free_memory()
 
 
 def _timed(loader: DataLoader, progress: Progress) -> Iterator[dict]:
-    """The batches; the time spent waiting for them is added up."""
+    """Yield the batches, and add the time spent waiting for them to `progress.waited`."""
     batches = iter(loader)
     while True:
         start = time.perf_counter()
@@ -233,14 +336,14 @@ def _timed(loader: DataLoader, progress: Progress) -> Iterator[dict]:
         yield batch
 
 
-def _loader(
+def _make_loader(
     dataset: GridDataset | PairedDataset | PixelStream,
     accelerator: Accelerator,
     batch_size: int,
     run: RunSettings,
 ) -> tuple[DataLoader, ResumableSampler | PixelStream]:
-    """The batches of this process, and what is told where they begin."""
-    shared: dict[str, Any] = dict(
+    """Return the loader of this process, and what sets the position in its data (`begin_at`)."""
+    options: dict[str, Any] = dict(
         batch_size=batch_size,
         num_workers=run.dataloader_num_workers,
         persistent_workers=run.dataloader_num_workers > 0,
@@ -250,69 +353,45 @@ def _loader(
     )
     if isinstance(dataset, PixelStream):
         share = dataset.share(accelerator.process_index, accelerator.num_processes)
-        loader = DataLoader(share, **shared)
-        # Only moved to the device: the stream is divided already.
-        return prepare_data_loader(
+        loader = DataLoader(share, **options)
+        # The stream is divided among processes already: Accelerate only moves its batches.
+        loader = prepare_data_loader(
             loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
-        ), share
+        )
+        return loader, share
     order = ResumableSampler(len(dataset), run.seed)
     drop_last = len(dataset) >= batch_size * accelerator.num_processes
-    loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **shared)
+    loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **options)
     return accelerator.prepare(loader), order
 
 
 def _ignore_signals(worker: int):
-    """Ctrl-C, and the SIGTERM of `timeout` and Slurm, reach workers too. They have to live on until
-    the fit has saved; then its `DataLoader` ends them."""
+    """Ignore Ctrl-C and the SIGTERM of `timeout` and Slurm, which also reach the workers.
+
+    The workers have to run until the fit has saved; then its `DataLoader` ends them.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _agreed(seconds: float, accelerator: Accelerator) -> float:
-    """What the main process says of them."""
-    if accelerator.num_processes == 1:
-        return seconds
-    told = torch.tensor(seconds, device=accelerator.device)
-    return broadcast(told).item()
-
-
 def _local(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    """Of a sharded model the part that this process holds, in the same memory: the average is
-    sharded alike."""
+    """Return the part of sharded parameters that this process holds, in the same memory.
+
+    So the averaged weights are sharded as the model is.
+    """
     return [
         p.to_local().detach().requires_grad_() if isinstance(p, DTensor) else p for p in parameters
     ]
 
 
 def _reshard(model: torch.nn.Module):
-    """Drop the whole weights that a sharded model holds from before its parts changed."""
+    """Drop the gathered weights of a sharded model, which are stale after its parts changed."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _generators(indices: Tensor, epoch: int, seed: int) -> list[torch.Generator]:
-    """The noise of an example is its own: the same in whichever process and batch it stands."""
+    """Return a generator for each example: its noise does not depend on process and batch."""
     start = (seed * 1_000_003 + epoch) * 1_000_003
     return [torch.Generator().manual_seed((start + i) % 2**64) for i in indices.tolist()]
-
-
-def _check_weights(
-    parameters: list[torch.nn.Parameter],
-    accelerator: Accelerator,
-    name: str,
-    step: int,
-    checkpoints: Checkpoints | None,
-):
-    """Raise a `FloatingPointError` unless all weights are finite: those that are saved replace
-    good ones. It waits for the device, and is for steps that do so anyway."""
-    is_finite = torch.stack([weights.isfinite().all() for weights in _local(parameters)]).all()
-    if accelerator.reduce(is_finite.float(), "mean").item() < 1:  # each process may hold a part
-        what = f"the weights of {name} became infinite or NaN"
-        raise FloatingPointError(_diverged(what, name, step, checkpoints))
-
-
-def _diverged(what: str, name: str, step: int, checkpoints: Checkpoints | None) -> str:
-    saved = checkpoints.of(name) if checkpoints else []
-    place = f"the last checkpoint before is {saved[-1]}" if saved else "there is no checkpoint"
-    return f"{what} at step {step}: lower its learning_rate or raise its lr_warmup_steps; {place}"

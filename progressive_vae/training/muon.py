@@ -9,15 +9,19 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic, steepest at zero (Jo
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW for vectors and tables; matrices follow their momentum, made orthogonal.
+    """Muon for matrices, AdamW for vectors and tables.
 
-    So a step moves all directions of a matrix alike, those with small gradients too. The kernel of
-    a convolution is a matrix (C_out, C_in·k²), which `torch.optim.Muon` does not take. Steps of
-    matrices have a root mean square of `scale` · lr, so that one learning rate serves both kinds.
+    The step of a matrix is its momentum, orthogonalized: all directions move equally far, also
+    those with small gradients. The kernel of a convolution is a matrix (C_out, C_in·k²), which
+    `torch.optim.Muon` does not accept. The root mean square of a matrix's step is `scale` · lr, so
+    both kinds of parameters can have the same learning rate.
 
     Args:
         matrices: parameters of two or more dimensions.
-        others: what AdamW is for; `options` are its own.
+        others: parameters for AdamW.
+        momentum: decay of the mean of a matrix's gradient.
+        scale: root mean square of a matrix's step, in learning rates.
+        options: of AdamW.
     """
 
     def __init__(
@@ -42,46 +46,47 @@ class Muon(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            matrices = [each for each in group["params"] if each.grad is not None]
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             if group["momentum"] is not None and matrices:
-                self._follow_momentum(matrices, **group)
+                self._step_matrices(matrices, **group)
         super().step()
         return loss
 
-    def _follow_momentum(
+    def _step_matrices(
         self,
         matrices: list[nn.Parameter],
         lr: float,
         momentum: float,
         weight_decay: float,
-        **of_adamw,
+        **adamw_options,
     ):
         for matrix in matrices:
-            if not self.state[matrix]:  # AdamW wants to find a step in every state
+            if not self.state[matrix]:  # AdamW expects a step in each state
                 zeros = {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
                 self.state[matrix] |= zeros
             self.state[matrix]["step"] += 1
         gradients = [matrix.grad for matrix in matrices]
         means = [self.state[matrix]["momentum"] for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, means, momentum)  # Nesterov's
+        updates = torch._foreach_lerp(gradients, means, momentum)  # Nesterov momentum
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         by_shape: dict[torch.Size, list[int]] = {}
         for i, matrix in enumerate(matrices):
             by_shape.setdefault(matrix.flatten(1).shape, []).append(i)
-            matrix.grad = None  # AdamW leaves it alone
-        for shape, places in by_shape.items():  # together, as a GPU's time goes into small products
-            updates = orthogonal(torch.stack([ahead[i].flatten(1) for i in places]))
-            size = lr * self.scale * max(shape) ** 0.5
-            for i, update in zip(places, updates, strict=True):
-                matrices[i].sub_(update.view_as(matrices[i]).to(matrices[i]), alpha=size)
+            matrix.grad = None  # AdamW skips it
+        # Matrices of one shape go through one batched product: single ones are small for a GPU.
+        for shape, indices in by_shape.items():
+            directions = orthogonal(torch.stack([updates[i].flatten(1) for i in indices]))
+            step_size = lr * self.scale * max(shape) ** 0.5
+            for i, direction in zip(indices, directions, strict=True):
+                matrices[i].sub_(direction.view_as(matrices[i]).to(matrices[i]), alpha=step_size)
 
 
 def orthogonal(matrices: Tensor, num_iterations: int = 5) -> Tensor:
-    """U Vᵀ of matrices U S Vᵀ (..., m, n), roughly: singular values come out near 1 (between 0.7
-    and 1.2).
+    """Return approximately U Vᵀ of matrices U S Vᵀ (..., m, n).
 
-    Newton–Schulz iterations X ← a X + (b A + c A²) X with A = X Xᵀ, in bf16 where that is quick.
+    Newton–Schulz iterations X ← a X + (b A + c A²) X with A = X Xᵀ bring all singular values
+    between 0.7 and 1.2. They run in bf16 on devices with fast bf16 products.
     """
     x = matrices.bfloat16() if has_bf16(matrices.device) else matrices.float()
     is_tall = x.shape[-2] > x.shape[-1]
@@ -95,7 +100,7 @@ def orthogonal(matrices: Tensor, num_iterations: int = 5) -> Tensor:
 
 
 def matrices_and_others(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The trainable parameters: those of maps between hidden layers, and all else."""
+    """Return the trainable weights of hidden linear and convolutional layers, and all others."""
     hidden = {
         id(module.weight)
         for module in model.modules()

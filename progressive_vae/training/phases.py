@@ -1,8 +1,8 @@
-"""The phases of training, as values: each is one fit, from saved artefacts to a saved part.
+"""The phases of training: each is one fit, from files to a saved part of the pipeline.
 
-`LevelPhase` learns an encoder and a decoder under the uniform prior on their codes, `PriorPhase`
-learns `P_Φ(z_1)`, and `RefitPhase` gives a trained level another decoder of the same codes. They
-share nothing but what is saved, so any of them can be run again alone.
+`LevelPhase` trains an encoder and a decoder under the uniform prior on their codes, `PriorPhase`
+trains `P_Φ(z_1)`, and `RefitPhase` trains another decoder of the same codes for a trained level.
+They have only files in common, so each can run again on its own.
 """
 
 import copy
@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -31,32 +31,29 @@ from ..pipeline import ProgressiveVAEPipeline
 from ..visualization import reconstruction_grid, sample_grid
 from .args import FitSettings
 from .checkpoints import Progress, is_sharded
-from .fit import fit
+from .fit import Fit
 from .run import Run, as_finer
 
-WRITTEN_BY = ("transformers_version", "progressive_vae", "format_version")
-MAX_KMEANS_VECTORS = 100_000  # bounds the distances held at a time, whatever the image size
+# Fields of a saved config that say which versions wrote it.
+VERSION_FIELDS = ("transformers_version", "progressive_vae", "format_version")
+MAX_KMEANS_VECTORS = 100_000  # bounds the memory of their distances, for any image size
+VALIDATION_IMAGES = 1000
+VALIDATION_BATCH_SIZE = 250
 
 Model: TypeAlias = ProgressiveVAELevel | ProgressiveVAEPrior
 ModelConfig: TypeAlias = ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig
 Validate: TypeAlias = Callable[[Progress], dict[str, float]]
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class Phase:
-    """What the kinds share. Each has
-
-    - `name`, in flags, files and figures, and `part`, the folder that it ends in;
-    - `source`: it is fitted to z_source, the pixels being z_{N + 1};
-    - `history(run)`: of the part, before it: the identities of the phases on which it stands;
-    - `model_config(levels)`: of the model that it makes, given the configs of all levels;
-    - `__call__(run)`: fits the model and saves it; what a resumed run finds done stays as it is.
+    """One fit; calling a phase fits its model and saves it, unless a resumed run finds it done.
 
     Args:
         settings: of the fit.
-        seconds: how long it may take, in place of the steps that the settings say.
-        place: which of how many phases it is, for people.
-        seconds_after: how long those that follow may take.
+        seconds: duration of the phase, which replaces the steps of the settings.
+        place: its number and the number of phases, for messages.
+        seconds_after: planned duration of the later phases, for the progress bar.
     """
 
     settings: FitSettings
@@ -64,17 +61,40 @@ class Phase:
     place: str = ""
     seconds_after: float = 0.0
 
-    name: str = field(init=False)
-    part: str = field(init=False)
-    source: int = field(init=False)
+    @property
+    def name(self) -> str:
+        """The name in flags, files and metrics."""
+        raise NotImplementedError
+
+    @property
+    def part(self) -> str:
+        """The folder of the model: `level_i` or `prior`."""
+        raise NotImplementedError
+
+    @property
+    def source(self) -> int:
+        """The phase trains on z_source; z_{N + 1} are the pixels."""
+        raise NotImplementedError
+
+    def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ModelConfig:
+        """Return the config of the model, for the configs of [level_1 … level_N]."""
+        raise NotImplementedError
+
+    def __call__(self, run: Run) -> Model:
+        raise NotImplementedError
+
+    def history(self, run: Run) -> list[dict[str, Any]]:
+        """Return the identities of the part's earlier phases, whose weights this one uses."""
+        return []
 
     def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
-        """All that the weights of a phase depend on, and nothing else, as JSON holds it."""
-        accelerator, settings = run.accelerator, asdict(self.settings)
+        """Return all that the weights of the phase depend on, as JSON values."""
+        accelerator = run.accelerator
+        settings = asdict(self.settings)
         del settings["time_share"]
         identity = {
             "phase": self.name,
-            "config": {k: v for k, v in config.to_dict().items() if k not in WRITTEN_BY},
+            "config": {k: v for k, v in config.to_dict().items() if k not in VERSION_FIELDS},
             "data": data,
             "num_processes": accelerator.num_processes,
             "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
@@ -83,49 +103,41 @@ class Phase:
             "seconds": self.seconds,
             **settings,
         }
-        if self.part == f"level_{run.num_levels}" and run.forms != IDENTITY:
-            identity["forms"] = asdict(run.forms)
+        if self.part == f"level_{run.num_levels}" and run.augmentation != IDENTITY:
+            identity["forms"] = asdict(run.augmentation)
         return json.loads(json.dumps(identity))
 
-    def history(self, run: Run) -> list[dict[str, Any]]:
-        return []
-
-    def planned(
+    def planned_identity(
         self, run: Run, levels: list[ProgressiveVAELevelConfig], pixels: Manifest
     ) -> dict[str, Any]:
-        """The identity as far as it is known before the phases before it are done.
+        """Return the identity without the fields that earlier phases decide.
 
         Args:
             levels: the configs of [level_1 … level_N].
             pixels: of the training split.
         """
+        data = pixels
         if self.source <= len(levels):
             size = grid_sizes(levels, (pixels.shape[-2], pixels.shape[-1]))[self.source - 1]
             num_values = levels[self.source - 1].codebook_size
-            pixels = replace(pixels, shape=size, num_values=num_values)
-        return self.identity(run, self.model_config(levels), asdict(pixels))
-
-    def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ModelConfig:
-        raise NotImplementedError
-
-    def __call__(self, run: Run) -> Model:
-        raise NotImplementedError
+            data = replace(pixels, shape=size, num_values=num_values)
+        return self.identity(run, self.model_config(levels), asdict(data))
 
     def _fit(
         self,
         run: Run,
         model: Model,
-        train: GridDataset | PairedDataset | PixelStream,
+        examples: GridDataset | PairedDataset | PixelStream,
         to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
         validate: Validate,
         identity: dict[str, Any],
-        began: float,
+        start_time: float,
     ):
-        """Fit, show the validations, note the cost, and save."""
-        accelerator, progress, figures = run.accelerator, Progress(), {}
-        for progress in fit(
+        """Fit the model, validate it, record the cost, and save it."""
+        accelerator = run.accelerator
+        fit = Fit(
             model,
-            train,
+            examples,
             to_inputs,
             accelerator,
             self.settings,
@@ -134,187 +146,242 @@ class Phase:
             checkpoints=run.checkpoints,
             logged_steps=run.logged_steps,
             seconds=self.seconds,
-            began=began,
+            start_time=start_time,
             title=f"{self.name} ({self.place})" if self.place else self.name,
             seconds_after=self.seconds_after,
-        ):
-            if accelerator.is_main_process or is_sharded(accelerator):  # then all have to take part
-                figures = validate(progress)
+        )
+        progress = Progress()
+        metrics: dict[str, float] = {}
+        for progress in fit:
+            # All processes of a sharded model have to take part in its forward pass.
+            if accelerator.is_main_process or is_sharded(accelerator):
+                metrics = validate(progress)
         batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         num_images = progress.step * self.settings.train_batch_size * batches
         waiting = round(progress.waited / progress.seconds, 4)
-        figures = {"steps": progress.step, "waiting_share": waiting, **figures}
-        run.record(self.name, num_images, progress.seconds, **figures)
+        metrics = {"steps": progress.step, "waiting_share": waiting, **metrics}
+        run.record(self.name, num_images, progress.seconds, **metrics)
         run.logged_steps += progress.step
         run.save(model, self.part, [*self.history(run), identity])
         if run.checkpoints is not None:
             run.checkpoints.end_of_fit(accelerator)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class LevelPhase(Phase):
-    """Level `index`, from the saved finer levels and the cached z_{index + 1}: its encoder, its
-    codebook and its decoder, under the uniform prior on its codes.
+    """Train encoder, codebook and decoder of level `index`, under the uniform prior on its codes.
+
+    The data are z_{index + 1}, as the saved finer levels encode the images.
 
     Args:
-        is_encoder: the decoder is the auxiliary one alone; a `RefitPhase` gives it a stronger one.
+        is_encoder: the only decoder is the auxiliary one; a `RefitPhase` trains a stronger one.
     """
 
     index: int
     config: ProgressiveVAELevelConfig
     is_encoder: bool = False
 
-    def __post_init__(self):
-        self.part = f"level_{self.index}"
-        self.name = f"encoder_{self.index}" if self.is_encoder else self.part
-        self.source = self.index + 1
+    @property
+    def part(self) -> str:
+        return f"level_{self.index}"
+
+    @property
+    def name(self) -> str:
+        return f"encoder_{self.index}" if self.is_encoder else self.part
+
+    @property
+    def source(self) -> int:
+        return self.index + 1
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        began, train = time.perf_counter(), run.examples(self.source)
+        start_time = time.perf_counter()
+        examples = run.examples(self.source)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(self.index + 1)
-        identity = self.identity(run, config, _of_data(train, run))
+        identity = self.identity(run, config, _data_identity(examples, run))
         if run.is_done(self.part, identity):
             return run.level(self.index)
-        set_seed(run.settings.seed)
-        level = ProgressiveVAELevel(config)
         finer_levels = [run.level(i) for i in range(self.index + 1, run.num_levels + 1)]
-        if finer_levels:
-            generator = torch.Generator().manual_seed(run.settings.seed)
-            level.encoder.embed_like(finer_levels[0].quantizer.codebook, generator)
-        # An encoder alone takes few steps: its codebook has to follow it soon.
-        batch_size = self.settings.train_batch_size * run.accelerator.num_processes
-        weight = batch_size if self.is_encoder else None
-        initialize_codebook(level, train, run.settings.seed, weight)
+        level = self._initial_level(run, config, finer_levels, examples)
+        # Other decoders were of the previous level.
         for name in (f"refit_{self.part}", f"decoder_{self.index}"):
-            run.drop_record(name)  # of the level that was there before
-        told = {}
+            run.drop_record(name)
+        options = {}
         if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
-            told["paint"] = _painter(run, finer_levels)
+            options["paint"] = _preview_decoder(run, finer_levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
-            return {"finer": as_finer(batch["grid"], level), **_class_labels(batch, level), **told}
+            finer = as_finer(batch["grid"], level)
+            return {"finer": finer, **_class_labels(batch, level), **options}
 
         validate = _level_validation(run, self, level)
-        self._fit(run, level, train, to_inputs, validate, identity, began)
-        run.clear_cache(self.index)  # the codes of the level that was there before
+        self._fit(run, level, examples, to_inputs, validate, identity, start_time)
+        run.clear_cache(self.index)  # the codes are those of the previous level
+        return level
+
+    def _initial_level(
+        self,
+        run: Run,
+        config: ProgressiveVAELevelConfig,
+        finer_levels: list[ProgressiveVAELevel],
+        examples: GridDataset | PixelStream,
+    ) -> ProgressiveVAELevel:
+        """Return a new level, whose code embedding and codebook are initialized from data."""
+        seed = run.settings.seed
+        set_seed(seed)
+        level = ProgressiveVAELevel(config)
+        if finer_levels:
+            generator = torch.Generator().manual_seed(seed)
+            level.encoder.embed_like(finer_levels[0].quantizer.codebook, generator)
+        # The fit of an encoder has few steps: its codebook has to follow the encoder quickly.
+        batch_size = self.settings.train_batch_size * run.accelerator.num_processes
+        initialize_codebook(level, examples, seed, batch_size if self.is_encoder else None)
         return level
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class RefitPhase(Phase):
-    """The decoder of level `index` again, on the cached codes. The encoder and the codebook stay as
-    they are, to the bit: nothing coarser has to be trained again.
+    """Train another decoder of level `index`, on its cached codes.
+
+    Encoder and codebook stay as they are, bit by bit: coarser levels remain valid.
 
     Args:
-        changes: fields of the decoder's config, and
-        from_scratch: whether its weights begin anew, as in `ProgressiveVAELevel.with_decoder`.
-        is_first: it is the first decoder beside the auxiliary one, and replaces any other.
-        on_top: it may be another refit, after those that the level has had.
+        changes: fields of the decoder's config.
+        from_scratch: initialize its weights, as `ProgressiveVAELevel.with_decoder` does.
+        is_first: it is the first decoder after the auxiliary one, and replaces any other.
+        is_on_top: the level may have been refitted before: its current decoder is refitted.
     """
 
     index: int
     changes: dict[str, Any]
     from_scratch: bool = False
     is_first: bool = False
-    on_top: bool = False
+    is_on_top: bool = False
 
-    def __post_init__(self):
-        self.part = f"level_{self.index}"
-        self.name = f"decoder_{self.index}" if self.is_first else f"refit_{self.part}"
-        self.source, self.from_scratch = self.index, self.from_scratch or self.is_first
+    @property
+    def part(self) -> str:
+        return f"level_{self.index}"
+
+    @property
+    def name(self) -> str:
+        return f"decoder_{self.index}" if self.is_first else f"refit_{self.part}"
+
+    @property
+    def source(self) -> int:
+        return self.index
+
+    @property
+    def has_new_weights(self) -> bool:
+        return self.from_scratch or self.is_first
 
     def identity(self, run: Run, config: ModelConfig, data: dict[str, Any]) -> dict[str, Any]:
-        more = {"from_scratch": self.from_scratch, "refits_before": 0}
-        if self.on_top and not self.is_first:
-            more["refits_before"] = len(self._refits(run))
-        return {**super().identity(run, config, data), **more}
+        counts_refits = self.is_on_top and not self.is_first
+        return {
+            **super().identity(run, config, data),
+            "from_scratch": self.has_new_weights,
+            "refits_before": self._num_refits(run) if counts_refits else 0,
+        }
 
     def history(self, run: Run) -> list[dict[str, Any]]:
-        whole = run.history(self.part)
-        return whole[:1] if self.is_first else whole  # after the encoder's, or after all
+        history = run.history(self.part)
+        return history[:1] if self.is_first else history  # the first entry is the encoder's
 
-    def _refits(self, run: Run) -> list[dict[str, Any]]:
-        """What the level's decoder has gone through since the level was trained."""
-        return [each for each in run.history(self.part) if each.get("phase") == self.name]
+    def _num_refits(self, run: Run) -> int:
+        """Return the number of times that this phase has refitted the level."""
+        return sum(each.get("phase") == self.name for each in run.history(self.part))
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
         return levels[self.index - 1].with_decoder(**self.changes)
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        began = time.perf_counter()
-        pairs, codes = run.examples(self.index + 1), run.grids("train", self.index)
-        if isinstance(pairs, GridDataset):
-            pairs = PairedDataset(pairs, codes)
+        start_time = time.perf_counter()
+        examples = run.examples(self.index + 1)
+        codes = run.grids("train", self.index)
+        if isinstance(examples, GridDataset):
+            examples = PairedDataset(examples, codes)
         set_seed(run.settings.seed)
-        old = run.level(self.index)
-        level = old.with_decoder(self.from_scratch, **self.changes)
-        identity = self.identity(run, level.config, _of_data(codes, run))
+        previous = run.level(self.index)
+        level = previous.with_decoder(self.has_new_weights, **self.changes)
+        identity = self.identity(run, level.config, _data_identity(codes, run))
         if run.is_done(self.part, identity):
-            return old
-        if self._refits(run) and not self.on_top and not self.is_first:
+            return previous
+        if self._num_refits(run) and not self.is_on_top and not self.is_first:
             raise ValueError(
                 f"expected {self.part} in {run.output_dir} as its first fit left it, got one that "
                 f"was refitted since: run --phase {self.part} first"
             )
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-            finer, known = as_finer(batch["grid"], level), batch.get("codes")
-            shown = level.encode(finer) if known is None else known  # not in all forms, or streams
-            return {"finer": finer, "codes": shown, **_class_labels(batch, level)}
+            finer = as_finer(batch["grid"], level)
+            codes = batch.get("codes")
+            if codes is None:  # of augmented and streamed images no codes are cached
+                codes = level.encode(finer)
+            return {"finer": finer, "codes": codes, **_class_labels(batch, level)}
 
         validate = _level_validation(run, self, level)
-        self._fit(run, level, pairs, to_inputs, validate, identity, began)
+        self._fit(run, level, examples, to_inputs, validate, identity, start_time)
         return level
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class PriorPhase(Phase):
-    """`P_Φ(z_1)`, by maximum likelihood on the cached z_1."""
+    """Train `P_Φ(z_1)` by maximum likelihood on the cached z_1."""
 
     config: ProgressiveVAEPriorConfig
 
-    def __post_init__(self):
-        self.name = self.part = "prior"
-        self.source = 1
+    @property
+    def name(self) -> str:
+        return "prior"
+
+    @property
+    def part(self) -> str:
+        return "prior"
+
+    @property
+    def source(self) -> int:
+        return 1
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAEPriorConfig:
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAEPrior:
-        began = time.perf_counter()
-        train, held_out = run.grids("train", 1), run.grids("test", 1)
+        start_time = time.perf_counter()
+        examples = run.grids("train", 1)
+        test_grids = run.grids("test", 1)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(1)
-        identity = self.identity(run, config, _of_data(train, run))
+        identity = self.identity(run, config, _data_identity(examples, run))
         if run.is_done(self.part, identity):
             return ProgressiveVAEPrior.from_pretrained(run.output_dir / self.part)
         set_seed(run.settings.seed)
         prior = ProgressiveVAEPrior(config)
-        view = _view(run, prior, [run.level(i) for i in range(1, run.num_levels + 1)])
+        levels = [run.level(i) for i in range(1, run.num_levels + 1)]
+        pipe = _validation_pipeline(run, prior, levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
             return {"codes": batch["grid"], **_class_labels(batch, prior)}
 
         def validate(progress: Progress) -> dict[str, float]:
-            grids = held_out.batch(slice(0, 1000))[0].to(prior.device)
+            codes = test_grids.batch(slice(0, VALIDATION_IMAGES))[0].to(prior.device)
             with torch.no_grad():
-                bits = -prior.log_prob(grids).mean().item() / math.log(2)
-            figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
-            picture = sample_grid(view, columns=run.settings.num_validation_images)
-            run.show(self.name, progress.step, picture, figures)
-            return figures
+                bits = -prior.log_prob(codes).mean().item() / math.log(2)
+            metrics = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
+            image = sample_grid(pipe, columns=run.settings.num_validation_images)
+            run.log_validation(self.name, progress.step, image, metrics)
+            return metrics
 
-        self._fit(run, prior, train, to_inputs, validate, identity, began)
+        self._fit(run, prior, examples, to_inputs, validate, identity, start_time)
         return prior
 
 
-def part_alone(name: str) -> str | None:
-    """The part that a phase writes, if nothing else stands on what it changes: then others may run
-    beside it. Decoders and the prior share but cached codes."""
+def independent_part(name: str) -> str | None:
+    """Return the part that a phase writes if no other phase depends on it, else `None`.
+
+    Such phases, of decoders and the prior, may run at the same time: they only read cached codes.
+    """
     parts = {"prior": "prior"}
     for i in range(1, MAX_LEVELS + 1):
         parts |= {f"decoder_{i}": f"level_{i}", f"refit_level_{i}": f"level_{i}"}
@@ -323,18 +390,21 @@ def part_alone(name: str) -> str | None:
 
 def initialize_codebook(
     level: ProgressiveVAELevel,
-    train: GridDataset | PixelStream,
+    examples: GridDataset | PixelStream,
     seed: int,
     num_images: int | None = None,
 ):
-    """The quantizer begins with latents of up to 2,000 images, drawn with the seed: alike on all
-    processes.
+    """Initialize the quantizer with latents of up to 2,000 images, sampled with the seed.
 
-    The statistics that k-means leaves weigh as much as all those images, so that the codebook moves
-    slowly during the first hundreds of steps, while the encoder changes most; or as `num_images`.
+    All processes get the same codebook. By default the statistics of k-means weigh as much as all
+    those images: the codebook moves slowly during the first hundreds of steps, in which the encoder
+    changes most.
+
+    Args:
+        num_images: weight of the statistics, in images.
     """
     generator = torch.Generator().manual_seed(seed)
-    grids = train.sample(2000, seed)
+    grids = examples.sample(2000, seed)
     with torch.no_grad():
         latents = [level.encoder(as_finer(part, level)) for part in grids.split(250)]
     vectors = torch.cat(latents).movedim(1, -1).flatten(0, -2)
@@ -345,8 +415,8 @@ def initialize_codebook(
     level.quantizer.initialize(vectors, generator, weight)
 
 
-def _painter(run: Run, finer_levels: list[ProgressiveVAELevel]) -> PreviewDecoder:
-    """By what a level of symbols learns how they look."""
+def _preview_decoder(run: Run, finer_levels: list[ProgressiveVAELevel]) -> PreviewDecoder:
+    """Return the decoder from z_{index + 1} to images, for the reconstruction loss of a level."""
     for level in finer_levels:
         level.to(run.accelerator.device)
     sizes = grid_sizes([level.config for level in finer_levels], run.image_shape[1:])[1:]
@@ -356,45 +426,46 @@ def _painter(run: Run, finer_levels: list[ProgressiveVAELevel]) -> PreviewDecode
 def _level_validation(
     run: Run, phase: LevelPhase | RefitPhase, level: ProgressiveVAELevel
 ) -> Validate:
-    """Bits of held-out images under the level, and what it says of some, through the finer levels,
-    which are trained already."""
-    held_out = run.grids("test", phase.index + 1)
+    """Return a function that measures a level on test images and logs their reconstructions."""
+    test_grids = run.grids("test", phase.index + 1)
     finer_levels = [run.level(i) for i in range(phase.index + 1, run.num_levels + 1)]
-    view = _view(run, None, [level, *finer_levels])
+    pipe = _validation_pipeline(run, None, [level, *finer_levels])
     images = run.pixels["test"].batch(slice(0, run.settings.num_validation_images))[0]
 
     def validate(progress: Progress) -> dict[str, float]:
-        grids, nats = held_out.batch(slice(0, 1000))[0], 0.0
+        grids = test_grids.batch(slice(0, VALIDATION_IMAGES))[0]
+        nats = 0.0
         with torch.no_grad(), run.accelerator.autocast():
-            for chunk in grids.split(250):
-                finer = as_finer(chunk, level).to(level.device)
+            for part in grids.split(VALIDATION_BATCH_SIZE):
+                finer = as_finer(part, level).to(level.device)
                 nats -= level.log_prob(finer, level.encode(finer)).sum().item()
         bits = nats / (len(grids) * math.log(2))
-        figures = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
-        picture = reconstruction_grid(view, images.to(torch.uint8))
-        run.show(phase.name, progress.step, picture, figures)
-        return figures
+        metrics = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
+        image = reconstruction_grid(pipe, images.to(torch.uint8))
+        run.log_validation(phase.name, progress.step, image, metrics)
+        return metrics
 
     return validate
 
 
-def _view(
+def _validation_pipeline(
     run: Run, prior: ProgressiveVAEPrior | None, levels: list[ProgressiveVAELevel]
 ) -> ProgressiveVAEPipeline:
-    view = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
-    view.to(run.accelerator.device).set_progress_bar_config(disable=True)
-    return view
+    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
+    pipe.to(run.accelerator.device).set_progress_bar_config(disable=True)
+    return pipe
 
 
-def _of_data(train: GridDataset | PixelStream, run: Run) -> dict[str, Any]:
-    found = {**asdict(train.manifest), "num_examples": train.num_examples}
-    if isinstance(train, PixelStream):  # workers share it out, each with a window of its own
-        found["dataloader_num_workers"] = run.settings.dataloader_num_workers
-    return found
+def _data_identity(examples: GridDataset | PixelStream, run: Run) -> dict[str, Any]:
+    identity = {**asdict(examples.manifest), "num_examples": examples.num_examples}
+    if isinstance(examples, PixelStream):
+        # Each worker shuffles its part of the stream, so their number decides the order.
+        identity["dataloader_num_workers"] = run.settings.dataloader_num_workers
+    return identity
 
 
 def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """The class ids, with the null class for images without a label."""
+    """Return class ids (B,) as keyword arguments; images without a label get the null class."""
     if not model.config.num_classes:
         return {}
     labels = batch["label"]

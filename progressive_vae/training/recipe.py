@@ -1,4 +1,4 @@
-"""A recipe: all knobs of a training, in the words of the configs and settings that own them.
+"""A recipe: all settings of a training run, with the names of configs and settings classes.
 
     level_1: {codebook_size: 64, decoder_order: raster, fit: {max_train_steps: 7000}}
     level_2: {codebook_size: 64, downsample: 4, refit: {corruption: 0.1, fit: {time_share: 0.5}}}
@@ -7,15 +7,16 @@
     run: {output_dir: runs/fashion_mnist, mixed_precision: bf16}
 
 A section `level_i` has the fields of `ProgressiveVAELevelConfig`, `fit` those of `FitSettings`, and
-`refit`, where it is there, those of the decoder and a `fit` of its own. `levels` speaks for all
-levels, `num_levels` says how many there are: as many as are named, or two, where it is silent.
-Without a recipe it is one for pictures of any kind, N = 3.
+`refit`, which is optional, those of the decoder and its own `fit`. `levels` has defaults for all
+levels. `num_levels` is N; by default the highest index of a section, or two. Without a recipe the
+defaults are those of `_default_recipe`, with N = 3.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import yaml
@@ -28,19 +29,24 @@ from ..data.args import DataSettings
 from ..hub.repository import INDEX, pipeline_parts
 from ..paths import expand_home
 from .args import FitSettings, PriorFitSettings, RunSettings
-from .cli import in_words
+from .cli import parse_or_raise
 
 Kind = TypeVar("Kind")
 
 SECTIONS = ("levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run")
 
 _SOURCES = ("dataset_name", "train_data_dir")
+DEFAULT_LEVELS = 3  # without a recipe
 
 
 @dataclass
 class RefitRecipe:
-    """A second fit of a decoder: the fields of its config that change, whether its weights begin
-    anew, and how it is fitted."""
+    """A second fit of a decoder.
+
+    Args:
+        changes: fields of its config.
+        from_scratch: initialize its weights again.
+    """
 
     changes: dict[str, Any]
     from_scratch: bool
@@ -49,8 +55,14 @@ class RefitRecipe:
 
 @dataclass
 class LevelRecipe:
-    """The fields of a level's config, and how it is fitted: at once, or where there is an
-    `encoder_fit` its encoder first, by the auxiliary decoder, and its decoder later."""
+    """Config and fits of a level.
+
+    Args:
+        config: fields of its config.
+        encoder_fit: of encoder, codebook and auxiliary decoder, if the decoder is trained later;
+            `None`: one fit trains all.
+        fit: of the decoder, or of all.
+    """
 
     config: dict[str, Any]
     class_conditional: bool
@@ -61,7 +73,11 @@ class LevelRecipe:
 
 @dataclass
 class PriorRecipe:
-    """The fields of the prior's config, and how it is fitted."""
+    """Config and fit of the prior.
+
+    Args:
+        config: fields of its config.
+    """
 
     config: dict[str, Any]
     class_conditional: bool
@@ -70,11 +86,11 @@ class PriorRecipe:
 
 @dataclass
 class Recipe:
-    """A recipe whose every field has its value.
+    """A recipe with the values of all fields.
 
     Args:
-        levels: of [level_1 … level_N].
-        sections: the same as JSON and YAML hold it, from which it can be read again.
+        levels: [level_1 … level_N].
+        sections: the same as JSON values; `read_recipe` returns the same recipe for them.
     """
 
     levels: list[LevelRecipe]
@@ -87,34 +103,39 @@ class Recipe:
         self,
         num_channels: int,
         class_names: list[str],
-        given: Mapping[int, ProgressiveVAELevelConfig],
+        pretrained: Mapping[int, ProgressiveVAELevelConfig],
     ) -> list[ProgressiveVAELevelConfig]:
-        """The configs of [level_1 … level_N]: as the recipe says, but for those that are given."""
+        """Return the configs of [level_1 … level_N].
+
+        Args:
+            num_channels: of the images.
+            class_names: of the data set, [] if it has no labels.
+            pretrained: configs that replace those of the recipe.
+
+        Raises:
+            ValueError: a config is invalid, or a pretrained level is of other images.
+        """
         configs: list[ProgressiveVAELevelConfig] = []
         for i in range(len(self.levels), 0, -1):
-            level = self.levels[i - 1]
-            finer = (
-                {"num_symbols": configs[0].codebook_size}
-                if configs
-                else {"num_channels": num_channels}
-            )
-            if i in given:
-                config = given[i]
+            if i in pretrained:
+                config = pretrained[i]
                 if not configs and config.num_channels != num_channels:
                     raise ValueError(
-                        f"expected a level of images with {num_channels} colors to start from, "
-                        f"got one with num_channels={config.num_channels}"
+                        f"expected a pretrained level of images with {num_channels} colors, got "
+                        f"one with num_channels={config.num_channels}"
                     )
             else:
-                classes = self._classes(i, class_names)
-                config = _built(
-                    ProgressiveVAELevelConfig, {**level.config, **classes, **finer}, f"level_{i}"
-                )
+                values = {**self.levels[i - 1].config, **self._classes(i, class_names)}
+                if configs:
+                    values["num_symbols"] = configs[0].codebook_size
+                else:
+                    values["num_channels"] = num_channels
+                config = _build(ProgressiveVAELevelConfig, values, f"level_{i}")
             configs.insert(0, config)
         return configs
 
     def decoder_changes(self, index: int, class_names: list[str]) -> dict[str, Any]:
-        """The fields of its config that the refit of level `index` changes."""
+        """Return the fields of its config that the refit of level `index` changes."""
         refit = self.levels[index - 1].refit
         return {**(refit.changes if refit else {}), **self._classes(index, class_names)}
 
@@ -134,17 +155,18 @@ class Recipe:
         image_size: tuple[int, int],
         class_names: list[str],
     ) -> ProgressiveVAEPriorConfig:
+        """Return the config of the prior, for images of (H, W)."""
         names = class_names if self.prior.class_conditional else []
         codes = {
             "codebook_size": levels[0].codebook_size,
             "grid_size": grid_sizes(levels, image_size)[0],
         }
         values = {**self.prior.config, **codes, **named_classes(names)}
-        return _built(ProgressiveVAEPriorConfig, values, "prior")
+        return _build(ProgressiveVAEPriorConfig, values, "prior")
 
 
 def named_classes(names: list[str]) -> dict[str, Any]:
-    """The fields by which a config knows the classes."""
+    """Return the fields of a config that describe the classes."""
     return {"num_classes": len(names), "id2label": dict(enumerate(names)) or None}
 
 
@@ -152,48 +174,49 @@ def read_recipe(
     recipe: Mapping[str, Any] | str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe of a dict or a YAML file, with its sections' types and names checked.
+    """Return the recipe of a dict or a YAML file; check names and types of its sections.
 
     Args:
-        recipe: where not given, one for pictures: encoders learn first, by auxiliary decoders.
-        overrides: sections whose values win; of two data sets that of the overrides.
+        recipe: `None` for defaults that suit images of any kind.
+        overrides: sections whose values take precedence; a data set replaces the recipe's.
 
     Raises:
-        ValueError: a name that is none, or a value out of its type or range.
+        ValueError: an unknown name, or a value of the wrong type or out of range.
     """
-    where = str(recipe) if isinstance(recipe, (str, os.PathLike)) else "recipe"
-    is_silent = recipe is None
+    name = str(recipe) if isinstance(recipe, (str, os.PathLike)) else "recipe"
+    is_default = recipe is None
     if isinstance(recipe, (str, os.PathLike)):
         path = Path(expand_home(recipe, "recipe"))
         if not path.is_file():
-            raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
+            raise ValueError(f"expected the path of a recipe, got {name}, where no file is")
         recipe = read_yaml(path)
     layers = [
-        _checked({} if each is None else each, name)
-        for each, name in ((recipe, where), (overrides, "overrides"))
+        _check_sections({} if recipe is None else recipe, name),
+        _check_sections({} if overrides is None else overrides, "overrides"),
     ]
-    extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
-    found = [] if extended is None else levels_in(expand_home(extended, "extend"))
-    count = _count(layers, 1 + len(found) if found else None, [3] if is_silent else [])
+    count = _count_levels(layers, is_default)
+    if is_default:
+        finest = _expand_levels(layers[1], count)[f"level_{count}"]
+        layers[0] = _default_recipe(count, finest.keys())
     sections: dict[str, Any] = {}
-    if is_silent:
-        spread = _spread(layers[1], count)
-        layers[0] = _for_pictures(count, {*spread[f"level_{count}"]})
     for layer in layers:
-        if set(_SOURCES) & set(layer.get("data", {})):  # a data set is one or the other
+        if set(_SOURCES) & set(layer.get("data", {})):  # a recipe has one source of data
             data = {k: v for k, v in sections.get("data", {}).items() if k not in _SOURCES}
             sections = {**sections, "data": data}
-        sections = _merged(sections, _spread(layer, count))
-    if sections["run"].get("mixed_precision") is False:  # what YAML reads in a bare no
+        sections = _merge(sections, _expand_levels(layer, count))
+    if sections["run"].get("mixed_precision") is False:  # YAML reads an unquoted no as false
         sections["run"] = {**sections["run"], "mixed_precision": "no"}
-    return _recipe(_typed(sections, count))
+    return _make_recipe(_parse_sections(sections, count))
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, which refuses a key that stands twice in one mapping."""
+    """PyYAML's safe loader, without duplicate keys and without values that contain themselves."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # where PyYAML detects recursive nodes
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here a node holds its keys as written; merge keys (`<<`) add others to it later.
+        # Later, merge keys (`<<`) add keys of other mappings, which are no duplicates.
         node = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
@@ -214,7 +237,7 @@ def read_yaml(path: Path, advice: str = "") -> Any:
         advice: what to do about a damaged file, for the error.
 
     Raises:
-        ValueError: it is not YAML, or a key stands twice in one mapping.
+        ValueError: it is not YAML, has a duplicate key, or an alias inside its own anchor.
     """
     try:
         return yaml.load(path.read_bytes(), UniqueKeyLoader)
@@ -225,160 +248,193 @@ def read_yaml(path: Path, advice: str = "") -> Any:
         ) from error
 
 
-def _for_pictures(count: int, said: set[str]) -> dict[str, Any]:
-    """What holds for pictures of any kind where no recipe is given; its encoders learn in a quarter
-    of the time, if N = 3.
+def _default_recipe(count: int, finest_names: Collection[str]) -> dict[str, Any]:
+    """Return a recipe for images of any kind. Encoders take a quarter of the time, if N = 3.
 
     Args:
-        said: what is said elsewhere of the finest level, and may not go with all of this.
+        finest_names: fields of the finest level that overrides set. Defaults that depend on the
+            decoder's order or on `downsample` are left out if these are set.
     """
-    learns = {"train_batch_size": 16, "learning_rate": 4e-3}
-    shared = {
+    encoder_fit = {"train_batch_size": 16, "learning_rate": 4e-3}
+    levels = {
         "codebook_size": 512,
         "auxiliary_hidden_size": 64,
         "restart_threshold": 0.1,
         "picture_weight": 1000.0,
-        "encoder_fit": {**learns, "adam_weight_decay": 0.05, "time_share": 0.05},
+        "encoder_fit": {**encoder_fit, "adam_weight_decay": 0.05, "time_share": 0.05},
         "fit": {"adam_weight_decay": 0.2, "time_share": 0.05},
     }
     finest: dict[str, Any] = {
         "downsample": 4,
         "picture_weight": 100.0,
         "pixel_distribution": "logistics",
-        "num_groups": 10,  # the first lattice is of every eighth pixel
+        "num_groups": 10,  # the first lattice has stride 8
         "encoder_fit": {"time_share": 0.15},
-        "fit": {**learns, "time_share": 0.6},
+        "fit": {**encoder_fit, "time_share": 0.6},
     }
-    if "decoder_order" in said:
+    if "decoder_order" in finest_names:
         del finest["num_groups"], finest["pixel_distribution"]
-    elif "downsample" in said:
+    elif "downsample" in finest_names:
         del finest["num_groups"]
     prior = {"fit": {"adam_weight_decay": 0.2, "time_share": 0.05}}
-    return {"levels": shared, f"level_{count}": finest, "prior": prior}
+    return {"levels": levels, f"level_{count}": finest, "prior": prior}
 
 
 def levels_in(folder: str | Path) -> list[Path]:
-    """The folders [level_1 … level_N] of a saved pipeline; [] where none is saved."""
+    """Return the folders [level_1 … level_N] of a saved pipeline; [] if there is none."""
     if not (Path(folder) / INDEX).is_file():
         return []
     return [Path(folder) / name for name in pipeline_parts(folder) if name != "prior"]
 
 
-def _count(layers: list[Mapping[str, Any]], settled: int | None, usual: list[int]) -> int:
-    """N: as it is settled elsewhere, as it is said, as many as are named or usual, or two."""
-    said = [layer["num_levels"] for layer in layers if layer.get("num_levels") is not None]
-    named = [i for i in range(1, MAX_LEVELS + 1) for layer in layers if f"level_{i}" in layer]
-    count = said[-1] if said else settled or max([*named, *usual], default=2)
+def _count_levels(layers: list[Mapping[str, Any]], is_default: bool) -> int:
+    """Return N: one more than `extend` has, or `num_levels`, or the highest index of a section."""
+    run = _merge(layers[0].get("run", {}), layers[1].get("run", {}))
+    extend = run.get("extend")
+    num_saved = 0 if extend is None else len(levels_in(expand_home(extend, "extend")))
+    explicit = [layer["num_levels"] for layer in layers if layer.get("num_levels") is not None]
+    indices = [i for i in range(1, MAX_LEVELS + 1) for layer in layers if f"level_{i}" in layer]
+    if explicit:
+        count = explicit[-1]
+    elif num_saved:
+        count = num_saved + 1
+    else:
+        count = max([*indices, *([DEFAULT_LEVELS] if is_default else [])], default=2)
     if type(count) is not int or not 1 <= count <= MAX_LEVELS:
         raise ValueError(f"expected num_levels in 1 … {MAX_LEVELS}, got {count!r}")
-    if settled is not None and count != settled:
-        raise ValueError(f"expected num_levels={settled}, one more than extend has, got {count}")
-    if named and max(named) > count:
-        raise ValueError(f"expected sections of level_1 … level_{count}, got level_{max(named)}")
+    if num_saved and count != num_saved + 1:
+        raise ValueError(
+            f"expected num_levels={num_saved + 1}, one more than extend has, got {count}"
+        )
+    if indices and max(indices) > count:
+        raise ValueError(f"expected sections of level_1 … level_{count}, got level_{max(indices)}")
     return count
 
 
-def _checked(sections: Any, where: str) -> Mapping[str, Any]:
+def _check_sections(sections: Any, where: str) -> Mapping[str, Any]:
+    """Return the sections, {} for those that are only headings; check their names."""
     if not isinstance(sections, Mapping):
         raise ValueError(f"expected sections in {where}, got {sections!r}")
-    sections = {
-        name: {} if section is None and name in SECTIONS else section  # a heading alone
-        for name, section in sections.items()
-    }
     for name, section in sections.items():
         if name != "num_levels" and name not in SECTIONS:
             raise ValueError(
                 f"expected sections level_1 … level_{MAX_LEVELS}, levels, prior, data, run and "
                 f"num_levels in {where}, got {name!r}"
             )
-        if name in SECTIONS and not isinstance(section, Mapping):
+        if name in SECTIONS and not isinstance(section, (Mapping, NoneType)):
             raise ValueError(f"expected names and values in section {name}, got {section!r}")
-    return sections
-
-
-def _spread(layer: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The sections of a layer, with what it says of all levels in each."""
-    shared = layer.get("levels", {})
-    spread = {
-        f"level_{i}": _merged(shared, layer.get(f"level_{i}", {})) for i in range(1, count + 1)
+    return {
+        name: {} if section is None and name in SECTIONS else section
+        for name, section in sections.items()
     }
-    return spread | {name: layer.get(name, {}) for name in ("prior", "data", "run")}
 
 
-def _merged(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Theirs win. A backbone that names its kind is another one, and nothing of ours is kept."""
-    merged = dict(ours)
-    for name, value in theirs.items():
-        value = {} if value is None and name == "fit" else value  # a heading alone
+def _expand_levels(layer: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return the sections level_1 … level_N, with the values of `levels`, prior, data and run."""
+    defaults = layer.get("levels", {})
+    levels = {
+        f"level_{i}": _merge(defaults, layer.get(f"level_{i}", {})) for i in range(1, count + 1)
+    }
+    return levels | {name: layer.get(name, {}) for name in ("prior", "data", "run")}
+
+
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested mappings with overrides; a mapping with a `model_type` replaces the base's."""
+    merged = dict(base)
+    for name, value in overrides.items():
+        if value is None and name == "fit":  # only a heading
+            value = {}
         is_nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = (
-            _merged(merged[name], value) if is_nested and "model_type" not in value else value
-        )
+        if is_nested and "model_type" not in value:
+            value = _merge(merged[name], value)
+        merged[name] = value
     return merged
 
 
 # ---- types ---------------------------------------------------------------------------------------
 
 
-def _section(name: str, config: type, names: list[str], is_whole: bool, **more: tuple) -> type:
-    """A section's names, types and values: those of so many fields of a config, of which nothing
-    has to be given where the section is not whole, and more of (type, value)."""
-    of_config: dict[str, tuple[Any, Any]] = {
-        f.name: (dict[str, Any] | None if f.name == "backbone_config" else f.type, f.default)
-        for f in fields(config)
-        if f.name in names
-    }
-    if not is_whole:
-        of_config = {name: (kind | None, None) for name, (kind, _) in of_config.items()}
-    columns = []
-    for each, (kind, value) in {**of_config, **more}.items():
-        is_class = isinstance(value, type)
+# The dataclasses are generated from the configs: each field, its default and its documentation
+# stand in one place, and flags, YAML and configs cannot differ.
+
+
+def _section(
+    name: str, config: type, names: list[str], extra: dict[str, Any], is_optional: bool = False
+) -> type:
+    """Return a dataclass with fields of a config.
+
+    Args:
+        names: of the fields of the config.
+        extra: further fields, as (type, default); a class as default is called.
+        is_optional: all fields of the config may be `None`, which is their default.
+    """
+    columns: list[tuple[str, Any, Any]] = []
+    for config_field in fields(config):
+        if config_field.name not in names:
+            continue
+        kind: Any = config_field.type
+        if config_field.name == "backbone_config":
+            kind = dict[str, Any] | None  # a recipe is JSON: no config objects
+        default = None if is_optional else config_field.default
         columns.append(
-            (each, kind, field(default_factory=value) if is_class else field(default=value))
+            (config_field.name, kind | None if is_optional else kind, field(default=default))
         )
-    made = make_dataclass(name, columns, namespace={"__module__": __name__})
-    made.__doc__ = config.__doc__
-    return made
+    for extra_name, (kind, default) in extra.items():
+        factory = isinstance(default, type)
+        column = field(default_factory=default) if factory else field(default=default)
+        columns.append((extra_name, kind, column))
+    section = make_dataclass(name, columns, namespace={"__module__": __name__})
+    section.__doc__ = config.__doc__
+    return section
 
 
-def _own(config: type, *settled: str) -> list[str]:
-    """The fields of a config that are not transformers', nor settled by something else."""
-    return [name for name in config.__annotations__ if name not in settled]
+def _own_fields(config: type, *excluded: str) -> list[str]:
+    """Return the fields that a config adds to those of transformers."""
+    return [name for name in config.__annotations__ if name not in excluded]
 
 
 RefitSection = _section(
     "RefitSection",
     ProgressiveVAELevelConfig,
     [name for name in DECODER_FIELDS if name not in ("num_classes", "id2label")],
-    is_whole=False,
-    from_scratch=(bool, False),
-    fit=(FitSettings, FitSettings),
+    {"from_scratch": (bool, False), "fit": (FitSettings, FitSettings)},
+    is_optional=True,
 )
-# Wrong codes are for decoders that are refitted.
 LevelSection = _section(
     "LevelSection",
     ProgressiveVAELevelConfig,
-    _own(ProgressiveVAELevelConfig, "num_channels", "num_symbols", "num_classes",
-         "finer_fingerprint", "corruption", "corruption_kind", "tokenizer_config"),
-    is_whole=True,
-    class_conditional=(bool, False),
-    encoder_fit=(FitSettings | None, None),
-    fit=(FitSettings, FitSettings),
-    refit=(RefitSection | None, None),
-)  # fmt: skip
+    _own_fields(
+        ProgressiveVAELevelConfig,
+        # The data set and the finer level decide these.
+        "num_channels",
+        "num_symbols",
+        "num_classes",
+        "finer_fingerprint",
+        # Noise on codes needs trained codes: it is for refits.
+        "corruption",
+        "corruption_kind",
+        # Tokenizers are converted, not trained.
+        "tokenizer_config",
+    ),
+    {
+        "class_conditional": (bool, False),
+        "encoder_fit": (FitSettings | None, None),
+        "fit": (FitSettings, FitSettings),
+        "refit": (RefitSection | None, None),
+    },
+)
 PriorSection = _section(
     "PriorSection",
     ProgressiveVAEPriorConfig,
-    _own(ProgressiveVAEPriorConfig, "codebook_size", "grid_size", "num_classes",
-         "finer_fingerprint"),
-    is_whole=True,
-    class_conditional=(bool, True),
-    fit=(PriorFitSettings, PriorFitSettings),
-)  # fmt: skip
+    _own_fields(
+        ProgressiveVAEPriorConfig, "codebook_size", "grid_size", "num_classes", "finer_fingerprint"
+    ),
+    {"class_conditional": (bool, True), "fit": (PriorFitSettings, PriorFitSettings)},
+)
 
 
 def add_sections(parser: ArgumentParser, levels: list[str]):
-    """Arguments `--level_1.hidden_size` and so on for all fields of a recipe."""
+    """Add arguments for all fields of a recipe, as `--level_1.hidden_size`."""
     for name in levels:
         parser.add_class_arguments(LevelSection, name)
     parser.add_class_arguments(PriorSection, "prior")
@@ -386,43 +442,54 @@ def add_sections(parser: ArgumentParser, levels: list[str]):
     parser.add_class_arguments(RunSettings, "run")
 
 
-def _typed(sections: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """All fields of all sections, in their types."""
+def _parse_sections(sections: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return all fields of all sections, with defaults, converted to their types."""
     parser = ArgumentParser(exit_on_error=False)
     add_sections(parser, [f"level_{i}" for i in range(1, count + 1)])
-    return in_words(lambda: parser.parse_object(dict(sections))).as_dict()
+    return parse_or_raise(lambda: parser.parse_object(dict(sections))).as_dict()
 
 
-def _recipe(sections: dict[str, Any]) -> Recipe:
-    levels = []
-    for i in range(1, 1 + sum(name.startswith("level_") for name in sections)):
-        name, section = f"level_{i}", dict(sections[f"level_{i}"])
-        fit = _built(FitSettings, section.pop("fit"), f"{name}.fit")
-        conditional, refit = section.pop("class_conditional"), section.pop("refit", None)
-        if refit is not None:
-            refit = dict(refit)
-            again = _built(FitSettings, refit.pop("fit"), f"{name}.refit.fit")
-            from_scratch = refit.pop("from_scratch")
-            changes = {field: value for field, value in refit.items() if value is not None}
-            refit = RefitRecipe(changes, from_scratch, again)
-        encoder_fit = section.pop("encoder_fit", None)
-        if encoder_fit is not None:
-            encoder_fit = _built(FitSettings, encoder_fit, f"{name}.encoder_fit")
-            if section["auxiliary_hidden_size"] is None:
-                raise ValueError(f"expected auxiliary_hidden_size of {name}, which has an "
-                                 "encoder_fit, got null")  # fmt: skip
-        levels.append(LevelRecipe(section, conditional, encoder_fit, fit, refit))
+def _make_recipe(sections: dict[str, Any]) -> Recipe:
+    count = sum(name.startswith("level_") for name in sections)
+    levels = [_level_recipe(f"level_{i}", sections[f"level_{i}"]) for i in range(1, count + 1)]
     section = dict(sections["prior"])
-    fit = _built(PriorFitSettings, section.pop("fit"), "prior.fit")
-    prior = PriorRecipe(config=section, class_conditional=section.pop("class_conditional"), fit=fit)
-    data = _built(DataSettings, sections["data"], "data")
-    run = _built(RunSettings, sections["run"], "run")
-    # With their paths expanded, so that what is written down is what runs.
+    fit = _build(PriorFitSettings, section.pop("fit"), "prior.fit")
+    class_conditional = section.pop("class_conditional")
+    prior = PriorRecipe(config=section, class_conditional=class_conditional, fit=fit)
+    data = _build(DataSettings, sections["data"], "data")
+    run = _build(RunSettings, sections["run"], "run")
+    # The settings have expanded their paths: `recipe.yaml` has to hold those.
     sections = {**sections, "data": asdict(data), "run": asdict(run)}
     return Recipe(levels, prior, data, run, sections)
 
 
-def _built(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+def _level_recipe(name: str, values: Mapping[str, Any]) -> LevelRecipe:
+    section = dict(values)
+    fit = _build(FitSettings, section.pop("fit"), f"{name}.fit")
+    class_conditional = section.pop("class_conditional")
+    refit = section.pop("refit", None)
+    if refit is not None:
+        refit = _refit_recipe(f"{name}.refit", refit)
+    encoder_fit = section.pop("encoder_fit", None)
+    if encoder_fit is not None:
+        encoder_fit = _build(FitSettings, encoder_fit, f"{name}.encoder_fit")
+        if section["auxiliary_hidden_size"] is None:
+            raise ValueError(
+                f"expected auxiliary_hidden_size of {name}, which has an encoder_fit, got null"
+            )
+    return LevelRecipe(section, class_conditional, encoder_fit, fit, refit)
+
+
+def _refit_recipe(name: str, values: Mapping[str, Any]) -> RefitRecipe:
+    section = dict(values)
+    fit = _build(FitSettings, section.pop("fit"), f"{name}.fit")
+    from_scratch = section.pop("from_scratch")
+    changes = {field: value for field, value in section.items() if value is not None}
+    return RefitRecipe(changes, from_scratch, fit)
+
+
+def _build(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
+    """Return `kind(**values)`; errors begin with the section."""
     try:
         return kind(**values)
     except ValueError as error:

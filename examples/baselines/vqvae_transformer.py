@@ -1,5 +1,8 @@
-"""What one writes in an afternoon, to compare with: a VQ-VAE of one level whose decoder minimizes
-squared error, and a causal transformer over its codes."""
+"""Baseline: a VQ-VAE with one code grid and an autoregressive transformer over its codes.
+
+The decoder minimizes the squared error. Source: van den Oord et al. 2017; here a transformer
+replaces the PixelCNN.
+"""
 
 import math
 import time
@@ -10,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ..data.code_cache import GridDataset
-from ..models.causal_lm import cached_step
-from ..models.quantizers import VectorQuantizer
-from ..models.value_types import uint8_to_signed, unit_to_uint8
+from progressive_vae.data.code_cache import GridDataset
+from progressive_vae.models.causal_lm import cached_step
+from progressive_vae.models.quantizers import VectorQuantizer
+from progressive_vae.models.value_types import uint8_to_signed, unit_to_uint8
 
 
 class FlatVAE(nn.Module):
-    """One grid of codes, a quarter of the image's side; the decoder minimizes squared error."""
+    """A VQ-VAE with one code grid; its sides are a quarter of the image's."""
 
     def __init__(self, num_channels: int, codebook_size: int = 128, width: int = 128):
         super().__init__()
@@ -44,7 +47,7 @@ class FlatVAE(nn.Module):
         )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images in [−1, 1] -> loss, codes, latents."""
+        """Return loss, codes (B, H/4, W/4) and latents (B, 64, H/4, W/4) of images in [−1, 1]."""
         latents = self.encoder(images)
         codes, quantized, _, commitment_loss = self.quantizer(latents)
         loss = F.mse_loss(self.decoder(quantized), images) + commitment_loss
@@ -52,17 +55,21 @@ class FlatVAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) -> images in [0, 1]."""
+        """Return images in [0, 1] (B, C, 4h, 4w) of codes (B, h, w)."""
         return (self.decoder(self.quantizer.lookup(codes)) / 2 + 0.5).clamp(0, 1)
 
 
 def train_for(
     seconds: float, model: nn.Module, step: Callable[[], Tensor], lr: float, dtype: torch.dtype
 ) -> int:
-    """AdamW with a cosine over the clock; the number of steps."""
+    """Train for some seconds with AdamW and return the number of steps.
+
+    The learning rate warms up over 100 steps and follows a cosine of the elapsed time.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99))
     device = next(model.parameters()).device
-    start, steps = time.perf_counter(), 0
+    start = time.perf_counter()
+    steps = 0
     while (share := (time.perf_counter() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (steps + 1) / 100) * (1 + math.cos(math.pi * share)) / 2
@@ -76,8 +83,8 @@ def train_for(
     return steps
 
 
-class Afternoon:
-    """A `FlatVAE` and a causal transformer over its codes, with the class as first token."""
+class VQVAETransformer:
+    """A `FlatVAE` and a causal transformer over its codes; the first token is the class."""
 
     def __init__(
         self,
@@ -88,7 +95,8 @@ class Afternoon:
         device: torch.device,
     ):
         torch.manual_seed(seed)
-        self.size, self.device = size, device
+        self.size = size
+        self.device = device
         self.vae = FlatVAE(num_channels).to(device)
         self.codebook_size = len(self.vae.quantizer.codebook)
         self.num_classes = num_classes
@@ -107,63 +115,78 @@ class Afternoon:
         ).to(device)
 
     def fit(self, train: GridDataset, seconds: float, dtype: torch.dtype) -> dict[str, float]:
-        """Half of the time for the autoencoder, half for its prior; images a second of each.
-        `dtype`: of the products, float32 or bfloat16."""
+        """Train the VQ-VAE for half of the time, then the transformer on its codes.
+
+        Args:
+            dtype: of matrix products, float32 or bfloat16.
+
+        Returns:
+            Images per second of the training of "vae" and "prior".
+        """
+        half = seconds / 2
+        vae_steps = self._fit_vae(train, half, dtype)
+        prior_steps = self._fit_prior(train, half, dtype)
+        return {"vae": 64 * vae_steps / half, "prior": 128 * prior_steps / half}
+
+    def _fit_vae(self, train: GridDataset, seconds: float, dtype: torch.dtype) -> int:
         batches = train.random_batches(64)
 
-        def inputs(images: Tensor) -> Tensor:
-            return uint8_to_signed(images.to(self.device))
+        def next_images() -> Tensor:
+            return uint8_to_signed(next(batches)[0].to(self.device))
 
-        first = inputs(torch.cat([next(batches)[0] for _ in range(30)]))
+        first = torch.cat([next_images() for _ in range(30)])
         with torch.no_grad():
             latents = self.vae.encoder(first).movedim(1, -1).flatten(0, -2)
         self.vae.quantizer.initialize(latents, torch.Generator().manual_seed(0))
 
-        def vae_step() -> Tensor:
-            loss, codes, latents = self.vae(inputs(next(batches)[0]))
+        def step() -> Tensor:
+            loss, codes, latents = self.vae(next_images())
             self.vae.quantizer.after_step(latents, codes, lambda tensor: tensor)
             return loss
 
-        steps = train_for(seconds / 2, self.vae, vae_step, 1e-3, dtype)
+        return train_for(seconds, self.vae, step, 1e-3, dtype)
+
+    def _fit_prior(self, train: GridDataset, seconds: float, dtype: torch.dtype) -> int:
         with torch.no_grad():
             encoded = [
-                (self.vae(inputs(images))[1], labels) for images, labels in train.batches(500)
+                (self.vae(uint8_to_signed(images.to(self.device)))[1], labels)
+                for images, labels in train.batches(500)
             ]
         codes, labels = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         tokens = torch.cat([self.prompt(labels), codes.flatten(1)], 1)
 
-        def prior_step() -> Tensor:
+        def step() -> Tensor:
             rows = tokens[torch.randint(len(tokens), (128,)).to(self.device)]
             return self.prior(rows, labels=rows, use_cache=False).loss
 
-        prior_steps = train_for(seconds / 2, self.prior, prior_step, 1e-3, dtype)
-        half = seconds / 2
-        return {"vae": 64 * steps / half, "prior": 128 * prior_steps / half}
+        return train_for(seconds, self.prior, step, 1e-3, dtype)
 
     def prompt(self, labels: Tensor) -> Tensor:
+        """Return the first token (B, 1) of each class (B,): class ids follow the codes."""
         return (labels.to(self.device) + self.codebook_size)[:, None]
 
     @torch.no_grad()
-    def draw(self, labels: Tensor, use_cache: bool) -> Tensor:
-        """Images in [0, 1] of classes (B,)."""
+    def sample(self, labels: Tensor, use_cache: bool) -> Tensor:
+        """Sample images in [0, 1] (B, C, H, W) of the classes (B,)."""
         tokens = self.prompt(labels)
-        cache, inputs = None, tokens
+        cache = None
+        inputs = tokens
         for _ in range(math.prod(self.size)):
             if use_cache:
                 output, cache = cached_step(self.prior, cache, input_ids=inputs)
             else:
                 output = self.prior(inputs, use_cache=False)
             logits = output.logits[:, -1, : self.codebook_size].float()
-            drawn = torch.multinomial(logits.softmax(-1), 1)
-            tokens = torch.cat([tokens, drawn], 1)
-            inputs = drawn if use_cache else tokens
+            codes = torch.multinomial(logits.softmax(-1), 1)
+            tokens = torch.cat([tokens, codes], 1)
+            inputs = codes if use_cache else tokens
         return self.vae.decode(tokens[:, 1:].unflatten(1, self.size))
 
     def sample_labeled(self, num_images: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """uint8 images and their labels, the classes in turn."""
+        """Sample uint8 images, one class after the other, and yield batches with their labels."""
         torch.manual_seed(seed)
         for labels in (torch.arange(num_images) % self.num_classes).split(250):
-            yield unit_to_uint8(self.draw(labels, use_cache=True)).cpu(), labels
+            yield unit_to_uint8(self.sample(labels, use_cache=True)).cpu(), labels
 
     def parts(self) -> dict[str, nn.Module]:
         return {"vae": self.vae, "prior": self.prior}

@@ -9,7 +9,7 @@ from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.training import fit as fitting
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.checkpoints import Checkpoints
-from progressive_vae.training.fit import fit
+from progressive_vae.training.fit import Fit
 
 NAN, INF = float("nan"), float("inf")
 
@@ -32,7 +32,7 @@ NAN, INF = float("nan"), float("inf")
         ("lr_scheduler", ["coseine", "piecewise_constant"]),
     ],
 )
-def test_settings_that_would_train_wrongly(name, wrong):
+def test_invalid_fit_settings(name, wrong):
     for value in wrong:
         with pytest.raises(ValueError, match=f"expected {name} .*, got {value!r}"):
             FitSettings(**{name: value})
@@ -54,7 +54,7 @@ def test_settings_that_would_train_wrongly(name, wrong):
         ("report_to", ["nobody"]),
     ],
 )
-def test_settings_of_a_run_that_mean_nothing(name, wrong):
+def test_invalid_run_settings(name, wrong):
     for value in wrong:
         with pytest.raises(ValueError, match=f"expected {name} .*, got {value!r}"):
             RunSettings(**{name: value})
@@ -69,29 +69,29 @@ def data(tmp_path):
     return GridDataset(tmp_path / "cache")
 
 
-def fitted(data, **settings):
+def fit_level(data, **settings):
     level = tiny_level(num_channels=1)
     settings = FitSettings(max_train_steps=4, train_batch_size=8, lr_warmup_steps=0, **settings)
 
     def to_inputs(batch):
         return {"finer": batch["grid"] / 127.5 - 1}
 
-    for _ in fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"}):
+    for _ in Fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"}):
         pass
     return level.state_dict()
 
 
-def test_no_gradient_norm_is_no_clipping(data):
+def test_without_max_grad_norm_nothing_is_clipped(data):
     before = tiny_level(num_channels=1).state_dict()
-    unclipped, at_most = (fitted(data, max_grad_norm=norm) for norm in (None, 1e9))
-    assert all(torch.equal(unclipped[name], at_most[name]) for name in before)
+    unclipped, loose = (fit_level(data, max_grad_norm=norm) for norm in (None, 1e9))
+    assert all(torch.equal(unclipped[name], loose[name]) for name in before)
     assert not torch.equal(unclipped["decoder.stem.weight"], before["decoder.stem.weight"])
-    clipped = fitted(data, max_grad_norm=1e-4, optimizer="adamw", adam_weight_decay=0.0)
+    clipped = fit_level(data, max_grad_norm=1e-4, optimizer="adamw", adam_weight_decay=0.0)
     assert math.isfinite(sum(value.double().sum().item() for value in clipped.values()))
 
 
 class Clock:
-    """Time that passes when it is told to."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -100,48 +100,53 @@ class Clock:
 
 
 @pytest.mark.parametrize("stop_at", [None, 6])
-def test_a_fit_lasts_as_long_as_it_is_told_to(data, tmp_path, monkeypatch, stop_at):
-    """With a second a step, two a validation, and a break: its last validation is in its time, and
-    the learning rate has come down by then."""
-    clock, rates = Clock(), []
+def test_duration_of_a_fit(data, tmp_path, monkeypatch, stop_at):
+    """A step takes one second, a validation two; the fit may be interrupted.
+
+    The duration includes the last validation, and the learning rate has decayed by then.
+    """
+    clock = Clock()
+    rates = []
     monkeypatch.setattr(fitting, "time", clock)
     settings = FitSettings(max_train_steps=1000, train_batch_size=8)
     run = RunSettings(validation_steps=5, checkpointing_steps=3, logging_steps=1)
 
-    def fitted(resume):
+    def fit_level(resume):
         level = tiny_level(num_channels=1)
-        began = clock.now
-        clock.now += 1  # for what comes before the first step
+        start_time = clock.now
+        clock.now += 1  # before the first step
         checkpoints = Checkpoints(tmp_path, every=3, resume=resume)
         accelerator = Accelerator(cpu=True)
         accelerator.log = lambda figures, step: rates.append(figures.get("x/lr"))
 
         def to_inputs(batch):
             clock.now += 1
-            if stop_at and resume is None and clock.now - began > stop_at + 2:
+            if stop_at and resume is None and clock.now - start_time > stop_at + 2:
                 checkpoints.stop()
             return {"finer": batch["grid"] / 127.5 - 1}
 
         identity = {"phase": "x"}
-        told = {"run": run, "checkpoints": checkpoints, "seconds": 30, "began": began}
-        for _ in fit(level, data, to_inputs, accelerator, settings, identity, **told):
+        options = {"run": run, "checkpoints": checkpoints, "seconds": 30, "start_time": start_time}
+        for _ in Fit(level, data, to_inputs, accelerator, settings, identity, **options):
             clock.now += 2
-        return clock.now - began
+        return clock.now - start_time
 
     if stop_at:
         with pytest.raises(SystemExit):
-            fitted(None)
-        before, clock.now = clock.now, clock.now + 1000
-        assert 28 <= before + fitted("latest") <= 31  # a second to begin anew, and no more
+            fit_level(None)
+        before = clock.now
+        clock.now += 1000
+        assert 28 <= before + fit_level("latest") <= 31  # one second to start again
     else:
-        assert 28 <= fitted(None) <= 30
+        assert 28 <= fit_level(None) <= 30
     assert 0 < rates.index(max(rates)) < 5 and rates[-1] < 0.1 * max(rates)
 
 
-@pytest.mark.parametrize("steps", [9, 3])  # the fit ends later, or at once
-def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, steps):
-    """Between two steps that are logged, where nobody looks at the loss."""
-    level, count = tiny_level(num_channels=1), 0
+@pytest.mark.parametrize("steps", [9, 3])  # the fit ends later, or at this step
+def test_infinite_weights_replace_no_checkpoint(data, tmp_path, steps):
+    """Between two logged steps the loss is not checked."""
+    level = tiny_level(num_channels=1)
+    count = 0
     settings = FitSettings(max_train_steps=steps, train_batch_size=8)
     run = RunSettings(logging_steps=100, validation_steps=100)
 
@@ -155,7 +160,7 @@ def test_weights_that_are_not_finite_replace_no_checkpoint(data, tmp_path, steps
     checkpoints = Checkpoints(tmp_path, every=2, total_limit=1)
     options = {"run": run, "checkpoints": checkpoints}
     with pytest.raises(FloatingPointError, match="of x became .* learning_rate .*-x-00000002$"):
-        for _ in fit(level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"},
-                     **options):  # fmt: skip
-            raise AssertionError("it was validated")
+        identity = {"phase": "x"}
+        for _ in Fit(level, data, to_inputs, Accelerator(cpu=True), settings, identity, **options):
+            raise AssertionError("the weights were validated")
     assert [path.name for path in checkpoints.all()] == ["checkpoint-x-00000002"]
