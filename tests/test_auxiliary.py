@@ -212,7 +212,9 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     other = {**recipe, "run": {**recipe["run"], "seed": 1}}
     with pytest.raises(ValueError, match="expected seed=0, with which"):
         train(other, random_images(), parts, phase="decoder_1", resume_from_checkpoint=None)
-    train(other, random_images(), parts, phase="encoder_2", resume_from_checkpoint=None)  # begins anew
+    train(
+        other, random_images(), parts, phase="encoder_2", resume_from_checkpoint=None
+    )  # begins anew
     with pytest.raises(ValueError, match="auxiliary_hidden_size of level_1, which has an encoder"):
         train({**RECIPE, "levels": {"encoder_fit": FEW}}, random_images(), tmp_path / "none")
 
