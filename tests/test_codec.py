@@ -11,9 +11,10 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
 from progressive_vae.codec.codec import TOTAL, frequency_table
-from progressive_vae.configuration.choices import GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
+from progressive_vae.configuration.choices import GUIDED, PIXEL_DISTRIBUTIONS
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.distributions import Categorical
+from progressive_vae.models.quantizers import QUANTIZERS
 from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}

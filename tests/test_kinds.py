@@ -10,9 +10,9 @@ from progressive_vae.configuration.choices import (
     GUIDED,
     PIXEL_DISTRIBUTIONS,
     PIXEL_ORDERS,
-    QUANTIZERS,
 )
 from progressive_vae.models.orderings import TeacherForcing
+from progressive_vae.models.quantizers import QUANTIZERS
 
 KINDS = [
     *({"decoder_order": order, "num_symbols": 5} for order in DECODER_ORDERS),

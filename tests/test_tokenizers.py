@@ -70,7 +70,7 @@ def test_pixels_have_probabilities(tokenizer):
     codes, asked = level.encode(pixels()), []
 
     def choose(distribution, place):
-        masses = distribution.probabilities()
+        masses = distribution.probs()
         assert masses.shape == (3, len(place.positions), 256) and masses.min() >= 0
         torch.testing.assert_close(masses.sum(-1), torch.ones_like(masses[..., 0]))
         asked.append(place.color)

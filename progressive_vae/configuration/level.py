@@ -22,10 +22,8 @@ from .choices import (
     GUIDED,
     PIXEL_DISTRIBUTIONS,
     PIXEL_ORDERS,
-    QUANTIZERS,
-    STOCHASTIC,
-    fsq_levels,
 )
+from .quantizers import QUANTIZER_RULES, QuantizerRules
 from .tokenizer import take_shape
 
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
@@ -178,8 +176,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                       auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
-            is_fsq = self.quantizer == "fsq"
-            self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
+            self.codebook_dim = self._quantizer_rules.default_codebook_dim(self)
         if self.symbol_logit_rank is None:
             self.symbol_logit_rank = 64 if (self.num_symbols or 0) > MANY_SYMBOLS else 0
         if self.num_groups is None:
@@ -225,8 +222,6 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                      auxiliary_hidden_size=1, auxiliary_num_layers=0, picture_weight=0,
                      commitment_weight=0, codebook_decay=0, restart_threshold=0,
                      dither=0)  # fmt: skip
-        if not self.codebook_decay < 1:
-            raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
         if not 0 <= self.corruption <= 1:
             raise ValueError(f"expected corruption in [0, 1], got {self.corruption}")
         check_classes(self)
@@ -237,7 +232,6 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             ("block_kernel_size", (1, 3)),
             ("pixel_distribution", PIXEL_DISTRIBUTIONS),
             ("decoder_order", DECODER_ORDERS),
-            ("quantizer", QUANTIZERS),
             ("corruption_kind", CORRUPTIONS),
         ):
             if getattr(self, name) not in choices:
@@ -285,24 +279,26 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         check_causal_config(self.backbone_config)
 
     def validate_quantizer(self):
-        if self.quantizer == "fsq" and self.codebook_dim != len(fsq_levels(self.codebook_size)):
+        self._quantizer_rules.validate(self)
+        supports_dither = self._quantizer_rules.supports_dither and self.tokenizer_config is None
+        if self.dither and not supports_dither:
+            supported = [name for name, rules in QUANTIZER_RULES.items() if rules.supports_dither]
             raise ValueError(
-                f"expected codebook_dim={len(fsq_levels(self.codebook_size))}, the number of "
-                f"scalars {fsq_levels(self.codebook_size)} of quantizer='fsq', "
-                f"got {self.codebook_dim}"
+                f"expected dither=0 unless quantizer is in {supported} and tokenizer_config=None, "
+                f"got dither={self.dither} and quantizer={self.quantizer!r}"
             )
-        if self.dither and (self.quantizer != "vq" or self.tokenizer_config is not None):
-            raise ValueError(
-                "expected dither=0 but for quantizer='vq' without a tokenizer, got "
-                f"dither={self.dither} and quantizer={self.quantizer!r}"
-            )
-        temperature = self.gumbel_temperature
-        if len(temperature) != 2 or not temperature[0] >= temperature[1] > 0:
-            raise ValueError(
-                f"expected gumbel_temperature [start, end] with start >= end > 0, got {temperature}"
-            )
-        if not 0 < self.gumbel_decay <= 1:
-            raise ValueError(f"expected gumbel_decay in (0, 1], got {self.gumbel_decay}")
+
+    @property
+    def _quantizer_rules(self) -> type[QuantizerRules]:
+        """The quantizer's class.
+
+        Raises:
+            ValueError: an unknown quantizer.
+        """
+        if self.quantizer not in QUANTIZER_RULES:
+            choices = tuple(QUANTIZER_RULES)
+            raise ValueError(f"expected quantizer in {choices}, got {self.quantizer!r}")
+        return QUANTIZER_RULES[self.quantizer]
 
     @property
     def is_finest(self) -> bool:
@@ -326,8 +322,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether `P_Ψ` is a distribution to draw from, rather than one code."""
-        return self.quantizer in STOCHASTIC
+        """Whether `P_Ψ` is a distribution rather than one code."""
+        return self._quantizer_rules.is_stochastic
 
     @property
     def value_channels(self) -> int:

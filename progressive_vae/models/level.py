@@ -24,11 +24,12 @@ from .modeling_utils import VerifiedPreTrainedModel
 from .orderings import StepFn
 from .pretrained_tokenizers import make_tokenizer
 from .preview_decoder import PreviewDecoder
-from .quantizers import Quantizer, make_quantizer
+from .quantizer_base import Quantizer
+from .quantizers import make_quantizer
 from .sampling import Generators, Sampler, uniform
 from .value_types import make_value_type, signed_to_255
 
-NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
+NUM_NEAREST = 8  # codes that stand in for another one under corruption_kind="near"
 
 
 @dataclass
@@ -146,8 +147,8 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
             if self.training and self.config.corruption:
                 noise = uniform(codes.shape[:1], generator, codes.device)
                 corruption = noise * self.config.corruption
-                num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
-                shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
+                num_nearest = NUM_NEAREST if self.config.corruption_kind == "near" else None
+                shown = self.quantizer.add_noise(codes, corruption, num_nearest, generator)
             quantized = self.quantizer.lookup(shown)
         size, count = (values.shape[-2], values.shape[-1]), values[0].numel()
         log_prob = expected = None

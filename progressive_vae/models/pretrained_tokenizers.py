@@ -18,7 +18,7 @@ from ..configuration.tokenizer import Tokenizer, read_tokenizer
 from .auxiliary_decoder import Auxiliary
 from .dalle_dvae import dalle_decoder, dalle_encoder, from_logits, to_unit
 from .layers import ZeroConv2d
-from .quantizers import Quantizer, QuantizerOutput
+from .quantizer_base import Quantizer, QuantizerOutput
 from .sampling import Generators
 
 PIXELS_AT_A_TIME = 2**19  # of batches that networks of full resolution see
