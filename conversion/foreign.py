@@ -300,7 +300,7 @@ def convert(
         ValueError: a config that is none, or weights that are not those that it describes; then
             nothing is written.
     """
-    config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_order="auxiliary")
+    config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_type="auxiliary")
     with torch.device("meta"):  # shapes alone: the config may ask for more than there is
         expected = ProgressiveVAELevel(config).state_dict()
     own = {key for key in expected if key.startswith(OUR_OWN)}

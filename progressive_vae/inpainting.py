@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import as_integer
+from .arguments import as_integer, renamed_argument
 from .codec.codec import CodingPipeline
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from .models.class_labels import Labels, label_ids
@@ -137,6 +137,7 @@ class EditingPipeline(CodingPipeline):
     """A pipeline that draws pictures anew in part."""
 
     @torch.no_grad()
+    @renamed_argument("corruption", "code_noise")
     def inpaint(
         self,
         image: Images,
@@ -148,7 +149,7 @@ class EditingPipeline(CodingPipeline):
         temperature: float | list[float] = 1.0,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
-        corruption: float | list[float] = 0.0,
+        code_noise: float | list[float] = 0.0,
         generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -174,7 +175,7 @@ class EditingPipeline(CodingPipeline):
                 the pixels and codes that are known, at temperature 1 without guidance (with them,
                 roughly).
             batch_size: candidates drawn at a time.
-            num_images_per_prompt, guidance_scale, temperature, top_k, top_p, corruption, generator,
+            num_images_per_prompt, guidance_scale, temperature, top_k, top_p, code_noise, generator,
                 output_type: as in `__call__`.
 
         Returns:
@@ -190,7 +191,7 @@ class EditingPipeline(CodingPipeline):
         times = [as_integer("num_candidates", row["num_candidates"], 1) for row in counts]
         rows = per_factor_sampling_kwargs(
             self.factor_names, [level.config for level in self.levels], 0, None,
-            temperature=temperature, top_k=top_k, top_p=top_p, corruption=corruption,
+            temperature=temperature, top_k=top_k, top_p=top_p, code_noise=code_noise,
         )  # fmt: skip
         scales = per_factor(self.factor_names, guidance_scale=guidance_scale)
         controls = [row | scale for row, scale in zip(rows, scales, strict=True)]
@@ -219,7 +220,7 @@ class EditingPipeline(CodingPipeline):
                         drawn = [grid.repeat_interleave(count, 0) for grid in drawn]
                     told = dict(controls[factor])
                     if factor:
-                        told["corruption"] *= factor != start  # what is given is right
+                        told["code_noise"] *= factor != start  # what is given is right
                     # Where nothing is known, there is nothing to guess.
                     guesses = factor < self.num_levels and bool(given[-1].trust.any())
                     shown, each = labels[chosen].repeat_interleave(count), repeated(noise, count)
@@ -273,7 +274,7 @@ class EditingPipeline(CodingPipeline):
         """Appends the next grid, int64 (B, C, H, W), to `drawn`, and returns its log weights."""
         factor, device = len(drawn), self._execution_device
         part = self.levels[factor - 1] if factor else self._require_prior()
-        corruption = min(told.pop("corruption", 0.0), getattr(part.config, "corruption", 0.0))
+        code_noise = min(told.pop("code_noise", 0.0), getattr(part.config, "code_noise", 0.0))
         null = torch.full_like(labels, part.config.num_classes)
         if not part.config.num_classes or torch.equal(labels, null):
             told["guidance_scale"] = 1.0  # there is nothing to be guided by
@@ -281,7 +282,7 @@ class EditingPipeline(CodingPipeline):
         before = [grid[:, 0] for grid in drawn]
         if clamp.draw.is_guided:
             labels, before = torch.cat([labels, null]), [torch.cat([z, z]) for z in before]
-        grid = self._walk(factor, before, labels, clamp, corruption)[: len(null)]
+        grid = self._walk(factor, before, labels, clamp, code_noise)[: len(null)]
         drawn.append(signed_to_indices(grid) if grid.ndim == 4 else grid[:, None])
         return clamp.log_weights
 

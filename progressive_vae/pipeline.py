@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .arguments import as_integer
+from .arguments import as_integer, renamed_argument
 from .configuration.validation import MAX_LEVELS, check_grids, check_parts, grid_sizes
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from .inpainting import EditingPipeline
@@ -195,6 +195,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
     # ---- generation: codes -> image -------------------------------------------------------------
 
     @torch.no_grad()
+    @renamed_argument("corruption", "code_noise")
     def __call__(
         self,
         class_labels: Labels = None,
@@ -203,7 +204,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
         temperature: float | list[float] = 1.0,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
-        corruption: float | list[float] = 0.0,
+        code_noise: float | list[float] = 0.0,
         generator: Generators = None,
         codes: list[Tensor] | None = None,
         num_levels: int | None = None,
@@ -223,8 +224,8 @@ class ProgressiveVAEPipeline(EditingPipeline):
             guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
                 for none.
             temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
-            corruption: the share of wrong codes that levels refitted with corruption are told to
-                expect in what was drawn, not given; a level that knows less is told its most.
+            code_noise: the noise level that levels refitted with `code_noise` are conditioned on
+                for sampled codes, limited to each level's own; 0 for codes that are passed.
                 These five are one for all factors, or a list for [prior, level_1 … level_N].
             generator: one for all, or one for each image, so that an image does not depend on its
                 batch; CPU generators work on any device.
@@ -258,7 +259,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            corruption=corruption,
+            code_noise=code_noise,
         )
         check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         generator = as_generators(generator, count)
@@ -326,7 +327,7 @@ class ProgressiveVAEPipeline(EditingPipeline):
             told = controls[i] | self._guidance(call, i)
             given = known_labels(labels, level.config)
             is_drawn = i != given_levels
-            told["corruption"] = min(told["corruption"], level.config.corruption) * is_drawn
+            told["code_noise"] = min(told["code_noise"], level.config.code_noise) * is_drawn
             grids.append(
                 level.sample(grids[-1], given, generator=generator, finer_size=size, **told)
             )

@@ -78,17 +78,19 @@ def per_factor_sampling_kwargs(
             their most probable values.
 
     Raises:
-        ValueError: a list for other factors, corruption that no level learned, or a `num_levels`
-            that is none, or is less than what is given.
+        ValueError: a list for other factors, `code_noise` without a level that has it, or a
+            `num_levels` that is none, or is less than what is given.
     """
-    rows, corruption = per_factor(factor_names, **controls), controls["corruption"]
+    rows, code_noise = per_factor(factor_names, **controls), controls["code_noise"]
     for row in rows:  # before anything is sampled
-        value = row["corruption"]
-        row["corruption"] = as_number("corruption", value, ">= 0", lambda x: x >= 0)
-        Sampler(1, **{name: value for name, value in row.items() if name != "corruption"})
-    rows[0].pop("corruption")  # nothing comes before the prior
-    if np.any(corruption) and not any(config.corruption for config in configs):
-        raise ValueError(f"expected corruption=0, as no level learned it, got {corruption}")
+        value = row["code_noise"]
+        row["code_noise"] = as_number("code_noise", value, ">= 0", lambda x: x >= 0)
+        Sampler(1, **{name: value for name, value in row.items() if name != "code_noise"})
+    rows[0].pop("code_noise")  # nothing comes before the prior
+    if np.any(code_noise) and not any(config.code_noise for config in configs):
+        raise ValueError(
+            f"expected code_noise=0, as all levels have config.code_noise=0, got {code_noise}"
+        )
     if num_levels is not None:
         num_levels = as_integer("num_levels", num_levels, 1, len(configs))
         if num_given > num_levels:

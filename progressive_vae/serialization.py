@@ -13,7 +13,7 @@ from .paths import replacing
 __version__ = "0.1.0"
 
 # Raised when files are written that older versions would misread; a golden test holds the format.
-FORMAT_VERSION = 6
+FORMAT_VERSION = 7
 
 # The first bytes of a file that git checks out in place of one that git-lfs holds.
 _LFS_POINTER = b"version https://git-lfs"

@@ -20,7 +20,7 @@ BACKBONES = [
 
 
 def raster(backbone, **config):
-    return tiny_level(num_symbols=3, decoder_order="raster", backbone_config=backbone, **config)
+    return tiny_level(num_symbols=3, decoder_type="causal_lm", backbone_config=backbone, **config)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -46,7 +46,7 @@ def test_a_raster_decoder_of_any_causal_network(backbone, tmp_path):
 
 
 def test_the_default_is_an_opt_of_the_levels_own_size():
-    level = tiny_level(num_symbols=3, decoder_order="raster", num_layers=3, hidden_size=16)
+    level = tiny_level(num_symbols=3, decoder_type="causal_lm", num_layers=3, hidden_size=16)
     backbone = level.decoder.backbone.config
     assert level.config.backbone_config is None and backbone.model_type == "opt"
     assert (backbone.hidden_size, backbone.num_hidden_layers, backbone.vocab_size) == (16, 3, 3)
@@ -59,7 +59,7 @@ def test_the_default_is_an_opt_of_the_levels_own_size():
 def test_a_network_that_sees_what_follows_is_refused(fresh):
     """Also before it has learned, when all logits are 0."""
     config = ProgressiveVAELevelConfig(
-        num_symbols=5, decoder_order="raster", backbone_config={**SMALL, "model_type": "bert"}
+        num_symbols=5, decoder_type="causal_lm", backbone_config={**SMALL, "model_type": "bert"}
     )
     level = ProgressiveVAELevel(config).eval()
     if not fresh:
@@ -82,7 +82,7 @@ def test_a_refit_with_another_network():
     level = tiny_level(num_symbols=3)
     finer = torch.randint(3, (2, 4, 4))
     codes = level.encode(finer)
-    refitted = level.with_decoder(decoder_order="raster", backbone_config=BACKBONES[0])
+    refitted = level.with_decoder(decoder_type="causal_lm", backbone_config=BACKBONES[0])
     assert refitted.config.backbone_config.model_type == "llama"
     assert torch.equal(refitted.encode(finer), codes)
     same = refitted.with_decoder(class_dropout=0.5)
@@ -90,5 +90,5 @@ def test_a_refit_with_another_network():
         assert torch.equal(same.log_prob(finer, codes), refitted.log_prob(finer, codes))
     other = refitted.with_decoder(backbone_config={**BACKBONES[0], "num_hidden_layers": 2})
     assert other.config.backbone_config.num_hidden_layers == 2
-    back = refitted.with_decoder(decoder_order="lattice")
+    back = refitted.with_decoder(decoder_type="conv")
     assert back.config.backbone_config is None

@@ -19,7 +19,7 @@ SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
 def bits_before_training(values, **config):
     """Of pixels (3, 32, 32) by a level with logistics, each."""
     config = ProgressiveVAELevelConfig(
-        num_channels=3, downsample=4, hidden_size=8, pixel_distribution="logistics", **config
+        num_channels=3, downsample=4, hidden_size=8, pixel_distribution="logistic_mixture", **config
     )
     level, codes = ProgressiveVAELevel(config).eval(), torch.zeros(1, 8, 8, dtype=torch.long)
     with torch.no_grad():
@@ -53,8 +53,8 @@ def test_symbols_sum_to_one_and_samples_follow(order, downsample, num_groups, si
     assert total_variation(log_prob, grids, drawn) < 0.03
 
 
-LOGISTICS = dict(pixel_distribution="logistics")
-GUIDED = dict(pixel_distribution="guided_logistics", auxiliary_hidden_size=8)
+LOGISTICS = dict(pixel_distribution="logistic_mixture")
+GUIDED = dict(pixel_distribution="guided_logistic_mixture", auxiliary_hidden_size=8)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ GUIDED = dict(pixel_distribution="guided_logistics", auxiliary_hidden_size=8)
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
 def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, pixels):
     if pixels in (LOGISTICS, GUIDED) and order != "lattice":
-        with pytest.raises(ValueError, match="expected decoder_order='lattice'"):
+        with pytest.raises(ValueError, match="expected ordering='lattice'"):
             level_of(order, downsample, num_groups, num_channels=1, **pixels)
         return
     level = level_of(order, downsample, num_groups, num_channels=1, **pixels)
@@ -78,7 +78,7 @@ def test_a_pixel_sums_to_one_over_256_values(order, downsample, num_groups, pixe
     assert (frequency_table - log_prob.exp()).abs().sum() / 2 < 0.04
 
 
-@pytest.mark.parametrize("distribution", ["categorical", "logistics"])
+@pytest.mark.parametrize("distribution", ["categorical", "logistic_mixture"])
 def test_colors_are_conditioned_on_each_other(distribution):
     """Σ_{g,b} P(r, g, b) = P(r), which the walk shows first, and colors are not independent."""
     level = tiny_level(num_channels=3, downsample=2, pixel_distribution=distribution)
@@ -103,14 +103,14 @@ def test_colors_are_conditioned_on_each_other(distribution):
 
 
 def test_a_raster_decoder_refuses_large_grids():
-    level = tiny_level(num_symbols=3, decoder_order="raster")
+    level = tiny_level(num_symbols=3, decoder_type="causal_lm")
     codes = torch.zeros(1, 9, 9, dtype=torch.long)
     with pytest.raises(ValueError, match="at most 256 positions .*got 18×18"):
         level.sample(codes)
 
 
 def test_a_factorized_decoder_knows_only_the_codes():
-    level = tiny_level(num_symbols=3, decoder_order="factorized")
+    level = tiny_level(num_symbols=3, ordering="factorized")
     codes = torch.zeros(9, 1, 1, dtype=torch.long)
     grids = all_grids(3, 1, 2)
     with torch.no_grad():

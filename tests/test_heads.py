@@ -26,12 +26,12 @@ KINDS = [
     (dict(num_channels=3, pixel_logit_rank=0), LinearHead, Categorical),
     (dict(num_channels=3), OrdinalPixelHead, Categorical),
     (
-        dict(num_channels=3, pixel_distribution="logistics"),
+        dict(num_channels=3, pixel_distribution="logistic_mixture"),
         LogisticMixtureHead,
         DiscretizedLogisticMixture,
     ),
     (
-        dict(num_channels=3, pixel_distribution="guided_logistics", auxiliary_hidden_size=8),
+        dict(num_channels=3, pixel_distribution="guided_logistic_mixture", auxiliary_hidden_size=8),
         GuidedLogisticMixtureHead,
         DiscretizedLogisticMixture,
     ),
@@ -91,12 +91,12 @@ def test_guided_guesses_are_the_picture_and_what_neighbors_correct_of_it():
 
 def test_a_guided_level_wants_an_auxiliary_decoder():
     with pytest.raises(ValueError, match="expected auxiliary_hidden_size .*got None"):
-        ProgressiveVAELevelConfig(num_channels=3, pixel_distribution="guided_logistics")
+        ProgressiveVAELevelConfig(num_channels=3, pixel_distribution="guided_logistic_mixture")
 
 
 def test_a_head_of_many_symbols_is_uniform_at_first_and_learns():
     level = ProgressiveVAELevel(
-        ProgressiveVAELevelConfig(num_symbols=2049, hidden_size=8, decoder_order="factorized")
+        ProgressiveVAELevelConfig(num_symbols=2049, hidden_size=8, ordering="factorized")
     )
     head, features = level.decoder.stages[0].logits[0], torch.randn(2, 3, 8)
     nats = head(features).log_prob(torch.randint(2049, (2, 3)))

@@ -197,7 +197,7 @@ def test_the_temperature_anneals_to_its_end():
     assert seen == [2.0, 1.0, 0.5] and module.temperature.item() == 0.5
 
 
-def test_corruption_replaces_codes_by_others():
+def test_noise_replaces_codes_by_others():
     module, codes = quantizer(8, 2), torch.arange(8).repeat(100).view(2, 20, 20)
     assert torch.equal(module.add_noise(codes, torch.zeros(2), None), codes)
     corrupted = module.add_noise(codes, torch.ones(2), None)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of, tiny_level, tiny_prior
+from conftest import ORDER_NAMES, PIXEL_ORDERS, decoder_fields, level_of, tiny_level, tiny_prior
 from test_decoders import GUIDED, LOGISTICS, SYMBOL_ORDERS
 
 from progressive_vae.models.sampling import Sampler
@@ -100,10 +100,10 @@ def test_a_prior_is_asked_for_each_code_once(size):
 
 @pytest.mark.parametrize("order", ["lattice", "raster"])
 def test_sampling_is_a_walk(order):
-    level = tiny_level(num_symbols=5, num_classes=2, corruption=0.2, decoder_order=order)
+    level = tiny_level(num_symbols=5, num_classes=2, code_noise=0.2, **decoder_fields(order))
     codes, labels = torch.randint(3, (3, 3, 4)), torch.tensor([0, 1, 1])
     generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
-    given = dict(class_labels=labels, corruption=0.1, finer_size=(5, 7))
+    given = dict(class_labels=labels, code_noise=0.1, finer_size=(5, 7))
     expected = level.sample(codes, generator=generator(), temperature=0.9, **given)
     draw = Sampler(3, generator(), temperature=0.9)
     with torch.no_grad():
@@ -139,7 +139,7 @@ def test_bad_choices(values, message):
     for walk in (
         lambda choose: tiny_level(num_symbols=5).walk(codes, choose),
         lambda choose: tiny_level(num_channels=1).walk(codes, choose),
-        lambda choose: tiny_level(num_symbols=5, decoder_order="raster").walk(codes, choose),
+        lambda choose: tiny_level(num_symbols=5, decoder_type="causal_lm").walk(codes, choose),
         lambda choose: tiny_prior().walk(2, choose),
     ):
         with pytest.raises(ValueError, match=message):
@@ -157,8 +157,8 @@ def test_bad_choices(values, message):
             "finer_size whose grid",
         ),
         (
-            lambda m: m.walk(torch.zeros(1, 2, 2).long(), None, corruption=0.1),
-            r"corruption in \[0, 0.0\]",
+            lambda m: m.walk(torch.zeros(1, 2, 2).long(), None, code_noise=0.1),
+            r"code_noise in \[0, 0.0\]",
         ),
         (lambda m: m.walk(torch.zeros(1, 2, 2).long(), None, [0]), "class_labels=None, as there"),
         (lambda m: tiny_prior().walk(0, None), "batch_size >= 1, got 0"),
@@ -175,14 +175,14 @@ def test_bad_input(call, message):
     "kind",
     [
         dict(num_channels=3), dict(num_channels=1, **LOGISTICS), dict(num_channels=1, **GUIDED),
-        dict(num_channels=1, decoder_order="factorized"),
-        dict(num_channels=1, decoder_order="masked"), dict(num_symbols=5),
-        dict(num_symbols=5, decoder_order="raster"),
+        dict(num_channels=1, ordering="factorized"),
+        dict(num_channels=1, ordering="masked"), dict(num_symbols=5),
+        dict(num_symbols=5, decoder_type="causal_lm"),
     ],
 )  # fmt: skip
 def test_one_level_may_span_a_large_factor(kind, downsample):
     level = tiny_level(downsample=downsample, **kind)
-    size = (11, 13) if level.config.decoder_order == "raster" else (65, 70)
+    size = (11, 13) if level.config.ordering == "raster" else (65, 70)
     codes_size = tuple(-(-n // downsample) for n in size)
     if level.config.is_finest:
         finer = torch.randint(256, (2, kind["num_channels"], *size)) / 127.5 - 1
@@ -200,7 +200,7 @@ def test_one_level_may_span_a_large_factor(kind, downsample):
         assert torch.allclose(nats, level.log_prob(drawn, codes), rtol=1e-4)
     sampled = level.sample(codes, finer_size=size)
     assert sampled.shape == finer.shape and sampled.dtype == finer.dtype
-    if level.config.decoder_order == "lattice":
+    if level.config.ordering == "lattice":
         assert level.config.num_groups == 1 + 3 * (downsample.bit_length() - 1)
 
 

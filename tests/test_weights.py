@@ -71,7 +71,7 @@ def test_half_a_level_is_an_error_of_the_pipeline_too(tmp_path):
 
 def test_a_config_of_another_decoder(level):
     change_weights(level, lambda _: None)
-    change_config(level, decoder_order="masked", num_groups=3)
+    change_config(level, ordering="masked", num_groups=3)
     with pytest.raises(ValueError, match="missing: decoder.*left over: decoder|of another shape"):
         ProgressiveVAELevel.from_pretrained(level)
 

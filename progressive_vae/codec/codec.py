@@ -297,7 +297,7 @@ class CodingPipeline(CallingPipeline):
         before: list[Tensor],
         class_labels: Tensor,
         choose: StepFn,
-        corruption: float = 0.0,
+        code_noise: float = 0.0,
     ) -> Tensor:
         """Over z_1 if `factor` is 0, else over z_{factor + 1} or s, given [z_1 … z_factor]."""
         if factor == 0:
@@ -306,7 +306,7 @@ class CodingPipeline(CallingPipeline):
             return prior.walk(len(class_labels), choose, known)
         level, size = self.levels[factor - 1], self.grid_sizes[factor]
         known = known_labels(class_labels, level.config)
-        return level.walk(before[factor - 1], choose, known, corruption, size)
+        return level.walk(before[factor - 1], choose, known, code_noise, size)
 
     def _shown(self, codes: list[Tensor]) -> Tensor:
         """What z_1 … z_k alone say, uint8 (B, C, H, W)."""

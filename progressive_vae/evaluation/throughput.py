@@ -97,7 +97,7 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
         for name in (f"decoder_{i}", f"refit_level_{i}"):
             calls[name] = level, {"finer": finer, "codes": codes}
         if level.auxiliary is not None:
-            plain = level.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
+            plain = level.with_decoder(decoder_type="auxiliary", num_classes=0, id2label=None)
             plain = plain.to(pipe.device)
             calls[f"encoder_{i}"] = plain, {"finer": finer, **told}
     figures = {}

@@ -39,14 +39,14 @@ class Condition(NamedTuple):
     Args:
         quantized: codebook[z], (B, D, h, w).
         class_labels: ids, int64 (B,); `None` is the null class.
-        corruption: the probability with which each code of z was replaced, (B,); `None` is 0.
+        code_noise: the probability with which each code of z was replaced, (B,); `None` is 0.
         picture: what is expected of the finer grid, where the config asks for guidance: float
             (B, C, H, W), in 0 … V − 1.
     """
 
     quantized: Tensor
     class_labels: Tensor | None = None
-    corruption: Tensor | None = None
+    code_noise: Tensor | None = None
     picture: Tensor | None = None
 
 
@@ -68,20 +68,20 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
         if config.num_classes:
             self.class_embedding = ZeroEmbedding(config.num_classes + 1, config.hidden_size)
-        if config.corruption:
+        if config.code_noise:
             self.corruption_embedding = ZeroEmbedding(1, config.hidden_size)
 
     def start(self, condition: Condition) -> Tensor:
         """The state before the walk, (B, width, h, w)."""
-        quantized, class_labels, corruption, _ = condition
+        quantized, class_labels, code_noise, _ = condition
         state = self.stem(dithered(quantized, -self.config.dither))
         if self.config.num_classes:
             if class_labels is None:
                 null = self.config.num_classes
                 class_labels = torch.full((len(state),), null, device=state.device)
             state = state + self.class_embedding(class_labels.to(state.device))[:, :, None, None]
-        if self.config.corruption and corruption is not None:
-            strength = (corruption / self.config.corruption).to(state)[:, None]  # 0 … 1
+        if self.config.code_noise and code_noise is not None:
+            strength = (code_noise / self.config.code_noise).to(state)[:, None]  # 0 … 1
             state = state + (strength * self.corruption_embedding.weight)[:, :, None, None]
         return state.contiguous(memory_format=torch.channels_last)
 
@@ -123,9 +123,10 @@ class GroupDecoder(Decoder):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.num_groups = config.num_groups or 1
+        assert config.ordering is not None  # the config sets it
         with torch.device("cpu"):  # positions are numbers, where weights are not there yet
             cell = config.downsample, config.downsample
-            groups = ORDERS[config.decoder_order](self.num_groups, cell)
+            groups = ORDERS[config.ordering](self.num_groups, cell)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is ever looked at
             self.embedding = embedding(config.num_values, config.value_embed_dim)
@@ -154,7 +155,7 @@ class GroupDecoder(Decoder):
         if picture is not None:
             picture = F.pad(picture, (0, width - size[1], 0, height - size[0]))
         groups = group_schedule(
-            self.config.decoder_order, self.num_groups, tuple(size), (height, width), grid.device
+            self.config.ordering, self.num_groups, tuple(size), (height, width), grid.device
         )
         for number, ((group, inside), stage) in enumerate(zip(groups, self.stages, strict=True)):
             is_final = number + 1 == len(groups)
@@ -254,7 +255,7 @@ class RasterDecoder(CausalLMMixin, Decoder):
         if math.prod(size) > MAX_RASTER_POSITIONS:
             raise ValueError(
                 f"expected a finer grid of at most {MAX_RASTER_POSITIONS} positions for "
-                f"decoder_order='raster', got {size[0]}×{size[1]}"
+                f"ordering='raster', got {size[0]}×{size[1]}"
             )
         state = self.condition(self.upsample(self.blocks(self.start(condition))))
         return state[..., : size[0], : size[1]].movedim(1, -1).flatten(1, 2)
@@ -270,6 +271,6 @@ class RasterDecoder(CausalLMMixin, Decoder):
 
 
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder | None:
-    if config.decoder_order == "auxiliary":
+    if config.decoder_type == "auxiliary":
         return None
-    return (RasterDecoder if config.decoder_order == "raster" else GroupDecoder)(config)
+    return (RasterDecoder if config.decoder_type == "causal_lm" else GroupDecoder)(config)

@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..arguments import as_integer, as_number
+from ..arguments import as_integer, as_number, renamed_argument
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.validation import check_codes, grid_sizes
 from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
@@ -29,7 +29,7 @@ from .quantizers import make_quantizer
 from .sampling import Generators, Sampler, uniform
 from .value_types import make_value_type, signed_to_255
 
-NUM_NEAREST = 8  # codes that stand in for another one under corruption_kind="near"
+NUM_NEAREST = 8  # codes that stand in for another one under code_noise_kind="near"
 
 
 @dataclass
@@ -52,10 +52,10 @@ class ProgressiveVAELevelOutput(ModelOutput):
 
 def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
     """Whether a decoder with config `new` can start as the function that one with `old` is."""
-    grown = ("num_layers", "num_classes", "id2label", "class_dropout", "corruption",
-             "corruption_kind")  # fmt: skip
+    grown = ("num_layers", "num_classes", "id2label", "class_dropout", "code_noise",
+             "code_noise_kind")  # fmt: skip
     names = [name for name in DECODER_FIELDS if name not in grown]
-    grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
+    grows = new.num_layers >= old.num_layers and new.decoder_type != "causal_lm"
     is_same = all(getattr(new, name) == getattr(old, name) for name in names)
     return is_same and (grows or new.num_layers == old.num_layers)
 
@@ -116,7 +116,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
     ):
         """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
         −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own, and where the
-        auxiliary decoder expects a picture `picture_weight` times its mean squared error.
+        auxiliary decoder expects a picture `reconstruction_weight` times its mean squared error.
 
         The KL of a deterministic encoder is the constant L_i log K_i and left out. Where there is
         an auxiliary decoder beside a stronger one, encoder and codebook learn by both.
@@ -135,7 +135,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         values, labels = self.entries.to_values(finer), self._labels(class_labels, len(finer))
         if labels is not None and self.training:
             labels = drop_labels(labels, self.config, generator)
-        latents = corruption = None
+        latents = code_noise = None
         kl: Tensor | float = 0.0
         quantizer_loss: Tensor | float = 0.0
         if codes is None:
@@ -144,11 +144,11 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         else:
             self._check_pair(codes, values)
             shown = codes
-            if self.training and self.config.corruption:
+            if self.training and self.config.code_noise:
                 noise = uniform(codes.shape[:1], generator, codes.device)
-                corruption = noise * self.config.corruption
-                num_nearest = NUM_NEAREST if self.config.corruption_kind == "near" else None
-                shown = self.quantizer.add_noise(codes, corruption, num_nearest, generator)
+                code_noise = noise * self.config.code_noise
+                num_nearest = NUM_NEAREST if self.config.code_noise_kind == "near" else None
+                shown = self.quantizer.add_noise(codes, code_noise, num_nearest, generator)
             quantized = self.quantizer.lookup(shown)
         size, count = (values.shape[-2], values.shape[-1]), values[0].numel()
         log_prob = expected = None
@@ -159,12 +159,12 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
             loss = loss - log_prob / count
             if self.config.is_finest:
                 expected = self.auxiliary.expectation(said)
-                loss = loss + self.config.picture_weight * F.mse_loss(expected, finer)
+                loss = loss + self.config.reconstruction_weight * F.mse_loss(expected, finer)
             elif paint is not None:
                 vectors = self.auxiliary.expectation(said, paint.codebook)
-                loss = loss + self.config.picture_weight * paint.error(vectors, finer)
+                loss = loss + self.config.reconstruction_weight * paint.error(vectors, finer)
         if self.decoder is not None:
-            condition = self._condition(quantized, size, labels, corruption, expected)
+            condition = self._condition(quantized, size, labels, code_noise, expected)
             log_prob = self.decoder.log_prob(condition, values)
             loss = loss - log_prob / count
         assert isinstance(loss, Tensor)
@@ -205,6 +205,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
 
     @apply_forward_hook
     @torch.no_grad()
+    @renamed_argument("corruption", "code_noise")
     def sample(
         self,
         codes: Tensor,
@@ -214,7 +215,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        corruption: float = 0.0,
+        code_noise: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Draw z_{i+1} ~ P_Θ(z_{i+1} | z_i).
@@ -226,7 +227,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
             generator: one for the batch, or one for each example; on any device.
             temperature: 0 takes the most probable value at each step.
             top_k, top_p: keep only the most probable values of each step.
-            corruption: the share of wrong codes that a decoder refitted with corruption is told
+            code_noise: the share of wrong codes that a decoder refitted with code_noise is told
                 to expect, up to the config's; 0 is the model whose `log_prob` is stated.
             finer_size: (H_{i+1}, W_{i+1}); `downsample` times the grid of codes where not given.
 
@@ -244,15 +245,16 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         shown = codes
         if draw.is_guided:
             labels, shown = torch.cat([labels, null]), torch.cat([codes, codes])
-        return self.walk(shown, draw.choose, labels, corruption, finer_size)[: len(codes)]
+        return self.walk(shown, draw.choose, labels, code_noise, finer_size)[: len(codes)]
 
     @apply_forward_hook
+    @renamed_argument("corruption", "code_noise")
     def walk(
         self,
         codes: Tensor,
         choose: StepFn,
         class_labels: Labels = None,
-        corruption: float = 0.0,
+        code_noise: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Visit the entries of z_{i+1} in the order in which P_Θ(z_{i+1} | z_i) predicts them.
@@ -267,14 +269,14 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
                 has `log_prob(values)` and `logits`, (B, n, V), given z_i and what was chosen
                 before; the place has the numbers `group` and `color`, and `positions`, int64 (n,),
                 row-major indices in the grid (H_{i+1}, W_{i+1}).
-            class_labels, corruption, finer_size: as in `sample`.
+            class_labels, code_noise, finer_size: as in `sample`.
 
         Returns:
             what was chosen: pixels, float (B, C, H, W) in [−1, 1], or codes, int64
             (B, H_{i+1}, W_{i+1}).
 
         Raises:
-            ValueError: `codes` of the wrong shape, dtype or range, a `finer_size` or `corruption`
+            ValueError: `codes` of the wrong shape, dtype or range, a `finer_size` or `code_noise`
                 that does not fit, or values of another shape or dtype.
         """
         check_codes(codes, self.config.codebook_size)
@@ -283,11 +285,11 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
             raise ValueError(
                 f"expected finer_size whose grid of codes is {tuple(codes.shape[1:])}, got {size}"
             )
-        limit = self.config.corruption
+        limit = self.config.code_noise
         text = f"in [0, {limit}], what this level was trained with"
-        corruption = as_number("corruption", corruption, text, lambda x: 0 <= x <= limit)
+        code_noise = as_number("code_noise", code_noise, text, lambda x: 0 <= x <= limit)
         labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
-        strength = quantized.new_full((len(codes),), corruption) if corruption else None
+        strength = quantized.new_full((len(codes),), code_noise) if code_noise else None
         condition = self._condition(quantized, size, labels, strength)
         values = self.conditional.walk(condition, size, choose)
         return self.entries.from_values(values)
@@ -369,7 +371,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
             return level
         if _can_grow(self.config, level.config):
             ours, theirs = new.state_dict(), old.state_dict()
-            # More blocks, and the embeddings of classes and corruption, start at zero.
+            # More blocks, and the embeddings of classes and code_noise, start at zero.
             kept = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
             new.load_state_dict(kept, strict=False)
         return level
@@ -384,7 +386,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
         quantized: Tensor,
         size: tuple[int, int],
         labels: Tensor | None,
-        corruption: Tensor | None = None,
+        code_noise: Tensor | None = None,
         expected: Tensor | None = None,
     ) -> Condition:
         """What the decoder is given of a finer grid of `size` (H, W), of which the auxiliary
@@ -397,7 +399,7 @@ class ProgressiveVAELevel(VerifiedPreTrainedModel):
             picture = signed_to_255(expected.detach())  # its decoder learns for itself
         if self.decoder is not None:
             quantized = self.quantizer.standardized(quantized)
-        return Condition(quantized, labels, corruption, picture)
+        return Condition(quantized, labels, code_noise, picture)
 
     def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}); `downsample` times the grid of codes where it is `None`."""

@@ -240,7 +240,7 @@ class GumbelQuantizer(Quantizer):
             config.codebook_size,
             config.codebook_dim,
             config.gumbel_temperature,
-            config.gumbel_decay,
+            config.gumbel_temperature_decay,
         )
 
     @classmethod
@@ -250,8 +250,9 @@ class GumbelQuantizer(Quantizer):
             raise ValueError(
                 f"expected gumbel_temperature [start, end] with start >= end > 0, got {temperature}"
             )
-        if not 0 < config.gumbel_decay <= 1:
-            raise ValueError(f"expected gumbel_decay in (0, 1], got {config.gumbel_decay}")
+        decay = config.gumbel_temperature_decay
+        if not 0 < decay <= 1:
+            raise ValueError(f"expected gumbel_temperature_decay in (0, 1], got {decay}")
 
     def __init__(self, size: int, dim: int, temperatures: Sequence[float], decay: float):
         super().__init__()

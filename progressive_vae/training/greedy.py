@@ -211,14 +211,14 @@ def greedy_order(
         if level.encoder_fit is None:
             order.append(LevelPhase(index=i, config=config, settings=level.fit))
             continue
-        plain = config.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
+        plain = config.with_decoder(decoder_type="auxiliary", num_classes=0, id2label=None)
         order.append(LevelPhase(index=i, config=plain, is_encoder=True, settings=level.encoder_fit))
     for i in indices:
         level, config = recipe.levels[i - 1], configs[i - 1]
         if i not in given and level.encoder_fit is not None:
             changes = {name: getattr(config, name) for name in DECODER_FIELDS}
             order.append(RefitPhase(index=i, changes=changes, is_first=True, settings=level.fit))
-        is_tokenizer = config.tokenizer_config is not None and config.decoder_order == "auxiliary"
+        is_tokenizer = config.tokenizer_config is not None and config.decoder_type == "auxiliary"
         if i in given and is_tokenizer and level.refit is None:
             short = replace(
                 level.fit,

@@ -1,7 +1,7 @@
 """A recipe: all knobs of a training, in the words of the configs and settings that own them.
 
-    level_1: {codebook_size: 64, decoder_order: raster, fit: {max_train_steps: 7000}}
-    level_2: {codebook_size: 64, downsample: 4, refit: {corruption: 0.1, fit: {time_share: 0.5}}}
+    level_1: {codebook_size: 64, decoder_type: causal_lm, fit: {max_train_steps: 7000}}
+    level_2: {codebook_size: 64, downsample: 4, refit: {code_noise: 0.1, fit: {time_share: 0.5}}}
     prior: {backbone_config: {model_type: llama, hidden_size: 96}, fit: {max_train_steps: 4000}}
     data: {dataset_name: zalando-datasets/fashion_mnist}
     run: {output_dir: runs/fashion_mnist, mixed_precision: bf16}
@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.prior import ProgressiveVAEPriorConfig
+from ..configuration.renamed_fields import rename_fields, renamed_names, warn_about_names
 from ..configuration.validation import MAX_LEVELS, grid_sizes
 from ..data.args import DataSettings
 from ..hub.repository import INDEX, pipeline_parts
@@ -168,10 +169,12 @@ def read_recipe(
         if not path.is_file():
             raise ValueError(f"expected the path of a recipe, got {where}, where no file is")
         recipe = read_yaml(path)
-    layers = [
+    layers: list[Mapping[str, Any]] = [
         _checked({} if each is None else each, name)
         for each, name in ((recipe, where), (overrides, "overrides"))
     ]
+    warn_about_names([name for layer in layers for name in _old_names(layer)])
+    layers = [_renamed(layer) for layer in layers]
     extended = _merged(layers[0].get("run", {}), layers[1].get("run", {})).get("extend")
     found = [] if extended is None else levels_in(expand_home(extended, "extend"))
     count = _count(layers, 1 + len(found) if found else None, [3] if is_silent else [])
@@ -237,19 +240,19 @@ def _for_pictures(count: int, said: set[str]) -> dict[str, Any]:
         "codebook_size": 512,
         "auxiliary_hidden_size": 64,
         "restart_threshold": 0.1,
-        "picture_weight": 1000.0,
+        "reconstruction_weight": 1000.0,
         "encoder_fit": {**learns, "adam_weight_decay": 0.05, "time_share": 0.05},
         "fit": {"adam_weight_decay": 0.2, "time_share": 0.05},
     }
     finest: dict[str, Any] = {
         "downsample": 4,
-        "picture_weight": 100.0,
-        "pixel_distribution": "logistics",
+        "reconstruction_weight": 100.0,
+        "pixel_distribution": "logistic_mixture",
         "num_groups": 10,  # the first lattice is of every eighth pixel
         "encoder_fit": {"time_share": 0.15},
         "fit": {**learns, "time_share": 0.6},
     }
-    if "decoder_order" in said:
+    if {"decoder_type", "ordering"} & said:
         del finest["num_groups"], finest["pixel_distribution"]
     elif "downsample" in said:
         del finest["num_groups"]
@@ -293,6 +296,30 @@ def _checked(sections: Any, where: str) -> Mapping[str, Any]:
             )
         if name in SECTIONS and not isinstance(section, Mapping):
             raise ValueError(f"expected names and values in section {name}, got {section!r}")
+    return sections
+
+
+def _old_names(layer: Mapping[str, Any]) -> list[str]:
+    """The names of fields up to format 6 in a layer, as `section.name`."""
+    names = []
+    for section, values in layer.items():
+        if not section.startswith("level"):
+            continue
+        names += [f"{section}.{name}" for name in renamed_names(values)]
+        if isinstance(values.get("refit"), Mapping):
+            names += [f"{section}.refit.{name}" for name in renamed_names(values["refit"])]
+    return names
+
+
+def _renamed(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A layer in today's names of fields."""
+    sections = dict(layer)
+    for section, values in layer.items():
+        if not section.startswith("level"):
+            continue
+        sections[section] = rename_fields(values)
+        if isinstance(values.get("refit"), Mapping):
+            sections[section]["refit"] = rename_fields(values["refit"])
     return sections
 
 
@@ -359,7 +386,7 @@ LevelSection = _section(
     "LevelSection",
     ProgressiveVAELevelConfig,
     _own(ProgressiveVAELevelConfig, "num_channels", "num_symbols", "num_classes",
-         "finer_fingerprint", "corruption", "corruption_kind", "tokenizer_config"),
+         "finer_fingerprint", "code_noise", "code_noise_kind", "tokenizer_config"),
     is_whole=True,
     class_conditional=(bool, False),
     encoder_fit=(FitSettings | None, None),
