@@ -153,6 +153,12 @@ def test_code_noise_is_only_for_training():
         codes, generator=torch.Generator().manual_seed(0), code_noise=strength
     )
     assert torch.equal(draw(0.0), draw(0.0)) and not torch.equal(draw(0.0), draw(1.0))
+    drawn = level.sample(codes, generator=torch.Generator().manual_seed(0), code_noise=0.5)
+    with pytest.warns(FutureWarning, match="corruption is now called code_noise"):
+        old = level.sample(codes, generator=torch.Generator().manual_seed(0), corruption=0.5)
+    assert torch.equal(old, drawn)
+    with pytest.raises(ValueError, match="code_noise without corruption"):
+        level.sample(codes, corruption=0.5, code_noise=0.5)
     with pytest.raises(ValueError, match=r"code_noise in \[0, 0.0\].*got 0.1"):
         tiny_level(num_symbols=5).sample(codes, code_noise=0.1)
 
@@ -312,7 +318,7 @@ def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch
         ]  # fmt: skip
         assert torch.equal(*drawn) and drawn[0].shape == finer.shape
     assert level.expect(codes, (5, 7)).shape == (2, 4096, 5, 7)
-    other = level.with_decoder(hidden_size=12, num_layers=2, ordering="masked")
+    other = level.with_decoder(hidden_size=12, num_layers=2, decoder_type="conv", ordering="masked")
     assert torch.equal(other.expect(codes, (5, 7)), level.expect(codes, (5, 7)))
 
 
