@@ -94,7 +94,7 @@ def test_a_level_of_symbols_learns_by_the_picture():
 
     paint = PreviewDecoder([finest], [(5, 7)])
     plain = coarsest(finer).loss
-    told = coarsest(finer, paint=paint).loss
+    told = coarsest(finer, preview_decoder=paint).loss
     assert told > plain
     gradient = torch.autograd.grad(told - plain, coarsest.encoder.out[1].weight)[0]
     assert gradient.abs().max() > 0

@@ -125,7 +125,7 @@ def test_a_stronger_decoder_of_the_same_codes():
     assert fingerprint([strong]) == fingerprint([level])
     assert strong.log_prob(pixels(), codes).shape == (3,)
     # Vectors of any length are of one length to the decoder.
-    rms = strong.quantizer.standardized(strong.quantizer.codebook).square().mean()
+    rms = strong.quantizer.normalize(strong.quantizer.codebook).square().mean()
     assert rms.item() == pytest.approx(1, rel=1e-4)
 
 

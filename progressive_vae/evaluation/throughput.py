@@ -92,7 +92,7 @@ def training_operations(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[st
     for i, (level, codes, finer) in enumerate(triples, 1):
         can_paint = i < pipe.num_levels and has_previews(pipe)
         paint = PreviewDecoder(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
-        told = {"paint": paint} if can_paint else {}
+        told = {"preview_decoder": paint} if can_paint else {}
         calls[f"level_{i}"] = level, {"finer": finer, **told}
         for name in (f"decoder_{i}", f"refit_level_{i}"):
             calls[name] = level, {"finer": finer, "codes": codes}

@@ -76,7 +76,7 @@ class TokenizerQuantizer(Quantizer, _Frozen):
     def init_weights(self):
         """They are the library's, or loaded."""
 
-    def standardized(self, quantized: Tensor) -> Tensor:
+    def normalize(self, quantized: Tensor) -> Tensor:
         return quantized / self.codebook.float().square().mean().sqrt().clamp(min=1e-6)
 
     @torch.no_grad()

@@ -112,7 +112,7 @@ class Quantizer(nn.Module):
         """int64 (B, H, W) -> codebook[codes] (B, D, H, W)."""
         return F.embedding(codes, self.codebook).movedim(-1, 1)
 
-    def standardized(self, quantized: Tensor) -> Tensor:
+    def normalize(self, quantized: Tensor) -> Tensor:
         """Code vectors as input of the decoder, scaled to a length that suits networks."""
         return quantized
 

@@ -193,7 +193,7 @@ class LevelPhase(Phase):
             run.drop_record(name)  # of the level that was there before
         told = {}
         if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
-            told["paint"] = _painter(run, finer_levels)
+            told["preview_decoder"] = _painter(run, finer_levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
             return {"finer": as_finer(batch["grid"], level), **_class_labels(batch, level), **told}
