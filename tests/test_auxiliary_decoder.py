@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import all_grids, tiny_level, tiny_prior
 from interruptions import weights
-from test_greedy import FEW, RECIPE, fresh_state, pictures  # noqa: F401
+from test_greedy import FEW, RECIPE, fresh_state, random_images  # noqa: F401
 from test_training import SMALL
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
@@ -186,7 +186,7 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     staged = {"auxiliary_hidden_size": 8, "encoder_fit": FEW, **RECIPE["levels"]}
     recipe = {**RECIPE, "levels": staged}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    pipe = train(recipe, pictures(), whole)
+    pipe = train(recipe, random_images(), whole)
     costs = json.loads((whole / "metrics.json").read_text())["phases"]
     assert [name for name in costs if not name.startswith("encode_")] == [
         "encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"
@@ -194,29 +194,29 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     assert pipe.level_2.config.ordering == "lattice" and pipe.level_2.auxiliary is not None
     assert pipe.preview(pipe(num_images_per_prompt=2).codes)[0].size == (8, 8)
     for phase in ("encoder_2", "encoder_1", "prior"):
-        train(recipe, pictures(), parts, phase=phase, resume_from_checkpoint=None)
-    first = train(recipe, pictures(), parts, phase="evaluate")  # it works with what it has
+        train(recipe, random_images(), parts, phase=phase, resume_from_checkpoint=None)
+    first = train(recipe, random_images(), parts, phase="evaluate")  # it works with what it has
     assert first.level_1.decoder is None
     for phase in ("decoder_1", "decoder_2", "decoder_1"):  # one of them twice
-        train(recipe, pictures(), parts, phase=phase, resume_from_checkpoint=None)
+        train(recipe, random_images(), parts, phase=phase, resume_from_checkpoint=None)
     assert weights(parts) == weights(whole)
-    assert train(recipe, pictures(), parts) is not None  # nothing is left to do
+    assert train(recipe, random_images(), parts) is not None  # nothing is left to do
     histories = [json.loads((parts / f"level_{i}/history.json").read_text()) for i in (1, 2)]
     assert [[each["phase"] for each in h] for h in histories] == [
         ["encoder_1", "decoder_1"], ["encoder_2", "decoder_2"]
     ]  # fmt: skip
     longer = {**recipe, "level_1": {"fit": {"max_train_steps": 5}}}
-    train(longer, pictures(), parts, phase="decoder_1", resume_from_checkpoint=None)
+    train(longer, random_images(), parts, phase="decoder_1", resume_from_checkpoint=None)
     saved = yaml.safe_load((parts / "recipe.yaml").read_text())
     assert saved["level_1"]["encoder_fit"]["max_train_steps"] == 4
     assert saved["level_1"]["fit"]["max_train_steps"] == 5  # what ran, of this level alone
     assert saved["level_2"]["fit"]["max_train_steps"] == 4
     other = {**recipe, "run": {**recipe["run"], "seed": 1}}
     with pytest.raises(ValueError, match="expected seed=0, with which"):
-        train(other, pictures(), parts, phase="decoder_1", resume_from_checkpoint=None)
-    train(other, pictures(), parts, phase="encoder_2", resume_from_checkpoint=None)  # begins anew
+        train(other, random_images(), parts, phase="decoder_1", resume_from_checkpoint=None)
+    train(other, random_images(), parts, phase="encoder_2", resume_from_checkpoint=None)
     with pytest.raises(ValueError, match="auxiliary_hidden_size of level_1, which has an encoder"):
-        train({**RECIPE, "levels": {"encoder_fit": FEW}}, pictures(), tmp_path / "none")
+        train({**RECIPE, "levels": {"encoder_fit": FEW}}, random_images(), tmp_path / "none")
 
 
 def test_decoders_and_prior_side_by_side(tmp_path, script):
