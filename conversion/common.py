@@ -304,7 +304,7 @@ def convert(
     Raises:
         ValueError: an invalid config, or weights that do not match it; then nothing is written.
     """
-    config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_order="auxiliary")
+    config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_type="auxiliary")
     with torch.device("meta"):  # only shapes: the config may describe more than memory holds
         state = ProgressiveVAELevel(config).state_dict()
     check_table(table, {k: v for k, v in state.items() if not k.startswith(TARGET_ONLY)})

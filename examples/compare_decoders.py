@@ -219,9 +219,9 @@ def distances(arguments: Arguments, names: list[str], pixels: dict[str, GridData
         pipe = ProgressiveVAEPipeline.from_levels(prior.eval(), [coarsest.eval(), finest], size[1:])
         pipe.set_progress_bar_config(disable=True)
         codes = pipe.encode(images)
-        for strength in sorted({0.0, finest.config.corruption / 2, finest.config.corruption}):
+        for strength in sorted({0.0, finest.config.code_noise / 2, finest.config.code_noise}):
             generator = torch.Generator().manual_seed(arguments.seed)
-            kwargs = {"output_type": "pt", "corruption": strength, "generator": generator}
+            kwargs = {"output_type": "pt", "code_noise": strength, "generator": generator}
             outputs = [
                 pipe(codes=codes, **kwargs).images,
                 pipe(codes=codes[:1], **kwargs).images,

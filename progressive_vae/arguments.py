@@ -1,12 +1,17 @@
-"""Check numeric arguments: a Python number, or an error that names the argument."""
+"""Arguments of public methods: numbers as Python's own, or an error that names the argument; and
+old names."""
 
+import functools
 import math
+import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def as_integer(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
@@ -55,3 +60,21 @@ def _as_text(value: Any) -> str:
     if isinstance(value, (str, bytes)):
         return repr(value)
     return f"{value}" if isinstance(value, (int, float)) else f"{value} ({type(value).__name__})"
+
+
+def renamed_argument(old: str, new: str) -> Callable[[Function], Function]:
+    """A decorator: the keyword `old` is accepted for `new`, with a `FutureWarning`."""
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if old in kwargs:
+                if new in kwargs:
+                    raise ValueError(f"expected {new} without {old}, its old name, got both")
+                warnings.warn(f"{old} is now called {new}", FutureWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate

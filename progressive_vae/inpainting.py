@@ -191,7 +191,7 @@ def inpaint(
     temperature: float | list[float] = 1.0,
     top_k: int | list | None = None,
     top_p: float | list | None = None,
-    corruption: float | list[float] = 0.0,
+    code_noise: float | list[float] = 0.0,
     generator: Generators = None,
     batch_size: int = 256,
     with_pixels: bool = True,
@@ -210,7 +210,7 @@ def inpaint(
     rows = per_factor(stack.factor_names, num_particles=num_particles)
     particle_counts = [as_integer("num_particles", row["num_particles"], 1) for row in rows]
     kwargs = per_factor_sampling_kwargs(
-        stack, 0, None, temperature=temperature, top_k=top_k, top_p=top_p, corruption=corruption
+        stack, 0, None, temperature=temperature, top_k=top_k, top_p=top_p, code_noise=code_noise
     )
     scales = per_factor(stack.factor_names, guidance_scale=guidance_scale)
     kwargs = [row | scale for row, scale in zip(kwargs, scales, strict=True)]
@@ -276,7 +276,7 @@ def _sample_particles(
         if factor == start:
             grids = [grid.repeat_interleave(count, 0) for grid in grids]
             if factor:
-                options["corruption"] = 0.0  # observed codes are free of noise
+                options["code_noise"] = 0.0  # observed codes are free of noise
         grid, log_weights = _sample_clamped(
             stack,
             factor,
@@ -308,7 +308,7 @@ def _sample_clamped(
 ) -> tuple[Tensor, Tensor]:
     """One grid of each particle, int64 (B, C, H, W), and log importance weights (B,)."""
     config = stack.factor(factor).config
-    corruption = min(options.pop("corruption", 0.0), getattr(config, "corruption", 0.0))
+    code_noise = min(options.pop("code_noise", 0.0), getattr(config, "code_noise", 0.0))
     count = len(labels)
     null = torch.full_like(labels, config.num_classes)
     if not config.num_classes or torch.equal(labels, null):
@@ -317,7 +317,7 @@ def _sample_clamped(
     if step_fn.sampler.is_guided:
         labels = torch.cat([labels, null])
         coarser = None if coarser is None else torch.cat([coarser, coarser])
-    grid = stack.walk(factor, coarser, step_fn, labels, corruption)[:count]
+    grid = stack.walk(factor, coarser, step_fn, labels, code_noise)[:count]
     values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
     return values, step_fn.log_weights
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import as_integer
+from .arguments import as_integer, renamed_argument
 from .codec import codec
 from .configuration.validation import MAX_LEVELS, check_parts
 from .hub.repository import HubPipeline
@@ -277,6 +277,7 @@ class ProgressiveVAEPipeline(HubPipeline):
     # ---- generation: codes -> image -------------------------------------------------------------
 
     @torch.no_grad()
+    @renamed_argument("corruption", "code_noise")
     def __call__(
         self,
         class_labels: Labels = None,
@@ -285,7 +286,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         temperature: float | list[float] = 1.0,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
-        corruption: float | list[float] = 0.0,
+        code_noise: float | list[float] = 0.0,
         generator: Generators = None,
         codes: list[Tensor] | None = None,
         num_levels: int | None = None,
@@ -305,8 +306,8 @@ class ProgressiveVAEPipeline(HubPipeline):
             guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
                 for none.
             temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
-            corruption: noise level on codes that levels refitted with corruption are conditioned
-                on, for sampled codes, not for those in `codes`; at most the level's own.
+            code_noise: the noise level that levels refitted with `code_noise` are conditioned on
+                for sampled codes, at most the level's own; 0 for those in `codes`.
                 These five are one for all factors, or a list for [prior, level_1 … level_N].
             generator: one for all, or one for each image, so that an image does not depend on its
                 batch; CPU generators work on any device.
@@ -340,7 +341,7 @@ class ProgressiveVAEPipeline(HubPipeline):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            corruption=corruption,
+            code_noise=code_noise,
         )
         check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         count = len(labels)
@@ -366,7 +367,7 @@ class ProgressiveVAEPipeline(HubPipeline):
                 for factor in range(len(initial), num_grids):
                     kwargs = _step_kwargs(stack, factor, call, sampling_kwargs[factor])
                     if factor and factor == len(initial):
-                        kwargs["corruption"] = 0.0  # the caller's codes are free of noise
+                        kwargs["code_noise"] = 0.0  # the caller's codes are free of noise
                     coarser = grids[-1] if grids else None
                     grids.append(stack.sample(factor, coarser, labels[rows], noise, **kwargs))
                     is_watched = factor < stack.num_levels and not call.interrupt
@@ -459,6 +460,7 @@ class ProgressiveVAEPipeline(HubPipeline):
 
     # ---- editing ---------------------------------------------------------------------------------
 
+    @renamed_argument("corruption", "code_noise")
     def inpaint(
         self,
         image: Images,
@@ -470,7 +472,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         temperature: float | list[float] = 1.0,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
-        corruption: float | list[float] = 0.0,
+        code_noise: float | list[float] = 0.0,
         generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -496,7 +498,7 @@ class ProgressiveVAEPipeline(HubPipeline):
                 (codes cost least). 1 takes the first sample. The limit is the posterior given the
                 observed pixels and codes, at temperature 1 without guidance (with them, roughly).
             batch_size: particles sampled at a time.
-            num_images_per_prompt, guidance_scale, temperature, top_k, top_p, corruption, generator,
+            num_images_per_prompt, guidance_scale, temperature, top_k, top_p, code_noise, generator,
                 output_type: as in `__call__`.
             num_candidates: deprecated name of `num_particles`.
 
@@ -524,7 +526,7 @@ class ProgressiveVAEPipeline(HubPipeline):
             temperature,
             top_k,
             top_p,
-            corruption,
+            code_noise,
             generator,
             batch_size,
             with_pixels=output_type != "latent",
@@ -654,5 +656,5 @@ def _step_kwargs(stack: LevelStack, factor: int, call: CallState, sampling_kwarg
     scales = per_factor(stack.factor_names, guidance_scale=call.guidance_scale)
     kwargs = {**sampling_kwargs, **scales[factor]}
     if factor:
-        kwargs["corruption"] = min(kwargs["corruption"], stack.configs[factor - 1].corruption)
+        kwargs["code_noise"] = min(kwargs["code_noise"], stack.configs[factor - 1].code_noise)
     return kwargs

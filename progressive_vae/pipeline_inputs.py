@@ -81,18 +81,20 @@ def per_factor_sampling_kwargs(
             their most probable values.
 
     Raises:
-        ValueError: a list for other factors, corruption that no level was trained with, or
+        ValueError: a list for other factors, `code_noise` without a level that has it, or
             `num_levels` out of range or smaller than `num_initial`.
     """
     rows = per_factor(stack.factor_names, **sampling_kwargs)
     for row in rows:  # before anything is sampled
-        value = row["corruption"]
-        row["corruption"] = as_number("corruption", value, ">= 0", lambda x: x >= 0)
-        Sampler(1, **{name: value for name, value in row.items() if name != "corruption"})
-    rows[0].pop("corruption")  # the prior is not conditioned on codes
-    corruption = sampling_kwargs["corruption"]
-    if np.any(corruption) and not any(config.corruption for config in stack.configs):
-        raise ValueError(f"expected corruption=0, as no level learned it, got {corruption}")
+        value = row["code_noise"]
+        row["code_noise"] = as_number("code_noise", value, ">= 0", lambda x: x >= 0)
+        Sampler(1, **{name: value for name, value in row.items() if name != "code_noise"})
+    rows[0].pop("code_noise")  # the prior is not conditioned on codes
+    code_noise = sampling_kwargs["code_noise"]
+    if np.any(code_noise) and not any(config.code_noise for config in stack.configs):
+        raise ValueError(
+            f"expected code_noise=0, as all levels have config.code_noise=0, got {code_noise}"
+        )
     if num_levels is not None:
         num_levels = as_integer("num_levels", num_levels, 1, stack.num_levels)
         if num_initial > num_levels:

@@ -191,18 +191,18 @@ class LevelStack:
         coarser: Tensor | None,
         step_fn: StepFn,
         class_labels: Tensor,
-        corruption: float = 0.0,
+        code_noise: float = 0.0,
     ) -> Tensor:
         """Run one factor's autoregressive loop with `step_fn`, as `ProgressiveVAELevel.walk`.
 
-        The arguments, and what it returns, are those of `sample`; `corruption` is the noise level
+        The arguments, and what it returns, are those of `sample`; `code_noise` is the noise level
         on codes that a level is conditioned on.
         """
         part = self.factor(factor)
         labels = known_labels(class_labels, part.config)
         if factor == 0:
             return part.walk(len(class_labels), step_fn, labels)
-        return part.walk(coarser, step_fn, labels, corruption, self.grid_sizes[factor])
+        return part.walk(coarser, step_fn, labels, code_noise, self.grid_sizes[factor])
 
     @torch.no_grad()
     def preview(self, codes: Tensor, level: int, batch_size: int = 256) -> Tensor:

@@ -41,15 +41,15 @@ torch.set_num_threads(1)
 # What git checks out in place of a file that git-lfs holds.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
-# (decoder_order, downsample, num_groups) of pixels; symbols have the raster order too.
+# (ordering, downsample, num_groups) of pixels; codes have the raster ordering too.
 PIXEL_ORDERS = [
     ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
     ("lattice", 2, 7), ("lattice", 4, 10), ("masked", 2, 3), ("masked", 4, None),
 ]  # fmt: skip
 SYMBOL_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
 ORDER_NAMES = "order, downsample, num_groups"
-LOGISTICS = {"pixel_distribution": "logistics"}
-GUIDED = {"pixel_distribution": "guided_logistics", "auxiliary_hidden_size": 8}
+LOGISTICS = {"pixel_distribution": "logistic_mixture"}
+GUIDED = {"pixel_distribution": "guided_logistic_mixture", "auxiliary_hidden_size": 8}
 
 
 def randomize(model, seed: int = 0, scale: float = 0.5):
@@ -70,8 +70,16 @@ def tiny_level(seed: int = 0, **config) -> ProgressiveVAELevel:
     return randomize(ProgressiveVAELevel(ProgressiveVAELevelConfig(**config)), seed)
 
 
+def decoder_fields(name: str) -> dict[str, str]:
+    """The config's fields of the decoder with an ordering, or with no decoder of its own."""
+    if name == "auxiliary":
+        return {"decoder_type": "auxiliary"}
+    return {"ordering": name, "decoder_type": "causal_lm" if name == "raster" else "conv"}
+
+
 def level_of(order, downsample, num_groups, **config):
-    return tiny_level(decoder_order=order, downsample=downsample, num_groups=num_groups, **config)
+    fields = {"downsample": downsample, "num_groups": num_groups, **decoder_fields(order)}
+    return tiny_level(**fields, **config)
 
 
 def tiny_prior(seed: int = 0, **config) -> ProgressiveVAEPrior:

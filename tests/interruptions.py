@@ -24,7 +24,7 @@ FLAGS = (
     "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
     "--levels.codebook_size 8 --report_to none --levels.fit.max_train_steps 40 "
     "--prior.fit.max_train_steps 40 --level_2.refit.fit.max_train_steps 40 "
-    "--level_2.refit.corruption 0.2 --level_1.quantizer gumbel --level_1.class_conditional false "
+    "--level_2.refit.code_noise 0.2 --level_1.quantizer gumbel --level_1.class_conditional false "
     "--validation_steps 15 --num_validation_images 2 --checkpointing_steps 5 "
     "--max_train_samples 400 --max_eval_samples 40"
 ).split()

@@ -20,12 +20,12 @@ def test_a_preview_takes_the_most_probable_finer_values(pipe):
 
 
 def test_levels_are_conditioned_on_the_noise_level():
-    level = tiny_level(num_channels=1, corruption=0.2)
+    level = tiny_level(num_channels=1, code_noise=0.2)
     pipe = ProgressiveVAEPipeline(tiny_prior(), level, image_size=[4, 4])
     pipe.set_progress_bar_config(disable=True)
 
     def draw(strength):
-        return pipe(generator=generators(1), corruption=strength, output_type="pt").images
+        return pipe(generator=generators(1), code_noise=strength, output_type="pt").images
 
     assert not torch.equal(draw(0.0), draw(0.2))
     assert torch.equal(draw(0.2), draw([0.0, 0.2])) and torch.equal(draw(0.2), draw(0.9))
@@ -147,7 +147,7 @@ def test_a_tiny_temperature_is_zero(pipe):
     [
         (dict(class_labels=[12]), "class_labels in 0 … 1, or 2 for the null class, got .12."),
         (dict(class_labels=[5]), "class_labels in 0 … 1, or 2 for the null class"),
-        (dict(corruption=0.1), "corruption=0, as no level learned it, got 0.1"),
+        (dict(code_noise=0.1), "code_noise=0, .*got 0.1"),
         (
             dict(class_labels=[0], guidance_scale=[1.0, 2.0]),
             r"guidance_scale to be one or a list for",
@@ -219,7 +219,7 @@ def test_arguments_of_numpy(pipe, images):
         ("temperature", ["1.0", True, None, np.ones(3), [1.0, 1.0, 1.0, "1.0"]]),
         ("top_k", ["5", True, [1, 2, 3, -4]]),
         ("top_p", ["0.5", 2, np.zeros(4)]),
-        ("corruption", ["0.1", None, True, -0.5]),
+        ("code_noise", ["0.1", None, True, -0.5]),
         ("codes", ["codes", {"codes": 1}, [[0]], [None], 5]),
         ("callback_on_step_end_tensor_inputs", ["codes"]),
         ("output_type", [None, 3, ["pil"]]),
@@ -254,7 +254,7 @@ def test_arguments_of_other_methods(pipe, images):
         "finer_size": [lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(), finer_size=2),
                        lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(),
                                                    finer_size=("2", "2"))],
-        "corruption": [lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(), corruption="0")],
+        "code_noise": [lambda: pipe.level_1.sample(torch.zeros(1, 1, 1).long(), code_noise="0")],
     }  # fmt: skip
     for name, calls in wrong.items():
         for call in calls:

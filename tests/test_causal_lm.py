@@ -31,7 +31,7 @@ BACKBONES = [
 
 
 def raster_level(backbone, **config):
-    return tiny_level(num_symbols=3, decoder_order="raster", backbone_config=backbone, **config)
+    return tiny_level(num_symbols=3, decoder_type="causal_lm", backbone_config=backbone, **config)
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -58,7 +58,7 @@ def test_a_raster_decoder_with_any_causal_backbone(backbone, tmp_path):
 
 
 def test_the_default_backbone_is_an_opt_of_the_levels_size():
-    level = tiny_level(num_symbols=3, decoder_order="raster", num_layers=3, hidden_size=16)
+    level = tiny_level(num_symbols=3, decoder_type="causal_lm", num_layers=3, hidden_size=16)
     backbone = level.decoder.backbone.config
     assert level.config.backbone_config is None and backbone.model_type == "opt"
     assert (backbone.hidden_size, backbone.num_hidden_layers, backbone.vocab_size) == (16, 3, 3)
@@ -71,7 +71,7 @@ def test_the_default_backbone_is_an_opt_of_the_levels_size():
 def test_a_bidirectional_backbone_is_refused(is_trained):
     """Also before training, when all logits are 0."""
     config = ProgressiveVAELevelConfig(
-        num_symbols=5, decoder_order="raster", backbone_config={**SMALL, "model_type": "bert"}
+        num_symbols=5, decoder_type="causal_lm", backbone_config={**SMALL, "model_type": "bert"}
     )
     level = ProgressiveVAELevel(config).eval()
     if is_trained:
@@ -94,7 +94,7 @@ def test_a_refit_with_another_backbone():
     level = tiny_level(num_symbols=3)
     finer = torch.randint(3, (2, 4, 4))
     codes = level.encode(finer)
-    refitted = level.with_decoder(decoder_order="raster", backbone_config=BACKBONES[0])
+    refitted = level.with_decoder(decoder_type="causal_lm", backbone_config=BACKBONES[0])
     assert refitted.config.backbone_config.model_type == "llama"
     assert torch.equal(refitted.encode(finer), codes)
     copied = refitted.with_decoder(class_dropout=0.5)  # keeps the decoder's weights
@@ -102,5 +102,5 @@ def test_a_refit_with_another_backbone():
         assert torch.equal(copied.log_prob(finer, codes), refitted.log_prob(finer, codes))
     deeper = refitted.with_decoder(backbone_config={**BACKBONES[0], "num_hidden_layers": 2})
     assert deeper.config.backbone_config.num_hidden_layers == 2
-    lattice = refitted.with_decoder(decoder_order="lattice")
-    assert lattice.config.backbone_config is None
+    conv = refitted.with_decoder(decoder_type="conv")
+    assert conv.config.backbone_config is None

@@ -40,7 +40,7 @@ def test_an_image_size_follows_from_the_prior():
             r"prior with \(codebook_size, grid_size\)=\(64, \(7, 7\)\)",
         ),
         (
-            lambda: check_image_size([80, 64], [level(decoder_order="raster"), FINEST], None),
+            lambda: check_image_size([80, 64], [level(decoder_type="causal_lm"), FINEST], None),
             "level_1 to have a finer grid of at most 256 positions .*got 20×16",
         ),
         (

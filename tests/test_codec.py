@@ -4,22 +4,23 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_level, tiny_pipeline, tiny_prior
-from test_auxiliary import ALONE, pipeline_of
+from conftest import decoder_fields, tiny_level, tiny_pipeline, tiny_prior
+from test_auxiliary_decoder import ALONE, pipeline_of
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
 from progressive_vae.codec.codec import TOTAL, frequency_table
-from progressive_vae.configuration.choices import GUIDED, PIXEL_DISTRIBUTIONS, QUANTIZERS
+from progressive_vae.configuration.decoders import GUIDED_DISTRIBUTIONS, PIXEL_DISTRIBUTIONS
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.distributions import Categorical
+from progressive_vae.models.quantizers import QUANTIZERS
 from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
 SIZES = [(1, 1), (5, 7), (65, 33)]
 KINDS = [
-    *({"decoder_order": order} for order in ("factorized", "lattice", "masked", "raster")),
+    *(decoder_fields(order) for order in ("factorized", "lattice", "masked", "raster")),
     ALONE,
     *({"quantizer": kind} for kind in QUANTIZERS),
     *({"pixel_distribution": kind} for kind in PIXEL_DISTRIBUTIONS),
@@ -28,9 +29,9 @@ KINDS = [
 
 def pipeline(size, num_classes=0, **kind):
     """N = 2, colored images; z_1 is small enough for a prior and z_2 for the raster order."""
-    raster = {"decoder_order": "raster"} if kind.get("decoder_order") == "raster" else {}
-    finest = {**kind, **({"decoder_order": "lattice"} if raster else {})}
-    if kind.get("pixel_distribution") in GUIDED:
+    raster = {"decoder_type": "causal_lm"} if kind.get("ordering") == "raster" else {}
+    finest = {**kind, **(decoder_fields("lattice") if raster else {})}
+    if kind.get("pixel_distribution") in GUIDED_DISTRIBUTIONS:
         finest["auxiliary_hidden_size"] = 8
     classes = {"num_classes": num_classes}
     of_symbols = {k: v for k, v in kind.items() if k != "pixel_distribution"}

@@ -41,7 +41,7 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     assert len({fingerprint([level]) for level in levels}) == 1  # all rows have the same codes
     output = capsys.readouterr().out
     assert "| raster, symbols |" in output
-    assert output.count("| refit of vq, pixels, corruption 0.2 | 0.2 |") == 2
+    assert output.count("| refit of vq, pixels, code_noise 0.2 | 0.2 |") == 2
     script.main([*flags, "--trials", '["vq, pixels"]'])  # results exist: skipped
     with pytest.raises(ValueError, match="dataset_name"):
         script.main(["--cpu_minutes", "1"])

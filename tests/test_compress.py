@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import load_script, tiny_pipeline
-from test_auxiliary import AUXILIARY, pipeline_of
+from test_auxiliary_decoder import AUXILIARY, pipeline_of
 
 # One pixel of 16 bits a color, which Pillow reads as one of 8.
 _CHUNKS = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),

@@ -65,7 +65,7 @@ def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
 def test_probabilities_of_all_pixel_values_sum_to_one(order, downsample, num_groups, head):
     if head in (LOGISTICS, GUIDED) and order != "lattice":
-        with pytest.raises(ValueError, match="expected decoder_order='lattice'"):
+        with pytest.raises(ValueError, match="expected ordering='lattice'"):
             level_of(order, downsample, num_groups, num_channels=1, **head)
         return
     level = level_of(order, downsample, num_groups, num_channels=1, **head)
@@ -80,7 +80,7 @@ def test_probabilities_of_all_pixel_values_sum_to_one(order, downsample, num_gro
     assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.04
 
 
-@pytest.mark.parametrize("distribution", ["categorical", "logistics"])
+@pytest.mark.parametrize("distribution", ["categorical", "logistic_mixture"])
 def test_channels_are_conditioned_on_each_other(distribution):
     """Σ_{g,b} P(r, g, b) = P(r), the walk's first distribution, and P(b | r, g) depends on g."""
     level = tiny_level(num_channels=3, downsample=2, pixel_distribution=distribution)
@@ -106,14 +106,14 @@ def test_channels_are_conditioned_on_each_other(distribution):
 
 
 def test_a_raster_decoder_refuses_large_grids():
-    level = tiny_level(num_symbols=3, decoder_order="raster")
+    level = tiny_level(num_symbols=3, decoder_type="causal_lm")
     codes = torch.zeros(1, 9, 9, dtype=torch.long)
     with pytest.raises(ValueError, match="at most 256 positions .*got 18×18"):
         level.sample(codes)
 
 
 def test_a_factorized_decoder_is_conditioned_on_codes_only():
-    level = tiny_level(num_symbols=3, decoder_order="factorized")
+    level = tiny_level(num_symbols=3, ordering="factorized")
     codes = torch.zeros(9, 1, 1, dtype=torch.long)
     grids = all_grids(3, 1, 2)
     with torch.no_grad():

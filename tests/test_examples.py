@@ -172,7 +172,7 @@ def test_benchmark_of_color_images_and_auxiliary_decoders(tmp_path, monkeypatch)
         "levels: {codebook_size: 8, hidden_size: 8, num_layers: 1, auxiliary_hidden_size: 8, "
         "encoder_fit: {train_batch_size: 8}, fit: {train_batch_size: 8}}\n"
         "level_1: {class_conditional: true}\n"
-        "level_2: {downsample: 4, num_groups: 7, pixel_distribution: logistics}\n"
+        "level_2: {downsample: 4, num_groups: 7, pixel_distribution: logistic_mixture}\n"
         "prior: {backbone_config: {model_type: llama, hidden_size: 16, intermediate_size: 16, "
         "num_hidden_layers: 1, num_attention_heads: 2}}\n"
         "run: {mixed_precision: bf16}\n"

@@ -18,12 +18,12 @@ from progressive_vae.models.layers import PixelEmbedding
 from progressive_vae.models.quantizers import FiniteScalarQuantizer
 
 LEVELS = [
-    dict(num_channels=3, codebook_size=4, num_classes=2, decoder_order="lattice",
-         pixel_distribution="guided_logistics", auxiliary_hidden_size=8, dither=0.5),
-    dict(num_channels=3, codebook_size=4, pixel_distribution="logistics", quantizer="gumbel",
-         decoder_order="lattice", auxiliary_hidden_size=8),
-    dict(num_channels=3, codebook_size=4, quantizer="fsq", codebook_dim=1, decoder_order="masked",
-         auxiliary_hidden_size=8, corruption=0.5, corruption_kind="near"),
+    dict(num_channels=3, codebook_size=4, num_classes=2, ordering="lattice",
+         pixel_distribution="guided_logistic_mixture", auxiliary_hidden_size=8, dither=0.5),
+    dict(num_channels=3, codebook_size=4, pixel_distribution="logistic_mixture", quantizer="gumbel",
+         ordering="lattice", auxiliary_hidden_size=8),
+    dict(num_channels=3, codebook_size=4, quantizer="fsq", codebook_dim=1, ordering="masked",
+         auxiliary_hidden_size=8, code_noise=0.5, code_noise_kind="near"),
 ]  # fmt: skip
 DTYPES = [torch.float64, torch.float16, torch.bfloat16]
 
@@ -79,7 +79,7 @@ def pipeline_of(level) -> ProgressiveVAEPipeline:
     """N = 2, images of 5×7."""
     pipe = ProgressiveVAEPipeline(
         tiny_prior(grid_size=[2, 2], num_classes=2),
-        tiny_level(1, num_symbols=4, decoder_order="raster", auxiliary_hidden_size=8),
+        tiny_level(1, num_symbols=4, decoder_type="causal_lm", auxiliary_hidden_size=8),
         tiny_level(2, **level),
         image_size=[5, 7],
     )
@@ -91,11 +91,11 @@ def results_of(pipe, images, mask) -> list[torch.Tensor]:
     def draw(**given):
         return pipe([0, 1], generator=generators(2), output_type="pt", **given).images
 
-    one, strength = generators(1)[0], pipe.level_2.config.corruption
+    one, strength = generators(1)[0], pipe.level_2.config.code_noise
     found = [
         *pipe.log_prob(images, [0, 1, 2, 1], generator=one).values(),
         draw(),
-        draw(top_k=3, top_p=0.9, temperature=1.2, guidance_scale=2.0, corruption=strength),
+        draw(top_k=3, top_p=0.9, temperature=1.2, guidance_scale=2.0, code_noise=strength),
         pipe.preview(images, output_type="pt"),
         pipe.inpaint(images, mask, generator=one, num_particles=2, output_type="pt").images,
         pipe.interpolate(images[:1], images[1:2], generator=one, output_type="pt").images,

@@ -106,7 +106,7 @@ def test_invalid_data_sets(dataset, words, tmp_path):
 
 def test_the_saved_recipe_reproduces_the_run(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    recipe = RECIPE | {"level_2": {"refit": {"corruption": 0.2, "fit": {"max_train_steps": 3}}}}
+    recipe = RECIPE | {"level_2": {"refit": {"code_noise": 0.2, "fit": {"max_train_steps": 3}}}}
     recipe["data"] = {"dataset_name": "digits", "max_train_samples": 60, "max_eval_samples": 10}
     train(recipe, output_dir=first)
     train(first / "recipe.yaml", output_dir=second)
@@ -114,7 +114,7 @@ def test_the_saved_recipe_reproduces_the_run(tmp_path):
     one, two = (yaml.safe_load((path / "recipe.yaml").read_text()) for path in (first, second))
     assert one.pop("run") | {"output_dir": str(second)} == two.pop("run") and one == two
     metrics = json.loads((first / "metrics.json").read_text())
-    assert metrics["recipe"]["level_2"]["refit"]["corruption"] == 0.2
+    assert metrics["recipe"]["level_2"]["refit"]["code_noise"] == 0.2
     assert metrics["recipe"]["run"]["output_dir"] == "first"  # only the last name of a path
 
 
@@ -192,12 +192,12 @@ def test_the_recipe_in_the_folder_is_that_of_its_parts(tmp_path):
     def saved():
         return yaml.safe_load((tmp_path / "recipe.yaml").read_text())
 
-    refit = {**RECIPE, "level_2": {"refit": {"corruption": 0.2, "fit": FEW}}}
+    refit = {**RECIPE, "level_2": {"refit": {"code_noise": 0.2, "fit": FEW}}}
     train(RECIPE, random_images(), tmp_path)
     assert saved()["run"]["mixed_precision"] == "no" and saved()["level_2"]["refit"] is None
     train(refit, random_images(), tmp_path, phase="refit_level_2")
     train(RECIPE, random_images(), tmp_path)
-    assert saved()["level_2"]["refit"]["corruption"] == 0.2
+    assert saved()["level_2"]["refit"]["code_noise"] == 0.2
     train(refit, random_images(), tmp_path)  # the recipe of the folder
     other = {**RECIPE, "level_2": {"refit": {"fit": {"max_train_steps": 3}}}}
     with pytest.raises(ValueError, match="level_2 .*as its first fit left it.*--phase level_2"):

@@ -26,12 +26,12 @@ HEADS = [  # config, head, distribution
     (dict(num_channels=3, pixel_logit_rank=0), LinearHead, Categorical),
     (dict(num_channels=3), OrdinalPixelHead, Categorical),
     (
-        dict(num_channels=3, pixel_distribution="logistics"),
+        dict(num_channels=3, pixel_distribution="logistic_mixture"),
         LogisticMixtureHead,
         DiscretizedLogisticMixture,
     ),
     (
-        dict(num_channels=3, pixel_distribution="guided_logistics", auxiliary_hidden_size=8),
+        dict(num_channels=3, pixel_distribution="guided_logistic_mixture", auxiliary_hidden_size=8),
         GuidedLogisticMixtureHead,
         DiscretizedLogisticMixture,
     ),
@@ -96,12 +96,12 @@ def test_guided_component_means_add_the_preview_and_its_correction():
 
 def test_a_guided_level_requires_an_auxiliary_decoder():
     with pytest.raises(ValueError, match="auxiliary_hidden_size .*None"):
-        ProgressiveVAELevelConfig(num_channels=3, pixel_distribution="guided_logistics")
+        ProgressiveVAELevelConfig(num_channels=3, pixel_distribution="guided_logistic_mixture")
 
 
 def test_a_low_rank_head_starts_uniform_and_has_gradients():
     level = ProgressiveVAELevel(
-        ProgressiveVAELevelConfig(num_symbols=2049, hidden_size=8, decoder_order="factorized")
+        ProgressiveVAELevelConfig(num_symbols=2049, hidden_size=8, ordering="factorized")
     )
     head = level.decoder.stages[0].logits[0]
     log_prob = head(torch.randn(2, 3, 8)).log_prob(torch.randint(2049, (2, 3)))

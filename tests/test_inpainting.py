@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import (
     all_grids,
+    decoder_fields,
     generators,
     level_of,
     tiny_level,
@@ -17,11 +18,11 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.inpainting import fill_masked_region, observe
 
 KINDS = [
-    ("lattice", dict(decoder_order="lattice", num_channels=3)),
-    ("raster", dict(decoder_order="masked", num_groups=3, num_channels=1)),
-    ("masked", dict(decoder_order="factorized", num_channels=3)),
-    ("factorized", dict(num_channels=1, pixel_distribution="logistics")),
-    ("auxiliary", dict(decoder_order="auxiliary", auxiliary_hidden_size=8, num_channels=3)),
+    ("lattice", dict(ordering="lattice", num_channels=3)),
+    ("raster", dict(ordering="masked", num_groups=3, num_channels=1)),
+    ("masked", dict(ordering="factorized", num_channels=3)),
+    ("factorized", dict(num_channels=1, pixel_distribution="logistic_mixture")),
+    ("auxiliary", dict(decoder_type="auxiliary", auxiliary_hidden_size=8, num_channels=3)),
 ]
 
 
@@ -33,7 +34,7 @@ def quiet(pipe):
 def two_levels(order, finest, **prior):
     """Images of 7×10: grids of 4×5 and 2×3 codes."""
     coarse = {"auxiliary_hidden_size": 8} if order == "auxiliary" else {}
-    levels = [tiny_level(num_symbols=4, decoder_order=order, seed=1, **coarse)]
+    levels = [tiny_level(num_symbols=4, **decoder_fields(order), seed=1, **coarse)]
     levels.append(tiny_level(codebook_size=4, seed=2, **finest))
     prior = tiny_prior(grid_size=[2, 3], **prior)
     return quiet(ProgressiveVAEPipeline.from_levels(prior, levels, [7, 10]))

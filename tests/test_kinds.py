@@ -2,31 +2,33 @@
 
 import pytest
 import torch
+from conftest import decoder_fields
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
-from progressive_vae.configuration.choices import (
-    DECODER_ORDERS,
-    GUESSING,
-    GUIDED,
+from progressive_vae.configuration.decoders import (
+    COMPONENT_MEANS_DISTRIBUTIONS,
+    GUIDED_DISTRIBUTIONS,
     PIXEL_DISTRIBUTIONS,
-    PIXEL_ORDERS,
-    QUANTIZERS,
 )
+from progressive_vae.models.quantizers import QUANTIZERS
 from progressive_vae.models.walk import TeacherForcing
 
+# An ordering has its decoder type; "auxiliary" has no decoder of its own.
+PIXEL_ORDERS = ["factorized", "lattice", "masked", "auxiliary"]
+ORDERS = [*PIXEL_ORDERS, "raster"]
 KINDS = [
-    *({"decoder_order": order, "num_symbols": 5} for order in DECODER_ORDERS),
-    *({"decoder_order": order, "num_channels": 3} for order in PIXEL_ORDERS),
+    *({**decoder_fields(order), "num_symbols": 5} for order in ORDERS),
+    *({**decoder_fields(order), "num_channels": 3} for order in PIXEL_ORDERS),
     {"auxiliary_hidden_size": 8, "num_channels": 3},
     {"auxiliary_hidden_size": 8, "num_channels": 3, "dither": 1.0},
-    *({"dither": 1.0, "num_symbols": 5, "decoder_order": order} for order in DECODER_ORDERS),
+    *({"dither": 1.0, "num_symbols": 5, **decoder_fields(order)} for order in ORDERS),
     *({"quantizer": kind, "num_channels": 1} for kind in QUANTIZERS),
     *({"pixel_distribution": kind, "num_channels": 3} for kind in PIXEL_DISTRIBUTIONS),
     *(
-        {"pixel_distribution": kind, "decoder_order": order, "num_channels": 1}
+        {"pixel_distribution": kind, **decoder_fields(order), "num_channels": 1}
         for kind in PIXEL_DISTRIBUTIONS
         for order in PIXEL_ORDERS
-        if kind not in GUESSING
+        if kind not in COMPONENT_MEANS_DISTRIBUTIONS
     ),
 ]
 
@@ -34,7 +36,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_trained_saved_loaded_and_walked(kind, tmp_path):
     torch.manual_seed(0)
-    if kind.get("decoder_order") == "auxiliary" or kind.get("pixel_distribution") in GUIDED:
+    is_guided = kind.get("pixel_distribution") in GUIDED_DISTRIBUTIONS
+    if kind.get("decoder_type") == "auxiliary" or is_guided:
         kind = {**kind, "auxiliary_hidden_size": 8}
     config = ProgressiveVAELevelConfig(codebook_size=8, hidden_size=8, num_layers=1, **kind)
     level = ProgressiveVAELevel(config).train()

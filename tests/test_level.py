@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from conftest import all_grids, randomize, tiny_level, total_variation
+from conftest import all_grids, decoder_fields, randomize, tiny_level, total_variation
 from transformers import Trainer, TrainingArguments
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
@@ -35,7 +35,7 @@ def test_any_size(kind, downsample, size):
 
 @pytest.mark.parametrize("order", ["factorized", "lattice"])
 def test_forward_is_the_loss_under_the_uniform_prior(order):
-    level = tiny_level(num_channels=1, decoder_order=order)
+    level = tiny_level(num_channels=1, **decoder_fields(order))
     pixels = torch.randint(256, (3, 1, 4, 6)) / 127.5 - 1
     output = level(pixels)
     codes = level.encode(pixels)
@@ -53,8 +53,8 @@ def test_forward_is_the_loss_under_the_uniform_prior(order):
 @pytest.mark.parametrize("order", ["factorized", "lattice", "masked", "raster"])
 def test_saved_and_loaded_alike(order, quantizer, tmp_path):
     level = tiny_level(
-        num_symbols=5, codebook_dim=None, downsample=4, decoder_order=order, quantizer=quantizer,
-        num_classes=2, corruption=0.1,
+        num_symbols=5, codebook_dim=None, downsample=4, quantizer=quantizer, num_classes=2,
+        code_noise=0.1, **decoder_fields(order),
     )  # fmt: skip
     finer = torch.randint(5, (2, 5, 7))
     output = level.train()(finer)
@@ -96,26 +96,26 @@ def test_a_deterministic_encoder_has_no_entropy(quantizer):
 def test_another_decoder_on_the_same_codes():
     level, finer = tiny_level(num_symbols=5), torch.randint(5, (3, 4, 6))
     codes = level.encode(finer)
-    larger = level.with_decoder(hidden_size=16, num_layers=2, decoder_order="raster")
+    larger = level.with_decoder(hidden_size=16, num_layers=2, decoder_type="causal_lm")
     assert torch.equal(larger.encode(finer), codes)
     assert fingerprint([larger]) == fingerprint([level])
     assert larger.config.encoder_hidden_size == 8  # as the old decoder's width was
     assert larger.config.hidden_size == 16 and larger.config.codebook_size == 3
     # What leaves the architecture alone, or only adds to it, starts from the old weights.
     expected = level.log_prob(finer, codes)
-    same = level.with_decoder(corruption=0.2, num_classes=2, id2label={0: "a", 1: "b"})
+    same = level.with_decoder(code_noise=0.2, num_classes=2, id2label={0: "a", 1: "b"})
     assert torch.equal(same.log_prob(finer, codes), expected)
     assert torch.equal(same.log_prob(finer, codes, ["a", "b", "a"]), expected)
     deeper = level.with_decoder(num_layers=level.config.num_layers + 2)
     assert deeper.num_parameters() > level.num_parameters()
     assert torch.equal(deeper.log_prob(finer, codes), expected)
     assert not torch.equal(level.with_decoder(from_scratch=True).log_prob(finer, codes), expected)
-    # Taking corruption and classes away again leaves the rest, and another order leaves nothing.
+    # Without noise and classes the other weights remain, with another ordering none.
     assert torch.equal(
-        same.with_decoder(corruption=0.0, num_classes=0).log_prob(finer, codes), expected
+        same.with_decoder(code_noise=0.0, num_classes=0).log_prob(finer, codes), expected
     )
-    assert level.with_decoder(decoder_order="masked").config.num_groups == 8
-    masked = level.with_decoder(decoder_order="masked", num_groups=4)
+    assert level.with_decoder(ordering="masked").config.num_groups == 8
+    masked = level.with_decoder(ordering="masked", num_groups=4)
     assert not torch.equal(
         masked.decoder.stages[0].blocks[0].conv1.weight,
         level.decoder.stages[0].blocks[0].conv1.weight,
@@ -139,8 +139,8 @@ def test_given_codes_only_the_decoder_learns():
     assert torch.equal(refitted.quantizer.codebook, before)
 
 
-def test_corruption_is_only_for_training():
-    level, finer = tiny_level(num_symbols=5, corruption=1.0), torch.randint(5, (20, 8, 8))
+def test_code_noise_is_only_for_training():
+    level, finer = tiny_level(num_symbols=5, code_noise=1.0), torch.randint(5, (20, 8, 8))
     codes = level.encode(finer)
     expected = level.log_prob(finer, codes)
     assert torch.allclose(level(finer, codes=codes).log_prob, expected)
@@ -150,16 +150,22 @@ def test_corruption_is_only_for_training():
     assert torch.allclose(level.log_prob(finer, codes), expected)  # the stated model is clean
     level.eval()
     draw = lambda strength: level.sample(  # noqa: E731
-        codes, generator=torch.Generator().manual_seed(0), corruption=strength
+        codes, generator=torch.Generator().manual_seed(0), code_noise=strength
     )
     assert torch.equal(draw(0.0), draw(0.0)) and not torch.equal(draw(0.0), draw(1.0))
-    with pytest.raises(ValueError, match=r"corruption in \[0, 0.0\].*got 0.1"):
-        tiny_level(num_symbols=5).sample(codes, corruption=0.1)
+    drawn = level.sample(codes, generator=torch.Generator().manual_seed(0), code_noise=0.5)
+    with pytest.warns(FutureWarning, match="corruption is now called code_noise"):
+        old = level.sample(codes, generator=torch.Generator().manual_seed(0), corruption=0.5)
+    assert torch.equal(old, drawn)
+    with pytest.raises(ValueError, match="code_noise without corruption"):
+        level.sample(codes, corruption=0.5, code_noise=0.5)
+    with pytest.raises(ValueError, match=r"code_noise in \[0, 0.0\].*got 0.1"):
+        tiny_level(num_symbols=5).sample(codes, code_noise=0.1)
 
 
 @pytest.mark.parametrize("order", ["lattice", "raster"])
 def test_a_class_conditional_decoder(order):
-    level = tiny_level(num_symbols=3, num_classes=2, decoder_order=order)
+    level = tiny_level(num_symbols=3, num_classes=2, **decoder_fields(order))
     grids = all_grids(3, 2, 2)
     codes, labels = torch.zeros(81, 1, 1, dtype=torch.long), torch.ones(81, dtype=torch.long)
     with torch.no_grad():
@@ -180,11 +186,11 @@ def test_a_class_conditional_decoder(order):
         likelihoods.append(gain.mean().item())
     assert likelihoods == sorted(likelihoods)
     level.train()
-    dropped = tiny_level(num_symbols=3, num_classes=2, decoder_order=order, class_dropout=1.0)
+    dropped = tiny_level(num_symbols=3, num_classes=2, **decoder_fields(order), class_dropout=1.0)
     assert torch.allclose(dropped.train()(grids, codes, labels).log_prob, null)
 
 
-@pytest.mark.parametrize("distribution", ["categorical", "logistics"])
+@pytest.mark.parametrize("distribution", ["categorical", "logistic_mixture"])
 def test_half_precision_still_knows_256_values(distribution):
     level = tiny_level(num_channels=1, pixel_distribution=distribution).to(torch.bfloat16)
     pixels = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
@@ -283,7 +289,7 @@ def test_output_has_the_loss_in_front():
 def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch):
     monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 4096 * 6)  # several parts
     level = tiny_level(
-        num_symbols=4096, decoder_order=order, auxiliary_hidden_size=8, symbol_logit_rank=rank
+        num_symbols=4096, **decoder_fields(order), auxiliary_hidden_size=8, symbol_logit_rank=rank
     )
     finer = torch.randint(4096, (2, 5, 7), generator=torch.Generator().manual_seed(0))
     # In evaluation mode, as the codebook must not move between the two losses.
@@ -312,7 +318,7 @@ def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch
         ]  # fmt: skip
         assert torch.equal(*drawn) and drawn[0].shape == finer.shape
     assert level.expect(codes, (5, 7)).shape == (2, 4096, 5, 7)
-    other = level.with_decoder(hidden_size=12, num_layers=2, decoder_order="masked")
+    other = level.with_decoder(hidden_size=12, num_layers=2, decoder_type="conv", ordering="masked")
     assert torch.equal(other.expect(codes, (5, 7)), level.expect(codes, (5, 7)))
 
 
@@ -375,7 +381,9 @@ def test_a_loop_that_knows_no_after_step_trains_the_codebook():
 
 
 def test_the_temperature_anneals_in_any_loop():
-    level = small_level(quantizer="gumbel", gumbel_decay=0.5, gumbel_temperature=[1.0, 0.1])
+    level = small_level(
+        quantizer="gumbel", gumbel_temperature_decay=0.5, gumbel_temperature=[1.0, 0.1]
+    )
     train(level, batches(3))
     assert level.state_dict()["quantizer.temperature"] == 0.125
 
@@ -449,7 +457,10 @@ def test_the_trainer_of_transformers_trains_a_level(tmp_path):
 
 @pytest.mark.parametrize(
     "config",
-    [dict(auxiliary_hidden_size=8), dict(num_channels=None, num_symbols=5, decoder_order="raster")],
+    [
+        dict(auxiliary_hidden_size=8),
+        dict(num_channels=None, num_symbols=5, decoder_type="causal_lm"),
+    ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(config):
     finer = batches(1)[0]

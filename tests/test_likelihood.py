@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_level, tiny_pipeline, tiny_prior
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_auxiliary import AUXILIARY, pipeline_of
+from test_auxiliary_decoder import AUXILIARY, pipeline_of
 
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache

@@ -72,7 +72,7 @@ def test_missing_weights_of_a_level_are_named_by_the_pipeline(tmp_path):
 
 
 def test_a_config_of_another_ordering(level):
-    change_config(level, decoder_order="masked", num_groups=3)
+    change_config(level, ordering="masked", num_groups=3)
     with pytest.raises(ValueError, match="missing: decoder.*unexpected: decoder|mismatched"):
         ProgressiveVAELevel.from_pretrained(level)
 
@@ -180,7 +180,7 @@ def test_loading_info_names_all_weights_that_are_missing(part, is_tied, tmp_path
         model = tiny_prior(backbone_config=backbone)
     else:
         model = tiny_level(
-            num_channels=None, num_symbols=5, decoder_order="raster", backbone_config=backbone
+            num_channels=None, num_symbols=5, decoder_type="causal_lm", backbone_config=backbone
         )
     model.save_pretrained(tmp_path)
     save_file({"tensor": torch.tensor([1, 2])}, tmp_path / "model.safetensors", {"format": "pt"})

@@ -124,7 +124,7 @@ def test_the_main_job_in_two_processes(tmp_path):
         "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
         "--levels.codebook_size 8 --levels.fit.max_train_steps 3 --prior.fit.max_train_steps 3 "
         "--validation_steps 2 --max_eval_samples 20 --max_train_samples 200 "
-        "--level_1.decoder_order factorized --report_to none"
+        "--level_1.ordering factorized --report_to none"
     ).split()
     printed = launch(SCRIPT, *flags, "--output_dir", str(tmp_path / "run"))
     assert printed.count("| total |") == 1  # one process evaluates
@@ -180,7 +180,7 @@ def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):
     flags += ["--level_1.quantizer", "gumbel", "--level_1.class_conditional", "false"]
     flags += ["--levels.fit.max_train_steps", "20", "--prior.fit.max_train_steps", "20"]
     flags += ["--logging_steps", "5", "--level_2.refit.fit.max_train_steps", "20"]
-    flags += ["--level_2.refit.corruption", "0.3"]
+    flags += ["--level_2.refit.code_noise", "0.3"]
     fits = ("levels.fit", "level_2.refit.fit", "prior.fit")
     batch_sizes = [f"--{fit}.train_batch_size" for fit in fits]
     for processes in (1, 2):

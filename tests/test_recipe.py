@@ -15,13 +15,13 @@ def test_sections_of_levels_override_levels():
     recipe = read_recipe(
         {
             "levels": {"hidden_size": 32, "fit": {"learning_rate": 1e-4}},
-            "level_3": {"hidden_size": 48, "refit": {"corruption": 0.1}},
+            "level_3": {"hidden_size": 48, "refit": {"code_noise": 0.1}},
         }
     )
     assert [level.config["hidden_size"] for level in recipe.levels] == [32, 32, 48]
     assert {level.fit.learning_rate for level in recipe.levels} == {1e-4}
     assert [level.refit is None for level in recipe.levels] == [True, True, False]
-    assert recipe.levels[2].refit.changes == {"corruption": 0.1}
+    assert recipe.levels[2].refit.changes == {"code_noise": 0.1}
     assert recipe.levels[2].refit.fit == FitSettings()
 
 
@@ -63,7 +63,7 @@ def test_default_recipe(count):
     recipe = read_recipe(None, {"num_levels": count, "levels": {"hidden_size": 8}})
     finest = recipe.levels[-1]
     assert finest.config["downsample"] == 4
-    assert finest.config["pixel_distribution"] == "logistics"
+    assert finest.config["pixel_distribution"] == "logistic_mixture"
     assert all(level.config["hidden_size"] == 8 for level in recipe.levels)
     assert all(level.encoder_fit.learning_rate == 4e-3 for level in recipe.levels)
     assert len(recipe.level_configs(3, [], {})) == count
@@ -76,8 +76,8 @@ def test_overrides_of_the_default_recipe(tmp_path):
     assert len(read_recipe(None, {"level_5": {"hidden_size": 96}}).levels) == 5
     for overrides in (
         {"levels": {"downsample": 16}},
-        {"level_3": {"decoder_order": "masked"}},
-        {"levels": {"decoder_order": "factorized"}},
+        {"level_3": {"ordering": "masked"}},
+        {"levels": {"ordering": "factorized"}},
     ):
         read_recipe(None, overrides).level_configs(3, [], {})
     (tmp_path / "empty.yaml").write_text("# no sections")
@@ -109,7 +109,7 @@ def test_sections_give_the_same_recipe(tmp_path):
         ({"level_1": {"hidden_size": 3.5}}, 'level_1.hidden_size".*int.*Got value: 3.5'),
         ({"level_1": {"fit": {"learning_rate": 0}}}, "level_1.fit: expected learning_rate > 0"),
         ({"level_1": {"refit": {"x": 1}}}, 'level_1.refit"'),
-        ({"level_1": {"corruption": 0.1}}, "level_1.*'corruption'"),
+        ({"level_1": {"code_noise": 0.1}}, "level_1.*'code_noise'"),
         ({"prior": {"grid_size": [2, 2]}}, "prior.*'grid_size'"),
         ({"num_levels": 0}, "expected num_levels in 1 … 8, got 0"),
         ({"num_levels": "two"}, "expected num_levels in 1 … 8, got 'two'"),
@@ -244,3 +244,25 @@ def test_home_folder_in_paths(tmp_path, monkeypatch, script):
     assert script.parse(["--train_data_dir=~"])[0].data.train_data_dir == str(home)
     with pytest.raises(ValueError, match="expected output_dir .*'~nobody_here'"):
         read_recipe({"run": {"output_dir": "~nobody_here"}})
+
+
+def test_old_names_of_fields_are_read_with_one_warning():
+    old = {
+        "levels": {"picture_weight": 7.0, "gumbel_decay": 0.5},
+        "level_1": {"decoder_order": "raster", "refit": {"corruption": 0.1}},
+        "level_2": {"pixel_distribution": "logistics", "refit": {"decoder_order": "masked"}},
+    }
+    new = {
+        "levels": {"reconstruction_weight": 7.0, "gumbel_temperature_decay": 0.5},
+        "level_1": {
+            "decoder_type": "causal_lm", "ordering": "raster", "refit": {"code_noise": 0.1}
+        },
+        "level_2": {
+            "pixel_distribution": "logistic_mixture",
+            "refit": {"ordering": "masked", "decoder_type": "conv"},
+        },
+    }  # fmt: skip
+    with pytest.warns(FutureWarning, match="level_1.decoder_order") as warned:
+        recipe = read_recipe(old)
+    assert len(warned) == 1
+    assert recipe == read_recipe(new)

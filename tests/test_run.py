@@ -22,7 +22,7 @@ from progressive_vae.training.lock import LOCK, MOMENT, OWNER, locked
 ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]
 SMALLER = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "20"]
-SMALLER += shlex.split("--level_2.refit.fit.max_train_steps 3 --level_2.refit.corruption 0.1")
+SMALLER += shlex.split("--level_2.refit.fit.max_train_steps 3 --level_2.refit.code_noise 0.1")
 
 
 @pytest.fixture(scope="module")

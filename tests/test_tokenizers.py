@@ -38,7 +38,7 @@ KINDS = pytest.mark.parametrize("tokenizer", [each[0] for each in TOKENIZERS])
 
 
 def level_with(tokenizer, seed: int = 0, **config) -> ProgressiveVAELevel:
-    config = {"decoder_order": "auxiliary", "hidden_size": 8, "num_layers": 1, **config}
+    config = {"decoder_type": "auxiliary", "hidden_size": 8, "num_layers": 1, **config}
     torch.manual_seed(seed)
     return ProgressiveVAELevel(
         ProgressiveVAELevelConfig(tokenizer_config=tokenizer, **config)
@@ -117,7 +117,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
 def test_a_stronger_decoder_of_the_same_codes():
     level = level_with(VQ_MODEL)
     strong = level.with_decoder(
-        decoder_order="lattice", num_groups=4, pixel_distribution="guided_logistics"
+        decoder_type="conv", num_groups=4, pixel_distribution="guided_logistic_mixture"
     ).eval()
     codes = level.encode(pixels())
     assert torch.equal(strong.encode(pixels()), codes)
@@ -125,7 +125,7 @@ def test_a_stronger_decoder_of_the_same_codes():
     assert fingerprint([strong]) == fingerprint([level])
     assert strong.log_prob(pixels(), codes).shape == (3,)
     # Vectors of any length are of one length to the decoder.
-    rms = strong.quantizer.standardized(strong.quantizer.codebook).square().mean()
+    rms = strong.quantizer.normalize(strong.quantizer.codebook).square().mean()
     assert rms.item() == pytest.approx(1, rel=1e-4)
 
 
@@ -222,10 +222,10 @@ def test_from_a_tokenizer_to_samples(tmp_path):
 
     AcceleratorState._reset_state(reset_partial_state=True)
     assert train({**RECIPE, **run}, pictures, tmp_path / "run").level_2  # nothing is trained again
-    refit = {"level_2": {"refit": {"decoder_order": "lattice", "fit": FEW}}}
+    refit = {"level_2": {"refit": {"decoder_type": "conv", "fit": FEW}}}
     AcceleratorState._reset_state(reset_partial_state=True)
     strong = train({**RECIPE, **run, **refit}, pictures, tmp_path / "strong")
-    assert strong.level_2.config.decoder_order == "lattice"
+    assert strong.level_2.config.ordering == "lattice"
     assert fingerprint([strong.level_2]) == fingerprint([tokenizer])
 
 

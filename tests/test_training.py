@@ -124,7 +124,7 @@ def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
     wider = ["--level_2.refit.hidden_size", "16", "--level_2.refit.fit.max_train_steps", "3"]
     script.main([*flags, *command[3:], *wider])
     level = ProgressiveVAELevel.from_pretrained(output_dir / "level_2")
-    assert level.config.hidden_size == 16 and level.config.corruption == 0.1
+    assert level.config.hidden_size == 16 and level.config.code_noise == 0.1
     assert level.config.encoder_hidden_size == 8 and fingerprint([level]) == before
     assert [path.read_bytes() for path in unchanged] == contents
     script.main([*flags, "--phase", "evaluate"])  # nothing is stale
@@ -134,19 +134,19 @@ def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
         script.main([*flags, "--phase", "refit_level_1"])
     recipe = json.loads((output_dir / "metrics.json").read_text())["recipe"]
     assert recipe["level_2"]["refit"]["hidden_size"] == 16 and recipe["level_2"]["hidden_size"] == 8
-    wrong = ["--level_2.refit.decoder_order", "raster", "--overwrite_output_dir"]
-    with pytest.raises(ValueError, match="decoder_order of pixels"):
+    wrong = ["--level_2.refit.decoder_type", "causal_lm", "--overwrite_output_dir"]
+    with pytest.raises(ValueError, match="decoder_type in"):
         script.main([*flags, *wrong])
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        "--level_1.decoder_order raster --level_2.decoder_order masked --level_2.num_groups 3 "
+        "--level_1.decoder_type causal_lm --level_2.ordering masked --level_2.num_groups 3 "
         "--level_1.quantizer gumbel --level_2.quantizer fsq --level_2.class_conditional false",
-        "--level_1.decoder_order factorized --level_1.quantizer fsq --level_2.quantizer gumbel "
-        "--level_1.refit.fit.max_train_steps 2 --level_1.refit.decoder_order raster "
-        "--level_1.refit.corruption 0.1 --level_1.refit.corruption_kind random",
+        "--level_1.ordering factorized --level_1.quantizer fsq --level_2.quantizer gumbel "
+        "--level_1.refit.fit.max_train_steps 2 --level_1.refit.decoder_type causal_lm "
+        "--level_1.refit.code_noise 0.1 --level_1.refit.code_noise_kind random",
     ],
 )
 def test_decoder_orders_and_quantizers(script, tmp_path, flags):
@@ -160,8 +160,8 @@ def test_decoder_orders_and_quantizers(script, tmp_path, flags):
     pipe.set_progress_bar_config(disable=True)
     is_refitted = "refit" in flags
     assert pipe(["3"], guidance_scale=[1.5, 2.0, 1.0]).images[0].size == (8, 8)
-    assert pipe.level_1.config.decoder_order == "raster"  # from the first fit, or from the refit
-    assert pipe.level_1.config.corruption == (0.1 if is_refitted else 0.0)
+    assert pipe.level_1.config.ordering == "raster"  # from the first fit, or from the refit
+    assert pipe.level_1.config.code_noise == (0.1 if is_refitted else 0.0)
     assert ("refit_level_1" in metrics["phases"]) == is_refitted
     assert pipe.level_2.config.num_classes == (10 if is_refitted else 0)
 
@@ -251,7 +251,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     load_script("evaluate").main([*words, *"--features none --num_drawn 4".split()])
     output_dir = Path("runs/colour_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
-    assert pipe.level_3.config.pixel_distribution == "logistics"
+    assert pipe.level_3.config.pixel_distribution == "logistic_mixture"
     assert pipe.num_levels == 3 and pipe.image_shape == (3, 64, 64)
     assert "label_accuracy" not in json.loads((output_dir / "metrics.json").read_text())
 

@@ -8,6 +8,7 @@ from conftest import (
     ORDER_NAMES,
     PIXEL_ORDERS,
     SYMBOL_ORDERS,
+    decoder_fields,
     level_of,
     tiny_level,
     tiny_prior,
@@ -121,14 +122,14 @@ def test_a_prior_has_one_step_for_each_code(size):
 
 @pytest.mark.parametrize("order", ["lattice", "raster"])
 def test_sampling_is_a_walk(order):
-    level = tiny_level(num_symbols=5, num_classes=2, corruption=0.2, decoder_order=order)
+    level = tiny_level(num_symbols=5, num_classes=2, code_noise=0.2, **decoder_fields(order))
     codes = torch.randint(3, (3, 3, 4))
     labels = torch.tensor([0, 1, 1])
 
     def generator():
         return torch.Generator().manual_seed(0)
 
-    kwargs = dict(class_labels=labels, corruption=0.1, finer_size=(5, 7))
+    kwargs = dict(class_labels=labels, code_noise=0.1, finer_size=(5, 7))
     expected = level.sample(codes, generator=generator(), temperature=0.9, **kwargs)
     sampler = Sampler(3, generator(), temperature=0.9)
     with torch.no_grad():
@@ -159,7 +160,7 @@ def test_values_of_another_shape_or_dtype_are_refused(values, message):
     for walk in (
         lambda step_fn: tiny_level(num_symbols=5).walk(codes, step_fn),
         lambda step_fn: tiny_level(num_channels=1).walk(codes, step_fn),
-        lambda step_fn: tiny_level(num_symbols=5, decoder_order="raster").walk(codes, step_fn),
+        lambda step_fn: tiny_level(num_symbols=5, decoder_type="causal_lm").walk(codes, step_fn),
         lambda step_fn: tiny_prior().walk(2, step_fn),
     ):
         with pytest.raises(ValueError, match=message):
@@ -177,8 +178,8 @@ def test_values_of_another_shape_or_dtype_are_refused(values, message):
             "finer_size whose grid",
         ),
         (
-            lambda m: m.walk(torch.zeros(1, 2, 2).long(), None, corruption=0.1),
-            r"corruption in \[0, 0.0\]",
+            lambda m: m.walk(torch.zeros(1, 2, 2).long(), None, code_noise=0.1),
+            r"code_noise in \[0, 0.0\]",
         ),
         (lambda m: m.walk(torch.zeros(1, 2, 2).long(), None, [0]), "class_labels=None, as there"),
         (lambda m: tiny_prior().walk(0, None), "batch_size >= 1, got 0"),
@@ -197,15 +198,15 @@ def test_invalid_arguments_are_refused(call, message):
         dict(num_channels=3),
         dict(num_channels=1, **LOGISTICS),
         dict(num_channels=1, **GUIDED),
-        dict(num_channels=1, decoder_order="factorized"),
-        dict(num_channels=1, decoder_order="masked"),
+        dict(num_channels=1, ordering="factorized"),
+        dict(num_channels=1, ordering="masked"),
         dict(num_symbols=5),
-        dict(num_symbols=5, decoder_order="raster"),
+        dict(num_symbols=5, decoder_type="causal_lm"),
     ],
 )
 def test_a_level_with_a_large_downsampling_factor(kind, downsample):
     level = tiny_level(downsample=downsample, **kind)
-    size = (11, 13) if level.config.decoder_order == "raster" else (65, 70)
+    size = (11, 13) if level.config.ordering == "raster" else (65, 70)
     codes_size = tuple(-(-n // downsample) for n in size)
     if level.config.is_finest:
         finer = torch.randint(256, (2, kind["num_channels"], *size)) / 127.5 - 1
@@ -223,7 +224,7 @@ def test_a_level_with_a_large_downsampling_factor(kind, downsample):
         assert torch.allclose(nats, level.log_prob(output, codes), rtol=1e-4)
     samples = level.sample(codes, finer_size=size)
     assert samples.shape == finer.shape and samples.dtype == finer.dtype
-    if level.config.decoder_order == "lattice":
+    if level.config.ordering == "lattice":
         assert level.config.num_groups == 1 + 3 * (downsample.bit_length() - 1)
 
 

@@ -1,4 +1,4 @@
-"""Configs whose every complaint is a `ValueError` in one line: names, types, ranges, formats."""
+"""Strict configs: a wrong name, type, range or format raises a `ValueError` of one line."""
 
 import math
 from typing import Any
@@ -10,10 +10,10 @@ from transformers import PreTrainedConfig
 
 from ..serialization import pop_version, read_json, version_fields
 
-MAX_CLASSES = 100_000  # more is a damaged or a hostile file
+MAX_CLASSES = 100_000  # a larger number is a damaged or a hostile file
 
-# Names that `PreTrainedConfig` accepts and consumes although it declares no attribute for them, and
-# what others leave there: the `Trainer` of transformers `use_cache`, its quantizers their config.
+# Names that `PreTrainedConfig` accepts without declaring an attribute, and those that transformers
+# adds: its `Trainer` sets `use_cache`, its quantizers set `quantization_config`.
 _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
                     "experts_implementation", "output_attentions", "per_layer_config",
                     "use_cache", "quantization_config", "_commit_hash",
@@ -22,36 +22,36 @@ _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implement
 
 
 def strict_config(cls):
-    """A strict dataclass whose every complaint, also on assignment, is a `ValueError`; what it
-    saves has version fields, and a format that it cannot read is refused before anything else.
+    """A class decorator: a strict dataclass that raises only `ValueError`s, also on assignment.
 
-    A class may have `upgrade_config(format, fields) -> fields`, which reads older formats.
+    Saved files contain the version and format; a newer format is refused before its fields are
+    read. A class may have `upgrade_config(format_version, fields) -> fields` for older formats.
     """
     cls = strict(cls)
     strict_init, strict_setattr, to_dict = cls.__init__, cls.__setattr__, cls.to_dict
     from_file = cls._dict_from_json_file.__func__
 
     def __init__(self, **kwargs):
-        found = pop_version(kwargs, cls.__name__)
-        kwargs.pop("auto_map", None)  # of a repository that holds code, to which it belongs
+        format_version = pop_version(kwargs, cls.__name__)
+        kwargs.pop("auto_map", None)  # belongs to a repository with remote code, not to the config
         if hasattr(cls, "upgrade_config"):
-            kwargs = cls.upgrade_config(found, kwargs)
+            kwargs = cls.upgrade_config(format_version, kwargs)
         dtype = kwargs.get("dtype")
         if not isinstance(dtype, (str, torch.dtype, type(None))):
             raise ValueError(f"{cls.__name__}: expected dtype like 'float32', got {dtype!r}")
         try:
             strict_init(self, **kwargs)
         except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {_said(error)}") from error
+            raise ValueError(f"{cls.__name__}: {_message(error)}") from error
 
     def __setattr__(self, name: str, value: Any):
         try:
             strict_setattr(self, name, value)
         except StrictDataclassError as error:
-            raise ValueError(f"{cls.__name__}: {_said(error)}") from error
+            raise ValueError(f"{cls.__name__}: {_message(error)}") from error
 
     def _dict_from_json_file(cls, json_file):
-        contents = read_json(json_file, "save the model again, or download it anew")
+        contents = read_json(json_file, "save the model again, or download it again")
         model_type = contents.get("model_type", cls.model_type)
         if model_type != cls.model_type:
             raise ValueError(
@@ -61,21 +61,24 @@ def strict_config(cls):
 
     cls.__init__, cls.__setattr__ = __init__, __setattr__
     cls._dict_from_json_file = classmethod(_dict_from_json_file)
-    cls.to_dict = lambda self: _without_half(to_dict(self)) | version_fields()
+    cls.to_dict = lambda self: _without_half_precision(to_dict(self)) | version_fields()
     return cls
 
 
-def _said(error: Exception) -> str:
-    """In one line, and without the validators' names where the words are ours."""
-    said = error.__cause__ if isinstance(error.__cause__, ValueError) else error
-    return " ".join(str(said).split())
+def _message(error: Exception) -> str:
+    """In one line, and for a `ValueError` of our validators without their names."""
+    source = error.__cause__ if isinstance(error.__cause__, ValueError) else error
+    return " ".join(str(source).split())
 
 
-def _without_half(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields without a dtype of half precision: such weights may lie beside others (`variant`),
-    and all share this config. Where it is silent, the weights say themselves what they are."""
+def _without_half_precision(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without a dtype of half precision.
+
+    Weights of several precisions (`variant`) share one config. Without the field, the dtype is
+    that of the weights.
+    """
     if fields.get("backbone_config"):
-        fields = fields | {"backbone_config": _without_half(fields["backbone_config"])}
+        fields = fields | {"backbone_config": _without_half_precision(fields["backbone_config"])}
     return {k: v for k, v in fields.items() if k != "dtype" or v == "float32"}
 
 
@@ -103,7 +106,7 @@ def check_limits(fields: dict[str, Any], **maxima):
 
 
 def name_classes(config: PreTrainedConfig):
-    """Classes without names are called by their numbers."""
+    """Set the names of classes to their numbers, where there are none."""
     if not config.num_classes <= MAX_CLASSES:
         raise ValueError(f"expected num_classes <= {MAX_CLASSES}, got {config.num_classes}")
     if config.num_classes and config.id2label is None:

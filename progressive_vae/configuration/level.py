@@ -1,9 +1,10 @@
-"""The config of a level: every architectural knob, once."""
+"""The config of a level."""
 
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..serialization import FORMAT_VERSION
 from .base import (
     check_classes,
     check_limits,
@@ -13,103 +14,122 @@ from .base import (
     strict_config,
 )
 from .causal_lm import MAX_LAYERS, causal_config, check_causal_config, small_opt
-from .choices import (
-    CORRUPTIONS,
-    DECODER_ORDERS,
+from .decoders import (
+    CODE_NOISE_KINDS,
+    COMPONENT_MEANS_DISTRIBUTIONS,
+    DECODER_TYPES,
     DOWNSAMPLES,
     GROUP_NUMBERS,
-    GUESSING,
-    GUIDED,
+    GUIDED_DISTRIBUTIONS,
+    ORDERINGS,
+    PIXEL_DECODER_TYPES,
     PIXEL_DISTRIBUTIONS,
-    PIXEL_ORDERS,
-    QUANTIZERS,
-    STOCHASTIC,
-    fsq_levels,
 )
+from .quantizers import QUANTIZER_RULES, QuantizerRules
+from .renamed_fields import rename_fields, renamed_names, warn_about_names
 from .tokenizer import take_shape
 
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
-MANY_SYMBOLS = 2048  # more have logits through a table, and are not held for a whole grid
-MAX_RASTER_POSITIONS = 256  # of the finer grid, for decoder_order="raster"
+MANY_SYMBOLS = 2048  # beyond it logits are computed through a table, in parts
+MAX_RASTER_POSITIONS = 256  # of the finer grid, for ordering="raster"
 
-# More is a damaged or a hostile file, and would fill the memory before anything else is looked at.
+# A larger value is a damaged or a hostile file, which would fill the memory.
 MAX_CODES = 2**20
 MAX_CHANNELS = 256
 
-# What a refit may change; the rest decides what the codes are.
-DECODER_FIELDS = ("hidden_size", "num_layers", "pixel_distribution", "pixel_logit_rank",
-                  "decoder_order", "num_groups", "backbone_config", "num_classes", "id2label",
-                  "class_dropout", "corruption", "corruption_kind")  # fmt: skip
+# The fields that a refit may change; the others decide the codes.
+DECODER_FIELDS = (
+    "hidden_size",
+    "num_layers",
+    "pixel_distribution",
+    "pixel_logit_rank",
+    "decoder_type",
+    "ordering",
+    "num_groups",
+    "backbone_config",
+    "num_classes",
+    "id2label",
+    "class_dropout",
+    "code_noise",
+    "code_noise_kind",
+)
 
 
 @strict_config
 class ProgressiveVAELevelConfig(PreTrainedConfig):
     """One level: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)`.
 
-    Exactly one of `num_channels` and `num_symbols` says what the finer grid is made of.
+    Exactly one of `num_channels` and `num_symbols` is set: the finer grid consists of pixels or of
+    codes.
 
     Args:
         num_channels: colors of the image, on the finest level; `None` on the others.
         num_symbols: codebook size of the finer grid; `None` on the finest level.
         codebook_size: K, the number of codes of this level's grid.
-        codebook_dim: D, the length of a code vector; `None` stands for 8, and for `"fsq"` for the
-            number of its scalars, which it must be there.
+        codebook_dim: D, the length of a code vector; `None`: the quantizer's default, 8, or for
+            `"fsq"` the number of its scalars, the only value that it accepts.
         downsample: 2, 4, 8 … 64, the linear factor between this level's grid and the finer one.
         hidden_size: width of the decoder.
-        num_layers: residual blocks of the decoder before each group; of `"raster"` those on z, and
-            the layers of its causal language model.
-        encoder_hidden_size: width of the encoder; `None` stands for `hidden_size`.
+        num_layers: residual blocks of the decoder before each group; of `"causal_lm"` those on z,
+            and the layers of its language model.
+        encoder_hidden_size: width of the encoder; `None`: `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
-        block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 is dearer by
-            a fifth, and no better in equal time.
-        value_embed_dim: length of the vector by which the networks see one finer value.
-        pixel_distribution: `"categorical"`, a probability of each value; with
-            `decoder_order="lattice"` also `"logistics"`, a mixture around the neighbors of a
-            pixel that are known already, for smooth pictures, and `"guided_logistics"`, around
-            what the auxiliary decoder expects, too.
-        pixel_logit_rank: of `"categorical"`, the rank of the ordinal table through which the
-            logits of pixels are made, so that near values learn together; 0 for a free logit of
-            every value, which is better for few images of few gray values.
-        symbol_logit_rank: of symbols, the rank of the table through which their logits are made,
-            those of the auxiliary decoder too; 0 for a free logit of every symbol; `None` stands
-            for 64 beyond 2,048 symbols and 0 else.
-        decoder_order: how the finer grid is split into groups that are predicted in sequence.
-            `"factorized"`: one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`:
-            a fixed random order, few positions first. `"raster"`: one symbol at a time, on
-            symbol grids up to 256 positions. `"auxiliary"`: the auxiliary decoder is all there is.
+        block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
+            fifth more, and is no better in equal time.
+        value_embed_dim: length of the embedding of one finer value.
+        pixel_distribution: `"categorical"`, a probability for each value; with
+            `ordering="lattice"` also `"logistic_mixture"`, a discretized mixture of logistics
+            around the neighboring pixels of earlier groups, for smooth images, and
+            `"guided_logistic_mixture"`, which adds the image that the auxiliary decoder expects.
+        pixel_logit_rank: of `"categorical"`, the rank of the ordinal table that computes the
+            logits of pixels, so that near values learn together; 0: a free logit for every value,
+            which is better for few images of few gray values.
+        symbol_logit_rank: of codes, the rank of the table that computes their logits, those of the
+            auxiliary decoder too; 0: a free logit for every code; `None`: 64 beyond 2,048 codes
+            and 0 else.
+        decoder_type: the architecture of the decoder. `"conv"`: a convolution net that carries a
+            state through the groups. `"causal_lm"`: a causal language model of transformers, on
+            grids of up to 256 codes. `"auxiliary"`: only the auxiliary decoder.
+        ordering: the split of the finer grid into groups, predicted in sequence. `"factorized"`:
+            one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`: a fixed random
+            order, few positions first. `"raster"`: one code at a time. `None`: `"lattice"` for
+            `"conv"`, `"raster"` for `"causal_lm"`, `"factorized"` for `"auxiliary"`; `"conv"` has
+            all but `"raster"`, the others have only their own.
         num_groups: groups of the decoder: 1 of `"factorized"`; 1 + 3k of `"lattice"`, whose
             coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
-            `"raster"`, as there are as many as positions. `None` stands for the one number, for
-            the stride downsample of `"lattice"`, and for 8 of `"masked"`.
-        backbone_config: of `"raster"`, any causal-LM config of transformers, as a config or as a
-            dict with its `model_type`; its vocabulary is set to the symbols. `None` stands for an
-            OPT of `num_layers` layers with `hidden_size`.
+            `"raster"`, which has as many as positions. `None`: the only number, the stride
+            downsample for `"lattice"`, and 8 for `"masked"`.
+        backbone_config: of `"causal_lm"`, any causal-LM config of transformers, as a config or as
+            a dict with its `model_type`; its vocabulary is set to the codes. `None`: an OPT of
+            `num_layers` layers with `hidden_size`.
         quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
             `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax).
-        commitment_weight: β of `"vq"`, the pull of the encoder towards its code.
+        commitment_weight: β of `"vq"`, the weight of the distance between latents and their codes.
         codebook_decay: 1 − γ of `"vq"`, the decay of the codebook's running k-means.
         restart_threshold: of `"vq"`: a code used less than this fraction of the mean use is
             restarted.
         dither: of `"vq"`: root mean square of a pattern that the encoder adds to its latents and
-            decoders take away again, so that colors that are nearer to each other than codes
-            are can be told apart where they cover more than one code; 0 for none.
+            decoders subtract, so that regions of several codes distinguish colors nearer to each
+            other than codes; 0: none.
         gumbel_temperature: of `"gumbel"`: [at the start, at the end]; it anneals exponentially.
-        gumbel_decay: of `"gumbel"`: by how much the temperature is multiplied after each batch.
-        auxiliary_hidden_size: width of the auxiliary decoder, by whose picture encoder and codebook
-            learn, and which previews show; `None` for none.
+        gumbel_temperature_decay: of `"gumbel"`: factor of the temperature after each batch.
+        auxiliary_hidden_size: width of the auxiliary decoder, by whose loss encoder and codebook
+            learn, and whose expected image is the preview; `None`: none.
         auxiliary_num_layers: its residual blocks on each grid.
-        picture_weight: of the squared error of the picture that the auxiliary decoder expects, or
-            on a level of symbols that finer ones make of it, beside the nats of an entry.
-        num_classes: number of class labels that the decoder is told; 0 for none.
-        class_dropout: probability that training shows the decoder the null class instead.
-        corruption: while a decoder is refitted, each code of z_i is replaced with a probability
-            that is drawn for each example from 0 … corruption and told to the network.
-        corruption_kind: what replaces a code: `"random"`, any other one, or `"near"`, one of the
-            eight nearest in the codebook.
-        tokenizer_config: of the finest level, somebody else's tokenizer in place of its encoder,
-            codebook and auxiliary decoder: the fields of a `VQModel` of diffusers, a `JanusVQVAE`
-            of transformers or a `"dalle_dvae"`, with the `model_type` `"vq_model"`,
-            `"janus_vqgan"` or `"dalle_dvae"` (`tokenizer_configs.py`). It decides `num_channels`,
+        reconstruction_weight: of the squared error of the image that the auxiliary decoder
+            expects, or on a level of codes that finer ones make of its output, beside the nats of
+            one value.
+        num_classes: number of class labels that the decoder is conditioned on; 0: none.
+        class_dropout: probability of the null class in place of the label in training.
+        code_noise: noise conditioning augmentation of a refit: each code of z_i is replaced with a
+            probability that is uniform in [0, code_noise] for each example and an input of the
+            decoder.
+        code_noise_kind: the replacement of a code: `"random"`, any other one, or `"near"`, one of
+            the eight nearest in the codebook.
+        tokenizer_config: of the finest level, a pretrained tokenizer in place of encoder, codebook
+            and auxiliary decoder: the fields of a `VQModel` of diffusers, a `JanusVQVAE` of
+            transformers or a `"dalle_dvae"`, with the `model_type` `"vq_model"`, `"janus_vqgan"`
+            or `"dalle_dvae"` (`configuration/tokenizer.py`). It decides `num_channels`,
             `codebook_size`, `codebook_dim` and `downsample`.
         finer_fingerprint: `fingerprint` of the finer levels on whose codes this part was trained; a
             pipeline refuses other ones. `None`: unchecked.
@@ -133,7 +153,8 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
     symbol_logit_rank: int | None = None
-    decoder_order: str = "lattice"
+    decoder_type: str = "conv"
+    ordering: str | None = None
     num_groups: int | None = None
     backbone_config: dict | PreTrainedConfig | None = None
     quantizer: str = "vq"
@@ -142,28 +163,35 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     restart_threshold: float = 0.03
     dither: float = 0.0
     gumbel_temperature: list[float] | tuple[float, ...] = (1.0, 0.5)
-    gumbel_decay: float = 0.999
+    gumbel_temperature_decay: float = 0.999
     auxiliary_hidden_size: int | None = None
     auxiliary_num_layers: int = 1
-    picture_weight: float = 100.0
+    reconstruction_weight: float = 100.0
     num_classes: int = 0
     class_dropout: float = 0.1
-    corruption: float = 0.0
-    corruption_kind: str = "near"
+    code_noise: float = 0.0
+    code_noise_kind: str = "near"
     tokenizer_config: dict | None = None
     finer_fingerprint: str | None = None
 
     @staticmethod
-    def upgrade_config(found: int, fields: dict[str, Any]) -> dict[str, Any]:
-        """What a level of an older format says in the words of this one."""
-        if found < 3 and fields.get("decoder_order") == "raster":
+    def upgrade_config(format_version: int, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a file of this or an older format, in this format.
+
+        Old names warn only in this format, where a caller wrote them rather than a file.
+        """
+        if format_version < 3 and fields.get("decoder_order") == "raster":
             raise ValueError(
-                f"expected a level of decoder_order='raster' in format_version >= 3, got {found}: "
-                "its network has changed, train it again"
+                f"expected a level of decoder_order='raster' in format_version >= 3, got "
+                f"{format_version}: its network has changed, train it again"
             )
-        if found < 6:  # not named then, nor was the next
+        if format_version == 1:
+            fields = {"block_kernel_size": 3, **fields}
+        if format_version < 6:
             fields = {"symbol_logit_rank": 0, **fields}
-        return {"block_kernel_size": 3, **fields} if found == 1 else fields
+        if format_version == FORMAT_VERSION:
+            warn_about_names(renamed_names(fields))
+        return rename_fields(fields)
 
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
@@ -174,10 +202,11 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                       encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
-            is_fsq = self.quantizer == "fsq"
-            self.codebook_dim = len(fsq_levels(self.codebook_size)) if is_fsq else 8
+            self.codebook_dim = self._quantizer_rules.default_codebook_dim(self)
         if self.symbol_logit_rank is None:
             self.symbol_logit_rank = 64 if (self.num_symbols or 0) > MANY_SYMBOLS else 0
+        if self.ordering is None and self.decoder_type in DECODER_TYPES:
+            self.ordering = DECODER_TYPES[self.decoder_type][0]
         if self.num_groups is None:
             self.num_groups = self._group_numbers()[0]
         if self.backbone_config is not None:
@@ -191,15 +220,22 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         """The config of a level with the same encoder and codebook and another decoder.
 
         Args:
-            changes: of the fields in `DECODER_FIELDS`.
+            changes: of the fields in `DECODER_FIELDS`. Another `decoder_type` or `ordering` resets
+                the fields that depend on them.
         """
+        warn_about_names(renamed_names(changes))
+        changes = rename_fields(changes)
         if unknown := sorted(set(changes) - set(DECODER_FIELDS)):
             raise ValueError(f"expected changes among {DECODER_FIELDS}, got {unknown}")
         fields = {name: getattr(self, name) for name in ProgressiveVAELevelConfig.__annotations__}
         fields["encoder_hidden_size"] = self.encoder_hidden_size or self.hidden_size
         fields["id2label"] = self.id2label if self.num_classes else None
-        if changes.get("decoder_order", self.decoder_order) != self.decoder_order:
-            fields["num_groups"] = fields["backbone_config"] = None  # those of the other order
+        is_other_type = changes.get("decoder_type", self.decoder_type) != self.decoder_type
+        if is_other_type:
+            fields["ordering"] = None
+        if is_other_type or changes.get("ordering", self.ordering) != self.ordering:
+            fields["num_groups"] = None
+            fields["backbone_config"] = None
         return ProgressiveVAELevelConfig(**{**fields, **changes})
 
     def validate_finer(self):
@@ -208,23 +244,21 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
                 "expected one of num_channels (finest level) and num_symbols (other levels), got "
                 f"num_channels={self.num_channels} and num_symbols={self.num_symbols}"
             )
-        if self.decoder_order == "raster" and self.num_channels is not None:
+        if self.decoder_type == "causal_lm" and self.num_channels is not None:
             raise ValueError(
-                f"expected a decoder_order of pixels {PIXEL_ORDERS} on the finest level, got "
-                "'raster', which is for symbols"
+                f"expected decoder_type in {PIXEL_DECODER_TYPES} on the finest level, got "
+                "'causal_lm', which is for codes"
             )
 
     def validate_sizes(self):
         check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
                      value_embed_dim=1, pixel_logit_rank=0, symbol_logit_rank=0,
-                     auxiliary_hidden_size=1, auxiliary_num_layers=0, picture_weight=0,
+                     auxiliary_hidden_size=1, auxiliary_num_layers=0, reconstruction_weight=0,
                      commitment_weight=0, codebook_decay=0, restart_threshold=0,
                      dither=0)  # fmt: skip
-        if not self.codebook_decay < 1:
-            raise ValueError(f"expected codebook_decay < 1, got {self.codebook_decay}")
-        if not 0 <= self.corruption <= 1:
-            raise ValueError(f"expected corruption in [0, 1], got {self.corruption}")
+        if not 0 <= self.code_noise <= 1:
+            raise ValueError(f"expected code_noise in [0, 1], got {self.code_noise}")
         check_classes(self)
 
     def validate_choices(self):
@@ -232,16 +266,21 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
             ("downsample", DOWNSAMPLES),
             ("block_kernel_size", (1, 3)),
             ("pixel_distribution", PIXEL_DISTRIBUTIONS),
-            ("decoder_order", DECODER_ORDERS),
-            ("quantizer", QUANTIZERS),
-            ("corruption_kind", CORRUPTIONS),
+            ("decoder_type", tuple(DECODER_TYPES)),
+            ("ordering", ORDERINGS),
+            ("code_noise_kind", CODE_NOISE_KINDS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"expected {name} in {choices}, got {getattr(self, name)!r}")
-        if self.has_component_means and self.decoder_order != "lattice":
+        if self.ordering not in (orderings := DECODER_TYPES[self.decoder_type]):
             raise ValueError(
-                "expected decoder_order='lattice' for pixel_distribution="
-                f"{self.pixel_distribution!r}, got {self.decoder_order!r}"
+                f"expected ordering in {orderings} for decoder_type={self.decoder_type!r}, "
+                f"got {self.ordering!r}"
+            )
+        if self.has_component_means and self.ordering != "lattice":
+            raise ValueError(
+                "expected ordering='lattice' for pixel_distribution="
+                f"{self.pixel_distribution!r}, got {self.ordering!r}"
             )
         if self.is_guided and not self.has_auxiliary:
             raise ValueError(
@@ -251,54 +290,57 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         if self.num_groups not in (numbers := self._group_numbers()):
             expected = str(numbers) if len(numbers) < 10 else f"1 … {numbers[-1]}"
             raise ValueError(
-                f"expected num_groups among {expected} for decoder_order={self.decoder_order!r} "
+                f"expected num_groups among {expected} for ordering={self.ordering!r} "
                 f"and downsample={self.downsample}, got {self.num_groups}"
             )
 
     def _group_numbers(self) -> list[int | None]:
-        is_known = self.decoder_order in GROUP_NUMBERS and self.downsample in DOWNSAMPLES
-        return GROUP_NUMBERS[self.decoder_order](self.downsample) if is_known else [self.num_groups]
+        if self.ordering not in GROUP_NUMBERS or self.downsample not in DOWNSAMPLES:
+            return [self.num_groups]  # `validate_choices` raises
+        return GROUP_NUMBERS[self.ordering](self.downsample)
 
     def validate_auxiliary(self):
-        if self.decoder_order == "auxiliary" and not self.has_auxiliary:
+        if self.decoder_type == "auxiliary" and not self.has_auxiliary:
             raise ValueError(
-                "expected auxiliary_hidden_size for decoder_order='auxiliary', got None"
+                "expected auxiliary_hidden_size for decoder_type='auxiliary', got None"
             )
-        if self.decoder_order == "auxiliary" and self.num_classes:
+        if self.decoder_type == "auxiliary" and self.num_classes:
             raise ValueError(
-                "expected num_classes=0 for decoder_order='auxiliary', which knows no classes, got "
-                f"{self.num_classes}"
+                "expected num_classes=0 for decoder_type='auxiliary', which is not "
+                f"class-conditional, got {self.num_classes}"
             )
 
     def validate_backbone(self):
         if self.backbone_config is None:
             return
-        if self.decoder_order != "raster":
+        if self.decoder_type != "causal_lm":
             raise ValueError(
-                "expected backbone_config=None for a decoder_order other than 'raster', got "
-                f"{type(self.backbone_config).__name__} for {self.decoder_order!r}"
+                "expected backbone_config=None for a decoder_type other than 'causal_lm', got "
+                f"{type(self.backbone_config).__name__} for {self.decoder_type!r}"
             )
         check_causal_config(self.backbone_config)
 
     def validate_quantizer(self):
-        if self.quantizer == "fsq" and self.codebook_dim != len(fsq_levels(self.codebook_size)):
+        self._quantizer_rules.validate(self)
+        supports_dither = self._quantizer_rules.supports_dither and self.tokenizer_config is None
+        if self.dither and not supports_dither:
+            supported = [name for name, rules in QUANTIZER_RULES.items() if rules.supports_dither]
             raise ValueError(
-                f"expected codebook_dim={len(fsq_levels(self.codebook_size))}, the number of "
-                f"scalars {fsq_levels(self.codebook_size)} of quantizer='fsq', "
-                f"got {self.codebook_dim}"
+                f"expected dither=0 unless quantizer is in {supported} and tokenizer_config=None, "
+                f"got dither={self.dither} and quantizer={self.quantizer!r}"
             )
-        if self.dither and (self.quantizer != "vq" or self.tokenizer_config is not None):
-            raise ValueError(
-                "expected dither=0 but for quantizer='vq' without a tokenizer, got "
-                f"dither={self.dither} and quantizer={self.quantizer!r}"
-            )
-        temperature = self.gumbel_temperature
-        if len(temperature) != 2 or not temperature[0] >= temperature[1] > 0:
-            raise ValueError(
-                f"expected gumbel_temperature [start, end] with start >= end > 0, got {temperature}"
-            )
-        if not 0 < self.gumbel_decay <= 1:
-            raise ValueError(f"expected gumbel_decay in (0, 1], got {self.gumbel_decay}")
+
+    @property
+    def _quantizer_rules(self) -> type[QuantizerRules]:
+        """The quantizer's class.
+
+        Raises:
+            ValueError: an unknown quantizer.
+        """
+        if self.quantizer not in QUANTIZER_RULES:
+            choices = tuple(QUANTIZER_RULES)
+            raise ValueError(f"expected quantizer in {choices}, got {self.quantizer!r}")
+        return QUANTIZER_RULES[self.quantizer]
 
     @property
     def is_finest(self) -> bool:
@@ -311,33 +353,33 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
 
     @property
     def has_component_means(self) -> bool:
-        """Whether pixels have logistic distributions around guesses."""
-        is_asked = self.is_finest and self.decoder_order != "auxiliary"
-        return is_asked and self.pixel_distribution in GUESSING
+        """Whether the decoder predicts pixels by a mixture of logistics around component means."""
+        has_pixels = self.is_finest and self.decoder_type != "auxiliary"
+        return has_pixels and self.pixel_distribution in COMPONENT_MEANS_DISTRIBUTIONS
 
     @property
     def is_guided(self) -> bool:
-        """Whether one of the guesses is what the auxiliary decoder expects."""
-        return self.has_component_means and self.pixel_distribution in GUIDED
+        """Whether one of the component means is the image that the auxiliary decoder expects."""
+        return self.has_component_means and self.pixel_distribution in GUIDED_DISTRIBUTIONS
 
     @property
     def is_stochastic(self) -> bool:
-        """Whether `P_Ψ` is a distribution to draw from, rather than one code."""
-        return self.quantizer in STOCHASTIC
+        """Whether `P_Ψ` is a distribution rather than one code."""
+        return self._quantizer_rules.is_stochastic
 
     @property
     def value_channels(self) -> int:
-        """Entries at one position of the finer grid: the colors of a pixel, or 1 for a symbol."""
+        """Values at one position of the finer grid: the colors of a pixel, or 1 for a code."""
         return self.num_channels or 1
 
     @property
     def num_values(self) -> int:
-        """Values that one entry of the finer grid can take: K_{i+1}, or 256 for a pixel."""
+        """The number of values of an entry of the finer grid: K_{i+1}, or 256 for a pixel."""
         return NUM_PIXEL_VALUES if self.num_symbols is None else self.num_symbols
 
     @property
     def raster_config(self) -> PreTrainedConfig:
-        """Of the causal network of `"raster"`."""
+        """The backbone's config of `"causal_lm"`."""
         if self.backbone_config is not None:
             return self.backbone_config
         default = small_opt(self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS)

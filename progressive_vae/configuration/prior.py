@@ -1,4 +1,4 @@
-"""The config of the prior: every architectural knob, once."""
+"""The config of the prior."""
 
 import math
 
@@ -18,7 +18,7 @@ from .level import MAX_CODES
 
 @strict_config
 class ProgressiveVAEPriorConfig(PreTrainedConfig):
-    """`P_Φ(z_1)`, optionally given a class.
+    """`P_Φ(z_1)`, optionally conditioned on a class.
 
     Args:
         codebook_size: K_1, the number of codes of the coarsest level.

@@ -123,13 +123,13 @@ def check_image_size(
     height, width = (int(n) for n in image_size)
     sizes = grid_sizes(configs, (height, width))
     for i, (config, finer) in enumerate(zip(configs, sizes[1:], strict=True), 1):
-        if config.decoder_order == "raster" and math.prod(finer) > MAX_RASTER_POSITIONS:
+        if config.ordering == "raster" and math.prod(finer) > MAX_RASTER_POSITIONS:
             raise ValueError(
                 f"expected level_{i} to have a finer grid of at most {MAX_RASTER_POSITIONS} "
-                f"positions for decoder_order='raster', got {finer[0]}×{finer[1]}"
+                f"positions for ordering='raster', got {finer[0]}×{finer[1]}"
             )
         whole = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
-        if config.decoder_order == "lattice" and 2 ** ((config.num_groups or 1) // 3) > whole:
+        if config.ordering == "lattice" and 2 ** ((config.num_groups or 1) // 3) > whole:
             raise ValueError(
                 f"expected level_{i} to have num_groups <= {1 + 3 * int(math.log2(whole))} for "
                 f"lattices of a finer grid of {finer[0]}×{finer[1]}, got {config.num_groups}"

@@ -96,12 +96,12 @@ def training_flops(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, fl
     for i, (level, codes, finer) in enumerate(triples, 1):
         inputs: dict[str, Any] = {"finer": finer}
         if i < pipe.num_levels and has_previews(pipe):
-            inputs["paint"] = PreviewDecoder(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
+            inputs["preview_decoder"] = PreviewDecoder(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
         calls[f"level_{i}"] = level, inputs
         for name in (f"decoder_{i}", f"refit_level_{i}"):
             calls[name] = level, {"finer": finer, "codes": codes}
         if level.auxiliary is not None:
-            plain = level.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
+            plain = level.with_decoder(decoder_type="auxiliary", num_classes=0, id2label=None)
             calls[f"encoder_{i}"] = plain.to(pipe.device), inputs
     # Only the parameters of the trained module take a backward pass.
     metrics = {}

@@ -22,7 +22,7 @@ def label_ids(
     The ids are 0 … num_classes − 1, and num_classes for the null class.
 
     Raises:
-        ValueError: not one label for each of `batch_size` examples, or one that is no class.
+        ValueError: a number of labels other than `batch_size`, or a label that is no class.
     """
     null = config.num_classes
     if class_labels is not None and not null:
@@ -75,14 +75,14 @@ def _as_list(class_labels: Any) -> list[int | str]:
 
 
 def known_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor | None:
-    """The labels for a part of the chain; `None` if it is not class-conditional."""
+    """The labels for one part; `None` if it is not class-conditional."""
     return labels if config.num_classes else None
 
 
 def drop_labels(labels: Tensor, config: PreTrainedConfig, generator: Generators = None) -> Tensor:
     """Each label (B,) replaced by the null class with probability `class_dropout`.
 
-    So one network learns P(· | class) and P(·), as classifier-free guidance needs.
+    One network learns P(· | class) and P(·), for classifier-free guidance (Ho & Salimans 2022).
     """
-    dropped = uniform(labels.shape, generator, labels.device) < config.class_dropout
-    return labels.masked_fill(dropped, config.num_classes)
+    is_dropped = uniform(labels.shape, generator, labels.device) < config.class_dropout
+    return labels.masked_fill(is_dropped, config.num_classes)

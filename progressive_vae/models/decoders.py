@@ -42,14 +42,14 @@ class Condition(NamedTuple):
     Args:
         quantized: codebook[z], (B, D, h, w).
         class_labels: ids, int64 (B,); `None` is the null class.
-        corruption: the probability with which each code of z was replaced, (B,); `None` is 0.
+        code_noise: the probability with which each code of z was replaced, (B,); `None` is 0.
         preview: the auxiliary decoder's mean image, if the config is guided: float (B, C, H, W)
             in 0 … V − 1.
     """
 
     quantized: Tensor
     class_labels: Tensor | None = None
-    corruption: Tensor | None = None
+    code_noise: Tensor | None = None
     preview: Tensor | None = None
 
 
@@ -71,20 +71,20 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
         if config.num_classes:
             self.class_embedding = ZeroEmbedding(config.num_classes + 1, config.hidden_size)
-        if config.corruption:
+        if config.code_noise:
             self.corruption_embedding = ZeroEmbedding(1, config.hidden_size)
 
     def embed_condition(self, condition: Condition) -> Tensor:
         """The state before the first group, (B, width, h, w)."""
-        quantized, class_labels, corruption, _ = condition
+        quantized, class_labels, code_noise, _ = condition
         state = self.stem(add_dither(quantized, -self.config.dither))
         if self.config.num_classes:
             if class_labels is None:
                 null_class = self.config.num_classes
                 class_labels = torch.full((len(state),), null_class, device=state.device)
             state = state + self.class_embedding(class_labels.to(state.device))[:, :, None, None]
-        if self.config.corruption and corruption is not None:
-            strength = (corruption / self.config.corruption).to(state)[:, None]  # 0 … 1
+        if self.config.code_noise and code_noise is not None:
+            strength = (code_noise / self.config.code_noise).to(state)[:, None]  # 0 … 1
             state = state + (strength * self.corruption_embedding.weight)[:, :, None, None]
         return state.contiguous(memory_format=torch.channels_last)
 
@@ -131,8 +131,9 @@ class GroupDecoder(Decoder):
         super().__init__(config)
         self.num_groups = config.num_groups or 1
         cell_size = (config.downsample, config.downsample)
+        assert config.ordering is not None  # the config sets it
         with torch.device("cpu"):  # positions need values, also if weights are on "meta"
-            groups = ORDERINGS[config.decoder_order](self.num_groups, cell_size)
+            groups = ORDERINGS[config.ordering](self.num_groups, cell_size)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is an input
             self.embedding = embedding(config.num_values, config.value_embed_dim)
@@ -164,7 +165,7 @@ class GroupDecoder(Decoder):
         if preview is not None:
             preview = F.pad(preview, (0, width - size[1], 0, height - size[0]))
         schedule = group_schedule(
-            self.config.decoder_order, self.num_groups, tuple(size), (height, width), grid.device
+            self.config.ordering, self.num_groups, tuple(size), (height, width), grid.device
         )
         for i, ((group, valid), stage) in enumerate(zip(schedule, self.stages, strict=True)):
             # 1. Upsample to the group's stride; z enters again at strides down to its own.
@@ -296,7 +297,7 @@ class RasterDecoder(CausalLMMixin, Decoder):
         if math.prod(size) > MAX_RASTER_POSITIONS:
             raise ValueError(
                 f"expected a finer grid of at most {MAX_RASTER_POSITIONS} positions for "
-                f"decoder_order='raster', got {size[0]}×{size[1]}"
+                f"ordering='raster', got {size[0]}×{size[1]}"
             )
         state = self.condition(self.upsample(self.blocks(self.embed_condition(condition))))
         return state[..., : size[0], : size[1]].movedim(1, -1).flatten(1, 2)
@@ -312,6 +313,6 @@ class RasterDecoder(CausalLMMixin, Decoder):
 
 
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder | None:
-    if config.decoder_order == "auxiliary":
+    if config.decoder_type == "auxiliary":
         return None
-    return (RasterDecoder if config.decoder_order == "raster" else GroupDecoder)(config)
+    return (RasterDecoder if config.decoder_type == "causal_lm" else GroupDecoder)(config)

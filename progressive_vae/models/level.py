@@ -11,7 +11,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from ..arguments import as_integer, as_number
+from ..arguments import as_integer, as_number, renamed_argument
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.validation import check_codes, grid_sizes
 from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
@@ -23,24 +23,35 @@ from .layers import init_weights
 from .modeling_utils import ProgressiveVAEPreTrainedModel
 from .pretrained_tokenizers import make_tokenizer
 from .preview_decoder import PreviewDecoder
-from .quantizers import Quantizer, make_quantizer
+from .quantizer_base import Quantizer
+from .quantizers import make_quantizer
 from .sampling import Generators, Sampler, uniform
 from .value_types import make_value_type, signed_to_255
 from .walk import StepFn
 
-NUM_NEAR = 8  # codes that stand in for another one under corruption_kind="near"
+NUM_NEAREST = 8  # replacements of a code for code_noise_kind="near"
+
+# A refit that changes only these starts as the same function: new weights start at zero.
+GROWABLE_FIELDS = (
+    "num_layers",
+    "num_classes",
+    "id2label",
+    "class_dropout",
+    "code_noise",
+    "code_noise_kind",
+)
 
 
 @dataclass
 class ProgressiveVAELevelOutput(ModelOutput):
     """
     Args:
-        loss: scalar, nats per entry of the finer grid, the encoder's KL in them, plus the
-            quantizer's own loss and the weighted error of the picture; minimize it.
+        loss: scalar to minimize: nats per entry of the finer grid, including the encoder's KL,
+            plus the quantizer's loss and the weighted error of the expected image.
         log_prob: log P_Θ(z_{i+1} | z_i) in nats, summed over the grid, (B,).
         codes: z_i, int64 (B, H_i, W_i).
         latents: the encoder's output before quantization, (B, D, H_i, W_i); `None` where the
-            codes were given.
+            codes were passed.
     """
 
     loss: Tensor | None = None
@@ -50,17 +61,17 @@ class ProgressiveVAELevelOutput(ModelOutput):
 
 
 def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) -> bool:
-    """Whether a decoder with config `new` can start as the function that one with `old` is."""
-    grown = ("num_layers", "num_classes", "id2label", "class_dropout", "corruption",
-             "corruption_kind")  # fmt: skip
-    names = [name for name in DECODER_FIELDS if name not in grown]
-    grows = new.num_layers >= old.num_layers and new.decoder_order != "raster"
-    is_same = all(getattr(new, name) == getattr(old, name) for name in names)
-    return is_same and (grows or new.num_layers == old.num_layers)
+    """Whether a decoder with config `new` can start as the same function as one with `old`."""
+    names = [name for name in DECODER_FIELDS if name not in GROWABLE_FIELDS]
+    if any(getattr(new, name) != getattr(old, name) for name in names):
+        return False
+    if new.decoder_type == "causal_lm":
+        return new.num_layers == old.num_layers
+    return new.num_layers >= old.num_layers
 
 
 class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
-    """One VAE of the chain; the finest one sees pixels, the others see symbols.
+    """One VAE of the stack; the finest one models pixels, the others model codes.
 
     `finer` is z_{i+1}: on the finest level `pixel_values`, floats (B, C, H, W) in [−1, 1] on the
     256 values of 8-bit images; elsewhere codes, int64 (B, H_{i+1}, W_{i+1}).
@@ -70,7 +81,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     base_model_prefix = "level"
     main_input_name = "finer"
     supports_gradient_checkpointing = True
-    # Attention is a raster decoder's backbone's, which has its own say.
+    # Attention is in the backbone of a causal-LM decoder, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -95,9 +106,9 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
 
     @property
     def conditional(self) -> Decoder | Auxiliary:
-        """P_Θ(z_{i+1} | z_i): the decoder, or as long as there is none the auxiliary one."""
+        """P_Θ(z_{i+1} | z_i): the decoder, or the auxiliary decoder if there is no other."""
         decoder = self.auxiliary if self.decoder is None else self.decoder
-        assert decoder is not None  # the config sees to it
+        assert decoder is not None  # the config checks it
         return decoder
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
@@ -110,31 +121,34 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         codes: Tensor | None = None,
         class_labels: Labels = None,
         generator: Generators = None,
-        paint: PreviewDecoder | None = None,
+        preview_decoder: PreviewDecoder | None = None,
         return_dict: bool | None = None,
     ):
-        """The terms of training under the uniform prior on z_i, in nats per entry of `finer`:
-        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's own, and where the
-        auxiliary decoder expects a picture `picture_weight` times its mean squared error.
+        """The training loss under the uniform prior on z_i, in nats per entry of `finer`:
+        −log P_Θ(z_{i+1} | z_i) + KL(P_Ψ(z_i | z_{i+1}) ‖ U) + the quantizer's loss, plus
+        `reconstruction_weight` times the squared error of the image of the auxiliary decoder.
 
-        The KL of a deterministic encoder is the constant L_i log K_i and left out. Where there is
-        an auxiliary decoder beside a stronger one, encoder and codebook learn by both.
+        The KL of a deterministic encoder is the constant L_i log K_i and left out. With an
+        auxiliary decoder and a stronger one, encoder and codebook learn from both.
 
         Args:
-            codes: z_i where it is known already: then the encoder is not run, the loss is the
-                decoder's alone, and in training mode the codes are corrupted as the config says.
+            codes: z_i, if it was encoded before: then the encoder does not run, the loss is the
+                decoder's only, and in training mode noise is added to the codes (`code_noise`).
             class_labels: of a class-conditional decoder; in training mode some are dropped.
             generator: of the noise of training, one for the batch, or one for each example.
-            paint: of a level of symbols, the painter of the finer levels: what the auxiliary
-                decoder expects has to look like `finer`.
+            preview_decoder: of a level of codes, that of the finer levels: it computes the image
+                whose error `reconstruction_weight` weighs.
 
         Returns:
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
         """
-        values, labels = self.value_type.to_indices(finer), self._labels(class_labels, len(finer))
+        values = self.value_type.to_indices(finer)
+        labels = self._labels(class_labels, len(finer))
         if labels is not None and self.training:
             labels = drop_labels(labels, self.config, generator)
-        latents = corruption = None
+
+        # Encode, or look up the codes that were passed, with noise on them in training.
+        latents = code_noise = None
         kl: Tensor | float = 0.0
         quantizer_loss: Tensor | float = 0.0
         if codes is None:
@@ -142,28 +156,34 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             codes, quantized, kl, quantizer_loss = self.quantizer(latents, generator)
         else:
             self._check_pair(codes, values)
-            shown = codes
-            if self.training and self.config.corruption:
+            noisy_codes = codes
+            if self.training and self.config.code_noise:
                 noise = uniform(codes.shape[:1], generator, codes.device)
-                corruption = noise * self.config.corruption
-                num_near = NUM_NEAR if self.config.corruption_kind == "near" else None
-                shown = self.quantizer.corrupt(codes, corruption, num_near, generator)
-            quantized = self.quantizer.lookup(shown)
-        size, count = (values.shape[-2], values.shape[-1]), values[0].numel()
+                code_noise = noise * self.config.code_noise  # (B,)
+                num_nearest = NUM_NEAREST if self.config.code_noise_kind == "near" else None
+                noisy_codes = self.quantizer.add_noise(codes, code_noise, num_nearest, generator)
+            quantized = self.quantizer.lookup(noisy_codes)
+
+        # The auxiliary decoder trains the encoder: its nats, and the error of its expected image.
+        size = (values.shape[-2], values.shape[-1])
+        count = values[0].numel()
         log_prob = expected = None
         loss = quantizer_loss + kl / count
         if self.auxiliary is not None and (latents is not None or self.decoder is None):
-            said = self.auxiliary(quantized, size)
-            log_prob = self.auxiliary.judge(said, values)
+            parameters = self.auxiliary(quantized, size)
+            log_prob = self.auxiliary.log_prob_of(parameters, values)
             loss = loss - log_prob / count
             if self.config.is_finest:
-                expected = self.auxiliary.expectation(said)
-                loss = loss + self.config.picture_weight * F.mse_loss(expected, finer)
-            elif paint is not None:
-                vectors = self.auxiliary.expectation(said, paint.codebook)
-                loss = loss + self.config.picture_weight * paint.error(vectors, finer)
+                expected = self.auxiliary.expectation(parameters)
+                error = F.mse_loss(expected, finer)
+                loss = loss + self.config.reconstruction_weight * error
+            elif preview_decoder is not None:
+                vectors = self.auxiliary.expectation(parameters, preview_decoder.codebook)
+                error = preview_decoder.error(vectors, finer)
+                loss = loss + self.config.reconstruction_weight * error
+
         if self.decoder is not None:
-            condition = self._condition(quantized, size, labels, corruption, expected)
+            condition = self._condition(quantized, size, labels, code_noise, expected)
             log_prob = self.decoder.log_prob(condition, values)
             loss = loss - log_prob / count
         assert isinstance(loss, Tensor)
@@ -177,7 +197,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     def encode(self, finer: Tensor, generator: Generators = None) -> Tensor:
         """z_i = argmax P_Ψ(z_i | z_{i+1}), int64 (B, H_i, W_i).
 
-        With a generator (or one for each example) z_i is drawn, where the encoder is stochastic.
+        With a generator (or one for each example) z_i is sampled, if the encoder is stochastic.
         """
         self.value_type.to_indices(finer)
         return self.quantizer.encode(self.encoder(finer), generator)
@@ -185,7 +205,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     @apply_forward_hook
     @torch.no_grad()
     def encoder_entropy(self, finer: Tensor) -> Tensor:
-        """H(P_Ψ(z_i | z_{i+1})) in nats, summed over the grid, (B,); 0 of a deterministic one."""
+        """H(P_Ψ(z_i | z_{i+1})) in nats, summed over the grid, (B,); 0 if deterministic."""
         self.value_type.to_indices(finer)
         return self.quantizer.entropy(self.encoder(finer))
 
@@ -196,7 +216,8 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         Raises:
             ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
         """
-        values, labels = self.value_type.to_indices(finer), self._labels(class_labels, len(finer))
+        values = self.value_type.to_indices(finer)
+        labels = self._labels(class_labels, len(finer))
         self._check_pair(codes, values)
         size = (values.shape[-2], values.shape[-1])
         condition = self._condition(self.quantizer.lookup(codes), size, labels)
@@ -204,6 +225,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
 
     @apply_forward_hook
     @torch.no_grad()
+    @renamed_argument("corruption", "code_noise")
     def sample(
         self,
         codes: Tensor,
@@ -213,45 +235,52 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        corruption: float = 0.0,
+        code_noise: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Draw z_{i+1} ~ P_Θ(z_{i+1} | z_i).
+        """Sample z_{i+1} ~ P_Θ(z_{i+1} | z_i).
 
         Args:
             codes: z_i, int64 (B, H_i, W_i).
             class_labels: of a class-conditional decoder.
-            guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
+            guidance_scale: s > 1 for classifier-free guidance, logits `null + s·(class − null)`
+                (Ho & Salimans 2022).
             generator: one for the batch, or one for each example; on any device.
             temperature: 0 takes the most probable value at each step.
             top_k, top_p: keep only the most probable values of each step.
-            corruption: the share of wrong codes that a decoder refitted with corruption is told
-                to expect, up to the config's; 0 is the model whose `log_prob` is stated.
-            finer_size: (H_{i+1}, W_{i+1}); `downsample` times the grid of codes where not given.
+            code_noise: the fraction of replaced codes that the decoder is conditioned on, in
+                [0, config.code_noise]; `log_prob` uses 0.
+            finer_size: (H_{i+1}, W_{i+1}); `None`: `downsample` times the grid of codes.
 
         Returns:
             pixels, float (B, C, H, W) in [−1, 1], or codes, int64 (B, H_{i+1}, W_{i+1}).
         """
-        draw = Sampler(
-            len(codes), generator, temperature=temperature, top_k=top_k, top_p=top_p,
+        sampler = Sampler(
+            len(codes),
+            generator,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             guidance_scale=guidance_scale,
-        )  # fmt: skip
+        )
         labels = self._labels(class_labels, len(codes))
         null = None if labels is None else torch.full_like(labels, self.config.num_classes)
         if labels is None or torch.equal(labels, null):
-            draw.guidance_scale = 1.0  # there is nothing to be guided by
-        shown = codes
-        if draw.is_guided:
-            labels, shown = torch.cat([labels, null]), torch.cat([codes, codes])
-        return self.walk(shown, draw.step, labels, corruption, finer_size)[: len(codes)]
+            sampler.guidance_scale = 1.0  # both terms of the guidance would be the same
+        inputs = codes
+        if sampler.is_guided:
+            labels = torch.cat([labels, null])
+            inputs = torch.cat([codes, codes])
+        return self.walk(inputs, sampler.step, labels, code_noise, finer_size)[: len(codes)]
 
     @apply_forward_hook
+    @renamed_argument("corruption", "code_noise")
     def walk(
         self,
         codes: Tensor,
         step_fn: StepFn,
         class_labels: Labels = None,
-        corruption: float = 0.0,
+        code_noise: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Run the autoregressive loop of P_Θ(z_{i+1} | z_i) and call `step_fn` at each step.
@@ -266,14 +295,14 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
                 has `log_prob(values)` and `logits`, (B, n, V), conditioned on z_i and all earlier
                 values. The step has the indices `group` and `channel`, and `positions`, int64 (n,),
                 row-major indices in the grid (H_{i+1}, W_{i+1}).
-            class_labels, corruption, finer_size: as in `sample`.
+            class_labels, code_noise, finer_size: as in `sample`.
 
         Returns:
             the values of all steps: pixels, float (B, C, H, W) in [−1, 1], or codes, int64
             (B, H_{i+1}, W_{i+1}).
 
         Raises:
-            ValueError: `codes` of the wrong shape, dtype or range, a `finer_size` or `corruption`
+            ValueError: `codes` of the wrong shape, dtype or range, a `finer_size` or `code_noise`
                 that does not fit, or values of another shape or dtype.
         """
         check_codes(codes, self.config.codebook_size)
@@ -282,12 +311,13 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             raise ValueError(
                 f"expected finer_size whose grid of codes is {tuple(codes.shape[1:])}, got {size}"
             )
-        limit = self.config.corruption
-        text = f"in [0, {limit}], what this level was trained with"
-        corruption = as_number("corruption", corruption, text, lambda x: 0 <= x <= limit)
-        labels, quantized = self._labels(class_labels, len(codes)), self.quantizer.lookup(codes)
-        strength = quantized.new_full((len(codes),), corruption) if corruption else None
-        condition = self._condition(quantized, size, labels, strength)
+        limit = self.config.code_noise
+        text = f"in [0, {limit}], the code_noise of its config"
+        code_noise = as_number("code_noise", code_noise, text, lambda x: 0 <= x <= limit)
+        labels = self._labels(class_labels, len(codes))
+        quantized = self.quantizer.lookup(codes)
+        noise_level = quantized.new_full((len(codes),), code_noise) if code_noise else None
+        condition = self._condition(quantized, size, labels, noise_level)
         values = self.conditional.walk(condition, size, step_fn)
         return self.value_type.from_indices(values)
 
@@ -295,24 +325,24 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     def expectation(
         self, vectors: Tensor, finer_size: tuple[int, int], finer_codebook: Tensor | None = None
     ) -> Tensor:
-        """What the auxiliary decoder expects of z_{i+1}, given code vectors (B, D, H_i, W_i) or
-        means of some, with a gradient: a picture, float (B, C, H, W) in [−1, 1], or means of
-        symbols' vectors in the finer level's codebook (V, D'), (B, D', H_{i+1}, W_{i+1})."""
+        """The auxiliary decoder's expectation of z_{i+1}, with a gradient, from code vectors, or
+        means of code vectors, (B, D, H_i, W_i): an image, float (B, C, H, W) in [−1, 1], or the
+        mean vectors in the finer level's codebook (V, D'), (B, D', H_{i+1}, W_{i+1})."""
         auxiliary = self._require_auxiliary()
         return auxiliary.expectation(auxiliary(vectors.to(self.dtype), finer_size), finer_codebook)
 
     @apply_forward_hook
     @torch.no_grad()
     def expect(self, codes: Tensor, finer_size: tuple[int, int] | None = None) -> Tensor:
-        """What the auxiliary decoder expects of z_{i+1}: a picture, float (B, C, H, W) in [−1, 1],
-        or the probabilities of symbols, (B, V, H_{i+1}, W_{i+1}).
+        """The auxiliary decoder's expectation of z_{i+1}: an image, float (B, C, H, W) in [−1, 1],
+        or the probabilities of codes, (B, V, H_{i+1}, W_{i+1}).
 
         Args:
             codes: z_i, int64 (B, H_i, W_i); or probabilities of codes, float (B, K, H_i, W_i).
             finer_size: as in `sample`.
 
         Raises:
-            ValueError: a level without an auxiliary decoder, or `codes` that are none.
+            ValueError: a level without an auxiliary decoder, or invalid `codes`.
         """
         size = self._finer_size(finer_size, codes)
         if codes.is_floating_point():
@@ -328,16 +358,16 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         return self.auxiliary
 
     def check_causal(self):
-        """Raise a `ValueError` unless what the decoder says step by step is what `log_prob` says:
-        a raster decoder's backbone may see codes that follow."""
+        """Raise a `ValueError` unless stepwise and teacher-forced log-probabilities agree: the
+        backbone of a causal-LM decoder may attend to later codes."""
         self.conditional.check_causal()
 
     def after_step(self, output, gather: Callable[[Tensor], Tensor]):
-        """What follows an optimization step with a `ProgressiveVAELevelOutput`: the codebook of
-        `"vq"` moves, the temperature of `"gumbel"` anneals.
+        """Update the quantizer after an optimization step with a `ProgressiveVAELevelOutput`: the
+        codebook of `"vq"`, the temperature of `"gumbel"`.
 
-        Loops that do not call it get the same from the next forward pass in training mode, with
-        the latents of their own process.
+        If a training loop does not call it, the next forward pass in training mode does, with the
+        latents of its own process.
 
         Args:
             gather: concatenates a tensor over processes along dimension 0.
@@ -348,13 +378,13 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     def with_decoder(self, from_scratch: bool = False, **changes) -> "ProgressiveVAELevel":
         """A level with the same encoder and codebook, frozen, and a decoder to be refitted.
 
-        Encoder autonomy: under strong enough conditionals any encoder will do, so a decoder can
-        be replaced at any time, on the latent structure that the encoder defines.
+        Encoder autonomy: with expressive conditionals any encoder is good enough, so a decoder can
+        be replaced at any time, on the codes that the encoder defines.
 
         Args:
-            from_scratch: draw new weights. Otherwise the new decoder starts from those of the old
-                one, if `changes` leave its width, logits, order and groups alone; it may have more
-                residual blocks, which start as the identity (not with `"raster"`).
+            from_scratch: initialize new weights. Otherwise the new decoder starts from the weights
+                of the old one, if `changes` are among `GROWABLE_FIELDS`; it may have more residual
+                blocks, which start as the identity (not with `"causal_lm"`).
             changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
         level = ProgressiveVAELevel(self.config.with_decoder(**changes))
@@ -367,14 +397,18 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         if old is None or new is None or from_scratch:
             return level
         if _can_grow(self.config, level.config):
-            ours, theirs = new.state_dict(), old.state_dict()
-            # More blocks, and the embeddings of classes and corruption, start at zero.
-            kept = {n: w for n, w in theirs.items() if n in ours and ours[n].shape == w.shape}
-            new.load_state_dict(kept, strict=False)
+            shapes = {name: weight.shape for name, weight in new.state_dict().items()}
+            # More blocks, and the embeddings of classes and code noise, start at zero.
+            weights = {
+                name: weight
+                for name, weight in old.state_dict().items()
+                if shapes.get(name) == weight.shape
+            }
+            new.load_state_dict(weights, strict=False)
         return level
 
     def _labels(self, class_labels: Labels, batch_size: int) -> Tensor | None:
-        """Ids (B,) for the decoder; `None` where it is not class-conditional."""
+        """Ids (B,) for the decoder; `None` if it is not class-conditional."""
         labels = label_ids(class_labels, self.config, batch_size)
         return labels.to(self.device) if self.config.num_classes else None
 
@@ -383,23 +417,26 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         quantized: Tensor,
         size: tuple[int, int],
         labels: Tensor | None,
-        corruption: Tensor | None = None,
+        code_noise: Tensor | None = None,
         expected: Tensor | None = None,
     ) -> Condition:
-        """What the decoder is given of a finer grid of `size` (H, W), of which the auxiliary
-        decoder's picture may be known already."""
-        picture = None
+        """The decoder's input for a finer grid of `size` (H, W).
+
+        Args:
+            expected: the image of the auxiliary decoder, if it was computed before.
+        """
+        image = None
         if self.config.is_guided:
             if expected is None:
                 with torch.no_grad():
                     expected = self._require_auxiliary().expect(quantized, size)
-            picture = signed_to_255(expected.detach())  # its decoder learns for itself
+            image = signed_to_255(expected.detach())  # the auxiliary decoder has its own loss
         if self.decoder is not None:
-            quantized = self.quantizer.standardized(quantized)
-        return Condition(quantized, labels, corruption, picture)
+            quantized = self.quantizer.normalize(quantized)
+        return Condition(quantized, labels, code_noise, image)
 
     def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
-        """(H_{i+1}, W_{i+1}); `downsample` times the grid of codes where it is `None`."""
+        """(H_{i+1}, W_{i+1}); `None`: `downsample` times the grid of codes."""
         if size is None:
             size = [n * self.config.downsample for n in codes.shape[-2:]]
         if not isinstance(size, (list, tuple, np.ndarray, Tensor)) or len(size) != 2:

@@ -1,5 +1,5 @@
-"""Tokenizers that others have trained, as the finest level's encoder, codebook and auxiliary
-decoder: networks of diffusers and transformers, held as they are and frozen.
+"""Pretrained image tokenizers as the finest level's encoder, codebook and auxiliary decoder:
+networks of diffusers and transformers, unchanged and frozen.
 """
 
 import math
@@ -18,17 +18,19 @@ from ..configuration.tokenizer import Tokenizer, read_tokenizer
 from .auxiliary_decoder import Auxiliary
 from .dalle_dvae import dalle_decoder, dalle_encoder, from_logits, to_unit
 from .layers import ZeroConv2d
-from .quantizers import Quantizer, QuantizerOutput
+from .quantizer_base import Quantizer, QuantizerOutput
 from .sampling import Generators
 
-PIXELS_AT_A_TIME = 2**19  # of batches that networks of full resolution see
+PIXELS_AT_A_TIME = 2**19  # of a batch in a network of full resolution
 DISTANCES_AT_A_TIME = 2**24  # between latents and code vectors
 SCALES_WIDTH = 64
 
 
 class _Frozen(nn.Module):
-    """Never in training mode, and without gradients of its own: whoever makes or loads a model says
-    `eval()` or `train()` to it in the end."""
+    """Always in evaluation mode, with parameters that require no gradient.
+
+    `train()` sets that: `eval()` and `train()` are called after a model is made or loaded.
+    """
 
     def train(self, mode: bool = True):
         self.requires_grad_(False)
@@ -38,10 +40,10 @@ class _Frozen(nn.Module):
 class TokenizerEncoder(_Frozen):
     """Pixels (B, C, H, W) in [−1, 1] -> latents (B, D, H_i, W_i).
 
-    Images that are no whole number of codes are continued by their edges.
+    Images are padded to a multiple of `downsample` by replicating their edges.
 
     Args:
-        see: from pixels in [−1, 1] to those that the network was trained on.
+        see: from pixels in [−1, 1] to the input range of the network.
     """
 
     def __init__(self, see: Callable[[Tensor], Tensor], downsample: int, **parts: nn.Module):
@@ -67,16 +69,16 @@ class TokenizerEncoder(_Frozen):
 
 
 class TokenizerQuantizer(Quantizer, _Frozen):
-    """The codes are those that the library's own code finds: the nearest, to its rounding."""
+    """Codes by the library's own code, with its rounding."""
 
     def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
         codes = self.encode(latents)
         return QuantizerOutput(codes, self.lookup(codes).to(latents.dtype))
 
     def init_weights(self):
-        """They are the library's, or loaded."""
+        """The weights are the library's, or loaded."""
 
-    def standardized(self, quantized: Tensor) -> Tensor:
+    def normalize(self, quantized: Tensor) -> Tensor:
         return quantized / self.codebook.float().square().mean().sqrt().clamp(min=1e-6)
 
     @torch.no_grad()
@@ -91,7 +93,7 @@ class TokenizerQuantizer(Quantizer, _Frozen):
 
 
 class NearestCodeQuantizer(TokenizerQuantizer):
-    """Of `VQModel`, and of `JanusVQVAE`, which decodes vectors of length 1."""
+    """The quantizer of `VQModel`, and of `JanusVQVAE`, which decodes vectors of length 1."""
 
     def __init__(self, quantize: nn.Module, is_normalized: bool):
         super().__init__()
@@ -104,15 +106,16 @@ class NearestCodeQuantizer(TokenizerQuantizer):
         return F.normalize(weight, dim=-1) if self.is_normalized else weight
 
     def _codes(self, latents: Tensor) -> Tensor:
-        # As all distances, in fp32; diffusers has the codes last in a tuple of its own.
+        # Distances are in fp32; diffusers returns the codes last in a nested tuple.
         weights = {"embedding.weight": self.quantize.embedding.weight.float()}
-        found = functional_call(self.quantize, weights, latents.float())[-1]
-        found = found[-1] if isinstance(found, tuple) else found
-        return found.view(len(latents), *latents.shape[-2:])
+        output = functional_call(self.quantize, weights, latents.float())[-1]
+        codes = output[-1] if isinstance(output, tuple) else output
+        return codes.view(len(latents), *latents.shape[-2:])
 
 
 class ArgmaxQuantizer(TokenizerQuantizer):
-    """Of the discrete VAE: latents are logits of codes, whose vectors its decoder begins with."""
+    """The quantizer of the discrete VAE: latents are logits of codes; the decoder's first
+    convolution is the codebook."""
 
     def __init__(self, input: nn.Conv2d):
         super().__init__()
@@ -128,13 +131,13 @@ class ArgmaxQuantizer(TokenizerQuantizer):
 
 
 class TokenizerDecoder(Auxiliary):
-    """Logistics around the tokenizer's picture.
+    """Logistics around the tokenizer's image.
 
-    Their scales are said by a small network of ours that looks at the picture, starts wide, and is
-    all that can be learned here.
+    Their scales are the output of a small network with the image as input. It starts with wide
+    scales, and is the only trainable part.
 
     Args:
-        show: from what the network says to pixels in [−1, 1].
+        show: from the output of the network to pixels in [−1, 1].
     """
 
     def __init__(
@@ -168,9 +171,9 @@ class TokenizerDecoder(Auxiliary):
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
         full = quantized[0, 0].numel() * self.config.downsample**2
         parts = quantized.split(max(1, PIXELS_AT_A_TIME // full))
-        picture = torch.cat([self.show(self._decode(part)) for part in parts])
-        said = torch.cat([picture, self.scales(picture.detach())], 1)
-        return said[..., : size[0], : size[1]].float()
+        image = torch.cat([self.show(self._decode(part)) for part in parts])
+        parameters = torch.cat([image, self.scales(image.detach())], 1)
+        return parameters[..., : size[0], : size[1]].float()
 
     def _decode(self, quantized: Tensor) -> Tensor:
         x = quantized = quantized.to(next(self.decoder.parameters()).dtype)

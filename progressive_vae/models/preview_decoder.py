@@ -1,4 +1,4 @@
-"""What the auxiliary decoders of finer levels make of code vectors: pictures."""
+"""From codes of one level to an image, through the auxiliary decoders of the finer levels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PreviewDecoder:
-    """From vectors of z_i, (B, D, H_i, W_i), to the picture, float (B, C, H, W) in [−1, 1], that
-    auxiliary decoders make of them, with a gradient.
+    """From code vectors of z_i, (B, D, H_i, W_i), to the image that the auxiliary decoders expect,
+    float (B, C, H, W) in [−1, 1], with a gradient.
 
-    From level to level goes the vector that is expected at each position: probabilities of all
-    symbols would not fit into memory where these are many.
+    Each level passes on the mean code vector at each position: the probabilities of all codes of a
+    large codebook do not fit into memory.
 
     Args:
         levels: `ProgressiveVAELevel`s, [level_i … level_N].
-        sizes: (H, W) of the grids that they expect, the image's last.
+        sizes: (H, W) of their finer grids, the image last.
     """
 
     levels: Sequence[Any]
@@ -27,7 +27,7 @@ class PreviewDecoder:
 
     @property
     def codebook(self) -> Tensor:
-        """Of z_i, (K, D)."""
+        """The codebook of z_i, (K, D)."""
         return self.levels[0].quantizer.codebook
 
     def __call__(self, vectors: Tensor) -> Tensor:
@@ -38,11 +38,11 @@ class PreviewDecoder:
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """The same of z_i, int64 (B, H_i, W_i)."""
-        codebook = self.codebook  # of a level that may wait on another device
+        """The image of codes z_i, int64 (B, H_i, W_i)."""
+        codebook = self.codebook  # the level may be offloaded to another device
         vectors = F.embedding(codes.to(codebook.device), codebook).movedim(-1, 1)
         return self(vectors.to(codes.device))
 
     def error(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        """The mean squared one of the picture of vectors that are expected of codes, a scalar."""
+        """The mean squared error between the images of vectors and of codes, a scalar."""
         return F.mse_loss(self(vectors), self.decode_codes(codes))

@@ -26,7 +26,7 @@ class ProgressiveVAEPriorOutput(ModelOutput):
         loss: scalar, −log P_Φ(z_1) in nats per code; minimize it.
         log_prob: log P_Φ(z_1) in nats, summed over the grid, (B,).
         logits: of every code given the codes before it, (B, L_1, K_1).
-        hidden_states, attentions: the backbone's, where asked for.
+        hidden_states, attentions: the backbone's, if requested.
     """
 
     loss: Tensor | None = None
@@ -50,7 +50,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     base_model_prefix = "backbone"  # the attribute, so that its input embeddings are found
     main_input_name = "codes"
     supports_gradient_checkpointing = True
-    # Attention is the backbone's, which has its own say.
+    # Attention is in the backbone, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
 
@@ -60,7 +60,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        # The backbone has initialized itself; modules of its kinds are all there are.
+        # All modules belong to the backbone.
         self.backbone._init_weights(module)
 
     def forward(
@@ -75,7 +75,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
 
         In training mode each label is replaced by the null class with probability `class_dropout`,
-        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`; `generator` draws which.
+        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`; `generator` samples which.
 
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
@@ -83,16 +83,22 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
         if self.training:
             labels = drop_labels(labels, self.config, generator)
-        asked = {
-            "output_hidden_states": output_hidden_states,
-            "output_attentions": output_attentions,
-        }
-        asked = {k: getattr(self.config, k) if v is None else v for k, v in asked.items()}
-        log_prob, found = self._teacher_forced(codes, labels, **asked)
-        loss = -log_prob.mean() / self.config.sequence_length
-        logits = self._distribution(found).logits
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        log_prob, backbone_output = self._teacher_forced(
+            codes,
+            labels,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+        )
         output = ProgressiveVAEPriorOutput(
-            loss, log_prob, logits, found.get("hidden_states"), found.get("attentions")
+            loss=-log_prob.mean() / self.config.sequence_length,
+            log_prob=log_prob,
+            logits=self._distribution(backbone_output).logits,
+            hidden_states=backbone_output.get("hidden_states"),
+            attentions=backbone_output.get("attentions"),
         )
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -104,11 +110,11 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         return self._teacher_forced(codes, labels)[0]
 
     def _teacher_forced(
-        self, codes: Tensor, labels: Tensor, **asked: bool | None
+        self, codes: Tensor, labels: Tensor, **options: bool | None
     ) -> tuple[Tensor, ModelOutput]:
-        """Nats (B,), and the output of the backbone that gives them."""
+        """Log-probabilities in nats, (B,), and the output of the backbone."""
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
-        return self._teacher_forced_log_prob(self._prompt(labels), codes.flatten(1), **asked)
+        return self._teacher_forced_log_prob(self._prompt(labels), codes.flatten(1), **options)
 
     @apply_forward_hook
     @torch.no_grad()
@@ -122,14 +128,15 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """Draw z_1, int64 (B, H_1, W_1), code by code with the backbone's key-value cache.
+        """Sample z_1, int64 (B, H_1, W_1), code by code with the backbone's key-value cache.
 
         Args:
-            guidance_scale: s > 1 draws from logits `null + s·(class − null)` (Ho & Salimans 2022).
+            guidance_scale: s > 1 for classifier-free guidance, logits `null + s·(class − null)`
+                (Ho & Salimans 2022).
             generator, temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
         """
         batch_size = as_integer("batch_size", batch_size, 1)
-        draw = Sampler(
+        sampler = Sampler(
             batch_size,
             generator,
             temperature=temperature,
@@ -140,9 +147,12 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         labels = label_ids(class_labels, self.config, batch_size).to(self.device)
         null = torch.full_like(labels, self.config.num_classes)
         if torch.equal(labels, null):
-            draw.guidance_scale = 1.0  # there is nothing to be guided by
-        asked = torch.cat([labels, null]) if draw.is_guided else labels
-        return self.walk(len(asked), draw.step, known_labels(asked, self.config))[:batch_size]
+            sampler.guidance_scale = 1.0  # both terms of the guidance would be the same
+        if sampler.is_guided:
+            labels = torch.cat([labels, null])
+        labels = known_labels(labels, self.config)
+        rows = 2 * batch_size if sampler.is_guided else batch_size
+        return self.walk(rows, sampler.step, labels)[:batch_size]
 
     @apply_forward_hook
     def walk(self, batch_size: int, step_fn: StepFn, class_labels: Labels = None) -> Tensor:
@@ -160,8 +170,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
             the codes, int64 (B, H_1, W_1).
 
         Raises:
-            ValueError: a batch size below 1, labels that are none, or codes of another shape or
-                dtype.
+            ValueError: a batch size below 1, invalid labels, or codes of another shape or dtype.
         """
         batch_size = as_integer("batch_size", batch_size, 1)
         labels = label_ids(class_labels, self.config, batch_size).to(self.device)
@@ -169,8 +178,8 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         return codes.unflatten(1, tuple(self.config.grid_size))
 
     def check_causal(self):
-        """Raise a `ValueError` unless the backbone says of a code, step by step with its cache,
-        what it says in one pass over all codes: only then can its bits be believed."""
+        """Raise a `ValueError` unless stepwise log-probabilities, with the cache, agree with those
+        of one pass over all codes: else `log_prob` is not a likelihood."""
         length = min(self.config.sequence_length, NUM_CHECKED_TOKENS)
         noise = torch.Generator().manual_seed(0)
         shape = (2, length)

@@ -1,141 +1,26 @@
-"""From latents to codes, with a gradient: vector, finite scalar and Gumbel quantizers.
+"""The kinds of quantizers: vector, finite scalar and Gumbel; `QUANTIZERS` names them."""
 
-A quantizer knows nothing of processes but a function that gathers tensors over them.
-"""
-
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from ..configuration.choices import fsq_levels
 from ..configuration.level import ProgressiveVAELevelConfig
+from ..configuration.quantizers import QUANTIZER_RULES
+from .quantizer_base import Quantizer, QuantizerOutput
 from .sampling import Generators, Sampler, uniform
 
 
-class QuantizerOutput(NamedTuple):
-    codes: Tensor  # int64 (B, H, W)
-    quantized: Tensor  # (B, D, H, W), with the quantizer's gradient
-    kl: Tensor | float = 0.0  # KL(P_Ψ ‖ U) in nats, (B,); the constant L log K is left out
-    loss: Tensor | float = 0.0  # scalar, weighted: what else is to be minimized
-
-
-class Quantizer(nn.Module):
-    """What the kinds share. Each has a `codebook` (K, D), keeps what its training needs, and has
-
-    - `assign(latents, generator=None)` -> `QuantizerOutput`, for latents (B, D, H, W), with the
-      noise, if there is any, of the generators;
-    - `encode(latents, generator=None)` -> argmax_k P_Ψ(k | latent), or with a generator a draw:
-      int64 (B, H, W);
-    - `init_weights()`: sets its own tensors to their start, but leaves loaded ones alone.
-    """
-
-    TRAINING_STATE: tuple[str, ...] = ()  # names of tensors that do not decide the codes
-    codebook: Tensor
-
-    def __init__(self):
-        super().__init__()
-        self.is_initialized = False
-        self.pending: tuple[Tensor, Tensor] | None = None
-        self.register_state_dict_pre_hook(_finish_step)
-
-    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
-        """As `assign`. Where the encoder is trained, the quantizer is, too.
-
-        A training loop that does not call `after_step` gets it from the next forward pass, with
-        the latents of its own process, so that any loop trains the codebook.
-        """
-        # Latents of a frozen encoder have no gradient: its codebook must not move.
-        is_trained = self.training and latents.requires_grad
-        if is_trained:
-            self.finish_step()
-            self.start(latents)
-        output = self.assign(latents, generator)
-        if is_trained:
-            self.pending = (latents.detach(), output.codes)
-        return output
-
-    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
-        raise NotImplementedError
-
-    def start(self, latents: Tensor):
-        """Initialize from the first latents (B, D, H, W) that are trained on, where that helps."""
-
-    def finish_step(self):
-        """`after_step` for the last training forward pass, if it was not called."""
-        if self.pending is not None:
-            self.after_step(*self.pending, gather=lambda tensor: tensor)
-
-    def after_step(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        """What follows an optimization step; `gather` concatenates tensors of all processes."""
-        self.pending = None
-        self.update_from(latents, codes, gather)
-
-    def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        """The update of `after_step`."""
-
-    def _apply(self, fn: Callable, recurse: bool = True):
-        self.pending = None  # it would stay on the device that the module leaves
-        return super()._apply(fn, recurse)
-
-    def init_weights(self):
-        raise NotImplementedError
-
-    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
-        raise NotImplementedError
-
-    def entropy(self, latents: Tensor) -> Tensor:
-        """H(P_Ψ) in nats, summed over the grid, (B,): 0 where the encoder is deterministic."""
-        return latents.new_zeros(len(latents), dtype=torch.float32)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """int64 (B, H, W) -> codebook[codes] (B, D, H, W)."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
-
-    def standardized(self, quantized: Tensor) -> Tensor:
-        """Code vectors as strong decoders see them: of a length that suits networks."""
-        return quantized
-
-    def corrupt(
-        self,
-        codes: Tensor,
-        probability: Tensor,
-        num_near: int | None,
-        generator: Generators = None,
-    ) -> Tensor:
-        """Replace each code with a probability, (B,), by another one.
-
-        Args:
-            num_near: draw it from so many nearest ones in the codebook; `None`: from all others.
-        """
-        size = len(self.codebook)
-        if size == 1:
-            return codes
-        if num_near is None:
-            others = (codes + 1 + _integers(codes, size - 1, generator)) % size
-        else:
-            distances = torch.cdist(self.codebook.float(), self.codebook.float())
-            distances.fill_diagonal_(float("inf"))
-            near = distances.topk(min(num_near, size - 1), largest=False).indices  # (K, n)
-            others = near[codes, _integers(codes, near.shape[1], generator)]
-        replaced = uniform(codes.shape, generator, codes.device) < probability[:, None, None]
-        return torch.where(replaced, others, codes)
-
-    def initialize(self, vectors: Tensor, generator: torch.Generator, weight: float | None = None):
-        """Start from latents (n, D) of the data, where that helps; running statistics weigh as much
-        as `weight` latents, or as all."""
-
-
 class VectorQuantizer(Quantizer):
-    """K code vectors of length D, moved towards the latents that choose them.
+    """K code vectors of length D, each a running mean of the latents assigned to it.
 
-    The codebook is a running k-means of the encoder's outputs (van den Oord et al. 2017, appendix
-    A.1). Buffers: `codebook` (K, D), and its running statistics `ema_counts` (K,) and `ema_sums`
-    (K, D).
+    The codebook is a running k-means of the encoder's outputs (VQ-VAE with EMA, van den Oord et
+    al. 2017, appendix A.1). Buffers: `codebook` (K, D), and its running statistics `ema_counts`
+    (K,) and `ema_sums` (K, D).
 
     Args:
         commitment_weight: β of the loss β·|latent − code|², averaged.
@@ -143,13 +28,31 @@ class VectorQuantizer(Quantizer):
         restart_threshold: a code used less than this fraction of the mean use is restarted.
     """
 
+    supports_dither = True
     TRAINING_STATE = ("ema_counts", "ema_sums")
+
+    @classmethod
+    def from_config(cls, config: ProgressiveVAELevelConfig) -> "VectorQuantizer":
+        assert config.codebook_dim is not None  # the config sets it
+        return cls(
+            config.codebook_size,
+            config.codebook_dim,
+            config.commitment_weight,
+            config.codebook_decay,
+            config.restart_threshold,
+        )
+
+    @classmethod
+    def validate(cls, config: ProgressiveVAELevelConfig):
+        if not config.codebook_decay < 1:
+            raise ValueError(f"expected codebook_decay < 1, got {config.codebook_decay}")
 
     def __init__(
         self, size: int, dim: int, commitment_weight: float, decay: float, restart_threshold: float
     ):
         super().__init__()
-        self.commitment_weight, self.decay = commitment_weight, decay
+        self.commitment_weight = commitment_weight
+        self.decay = decay
         self.restart_threshold = restart_threshold
         self.ema_counts: Tensor
         self.ema_sums: Tensor
@@ -165,7 +68,7 @@ class VectorQuantizer(Quantizer):
         """k-means on the latents (B, D, H, W), unless the codebook was initialized or loaded."""
         if self.is_initialized:
             return
-        self.is_initialized = True  # looked up once, as the host waits for the device here
+        self.is_initialized = True  # checked once: the host waits for the device here
         if not self.codebook.any():
             vectors = latents.detach().movedim(1, -1).flatten(0, -2)
             self.initialize(vectors, torch.Generator().manual_seed(0))
@@ -209,9 +112,9 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def restart(self, dead: Tensor, candidates: Tensor):
-        """Put each dead code on a candidate (≥ 1, D), its statistics on one mean-used code.
+        """Move each dead code to a candidate (≥ 1, D), with the mean count of the other codes.
 
-        Without resetting the statistics the next update would undo the move.
+        Unless the statistics are reset, the next update undoes the move.
         """
         if dead.any():
             rows = torch.arange(int(dead.sum()), device=candidates.device) % len(candidates)
@@ -229,7 +132,8 @@ class VectorQuantizer(Quantizer):
         num_iterations: int = 10,
     ):
         """k-means on vectors (n, D): the update with decay 0, empty clusters restarted."""
-        self.is_initialized, vectors = True, vectors.float()
+        self.is_initialized = True
+        vectors = vectors.float()
         order = torch.randperm(len(vectors), generator=generator, device=generator.device).to(
             vectors.device
         )
@@ -247,27 +151,44 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        """Move the codebook by the latents of all processes, and restart its dead codes."""
+        """Update the codebook from the latents of all processes, and restart its dead codes."""
         counts, sums = self.statistics(latents, codes)
         self.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
         dead = self.dead()  # the same on every process
         if dead.any():
             vectors = gather(latents.detach().movedim(1, -1).flatten(0, -2).float())
-            # Spread over the whole batch, starting at a place that every process agrees on.
+            # Candidates are spread over the batch; all processes compute the same start.
             step = max(1, len(vectors) // int(dead.sum()))
             start = int(dead.nonzero()[0]) % step
             self.restart(dead, vectors[start::step])
 
 
 class FiniteScalarQuantizer(Quantizer):
-    """Each of the D latents is squashed and rounded to one of a few values (Mentzer et al. 2023).
+    """FSQ: each of the D latents is squashed and rounded to a few values (Mentzer et al. 2023).
 
-    There is nothing to learn or to collapse: the codebook is the product grid in [−1, 1]^D. Here
-    all values of a scalar have intervals of one length in sigmoid(latent).
+    The codebook is fixed, the product grid in [−1, 1]^D, and cannot collapse. All values of a
+    scalar have intervals of one length in sigmoid(latent).
 
     Args:
         levels: the number of values of each scalar; K is their product.
     """
+
+    @classmethod
+    def from_config(cls, config: ProgressiveVAELevelConfig) -> "FiniteScalarQuantizer":
+        return cls(fsq_levels(config.codebook_size))
+
+    @classmethod
+    def default_codebook_dim(cls, config: ProgressiveVAELevelConfig) -> int:
+        return len(fsq_levels(config.codebook_size))
+
+    @classmethod
+    def validate(cls, config: ProgressiveVAELevelConfig):
+        levels = fsq_levels(config.codebook_size)
+        if config.codebook_dim != len(levels):
+            raise ValueError(
+                f"expected codebook_dim={len(levels)}, the number of scalars {levels} of "
+                f"quantizer='fsq', got {config.codebook_dim}"
+            )
 
     def __init__(self, levels: list[int]):
         super().__init__()
@@ -280,7 +201,7 @@ class FiniteScalarQuantizer(Quantizer):
             for n in self.levels
         ]
         grid = torch.cartesian_prod(*axes).view(-1, len(axes))
-        return grid.to(torch.get_default_dtype())  # as the weights of other modules
+        return grid.to(torch.get_default_dtype())  # the dtype of the weights of other modules
 
     def init_weights(self):
         init.copy_(self.codebook, self.product_grid())
@@ -301,15 +222,37 @@ class FiniteScalarQuantizer(Quantizer):
 class GumbelQuantizer(Quantizer):
     """A categorical `P_Ψ(k | latent) = softmax(logits)`, learned through the Gumbel-softmax.
 
-    The forward pass sees a true draw, the gradient that of its relaxation at `temperature`, which
-    anneals (Jang et al. 2017). Its KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) is in nats.
+    The forward pass uses a sample, the gradient its relaxation at `temperature`, which anneals
+    (Jang et al. 2017, straight-through). Its KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) is in nats.
 
     Args:
         temperatures: at the start and at the end.
-        decay: by how much the temperature is multiplied after each step.
+        decay: factor of the temperature after each step.
     """
 
+    is_stochastic = True
     TRAINING_STATE = ("temperature",)
+
+    @classmethod
+    def from_config(cls, config: ProgressiveVAELevelConfig) -> "GumbelQuantizer":
+        assert config.codebook_dim is not None  # the config sets it
+        return cls(
+            config.codebook_size,
+            config.codebook_dim,
+            config.gumbel_temperature,
+            config.gumbel_temperature_decay,
+        )
+
+    @classmethod
+    def validate(cls, config: ProgressiveVAELevelConfig):
+        temperature = config.gumbel_temperature
+        if len(temperature) != 2 or not temperature[0] >= temperature[1] > 0:
+            raise ValueError(
+                f"expected gumbel_temperature [start, end] with start >= end > 0, got {temperature}"
+            )
+        decay = config.gumbel_temperature_decay
+        if not 0 < decay <= 1:
+            raise ValueError(f"expected gumbel_temperature_decay in (0, 1], got {decay}")
 
     def __init__(self, size: int, dim: int, temperatures: Sequence[float], decay: float):
         super().__init__()
@@ -345,22 +288,13 @@ class GumbelQuantizer(Quantizer):
     def log_probs(self, latents: Tensor) -> Tensor:
         """log P_Ψ(k | latent), fp32 (B, H, W, K)."""
         with torch.autocast(latents.device.type, enabled=False):
-            vectors, weight = latents.movedim(1, -1).float(), self.logits.weight.float()
-            return F.linear(vectors, weight, self.logits.bias.float()).log_softmax(-1)
+            vectors = latents.movedim(1, -1).float()  # (B, H, W, D)
+            logits = F.linear(vectors, self.logits.weight.float(), self.logits.bias.float())
+            return logits.log_softmax(-1)
 
     @torch.no_grad()
     def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
         self.temperature.mul_(self.decay).clamp_(min=self.final_temperature)
-
-
-def _finish_step(quantizer: Quantizer, prefix: str, keep_vars: bool):
-    """Before a state dict is taken: what is saved includes the last step."""
-    quantizer.finish_step()
-
-
-def _integers(codes: Tensor, count: int, generator: Generators) -> Tensor:
-    """0 … count − 1, uniform, of the shape of `codes`."""
-    return (uniform(codes.shape, generator, codes.device) * count).long()
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
@@ -368,13 +302,38 @@ def _entropy(log_probs: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum((1, 2, 3))
 
 
-def make_quantizer(config: ProgressiveVAELevelConfig) -> Quantizer:
-    size, dim = config.codebook_size, config.codebook_dim
-    assert dim is not None  # the config sees to it
-    if config.quantizer == "fsq":
-        return FiniteScalarQuantizer(fsq_levels(size))
-    if config.quantizer == "gumbel":
-        return GumbelQuantizer(size, dim, config.gumbel_temperature, config.gumbel_decay)
-    return VectorQuantizer(
-        size, dim, config.commitment_weight, config.codebook_decay, config.restart_threshold
+def fsq_levels(codebook_size: int) -> list[int]:
+    """K as a product of the fewest numbers up to 8, as equal as possible: 64 -> [8, 8].
+
+    Each is the number of values of one dimension of a finite scalar quantizer.
+
+    Raises:
+        ValueError: K has a prime factor above 7.
+    """
+    rest = codebook_size
+    for prime in (2, 3, 5, 7):
+        while rest > 1 and rest % prime == 0:
+            rest //= prime
+    for length in range(1, 1 + codebook_size.bit_length()) if rest == 1 else ():
+        choices = itertools.combinations_with_replacement(range(1, 9), length)
+        products = [c for c in choices if math.prod(c) == codebook_size]
+        if products:
+            return list(max(products))
+    raise ValueError(
+        f"expected codebook_size to be a product of numbers up to 8 for quantizer='fsq', "
+        f"got {codebook_size}"
     )
+
+
+# A new quantizer is a class in a file of its own and a line here. The names are hashed into
+# fingerprints: do not rename them.
+QUANTIZERS: dict[str, type[Quantizer]] = {
+    "vq": VectorQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "gumbel": GumbelQuantizer,
+}
+QUANTIZER_RULES.update(QUANTIZERS)
+
+
+def make_quantizer(config: ProgressiveVAELevelConfig) -> Quantizer:
+    return QUANTIZERS[config.quantizer].from_config(config)

@@ -71,7 +71,7 @@ def _level_phase(recipe: Recipe, index: int, config: ProgressiveVAELevelConfig) 
     if level.encoder_fit is None:
         return LevelPhase(index=index, config=config, settings=level.fit)
     # The auxiliary decoder has no classes; the phase of the decoder adds them.
-    config = config.with_decoder(decoder_order="auxiliary", num_classes=0, id2label=None)
+    config = config.with_decoder(decoder_type="auxiliary", num_classes=0, id2label=None)
     return LevelPhase(index=index, config=config, is_encoder=True, settings=level.encoder_fit)
 
 
@@ -80,7 +80,7 @@ def _scale_phases(
 ) -> list[RefitPhase]:
     """Return a short fit of a pretrained tokenizer's pixel distributions, if nothing refits it."""
     level = recipe.levels[index - 1]
-    is_tokenizer = config.tokenizer_config is not None and config.decoder_order == "auxiliary"
+    is_tokenizer = config.tokenizer_config is not None and config.decoder_type == "auxiliary"
     if not is_tokenizer or level.refit is not None:
         return []
     settings: FitSettings = replace(

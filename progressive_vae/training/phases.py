@@ -211,7 +211,7 @@ class LevelPhase(Phase):
             run.drop_record(name)
         options = {}
         if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
-            options["paint"] = _preview_decoder(run, finer_levels)
+            options["preview_decoder"] = _preview_decoder(run, finer_levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
             finer = as_finer(batch["grid"], level)

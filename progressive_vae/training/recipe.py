@@ -1,7 +1,7 @@
 """A recipe: all settings of a training run, with the names of configs and settings classes.
 
-    level_1: {codebook_size: 64, decoder_order: raster, fit: {max_train_steps: 7000}}
-    level_2: {codebook_size: 64, downsample: 4, refit: {corruption: 0.1, fit: {time_share: 0.5}}}
+    level_1: {codebook_size: 64, decoder_type: causal_lm, fit: {max_train_steps: 7000}}
+    level_2: {codebook_size: 64, downsample: 4, refit: {code_noise: 0.1, fit: {time_share: 0.5}}}
     prior: {backbone_config: {model_type: llama, hidden_size: 96}, fit: {max_train_steps: 4000}}
     data: {dataset_name: zalando-datasets/fashion_mnist}
     run: {output_dir: runs/fashion_mnist, mixed_precision: bf16}
@@ -24,6 +24,7 @@ from jsonargparse import ArgumentParser
 
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.prior import ProgressiveVAEPriorConfig
+from ..configuration.renamed_fields import rename_fields, renamed_names, warn_about_names
 from ..configuration.validation import MAX_LEVELS, grid_sizes
 from ..data.args import DataSettings
 from ..hub.repository import INDEX, pipeline_parts
@@ -194,6 +195,8 @@ def read_recipe(
         _check_sections({} if recipe is None else recipe, name),
         _check_sections({} if overrides is None else overrides, "overrides"),
     ]
+    warn_about_names([name for layer in layers for name in _old_names(layer)])
+    layers = [_rename_layer(layer) for layer in layers]
     count = _count_levels(layers, is_default)
     if is_default:
         finest = _expand_levels(layers[1], count)[f"level_{count}"]
@@ -253,26 +256,26 @@ def _default_recipe(count: int, finest_names: Collection[str]) -> dict[str, Any]
 
     Args:
         finest_names: fields of the finest level that overrides set. Defaults that depend on the
-            decoder's order or on `downsample` are left out if these are set.
+            decoder's ordering or on `downsample` are left out if these are set.
     """
     encoder_fit = {"train_batch_size": 16, "learning_rate": 4e-3}
     levels = {
         "codebook_size": 512,
         "auxiliary_hidden_size": 64,
         "restart_threshold": 0.1,
-        "picture_weight": 1000.0,
+        "reconstruction_weight": 1000.0,
         "encoder_fit": {**encoder_fit, "adam_weight_decay": 0.05, "time_share": 0.05},
         "fit": {"adam_weight_decay": 0.2, "time_share": 0.05},
     }
     finest: dict[str, Any] = {
         "downsample": 4,
-        "picture_weight": 100.0,
-        "pixel_distribution": "logistics",
+        "reconstruction_weight": 100.0,
+        "pixel_distribution": "logistic_mixture",
         "num_groups": 10,  # the first lattice has stride 8
         "encoder_fit": {"time_share": 0.15},
         "fit": {**encoder_fit, "time_share": 0.6},
     }
-    if "decoder_order" in finest_names:
+    if "decoder_type" in finest_names or "ordering" in finest_names:
         del finest["num_groups"], finest["pixel_distribution"]
     elif "downsample" in finest_names:
         del finest["num_groups"]
@@ -327,6 +330,30 @@ def _check_sections(sections: Any, where: str) -> Mapping[str, Any]:
         name: {} if section is None and name in SECTIONS else section
         for name, section in sections.items()
     }
+
+
+def _old_names(layer: Mapping[str, Any]) -> list[str]:
+    """Return the names of fields up to format 6 in a layer, as `section.name`."""
+    names = []
+    for section, values in layer.items():
+        if not section.startswith("level"):
+            continue
+        names += [f"{section}.{name}" for name in renamed_names(values)]
+        if isinstance(values.get("refit"), Mapping):
+            names += [f"{section}.refit.{name}" for name in renamed_names(values["refit"])]
+    return names
+
+
+def _rename_layer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a layer with old names of fields replaced."""
+    sections = dict(layer)
+    for section, values in layer.items():
+        if not section.startswith("level"):
+            continue
+        sections[section] = rename_fields(values)
+        if isinstance(values.get("refit"), Mapping):
+            sections[section]["refit"] = rename_fields(values["refit"])
+    return sections
 
 
 def _expand_levels(layer: Mapping[str, Any], count: int) -> dict[str, Any]:
@@ -411,8 +438,8 @@ LevelSection = _section(
         "num_classes",
         "finer_fingerprint",
         # Noise on codes needs trained codes: it is for refits.
-        "corruption",
-        "corruption_kind",
+        "code_noise",
+        "code_noise_kind",
         # Tokenizers are converted, not trained.
         "tokenizer_config",
     ),

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from progressive_vae import ProgressiveVAELevelConfig
-from progressive_vae.configuration.choices import QUANTIZERS, fsq_levels
 from progressive_vae.models.layers import add_dither
 from progressive_vae.models.quantizers import (
+    QUANTIZERS,
     FiniteScalarQuantizer,
     GumbelQuantizer,
     VectorQuantizer,
+    fsq_levels,
     make_quantizer,
 )
 
@@ -196,19 +197,19 @@ def test_the_temperature_anneals_to_its_end():
     assert seen == [2.0, 1.0, 0.5] and module.temperature.item() == 0.5
 
 
-def test_corruption_replaces_codes_by_others():
+def test_noise_replaces_codes_by_others():
     module, codes = quantizer(8, 2), torch.arange(8).repeat(100).view(2, 20, 20)
-    assert torch.equal(module.corrupt(codes, torch.zeros(2), None), codes)
-    corrupted = module.corrupt(codes, torch.ones(2), None)
+    assert torch.equal(module.add_noise(codes, torch.zeros(2), None), codes)
+    corrupted = module.add_noise(codes, torch.ones(2), None)
     assert (corrupted != codes).all() and len(corrupted[codes == 0].unique()) == 7
-    half = module.corrupt(codes, torch.tensor([0.5, 0.0]), None)
+    half = module.add_noise(codes, torch.tensor([0.5, 0.0]), None)
     assert 0.3 < (half[0] != codes[0]).float().mean() < 0.7 and torch.equal(half[1], codes[1])
     distances = torch.cdist(module.codebook, module.codebook)
-    near = module.corrupt(codes, torch.ones(2), num_near=2)
+    near = module.add_noise(codes, torch.ones(2), num_nearest=2)
     assert (distances[codes, near] <= distances.sort().values[:, 2][codes] + 1e-5).all()
     single = quantizer(1, 2)
     zeros = torch.zeros(1, 2, 2, dtype=torch.long)
-    assert torch.equal(single.corrupt(zeros, torch.ones(1), None), zeros)
+    assert torch.equal(single.add_noise(zeros, torch.ones(1), None), zeros)
 
 
 def test_statistics_weigh_as_much_as_they_are_told():

@@ -23,7 +23,7 @@ from progressive_vae.training import train
 
 ROOT = Path(__file__).parents[1]
 AUXILIARY = {"auxiliary_hidden_size": 8}
-ALONE = {**AUXILIARY, "decoder_order": "auxiliary"}
+ALONE = {**AUXILIARY, "decoder_type": "auxiliary"}
 
 
 def pipeline_of(**kind) -> ProgressiveVAEPipeline:
@@ -46,8 +46,8 @@ def test_it_is_a_distribution():
         values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
         nats = pixel.log_prob(values, torch.ones(256, 1, 1, dtype=torch.long))
     assert nats.exp().sum().item() == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="auxiliary_hidden_size for decoder_order='auxiliary'"):
-        tiny_level(num_channels=1, decoder_order="auxiliary")
+    with pytest.raises(ValueError, match="auxiliary_hidden_size for decoder_type='auxiliary'"):
+        tiny_level(num_channels=1, decoder_type="auxiliary")
 
 
 @pytest.mark.parametrize("kind", [ALONE, AUXILIARY])
@@ -74,7 +74,7 @@ def test_previews(kind, images):
 def test_a_decoder_that_comes_later_leaves_codes_and_previews_alone(tmp_path, images):
     level = tiny_level(num_channels=3, **ALONE)
     pixels = images / 127.5 - 1
-    later = level.with_decoder(decoder_order="lattice", hidden_size=8, num_layers=1).eval()
+    later = level.with_decoder(decoder_type="conv", hidden_size=8, num_layers=1).eval()
     later.save_pretrained(tmp_path)
     loaded = ProgressiveVAELevel.from_pretrained(tmp_path).eval()
     codes = level.encode(pixels)
@@ -94,7 +94,7 @@ def test_a_level_of_symbols_learns_by_the_picture():
 
     paint = PreviewDecoder([finest], [(5, 7)])
     plain = coarsest(finer).loss
-    told = coarsest(finer, paint=paint).loss
+    told = coarsest(finer, preview_decoder=paint).loss
     assert told > plain
     gradient = torch.autograd.grad(told - plain, coarsest.encoder.out[1].weight)[0]
     assert gradient.abs().max() > 0
@@ -108,7 +108,7 @@ def test_a_level_of_symbols_learns_by_the_picture():
 def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
     """They are what probabilities of all symbols would make, passed on from level to level."""
     monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 50_000)  # several parts
-    shared = {"decoder_order": "auxiliary", "auxiliary_hidden_size": 8}
+    shared = {"decoder_type": "auxiliary", "auxiliary_hidden_size": 8}
     levels = [
         tiny_level(num_symbols=4, seed=1, **shared),
         tiny_level(num_symbols=num_symbols, codebook_size=4, codebook_dim=3, seed=2, **shared),
@@ -134,7 +134,7 @@ def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
 def test_the_finest_level_learns_by_its_picture(images):
     pixels, losses = images / 127.5 - 1, []
     for weight in (0.0, 10.0):
-        level = tiny_level(num_channels=3, picture_weight=weight, **ALONE).train()
+        level = tiny_level(num_channels=3, reconstruction_weight=weight, **ALONE).train()
         losses.append(level(pixels).loss)
     shown = level.expect(level.encode(pixels), (5, 7))
     error = (shown - pixels).square().mean()
@@ -143,7 +143,9 @@ def test_the_finest_level_learns_by_its_picture(images):
 
 def test_a_guided_decoder_leaves_the_auxiliary_one_alone(images):
     """It is shown its picture, made in the one pass that it learns by."""
-    level = tiny_level(num_channels=3, pixel_distribution="guided_logistics", **AUXILIARY).train()
+    level = tiny_level(
+        num_channels=3, pixel_distribution="guided_logistic_mixture", **AUXILIARY
+    ).train()
     passes = []
     level.auxiliary.register_forward_hook(lambda *_: passes.append(1))
     output = level(images / 127.5 - 1)
@@ -189,7 +191,7 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     assert [name for name in costs if not name.startswith("encode_")] == [
         "encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"
     ]  # fmt: skip
-    assert pipe.level_2.config.decoder_order == "lattice" and pipe.level_2.auxiliary is not None
+    assert pipe.level_2.config.ordering == "lattice" and pipe.level_2.auxiliary is not None
     assert pipe.preview(pipe(num_images_per_prompt=2).codes)[0].size == (8, 8)
     for phase in ("encoder_2", "encoder_1", "prior"):
         train(recipe, random_images(), parts, phase=phase, resume_from_checkpoint=None)
@@ -212,9 +214,7 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     other = {**recipe, "run": {**recipe["run"], "seed": 1}}
     with pytest.raises(ValueError, match="expected seed=0, with which"):
         train(other, random_images(), parts, phase="decoder_1", resume_from_checkpoint=None)
-    train(
-        other, random_images(), parts, phase="encoder_2", resume_from_checkpoint=None
-    )  # begins anew
+    train(other, random_images(), parts, phase="encoder_2", resume_from_checkpoint=None)
     with pytest.raises(ValueError, match="auxiliary_hidden_size of level_1, which has an encoder"):
         train({**RECIPE, "levels": {"encoder_fit": FEW}}, random_images(), tmp_path / "none")
 
