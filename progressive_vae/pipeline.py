@@ -235,7 +235,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         images: Images,
         class_labels: Labels = None,
         batch_size: int = 256,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> dict[str, Tensor]:
         """Nats (B,) of every factor of P(s, z(s)), z(s) the most probable codes.
 
@@ -266,7 +266,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         images: Images,
         class_labels: Labels = None,
         batch_size: int = 256,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
     ) -> dict[str, float]:
         """−log2 of every term of `log_prob` / (C·H·W), averaged over the images, and `"total"`."""
         nats = self.log_prob(images, class_labels, batch_size, generator)

@@ -288,7 +288,9 @@ def _preview(stack: LevelStack, codes: Tensor, level: int) -> Tensor:
         for factor in range(level, stack.num_levels + 1):
             grid = stack.sample(factor, grid, null, temperature=0.0)
         pixel_values = grid.cpu()
-    return unit_to_uint8(from_pixel_values(pixel_values, "pt"))
+    images = from_pixel_values(pixel_values, "pt")
+    assert isinstance(images, Tensor)
+    return unit_to_uint8(images)
 
 
 # ---- what a header identifies --------------------------------------------------------------------
@@ -382,7 +384,7 @@ def _weights_hash(stack: LevelStack) -> bytes:
         for key, value in sorted(original_names(tensors).items()):
             digest.update(f"{name}.{key} {tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy())
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.digest()[:2]
 
 

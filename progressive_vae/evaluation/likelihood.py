@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def rate_distortion(
 
     generator = torch.Generator().manual_seed(seed)
     max_value = float(NUM_PIXEL_VALUES - 1)
-    sums: dict[str, Counter] = {f"level_{k}": Counter() for k in range(1, pipe.num_levels + 1)}
+    sums: dict[str, Any] = {f"level_{k}": Counter() for k in range(1, pipe.num_levels + 1)}
     for batch in images.split(batch_size):
         codes = pipe.encode(batch)
         nats = pipe.log_prob(batch)

@@ -121,6 +121,7 @@ class AuxiliaryDecoder(Auxiliary):
         self.table = None
         if rank and not config.is_finest:
             num_outputs, self.table = rank, nn.Linear(rank, config.num_values)
+        assert config.codebook_dim is not None  # the config sets it
         layers: list[nn.Module] = [nn.Conv2d(config.codebook_dim, width, 3, padding=1)]
         for _ in range(int(math.log2(config.downsample))):
             layers.append(

@@ -66,7 +66,8 @@ def dalle_decoder(fields: dict) -> nn.Module:
     count, width_in = fields["n_blk_per_group"], fields["n_init"]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     for number, times in enumerate((8, 4, 2, 1), 1):
-        width, group = times * fields["n_hid"], OrderedDict()
+        width = times * fields["n_hid"]
+        group: OrderedDict[str, nn.Module] = OrderedDict()
         for i in range(1, count + 1):
             group[f"block_{i}"] = _Block(width_in, width, 4 * count)
             width_in = width

@@ -10,18 +10,19 @@ decoder computes the likelihood in one pass of a causal language model instead.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..configuration.level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
 from .distributions import Categorical, LowRankCategorical
-from .heads import NoConditioning, make_categorical_head, make_head
+from .heads import Head, NoConditioning, make_categorical_head, make_head
 from .layers import (
     AlignedLinear,
     Downsample,
@@ -68,6 +69,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__()
         self.config = config
+        assert config.codebook_dim is not None  # the config sets it
         self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
         if config.num_classes:
             self.class_embedding = ZeroEmbedding(config.num_classes + 1, config.hidden_size)
@@ -87,6 +89,15 @@ class Decoder(nn.Module):
             strength = (code_noise / self.config.code_noise).to(state)[:, None]  # 0 … 1
             state = state + (strength * self.corruption_embedding.weight)[:, :, None, None]
         return state.contiguous(memory_format=torch.channels_last)
+
+    def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
+        raise NotImplementedError
+
+    def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def check_causal(self):
+        raise NotImplementedError
 
 
 class Stage(nn.Module):
@@ -114,6 +125,11 @@ class Stage(nn.Module):
         if not is_final:
             # `take_in` adds the group's values to the state.
             self.take_in = nn.Conv2d(channels * embed_dim, width, 3, padding=1)
+
+    @property
+    def heads(self) -> Sequence[Head]:
+        """The heads of the channels; `logits` is their state-dict key."""
+        return cast("Sequence[Head]", self.logits)
 
 
 class GroupDecoder(Decoder):
@@ -167,13 +183,14 @@ class GroupDecoder(Decoder):
         schedule = group_schedule(
             self.config.ordering, self.num_groups, tuple(size), (height, width), grid.device
         )
-        for i, ((group, valid), stage) in enumerate(zip(schedule, self.stages, strict=True)):
+        stages = cast("Iterable[Stage]", self.stages)
+        for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Upsample to the group's stride; z enters again at strides down to its own.
             state = stage.upsample(state)
             if len(stage.upsample) and states:
                 state = state + states.pop()
             # 2. Refine the state, with the decoded neighbors of the group's positions.
-            means = stage.logits[0].component_means(group, grid, size, preview)  # (G, B, C, n')
+            means = stage.heads[0].component_means(group, grid, size, preview)  # (G, B, C, n')
             state = stage.blocks(stage.look(state, group, means))
             # 3. Predict the group's values and write them into the grid.
             embedded = self._walk_group(i, group, valid, stage, state, means, grid, step_fn)
@@ -209,7 +226,7 @@ class GroupDecoder(Decoder):
         features = stage.head(valid.select(group.gather_features(state), 1))  # (B, n, width)
         embedded: list[Tensor] = []
         previous_residuals = None
-        for channel, head in enumerate(stage.logits):
+        for channel, head in enumerate(stage.heads):
             means = component_means[:, :, channel]  # (G, B, n')
             step = WalkStep(group_index, channel, valid.positions)
             values = grid.new_zeros(len(grid), 0)
@@ -255,6 +272,8 @@ class RasterDecoder(CausalLMMixin, Decoder):
     code. The default backbone learns absolute positions: in a small grid these matter more than
     distances in raster order.
     """
+
+    backbone: PreTrainedModel
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)

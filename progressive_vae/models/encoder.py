@@ -1,6 +1,7 @@
 """The network of `P_Ψ(z_i | z_{i+1})`: from the finer grid to latents, the quantizer's input."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Encoder(nn.Module):
             layers.append(residual_blocks(width, *blocks))
             in_width = width
         self.layers = nn.Sequential(*layers)
+        assert config.codebook_dim is not None  # the config sets it
         self.out = nn.Sequential(LayerNorm2d(width), nn.Conv2d(width, config.codebook_dim, 1))
 
     @torch.no_grad()
@@ -60,7 +62,7 @@ class Encoder(nn.Module):
         if self.embed is not None:
             x = self.embed(finer).movedim(-1, 1)
         else:  # float32 until here: 16-bit floats cannot represent the 256 values
-            x = finer.to(self.out[1].weight.dtype)
+            x = finer.to(cast(Tensor, self.out[1].weight).dtype)
         latents = self.out(self.layers(x.contiguous(memory_format=torch.channels_last)))
         return add_dither(latents, self.dither)
 

@@ -84,7 +84,7 @@ class NoConditioning(nn.Module):
 class LinearHead(Head, ZeroLinear):
     """One logit per value, uniform at initialization: (B, n, width) -> (B, n, V)."""
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         features: Tensor,
         component_means: Tensor | None = None,
@@ -241,7 +241,8 @@ class NeighborConditioning(AlignedLinear):
         differences = torch.cat([neighbors, previews]) - neighbor_mean  # (G − 4, B, C, n)
         embedded = multiscale_tanh(differences)  # (G − 4, B, C, n, 3)
         embedded = embedded.permute(1, 3, 0, 2, 4).flatten(2).to(state)  # (B, n, (G − 4)·C·3)
-        return state + group.scatter_features(super().forward(embedded), state.shape[-2:])
+        size = (state.shape[-2], state.shape[-1])
+        return state + group.scatter_features(super().forward(embedded), size)
 
 
 def multiscale_tanh(differences: Tensor) -> Tensor:

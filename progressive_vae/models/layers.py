@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,7 +81,7 @@ class PixelEmbedding(nn.Embedding):
 
     def ordinal_features(self) -> Tensor:
         """√2 cos(π k x / 2) for x in [0, 2]: (V, E)."""
-        kwargs = {"dtype": torch.float32, "device": self.weight.device}
+        kwargs: dict[str, Any] = {"dtype": torch.float32, "device": self.weight.device}
         x = torch.linspace(0, 2, self.num_embeddings, **kwargs)
         k = torch.arange(self.embedding_dim, **kwargs)
         return 2**0.5 * torch.cos(math.pi / 2 * k * x[:, None])

@@ -17,11 +17,11 @@ from ..configuration.validation import check_codes, grid_sizes
 from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
 from .class_labels import Labels, drop_labels, label_ids
 from .decoders import Condition, Decoder, make_decoder
-from .encoder import make_encoder
+from .encoder import Encoder, make_encoder
 from .heads import Head
 from .layers import init_weights
 from .modeling_utils import ProgressiveVAEPreTrainedModel
-from .pretrained_tokenizers import make_tokenizer
+from .pretrained_tokenizers import TokenizerEncoder, make_tokenizer
 from .preview_decoder import PreviewDecoder
 from .quantizer_base import Quantizer
 from .quantizers import make_quantizer
@@ -88,6 +88,8 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         self.value_type = make_value_type(config)
+        self.encoder: Encoder | TokenizerEncoder
+        self.quantizer: Quantizer
         self.auxiliary: Auxiliary | None = None
         if config.tokenizer_config is not None:
             self.encoder, self.quantizer, self.auxiliary = make_tokenizer(config)
@@ -265,10 +267,10 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         )
         labels = self._labels(class_labels, len(codes))
         null = None if labels is None else torch.full_like(labels, self.config.num_classes)
-        if labels is None or torch.equal(labels, null):
+        if labels is None or null is None or torch.equal(labels, null):
             sampler.guidance_scale = 1.0  # both terms of the guidance would be the same
         inputs = codes
-        if sampler.is_guided:
+        if sampler.is_guided and labels is not None and null is not None:
             labels = torch.cat([labels, null])
             inputs = torch.cat([codes, codes])
         return self.walk(inputs, sampler.step, labels, code_noise, finer_size)[: len(codes)]

@@ -102,12 +102,12 @@ class NearestCodeQuantizer(TokenizerQuantizer):
 
     @property
     def codebook(self) -> Tensor:  # type: ignore[override]
-        weight = self.quantize.embedding.weight
+        weight = self.quantize.get_parameter("embedding.weight")
         return F.normalize(weight, dim=-1) if self.is_normalized else weight
 
     def _codes(self, latents: Tensor) -> Tensor:
         # Distances are in fp32; diffusers returns the codes last in a nested tuple.
-        weights = {"embedding.weight": self.quantize.embedding.weight.float()}
+        weights = {"embedding.weight": self.quantize.get_parameter("embedding.weight").float()}
         output = functional_call(self.quantize, weights, latents.float())[-1]
         codes = output[-1] if isinstance(output, tuple) else output
         return codes.view(len(latents), *latents.shape[-2:])
@@ -124,7 +124,9 @@ class ArgmaxQuantizer(TokenizerQuantizer):
 
     @property
     def codebook(self) -> Tensor:  # type: ignore[override]
-        return self.input.weight[..., 0, 0].T + self.input.bias
+        bias = self.input.bias
+        assert bias is not None  # the discrete VAE has one
+        return self.input.weight[..., 0, 0].T + bias
 
     def _codes(self, latents: Tensor) -> Tensor:
         return latents.argmax(1)
@@ -139,6 +141,9 @@ class TokenizerDecoder(Auxiliary):
     Args:
         show: from the output of the network to pixels in [−1, 1].
     """
+
+    decoder: nn.Module
+    post_quant_conv: nn.Module
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..arguments import as_integer
@@ -53,6 +53,8 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     # Attention is in the backbone, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
+
+    backbone: PreTrainedModel
 
     def __init__(self, config: ProgressiveVAEPriorConfig):
         super().__init__(config)
@@ -150,9 +152,8 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
             sampler.guidance_scale = 1.0  # both terms of the guidance would be the same
         if sampler.is_guided:
             labels = torch.cat([labels, null])
-        labels = known_labels(labels, self.config)
         rows = 2 * batch_size if sampler.is_guided else batch_size
-        return self.walk(rows, sampler.step, labels)[:batch_size]
+        return self.walk(rows, sampler.step, known_labels(labels, self.config))[:batch_size]
 
     @apply_forward_hook
     def walk(self, batch_size: int, step_fn: StepFn, class_labels: Labels = None) -> Tensor:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.augmentation import AugmentedDataset
 from ..data.code_cache import GridDataset, PairedDataset
 from ..data.streaming import PixelStream
 from ..models.prior import ProgressiveVAEPrior
@@ -85,7 +86,7 @@ class Fit:
     """
 
     model: PreTrainedModel
-    dataset: GridDataset | PairedDataset | PixelStream
+    dataset: GridDataset | PairedDataset | AugmentedDataset | PixelStream
     to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]]
     accelerator: Accelerator
     settings: FitSettings
@@ -337,7 +338,7 @@ def _timed(loader: DataLoader, progress: Progress) -> Iterator[dict]:
 
 
 def _make_loader(
-    dataset: GridDataset | PairedDataset | PixelStream,
+    dataset: GridDataset | PairedDataset | AugmentedDataset | PixelStream,
     accelerator: Accelerator,
     batch_size: int,
     run: RunSettings,

@@ -54,7 +54,7 @@ class Muon(torch.optim.AdamW):
 
     def _step_matrices(
         self,
-        matrices: list[nn.Parameter],
+        matrices: list[Tensor],
         lr: float,
         momentum: float,
         weight_decay: float,
@@ -65,7 +65,7 @@ class Muon(torch.optim.AdamW):
                 zeros = {"step": torch.zeros(()), "momentum": torch.zeros_like(matrix)}
                 self.state[matrix] |= zeros
             self.state[matrix]["step"] += 1
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
         means = [self.state[matrix]["momentum"] for matrix in matrices]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = torch._foreach_lerp(gradients, means, momentum)  # Nesterov momentum

@@ -20,10 +20,11 @@ from torch import Tensor
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import MAX_LEVELS, grid_sizes
-from ..data.augmentation import IDENTITY
+from ..data.augmentation import IDENTITY, AugmentedDataset
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, PairedDataset
 from ..data.streaming import PixelStream
+from ..models.encoder import Encoder
 from ..models.level import ProgressiveVAELevel
 from ..models.preview_decoder import PreviewDecoder
 from ..models.prior import ProgressiveVAEPrior
@@ -42,6 +43,7 @@ VALIDATION_BATCH_SIZE = 250
 
 Model: TypeAlias = ProgressiveVAELevel | ProgressiveVAEPrior
 ModelConfig: TypeAlias = ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig
+Examples: TypeAlias = GridDataset | PairedDataset | AugmentedDataset | PixelStream
 Validate: TypeAlias = Callable[[Progress], dict[str, float]]
 
 
@@ -127,7 +129,7 @@ class Phase:
         self,
         run: Run,
         model: Model,
-        examples: GridDataset | PairedDataset | PixelStream,
+        examples: Examples,
         to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
         validate: Validate,
         identity: dict[str, Any],
@@ -209,7 +211,7 @@ class LevelPhase(Phase):
         # Other decoders were of the previous level.
         for name in (f"refit_{self.part}", f"decoder_{self.index}"):
             run.drop_record(name)
-        options = {}
+        options: dict[str, Any] = {}
         if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
             options["preview_decoder"] = _preview_decoder(run, finer_levels)
 
@@ -227,13 +229,14 @@ class LevelPhase(Phase):
         run: Run,
         config: ProgressiveVAELevelConfig,
         finer_levels: list[ProgressiveVAELevel],
-        examples: GridDataset | PixelStream,
+        examples: GridDataset | AugmentedDataset | PixelStream,
     ) -> ProgressiveVAELevel:
         """Return a new level, whose code embedding and codebook are initialized from data."""
         seed = run.settings.seed
         set_seed(seed)
         level = ProgressiveVAELevel(config)
         if finer_levels:
+            assert isinstance(level.encoder, Encoder)  # a tokenizer is the finest level
             generator = torch.Generator().manual_seed(seed)
             level.encoder.embed_like(finer_levels[0].quantizer.codebook, generator)
         # The fit of an encoder has few steps: its codebook has to follow the encoder quickly.
@@ -298,9 +301,9 @@ class RefitPhase(Phase):
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
         start_time = time.perf_counter()
-        examples = run.examples(self.index + 1)
+        examples: Examples = run.examples(self.index + 1)
         codes = run.grids("train", self.index)
-        if isinstance(examples, GridDataset):
+        if isinstance(examples, GridDataset) and isinstance(codes, GridDataset):
             examples = PairedDataset(examples, codes)
         set_seed(run.settings.seed)
         previous = run.level(self.index)
@@ -351,6 +354,7 @@ class PriorPhase(Phase):
         start_time = time.perf_counter()
         examples = run.grids("train", 1)
         test_grids = run.grids("test", 1)
+        assert isinstance(test_grids, GridDataset)  # a stream's test split is cached
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(1)
         identity = self.identity(run, config, _data_identity(examples, run))
@@ -390,7 +394,7 @@ def independent_part(name: str) -> str | None:
 
 def initialize_codebook(
     level: ProgressiveVAELevel,
-    examples: GridDataset | PixelStream,
+    examples: GridDataset | AugmentedDataset | PixelStream,
     seed: int,
     num_images: int | None = None,
 ):
@@ -430,7 +434,9 @@ def _level_validation(
     test_grids = run.grids("test", phase.index + 1)
     finer_levels = [run.level(i) for i in range(phase.index + 1, run.num_levels + 1)]
     pipe = _validation_pipeline(run, None, [level, *finer_levels])
-    images = run.pixels["test"].batch(slice(0, run.settings.num_validation_images))[0]
+    test_pixels = run.pixels["test"]
+    assert isinstance(test_pixels, GridDataset) and isinstance(test_grids, GridDataset)
+    images = test_pixels.batch(slice(0, run.settings.num_validation_images))[0]
 
     def validate(progress: Progress) -> dict[str, float]:
         grids = test_grids.batch(slice(0, VALIDATION_IMAGES))[0]
@@ -456,7 +462,9 @@ def _validation_pipeline(
     return pipe
 
 
-def _data_identity(examples: GridDataset | PixelStream, run: Run) -> dict[str, Any]:
+def _data_identity(
+    examples: GridDataset | AugmentedDataset | PixelStream, run: Run
+) -> dict[str, Any]:
     identity = {**asdict(examples.manifest), "num_examples": examples.num_examples}
     if isinstance(examples, PixelStream):
         # Each worker shuffles its part of the stream, so their number decides the order.

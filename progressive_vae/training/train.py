@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from ..configuration.level import ProgressiveVAELevelConfig
+from ..data.code_cache import GridDataset
 from ..data.dataset import Images
 from ..data.source import Source, open_dataset
 from ..hub.repository import ensure_writable_repository, metric_files, push_or_warn
@@ -221,7 +222,9 @@ def _prepare_folder(plan: Plan, push: Push | None, overwrite_cache: bool):
     run.pixels = plan.source.pixels(
         folder / "cache" / "pixels", run.accelerator, overwrite_cache, run.checkpoints.overwrite
     )
-    num_test_images = len(run.pixels["test"])
+    test_pixels = run.pixels["test"]
+    assert isinstance(test_pixels, GridDataset)  # a stream's test split is cached
+    num_test_images = len(test_pixels)
     if run.class_names and num_test_images < MIN_TEST_IMAGES:
         warnings.warn(
             f"{num_test_images} held-out images are too few for a Fréchet distance, which will not "
