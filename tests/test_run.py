@@ -223,13 +223,13 @@ def test_a_failing_metric_does_not_affect_others(script, copied, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "phase", "words"),
     [
-        ("cache/pixels/train/manifest.json", "all", "delete its folder and it is made again"),
-        ("cache/level_1/train/manifest.json", "prior", "delete its folder and it is made again"),
+        ("cache/pixels/train/manifest.json", "all", "delete its folder, and it is written again"),
+        ("cache/level_1/train/manifest.json", "prior", "delete its folder, and it is written again"),
         ("level_1/history.json", "all", "delete the folder"),
         ("phases.json", "prior", "delete it: only"),
         ("recipe.yaml", "prior", "delete it and run the first phase again"),
-        ("metrics.json", "prior", "delete it, and measure the pipeline again"),
-        ("level_1/config.json", "prior", "save the model again, or download it anew"),
+        ("metrics.json", "prior", "delete it, and evaluate the pipeline again"),
+        ("level_1/config.json", "prior", "save the model again, or download it again"),
     ],
 )
 @pytest.mark.parametrize("damage", [b"{", b"[1, 2]", b"5", b"\xff\xfe\x00", b""])
