@@ -223,8 +223,8 @@ def test_a_failing_metric_does_not_affect_others(script, copied, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "phase", "words"),
     [
-        ("cache/pixels/train/manifest.json", "all", "delete its folder, and it is written again"),
-        ("cache/level_1/train/manifest.json", "prior", "delete its folder, and it is written again"),
+        ("cache/pixels/train/manifest.json", "all", "delete its folder, and it is written"),
+        ("cache/level_1/train/manifest.json", "prior", "delete its folder, and it is written"),
         ("level_1/history.json", "all", "delete the folder"),
         ("phases.json", "prior", "delete it: only"),
         ("recipe.yaml", "prior", "delete it and run the first phase again"),
