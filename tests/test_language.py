@@ -67,7 +67,7 @@ progressive_vae/models/auxiliary_decoder.py:1 progressive_vae/models/dalle_dvae.
 progressive_vae/models/distributions.py:7 progressive_vae/models/heads.py:2
 progressive_vae/models/layers.py:1 progressive_vae/models/quantizers.py:6
 progressive_vae/pipeline.py:4 progressive_vae/training/phases.py:5
-progressive_vae/training/resume.py:7 progressive_vae/training/train.py:5
+progressive_vae/training/resume.py:7
 """
 
 

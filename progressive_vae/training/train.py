@@ -189,7 +189,7 @@ def _plan(
     order = allocate_time(order, recipe.run.max_train_minutes)
     phases = select_phases(order, phase)
     check_phases(phases, configs, image_size)
-    names = [each.name for each in order]
+    names = [planned.name for planned in order]
     is_first = phase in ("all", names[0])
     later = order[names.index(phase) + 1 :] if phase in names else []
 
@@ -208,7 +208,7 @@ def _plan(
         if is_first
     }
     check_folder(run, recipe, phase, is_first, phases, configs, pixels, pretrained)
-    later_names = [each.name for each in later if not isinstance(each, RefitPhase)]
+    later_names = [planned.name for planned in later if not isinstance(planned, RefitPhase)]
     return Plan(
         recipe, run, source, phase, phases, later_names, is_first, pretrained, pretrained_paths
     )
