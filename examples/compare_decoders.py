@@ -168,7 +168,7 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
         # A row trains one part: copy the finer levels, and for `refit` this level, of another row.
         if is_refit or index < 2:
             has_pixels_only = index == 2 or (index == 1 and not is_refit)
-            base = changes.pop("base", "vq, pixels" if has_pixels_only else "vq, symbols")
+            base = changes.pop("base", "vq, pixels" if has_pixels_only else "vq, codes")
             if not (output_dir / "trained" / base).is_dir():
                 raise ValueError(f"expected results of the row {base!r} before {name!r}, got none")
             shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)

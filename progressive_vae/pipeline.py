@@ -433,7 +433,7 @@ class ProgressiveVAEPipeline(HubPipeline):
     @torch.no_grad()
     def preview(
         self,
-        shown: "list[Tensor] | Images",
+        codes_or_images: "list[Tensor] | Images",
         level: int | None = None,
         output_type: str = "pil",
         batch_size: int = 256,
@@ -441,7 +441,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         """The auxiliary decoders' expected image of z_k: one pass a level, nothing is sampled.
 
         Args:
-            shown: codes [z_1 … z_k], or images, which are encoded.
+            codes_or_images: codes [z_1 … z_k], or images, which are encoded.
             level: k; the finest level that there are codes of if not given.
             output_type: as in `__call__`.
 
@@ -451,7 +451,11 @@ class ProgressiveVAEPipeline(HubPipeline):
         """
         stack = self.stack
         batch_size = as_integer("batch_size", batch_size, 1)
-        codes = as_grids(shown) if is_codes(shown) else stack.encode_images(shown, batch_size)
+        codes = (
+            as_grids(codes_or_images)
+            if is_codes(codes_or_images)
+            else stack.encode_images(codes_or_images, batch_size)
+        )
         stack.check_codes(codes)
         level = len(codes) if level is None else as_integer("level", level, 1, len(codes))
         pixel_values = stack.preview(codes[level - 1], level, batch_size)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
-from progressive_vae.configuration.level import MANY_SYMBOLS
+from progressive_vae.configuration.level import MANY_CODES
 from progressive_vae.models import distributions
 from progressive_vae.models.distributions import (
     Categorical,
@@ -166,7 +166,7 @@ def test_low_rank_log_prob_under_autocast():
 
 @pytest.mark.parametrize(
     ("num_values", "distribution_type"),
-    [(MANY_SYMBOLS, Categorical), (MANY_SYMBOLS + 1, LowRankCategorical)],
+    [(MANY_CODES, Categorical), (MANY_CODES + 1, LowRankCategorical)],
 )
 def test_only_large_codebooks_have_low_rank_distributions(num_values, distribution_type):
     table = torch.randn(num_values, 2)

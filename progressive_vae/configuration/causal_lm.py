@@ -19,7 +19,7 @@ MAX_LAYERS = 1_000  # more is a damaged or a hostile file
 def causal_config(
     backbone: dict | PreTrainedConfig, vocab_size: int, length: int
 ) -> PreTrainedConfig:
-    """A config, or one of a dict with its `model_type`, that is told of its vocabulary and of the
+    """A config, or one of a dict with its `model_type`, that gets its vocabulary size and of the
     length of the sequences that it will see."""
     if isinstance(backbone, dict):
         fields = dict(backbone)

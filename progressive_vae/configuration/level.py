@@ -30,7 +30,7 @@ from .renamed_fields import rename_fields, renamed_names, warn_about_names
 from .tokenizer import take_shape
 
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
-MANY_SYMBOLS = 2048  # beyond it logits are computed through a table, in parts
+MANY_CODES = 2048  # beyond it logits are computed through a table, in parts
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for ordering="raster"
 
 # A larger value is a damaged or a hostile file, which would fill the memory.
@@ -204,7 +204,7 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
         if self.codebook_dim is None:
             self.codebook_dim = self._quantizer_rules.default_codebook_dim(self)
         if self.symbol_logit_rank is None:
-            self.symbol_logit_rank = 64 if (self.num_symbols or 0) > MANY_SYMBOLS else 0
+            self.symbol_logit_rank = 64 if (self.num_symbols or 0) > MANY_CODES else 0
         if self.ordering is None and self.decoder_type in DECODER_TYPES:
             self.ordering = DECODER_TYPES[self.decoder_type][0]
         if self.num_groups is None:

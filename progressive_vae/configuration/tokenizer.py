@@ -27,10 +27,10 @@ class TokenizerShape(NamedTuple):
 
 @cache
 def _defaults(kind: str) -> dict[str, Any]:
-    """All fields of a kind of tokenizer, and their values where they are not given."""
+    """All fields of a kind of tokenizer, and their values by default."""
     if kind == "vq_model":
         named = inspect.signature(VQModel.__init__).parameters
-        fields = {name: each.default for name, each in named.items() if name != "self"}
+        fields = {name: parameter.default for name, parameter in named.items() if name != "self"}
         return {**fields, "do_normalize": True}
     if kind == "janus_vqgan":
         named, config = JanusVQVAEConfig.__annotations__, JanusVQVAEConfig()
@@ -45,7 +45,7 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _of_vq_model(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     lists = [fields[n] for n in ("block_out_channels", "down_block_types", "up_block_types")]
-    if len({len(each) for each in lists}) != 1:
+    if len({len(values) for values in lists}) != 1:
         raise ValueError(f"expected as many blocks down as up and as many widths, got {lists}")
     dim = fields["vq_embed_dim"] or fields["latent_channels"]
     downsample = 2 ** (len(fields["block_out_channels"]) - 1)
@@ -98,27 +98,27 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
     Raises:
         ValueError: a kind or a name that is none, or values that say nothing of a network.
     """
-    given = _as_json(config)
-    kind = given.pop("model_type", None)
+    arguments = _as_json(config)
+    kind = arguments.pop("model_type", None)
     if kind not in _SHAPES:
         raise ValueError(
             f"expected tokenizer_config with a model_type among {[*_SHAPES]}, got {kind!r}"
         )
-    known = _defaults(kind)
-    if unknown := sorted(set(given) - set(known)):
+    defaults = _defaults(kind)
+    if unknown := sorted(set(arguments) - set(defaults)):
         raise ValueError(
-            f"expected fields of a {kind!r} in tokenizer_config, {[*known]}, got {unknown}"
+            f"expected fields of a {kind!r} in tokenizer_config, {[*defaults]}, got {unknown}"
         )
-    check_limits(given, **{n: MAX_BLOCKS for n in known if "layer" in n or "num_res" in n},
+    check_limits(arguments, **{n: MAX_BLOCKS for n in defaults if "layer" in n or "num_res" in n},
                  n_blk_per_group=MAX_BLOCKS)  # fmt: skip
-    for name, value in given.items():
+    for name, value in arguments.items():
         widths = value if isinstance(value, list) else []
         minimum = 0 if "layer" in name or "num_res" in name else 1
         if any(type(n) is int and n < minimum for n in [value, *widths]):
             raise ValueError(f"expected {name} >= {minimum} in tokenizer_config, got {value}")
         if any(isinstance(n, int) and n > MAX_WIDTH for n in widths) or len(widths) > 16:
             raise ValueError(f"expected {name} of a network in tokenizer_config, got {value}")
-    fields = _as_json({**known, **given})
+    fields = _as_json({**defaults, **arguments})
     try:
         channels_out, shape = _SHAPES[kind](fields)
     except (TypeError, KeyError) as error:

@@ -109,8 +109,8 @@ def check_image_size(
 
     Raises:
         ValueError: no image size, or one that is none, a prior that is not of its z_1, a grid
-            that is too large for the raster order, or lattices much coarser than the whole grid,
-            to whose stride it would be padded.
+            that is too large for the raster order, or lattices much coarser than the grid,
+            which would be padded to their stride.
     """
     if image_size is None:
         if prior is None:
@@ -128,11 +128,12 @@ def check_image_size(
                 f"expected level_{i} to have a finer grid of at most {MAX_RASTER_POSITIONS} "
                 f"positions for ordering='raster', got {finer[0]}×{finer[1]}"
             )
-        whole = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
-        if config.ordering == "lattice" and 2 ** ((config.num_groups or 1) // 3) > whole:
+        padded_size = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
+        if config.ordering == "lattice" and 2 ** ((config.num_groups or 1) // 3) > padded_size:
+            largest = 1 + 3 * int(math.log2(padded_size))
             raise ValueError(
-                f"expected level_{i} to have num_groups <= {1 + 3 * int(math.log2(whole))} for "
-                f"lattices of a finer grid of {finer[0]}×{finer[1]}, got {config.num_groups}"
+                f"expected level_{i} to have num_groups <= {largest} for lattices of a finer grid "
+                f"of {finer[0]}×{finer[1]}, got {config.num_groups}"
             )
     if prior is not None:
         expected = (configs[0].codebook_size, sizes[0])

@@ -16,10 +16,10 @@ def to_unit(finer: Tensor) -> Tensor:
     return (finer + 1) / 2 * (1 - 2 * LOGIT_LAPLACE_EPS) + LOGIT_LAPLACE_EPS
 
 
-def from_logits(said: Tensor) -> Tensor:
-    """Locations and log-scales of logit-Laplace distributions, (B, 2C, H, W), as a picture in
+def from_logits(parameters: Tensor) -> Tensor:
+    """Locations and log-scales of logit-Laplace distributions, (B, 2C, H, W), as an image in
     [−1, 1] at their medians."""
-    unit = said.chunk(2, 1)[0].sigmoid()
+    unit = parameters.chunk(2, 1)[0].sigmoid()
     return (unit - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS) * 2 - 1
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..configuration.level import MANY_SYMBOLS
+from ..configuration.level import MANY_CODES
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the system at once
 POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
@@ -120,7 +120,7 @@ def categorical_from_features(
 ) -> Categorical | LowRankCategorical:
     """The distribution with logits `features @ table.T + bias`, (B, n, V)."""
     low_rank = LowRankCategorical(features, table, bias)
-    return low_rank if len(table) > MANY_SYMBOLS else Categorical(low_rank.logits)
+    return low_rank if len(table) > MANY_CODES else Categorical(low_rank.logits)
 
 
 @dataclass(frozen=True)
@@ -193,11 +193,11 @@ class DiscretizedLogisticMixture:
         floor = self._floor
         values = torch.zeros(u.shape, dtype=torch.long, device=u.device)
         for power in reversed(range((self.num_values - 1).bit_length())):
-            candidates = values + 2**power
-            logistics = ((candidates.float() - 0.5 - self.means) * self.precisions).sigmoid()
-            mass_below = (weights * logistics).sum(0) + floor * candidates
-            is_too_large = (mass_below > u) | (candidates >= self.num_values)
-            values = torch.where(is_too_large, values, candidates)
+            midpoints = values + 2**power
+            logistics = ((midpoints.float() - 0.5 - self.means) * self.precisions).sigmoid()
+            mass_below = (weights * logistics).sum(0) + floor * midpoints
+            is_too_large = (mass_below > u) | (midpoints >= self.num_values)
+            values = torch.where(is_too_large, values, midpoints)
         return values
 
     @property

@@ -111,17 +111,17 @@ class VectorQuantizer(Quantizer):
         return self.ema_counts < self.restart_threshold * self.ema_counts.mean()
 
     @torch.no_grad()
-    def restart(self, dead: Tensor, candidates: Tensor):
+    def restart(self, dead: Tensor, replacements: Tensor):
         """Move each dead code to a candidate (≥ 1, D), with the mean count of the other codes.
 
         Unless the statistics are reset, the next update undoes the move.
         """
         if dead.any():
-            rows = torch.arange(int(dead.sum()), device=candidates.device) % len(candidates)
+            rows = torch.arange(int(dead.sum()), device=replacements.device) % len(replacements)
             count = self.ema_counts[~dead].mean() if (~dead).any() else self.ema_counts.new_ones(())
-            self.codebook[dead] = candidates[rows].to(self.codebook)
+            self.codebook[dead] = replacements[rows].to(self.codebook)
             self.ema_counts[dead] = count
-            self.ema_sums[dead] = candidates[rows].to(self.ema_sums) * count
+            self.ema_sums[dead] = replacements[rows].to(self.ema_sums) * count
 
     @torch.no_grad()
     def initialize(
@@ -157,7 +157,7 @@ class VectorQuantizer(Quantizer):
         dead = self.dead()  # the same on every process
         if dead.any():
             vectors = gather(latents.detach().movedim(1, -1).flatten(0, -2).float())
-            # Candidates are spread over the batch; all processes compute the same start.
+            # Replacements are spread over the batch; all processes compute the same start.
             step = max(1, len(vectors) // int(dead.sum()))
             start = int(dead.nonzero()[0]) % step
             self.restart(dead, vectors[start::step])

@@ -212,7 +212,7 @@ class LevelPhase(Phase):
         for name in (f"refit_{self.part}", f"decoder_{self.index}"):
             run.drop_record(name)
         options: dict[str, Any] = {}
-        if finer_levels and all(each.auxiliary is not None for each in [level, *finer_levels]):
+        if finer_levels and all(one.auxiliary is not None for one in [level, *finer_levels]):
             options["preview_decoder"] = _preview_decoder(run, finer_levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class RefitPhase(Phase):
 
     def _num_refits(self, run: Run) -> int:
         """Return the number of times that this phase has refitted the level."""
-        return sum(each.get("phase") == self.name for each in run.history(self.part))
+        return sum(entry.get("phase") == self.name for entry in run.history(self.part))
 
     def model_config(self, levels: list[ProgressiveVAELevelConfig]) -> ProgressiveVAELevelConfig:
         return levels[self.index - 1].with_decoder(**self.changes)

@@ -47,15 +47,15 @@ def check_folder(
         _check_recipe(run.output_dir, saved, recipe.sections, is_started=not is_first)
     if checkpoints.resume is None:
         return  # a phase that is selected by its name may replace what it made before
-    for each in phases:
-        if isinstance(each, RefitPhase) and phase != "all":
+    for item in phases:
+        if isinstance(item, RefitPhase) and phase != "all":
             continue  # it starts from the level in the folder, which may differ from the recipe
-        identity = each.planned_identity(run, configs, pixels)
-        run.check_part(each.part, identity)
-        path = checkpoints.find(each.name)
+        identity = item.planned_identity(run, configs, pixels)
+        run.check_part(item.part, identity)
+        path = checkpoints.find(item.name)
         if path is not None:
             check_identity(identity, checkpoints.identity(path), str(path), settings_only=True)
-    names = [each.name for each in phases]
+    names = [item.name for item in phases]
     path = checkpoints.explicit_path
     if names and path is not None and not any(checkpoints.find(name) for name in names):
         raise ValueError(
