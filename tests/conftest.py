@@ -38,6 +38,19 @@ from progressive_vae import (
 
 torch.set_num_threads(1)
 
+# Their tests train models, start processes or load from a Hub. The tests of all other files are
+# marked "unit".
+INTEGRATION = set(
+    """
+    test_app test_app_load test_attack test_augmentation test_auxiliary_decoder test_checkpoints
+    test_codec test_compare_decoders test_compress test_conversion test_conversion_damage
+    test_conversion_peers test_docs test_examples test_fit test_fixed_point test_global_settings
+    test_greedy test_hub test_hub_push test_hub_training test_level test_modeling_utils
+    test_processes test_recipe test_remote_code test_run test_scripts test_streaming
+    test_tokenizers test_training
+    """.split()
+)
+
 # What git checks out in place of a file that git-lfs holds.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -155,6 +168,14 @@ def total_variation(log_prob: torch.Tensor, grids: torch.Tensor, drawn: torch.Te
     frequency_table = torch.bincount((drawn.flatten(1) * powers).sum(1), minlength=len(grids))
     order = (grids.flatten(1) * powers).sum(1)
     return (frequency_table[order] / len(drawn) - log_prob.exp()).abs().sum().item() / 2
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
+def pytest_collection_modifyitems(items):
+    for item in items:
+        is_long = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        if item.path.stem not in INTEGRATION and not is_long:
+            item.add_marker(pytest.mark.unit)
 
 
 @pytest.fixture(scope="module")
