@@ -26,13 +26,13 @@ def test_rows_refits_and_distances(tmp_path, capsys):
         settings["train_batch_size"] = 16
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    rows = ["vq, pixels", "vq, symbols", "prior", *recipe["distances"], "raster, symbols"]
+    rows = ["vq, pixels", "vq, codes", "prior", *recipe["distances"], "raster, codes"]
     flags = ["--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
     flags += ["--config", str(path), "--cpu_minutes", "0.02"]
     script.main([*flags, "--distances", "--trials", json.dumps(rows)])
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "run/results").iterdir()}
     assert results.keys() == set(rows)
-    assert results["vq, pixels"]["passes"] == 7 and results["raster, symbols"]["passes"] == 4
+    assert results["vq, pixels"]["passes"] == 7 and results["raster, codes"]["passes"] == 4
     assert 0 < results["prior"]["bits_per_dim"] < results["vq, pixels"]["bits_per_dim"] < 8
     levels = [
         ProgressiveVAELevel.from_pretrained(tmp_path / "run/trained" / name / "level_2")
@@ -40,7 +40,7 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     ]
     assert len({fingerprint([level]) for level in levels}) == 1  # all rows have the same codes
     output = capsys.readouterr().out
-    assert "| raster, symbols |" in output
+    assert "| raster, codes |" in output
     assert output.count("| refit of vq, pixels, code_noise 0.2 | 0.2 |") == 2
     script.main([*flags, "--trials", '["vq, pixels"]'])  # results exist: skipped
     with pytest.raises(ValueError, match="dataset_name"):
