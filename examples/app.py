@@ -43,7 +43,7 @@ from progressive_vae.models.class_labels import known_labels, label_ids
 from progressive_vae.models.value_types import uint8_to_signed
 from progressive_vae.paths import expand_home
 from progressive_vae.scripts import default_device, run_script
-from progressive_vae.visualization import code_map, has_previews
+from progressive_vae.visualization import code_map
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 CONCURRENCY = 2  # requests that run at a time
@@ -153,7 +153,7 @@ class Page:
         self.pipe = pipe
         _, height, width = pipe.image_shape
         self.max_images = max(1, min(MAX_IMAGES, MAX_SAMPLED_PIXELS // (height * width)))
-        self.has_previews = has_previews(pipe)
+        self.has_previews = pipe.stack.has_previews
         self.tile_size = max(96, min(width, 256))
 
     def name(self, i: int) -> str:

@@ -73,7 +73,7 @@ from progressive_vae.training.muon import has_bf16
 from progressive_vae.training.recipe import Recipe, read_recipe
 from progressive_vae.training.report import device_name
 from progressive_vae.training.run import Run, make_accelerator
-from progressive_vae.visualization import has_previews, image_grid
+from progressive_vae.visualization import image_grid
 
 _REMEDY = "delete the folder and start again"
 MATRIX_RATE = "matrix_rate.json"  # FLOP/s in the precision of the training, and with its threads
@@ -361,7 +361,7 @@ def compare(arguments: Arguments):
         ),
     }
     samplers = [sample, sample_baseline]
-    if has_previews(pipe):  # expected images, as those of the baseline
+    if pipe.stack.has_previews:  # expected images, as those of the baseline
         sample_previews = partial(sample, preview=True)
         samplers.insert(1, sample_previews)
         columns["its previews"] = {

@@ -62,7 +62,6 @@ from progressive_vae.scripts import default_device, run_script
 from progressive_vae.serialization import write_json, write_text
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
-from progressive_vae.visualization import has_previews
 
 
 @dataclass
@@ -290,7 +289,7 @@ def measure(arguments: Arguments, data_settings: DataSettings):
     metrics["rate_distortion"] = rows
     metrics["lossless_files"], codec_curves = image_files(images)
     kinds = {"a reconstruction": "mse", "mean of 8 reconstructions": "mse_of_mean"}
-    if has_previews(pipe):
+    if pipe.stack.has_previews:
         kinds["the preview"] = "mse_of_preview"
         num_dims = math.prod(pipe.image_shape)
         metrics["beside_files"] = compare_with_codecs(rows, codec_curves, num_dims)

@@ -45,11 +45,6 @@ def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) 
     return image_grid(output.images, columns)
 
 
-def has_previews(pipe: ProgressiveVAEPipeline) -> bool:
-    """Whether all levels have auxiliary decoders."""
-    return pipe.stack.has_previews
-
-
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:
     """One row for each level, from the coarsest to the finest, then the images themselves.
 
@@ -58,7 +53,7 @@ def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int 
     """
     codes = pipe.encode(images)
     rows: list[Image] = []
-    if has_previews(pipe):
+    if pipe.stack.has_previews:
         for level in range(1, pipe.num_levels + 1):
             rows += pipe.preview(codes, level)
     for level in range(1, pipe.num_levels + 1):

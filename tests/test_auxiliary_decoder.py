@@ -94,9 +94,9 @@ def test_a_level_of_symbols_learns_by_the_picture():
 
     paint = PreviewDecoder([finest], [(5, 7)])
     plain = coarsest(finer).loss
-    told = coarsest(finer, preview_decoder=paint).loss
-    assert told > plain
-    gradient = torch.autograd.grad(told - plain, coarsest.encoder.out[1].weight)[0]
+    with_preview = coarsest(finer, preview_decoder=paint).loss
+    assert with_preview > plain
+    gradient = torch.autograd.grad(with_preview - plain, coarsest.encoder.out[1].weight)[0]
     assert gradient.abs().max() > 0
     # An expectation that is certain and right costs nothing.
     assert torch.equal(paint.decode_codes(finer), finest.expect(finer, (5, 7)))

@@ -14,7 +14,6 @@ from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset
 from ..models.value_types import uint8_to_unit
 from ..pipeline import ProgressiveVAEPipeline
-from ..visualization import has_previews
 from .image_metrics import Classifier
 
 SSIM_WINDOW = 11  # pixels a side
@@ -110,7 +109,7 @@ def _reconstructions(
     yield "images", uint8_to_unit(images)
     for i in levels:
         yield f"level_{i}", pipe.decode(codes[:i], "pt", generator)
-    if has_previews(pipe):
+    if pipe.stack.has_previews:
         for i in levels:
             yield f"preview_of_level_{i}", pipe.preview(codes, i, "pt")
 
@@ -150,7 +149,7 @@ def rate_distortion(
             rate -= nats[factor].double().sum().item() / math.log(2)
             samples = [pipe.decode(codes[:k], "pt", generator) for _ in range(num_samples)]
             decoded = {"": samples[0], "_of_mean": torch.stack(samples).mean(0)}
-            if has_previews(pipe):
+            if pipe.stack.has_previews:
                 decoded["_of_preview"] = pipe.preview(codes, k, "pt")
             sums[f"level_{k}"]["bits_per_dim"] += rate
             for kind, image in decoded.items():

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..models.preview_decoder import PreviewDecoder
 from ..models.value_types import uint8_to_signed
 from ..pipeline import ProgressiveVAEPipeline
-from ..visualization import has_previews
 
 TIMED_SECONDS = 2.0  # of each measurement
 
@@ -95,7 +94,7 @@ def training_flops(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, fl
     calls["prior"] = pipe.prior, {"codes": grids[0]}
     for i, (level, codes, finer) in enumerate(triples, 1):
         inputs: dict[str, Any] = {"finer": finer}
-        if i < pipe.num_levels and has_previews(pipe):
+        if i < pipe.num_levels and pipe.stack.has_previews:
             inputs["preview_decoder"] = PreviewDecoder(pipe.levels[i:], pipe.grid_sizes[i + 1 :])
         calls[f"level_{i}"] = level, inputs
         for name in (f"decoder_{i}", f"refit_level_{i}"):
