@@ -13,7 +13,7 @@
     accelerate launch examples/train.py --config examples/configs/fashion_mnist.yaml
         Fashion-MNIST, N = 2: 2.88 bits/dim in 105 minutes on one CPU core.
 
-    accelerate launch examples/train.py --config examples/configs/colour_64.yaml \
+    accelerate launch examples/train.py --config examples/configs/color_64.yaml \
             --train_data_dir photos --resolution 64 --center_crop --max_train_minutes 60
         a folder of color images, N = 3, in an hour.
 

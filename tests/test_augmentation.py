@@ -52,7 +52,7 @@ def test_rotations_of_other_rectangles_keep_the_shape(tmp_path):
 
 def test_only_the_finest_level_trains_on_augmented_images(tmp_path):
     images = colored(30, 8, 8)
-    recipe = {**RECIPE, "data": {"random_rotation": True, "random_colours": True}}
+    recipe = {**RECIPE, "data": {"random_rotation": True, "random_channel_permutation": True}}
     pipe = train(recipe, images, tmp_path)
     codes = GridDataset(tmp_path / "cache" / "level_2" / "train")
     pixels = GridDataset(tmp_path / "cache" / "pixels" / "train")
@@ -70,7 +70,7 @@ def test_only_the_finest_level_trains_on_augmented_images(tmp_path):
 def test_a_decoder_trains_on_the_codes_of_augmented_images(tmp_path):
     """No cache holds these codes: they are computed in each step."""
     levels = {**RECIPE["levels"], "auxiliary_hidden_size": 8, "encoder_fit": {"max_train_steps": 2}}
-    recipe = {**RECIPE, "levels": levels, "data": {"random_colours": True}}
+    recipe = {**RECIPE, "levels": levels, "data": {"random_channel_permutation": True}}
     train(recipe, colored(20, 8, 8), tmp_path)
     assert len(GridDataset(tmp_path / "cache" / "level_2" / "train")) == 18
     train(recipe, colored(20, 8, 8), tmp_path)  # nothing is left to train
@@ -126,5 +126,5 @@ def test_invalid_crops(settings, message):
 
 def test_gray_images_have_no_channel_permutations():
     gray = [image.convert("L") for image in colored(4, 4, 4)]
-    with pytest.raises(ValueError, match="random_colours=False for gray images"):
-        open_dataset(DataSettings(random_colours=True), gray)
+    with pytest.raises(ValueError, match="random_channel_permutation=False for gray images"):
+        open_dataset(DataSettings(random_channel_permutation=True), gray)

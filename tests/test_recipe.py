@@ -251,6 +251,7 @@ def test_old_names_of_fields_are_read_with_one_warning():
         "levels": {"picture_weight": 7.0, "gumbel_decay": 0.5},
         "level_1": {"decoder_order": "raster", "refit": {"corruption": 0.1}},
         "level_2": {"pixel_distribution": "logistics", "refit": {"decoder_order": "masked"}},
+        "data": {"random_colours": True},
     }
     new = {
         "levels": {"reconstruction_weight": 7.0, "gumbel_temperature_decay": 0.5},
@@ -261,6 +262,7 @@ def test_old_names_of_fields_are_read_with_one_warning():
             "pixel_distribution": "logistic_mixture",
             "refit": {"ordering": "masked", "decoder_type": "conv"},
         },
+        "data": {"random_channel_permutation": True},
     }  # fmt: skip
     with pytest.warns(FutureWarning, match="level_1.decoder_order") as warned:
         recipe = read_recipe(old)

@@ -241,7 +241,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     output = capsys.readouterr()
     assert "encoder_3 (1 of 7)" in output.err and "prior (7 of 7)" in output.err
     assert re.search(r"left='?\d+( of \d+)? min", output.err)
-    done = "encoder_3 (1 of 7) is done; validation images: runs/colour_64/validation/encoder_3"
+    done = "encoder_3 (1 of 7) is done; validation images: runs/color_64/validation/encoder_3"
     assert done in output.out
     after = output.out.partition("next: ")[2].strip().splitlines()
     scripts = [f"examples/{name}.py" for name in ("sample", "evaluate", "compress")]
@@ -249,7 +249,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     words = shlex.split(after[1])[2:]
     assert words[2:] == flags[5:10]  # without flags of the training images
     load_script("evaluate").main([*words, *"--features none --num_drawn 4".split()])
-    output_dir = Path("runs/colour_64")  # the recipe's
+    output_dir = Path("runs/color_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     assert pipe.level_3.config.pixel_distribution == "logistic_mixture"
     assert pipe.num_levels == 3 and pipe.image_shape == (3, 64, 64)

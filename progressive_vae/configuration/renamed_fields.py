@@ -9,6 +9,7 @@ RENAMED_FIELDS = {
     "gumbel_decay": "gumbel_temperature_decay",
     "corruption": "code_noise",
     "corruption_kind": "code_noise_kind",
+    "random_colours": "random_channel_permutation",  # of the data of a recipe
 }
 RENAMED_PIXEL_DISTRIBUTIONS = {
     "logistics": "logistic_mixture",

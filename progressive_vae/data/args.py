@@ -9,8 +9,8 @@ from ..paths import expand_home
 
 # Settings that do not concern held-out images.
 TRAIN_ONLY_SETTINGS = frozenset(
-    "random_flip num_crops random_rotation random_colours max_train_samples streaming "
-    "shuffle_buffer_size".split()
+    "random_flip num_crops random_rotation random_channel_permutation max_train_samples "
+    "streaming shuffle_buffer_size".split()
 )
 
 
@@ -50,8 +50,8 @@ class DataSettings:
         random_rotation: augment the training images of the finest level with rotations by
             multiples of 90° (180° if they are not square). Coarser levels and the prior, and so
             samples, follow the original images.
-        random_colours: augment the training images of the finest level with permutations of the
-            color channels.
+        random_channel_permutation: augment the training images of the finest level with
+            permutations of the color channels.
         max_train_samples: train on a random subset of at most this many images.
         max_eval_samples: evaluate on a random subset of at most this many images.
         image_mode: "L" for gray images or "RGB" for color; by default "RGB" if any of the
@@ -74,7 +74,7 @@ class DataSettings:
     random_flip: bool = False
     num_crops: int = 1
     random_rotation: bool = False
-    random_colours: bool = False
+    random_channel_permutation: bool = False
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     image_mode: str | None = None

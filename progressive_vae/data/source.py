@@ -216,8 +216,8 @@ def open_dataset(settings: DataSettings, images: Images | None = None) -> Source
     }
     mode, is_settled = image_mode(splits["train"], column, settings)
     shape = _first_shape(splits["train"], column, mode, settings)
-    if settings.random_colours and shape[0] == 1:
-        raise ValueError("expected random_colours=False for gray images, got True")
+    if settings.random_channel_permutation and shape[0] == 1:
+        raise ValueError("expected random_channel_permutation=False for gray images, got True")
     manifests = {
         split: _manifest(split, table, limits[split], shape, column, classes, settings)
         for split, table in splits.items()
@@ -237,7 +237,7 @@ def open_dataset(settings: DataSettings, images: Images | None = None) -> Source
         notes=[*loaded.notes, _summary(splits, shape, classes)],
         random_flip=settings.random_flip,
         num_crops=settings.num_crops,
-        augmentation=Augmentation(settings.random_rotation, settings.random_colours),
+        augmentation=Augmentation(settings.random_rotation, settings.random_channel_permutation),
         shuffle_buffer_size=settings.shuffle_buffer_size if settings.streaming else None,
         limit=limits["train"],
     )

@@ -336,7 +336,7 @@ def _old_names(layer: Mapping[str, Any]) -> list[str]:
     """Return the names of fields up to format 6 in a layer, as `section.name`."""
     names = []
     for section, values in layer.items():
-        if not section.startswith("level"):
+        if section != "data" and not section.startswith("level"):
             continue
         names += [f"{section}.{name}" for name in renamed_names(values)]
         if isinstance(values.get("refit"), Mapping):
@@ -348,7 +348,7 @@ def _rename_layer(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a layer with old names of fields replaced."""
     sections = dict(layer)
     for section, values in layer.items():
-        if not section.startswith("level"):
+        if section != "data" and not section.startswith("level"):
             continue
         sections[section] = rename_fields(values)
         if isinstance(values.get("refit"), Mapping):
