@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import HUB, load_script
-from test_training import SHORT, SMALL, readme_commands
 
+from helpers.hub import HUB
+from helpers.recipes import SHORT, SMALL
+from helpers.scripts import load_script, readme_commands
 from progressive_vae.evaluation import throughput as speed
 
 ROOT = Path(__file__).parents[1]
