@@ -57,6 +57,7 @@ def test_labels_of_the_null_class():
         conditioning = Conditioning.from_labels(class_labels, CONFIG, 2)
         assert conditioning.class_ids.tolist() == [2, 2] and conditioning.is_null
     assert len(Conditioning.from_labels(None, CONFIG)) == 1
+    assert len(Conditioning.from_labels(None, CONFIG, 0)) == 0
     conditioning = Conditioning.from_labels(None, UNCONDITIONAL, 2)
     assert conditioning.class_ids.tolist() == [0, 0] and conditioning.is_null
 

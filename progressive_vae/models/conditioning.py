@@ -56,7 +56,8 @@ class Conditioning:
         if isinstance(class_labels, Conditioning):
             conditioning = class_labels.for_factor(config).to(device)
         elif class_labels is None:
-            class_ids = torch.full((batch_size or 1,), null, device=device)
+            count = 1 if batch_size is None else batch_size
+            class_ids = torch.full((count,), null, device=device)
             conditioning = cls(class_ids, null, is_null=True)
         else:
             numbers = _as_class_ids(class_labels, config)
