@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import generators, tiny_level, tiny_prior
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.models import generators, tiny_level, tiny_prior
 from progressive_vae import ProgressiveVAEPriorConfig
 from progressive_vae.models.conditioning import Conditioning
 from progressive_vae.models.sampling import Sampler
