@@ -7,16 +7,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
+from ..configuration.base import PartConfig
 from .sampling import Generators, uniform
 
 Labels: TypeAlias = "Tensor | np.ndarray | Sequence[int] | Sequence[str] | int | str | None"
 
 
-def label_ids(
-    class_labels: Labels, config: PreTrainedConfig, batch_size: int | None = None
-) -> Tensor:
+def label_ids(class_labels: Labels, config: PartConfig, batch_size: int | None = None) -> Tensor:
     """Labels, or names of `config.id2label`, as int64 (B,); of `None` the null class, B times.
 
     The ids are 0 … num_classes − 1, and num_classes for the null class.
@@ -33,7 +31,7 @@ def label_ids(
         ids: Tensor = class_labels if class_labels.ndim else class_labels[None]
     else:
         labels = _as_list(class_labels)
-        names = {name: i for i, name in config.id2label.items()}
+        names = {name: i for i, name in (config.id2label or {}).items()}
         unknown = [label for label in labels if isinstance(label, str) and label not in names]
         if unknown:
             raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")
@@ -74,12 +72,12 @@ def _as_list(class_labels: Any) -> list[int | str]:
     return labels  # type: ignore[return-value]
 
 
-def known_labels(labels: Tensor, config: PreTrainedConfig) -> Tensor | None:
+def known_labels(labels: Tensor, config: PartConfig) -> Tensor | None:
     """The labels for one part; `None` if it is not class-conditional."""
     return labels if config.num_classes else None
 
 
-def drop_labels(labels: Tensor, config: PreTrainedConfig, generator: Generators = None) -> Tensor:
+def drop_labels(labels: Tensor, config: PartConfig, generator: Generators = None) -> Tensor:
     """Each label (B,) replaced by the null class with probability `class_dropout`.
 
     One network learns P(· | class) and P(·), for classifier-free guidance (Ho & Salimans 2022).
