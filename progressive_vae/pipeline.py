@@ -64,8 +64,12 @@ class ProgressiveVAEPipeline(HubPipeline):
     """
 
     _optional_components = ["prior", *(f"level_{i}" for i in range(2, MAX_LEVELS + 1))]
-    model_cpu_offload_seq = "->".join(["prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))])
+    model_cpu_offload_seq: Any = "->".join(
+        ["prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))]
+    )
     _callback_tensor_inputs = ["codes"]
+
+    prior: ProgressiveVAEPrior | None
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         return self._stack_on(self._execution_device)
 
     def _stack_on(self, device: torch.device | None) -> LevelStack:
-        return LevelStack(self.prior, self.levels, self.config.image_size, device)
+        return LevelStack(self.prior, self.levels, self.config["image_size"], device)
 
     @property
     def levels(self) -> list[ProgressiveVAELevel]:
@@ -145,8 +149,8 @@ class ProgressiveVAEPipeline(HubPipeline):
     def labels(self) -> dict[str, int]:
         """Class names -> class ids."""
         config = self._stack_on(None).class_config
-        names = config.id2label if config.num_classes else {}
-        return {name: i for i, name in names.items()}
+        names = config.id2label if config.num_classes else None
+        return {name: i for i, name in (names or {}).items()}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of names, as in diffusers' DiT pipeline."""

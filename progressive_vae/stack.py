@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configuration.base import PartConfig
 from .configuration.level import ProgressiveVAELevelConfig
-from .configuration.prior import ProgressiveVAEPriorConfig
 from .configuration.validation import check_grids, check_parts, grid_sizes
 from .image_processor import Images, as_images, pixel_value_batches
 from .models.conditioning import ClassLabels, Conditioning
@@ -94,9 +94,9 @@ class LevelStack:
     # ---- class labels ----------------------------------------------------------------------------
 
     @property
-    def class_config(self) -> ProgressiveVAEPriorConfig | ProgressiveVAELevelConfig:
+    def class_config(self) -> PartConfig:
         """The config of the first class-conditional factor; of the first factor if none is."""
-        prior_configs = [] if self.prior is None else [self.prior.config]
+        prior_configs: list[PartConfig] = [] if self.prior is None else [self.prior.config]
         configs = [*prior_configs, *self.configs]
         return next((config for config in configs if config.num_classes), configs[0])
 

@@ -8,11 +8,11 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
@@ -51,6 +51,10 @@ def register(pipeline: type[DiffusionPipeline], *parts: type):
 
 class HubPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` that writes a model card and pushes its files as one commit."""
+
+    if TYPE_CHECKING:
+        # By diffusers' annotation any attribute exists, and calls of missing methods would pass.
+        def __getattr__(self, name: str) -> object: ...
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**{**kwargs, **version_fields("_")})
@@ -105,7 +109,7 @@ class HubPipeline(DiffusionPipeline):
         pop_version(config_dict, INDEX, "_")
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # unknown names are errors
         self,
         save_directory,
         safe_serialization: bool = True,
@@ -150,7 +154,7 @@ class HubPipeline(DiffusionPipeline):
                 revision,
             )
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # returns the commit, not only its address
         self,
         repo_id: str,
         commit_message: str | None = None,

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
+from ..configuration.base import PartConfig
 from .sampling import Generators, Sampler, uniform
 
 ClassLabels: TypeAlias = (
@@ -38,7 +38,7 @@ class Conditioning:
     def from_labels(
         cls,
         class_labels: ClassLabels,
-        config: PreTrainedConfig,
+        config: PartConfig,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
     ) -> "Conditioning":
@@ -99,7 +99,7 @@ class Conditioning:
         class_ids = self.class_ids.masked_fill(is_dropped, self.num_classes)
         return Conditioning(class_ids, self.num_classes, self.is_null)
 
-    def for_factor(self, config: PreTrainedConfig) -> "Conditioning":
+    def for_factor(self, config: PartConfig) -> "Conditioning":
         """What a factor with this config uses: nothing, if it is unconditional.
 
         Raises:
@@ -129,13 +129,13 @@ class Conditioning:
         return Conditioning(function(self.class_ids), self.num_classes, self.is_null)
 
 
-def _as_class_ids(class_labels: Any, config: PreTrainedConfig) -> list[int]:
+def _as_class_ids(class_labels: Any, config: PartConfig) -> list[int]:
     """Class ids of ids or names, in 0 … num_classes."""
     null = config.num_classes
     if not null:
         raise ValueError(f"expected class_labels=None, as there are no classes, got {class_labels}")
     labels = _as_list(class_labels)
-    names = {name: i for i, name in config.id2label.items()}
+    names = {name: i for i, name in (config.id2label or {}).items()}
     unknown = [label for label in labels if isinstance(label, str) and label not in names]
     if unknown:
         raise ValueError(f"expected class_labels among {list(names)}, got {unknown}")

@@ -328,7 +328,7 @@ class RasterDecoder(CausalLMMixin, Decoder):
         return {"inputs_embeds": context[:, start : start + embedded.shape[1]] + embedded}
 
     def _distribution(self, output: ModelOutput) -> Categorical | LowRankCategorical:
-        return self.logits(output.last_hidden_state)
+        return self.logits(output["last_hidden_state"])
 
 
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder | None:

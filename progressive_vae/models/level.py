@@ -77,7 +77,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     256 values of 8-bit images; elsewhere codes, int64 (B, H_{i+1}, W_{i+1}).
     """
 
-    config_class = ProgressiveVAELevelConfig
+    config: ProgressiveVAELevelConfig
     base_model_prefix = "level"
     main_input_name = "finer"
     supports_gradient_checkpointing = True

@@ -46,7 +46,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     for the null class; `None` is the null class for all.
     """
 
-    config_class = ProgressiveVAEPriorConfig
+    config: ProgressiveVAEPriorConfig
     base_model_prefix = "backbone"  # the attribute, so that its input embeddings are found
     main_input_name = "codes"
     supports_gradient_checkpointing = True
@@ -200,4 +200,4 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         return {"input_ids": previous if start else torch.cat([context, previous], 1)}
 
     def _distribution(self, output: ModelOutput) -> Categorical:
-        return Categorical(output.logits[..., : self.config.codebook_size])
+        return Categorical(output["logits"][..., : self.config.codebook_size])

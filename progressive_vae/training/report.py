@@ -24,8 +24,8 @@ from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 from ..serialization import __version__, write_json, write_text
 from ..visualization import reconstruction_grid, sample_grid
-from .recipe import read_yaml
 from .run import Run
+from .yaml_files import read_yaml
 
 RECIPE = "recipe.yaml"
 MAX_SAMPLES = 5000  # for the Fréchet distance
