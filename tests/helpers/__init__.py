@@ -1,0 +1,1 @@
+"""What several test files share: tiny models, recipes, images, scripts and a Hub."""
