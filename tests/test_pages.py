@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*(ROOT / name for name in ("README.md", "MODEL_CARD.md", "CONTRIBUTING.md")),
-         *sorted((ROOT / "examples").glob("*.md"))]  # fmt: skip
+         *sorted((ROOT / "examples").glob("docs/*.md"))]  # fmt: skip
 TOP = {"progressive_vae", "conversion", "examples", "tests", "pyproject.toml", "MODEL_CARD.md",
        "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
 
@@ -47,6 +47,14 @@ def test_every_page_is_found_from_the_readme():
         assert str(page.relative_to(ROOT)) in linked
 
 
+def test_tables_of_results_follow_a_command_with_its_conditions():
+    text = (ROOT / "examples" / "docs" / "results.md").read_text()
+    _, *parts = re.split(r"^```bash\n.*?^```", text, flags=re.M | re.S)
+    for part in parts:
+        if re.search(r"^\|", part, re.M):
+            assert re.search(r"\bseeds?\b", part) and re.search(r"\bcommits? [0-9a-f]{7}\b", part)
+
+
 def test_the_top_of_the_repository_is_short():
     ignored = {name.strip("/") for name in (ROOT / ".gitignore").read_text().split()}
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
@@ -69,8 +77,8 @@ def has_definition(path: Path, name: str) -> bool:
 
 
 def test_theory_names_functions_that_are_there():
-    text = (ROOT / "examples" / "THEORY.md").read_text()
-    links = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./([\w/.]+)\)", text)
+    text = (ROOT / "examples" / "docs" / "theory.md").read_text()
+    links = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./\.\./([\w/.]+)\)", text)
     assert len(links) > 30 and len(links) == text.count(".py::")
     for file, name, path in links:
         assert path == f"progressive_vae/{file}"

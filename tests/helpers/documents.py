@@ -284,8 +284,10 @@ def parse(module: ModuleType, flags: list[str]):
     if hasattr(module, "Arguments"):
         module.Arguments.__post_init__ = stop
     else:
-        for name in ("pack", "unpack", "grow"):
-            setattr(module, name, functools.wraps(getattr(module, name))(stop))
+        auto_cli = module.auto_cli
+        module.auto_cli = lambda functions, args: auto_cli(
+            [functools.wraps(function)(stop) for function in functions], args=args
+        )
     try:
         module.main(flags)
     except Parsed:
