@@ -20,8 +20,11 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from conftest import HUB, load_script, tiny_level, tiny_pipeline, tiny_prior
 
+from helpers.hub import HUB
+from helpers.images import as_png, bomb, photograph
+from helpers.models import tiny_level, tiny_pipeline, tiny_prior
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.image_processor import resize_and_convert
 
@@ -50,23 +53,6 @@ def shipped():
 def images_of(html: str) -> list[np.ndarray]:
     found = re.findall(r"base64,([^\"]+)", html)
     return [np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(data)))) for data in found]
-
-
-def as_png(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def bomb() -> bytes:
-    """A file of some kilobytes, and of 100 million pixels."""
-    return as_png(PIL.Image.new("1", (10_000, 10_000)))
-
-
-def photograph() -> PIL.Image.Image:
-    """Not of the model's size, colors or shape."""
-    x = np.linspace(0, 255, 120 * 80 * 3).reshape(80, 120, 3)
-    return PIL.Image.fromarray(x.astype(np.uint8))
 
 
 # ---- functions -----------------------------------------------------------------------------------

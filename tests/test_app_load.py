@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("gradio", reason='pip install -e ".[demo,codec]"')
-from test_app import ROOT, as_png, bomb, photograph  # noqa: E402
+from helpers.images import as_png, bomb, photograph  # noqa: E402
+from helpers.scripts import ROOT  # noqa: E402
 
 
 def free_port() -> int:

@@ -1,7 +1,8 @@
 """The attack, small each time; at size when asked for (`pytest -m slow`)."""
 
-import attack
 import pytest
+
+from helpers import attacks as attack
 
 SIZES = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
 

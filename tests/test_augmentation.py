@@ -7,14 +7,15 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from test_greedy import RECIPE, train
 
+from helpers.recipes import RECIPE
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.augmentation import Augmentation, AugmentedDataset
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.data.dataset import load_images
 from progressive_vae.data.source import open_dataset
 from progressive_vae.data.streaming import PixelStream
+from progressive_vae.training import train
 
 
 def colored(count: int, height: int, width: int) -> list[PIL.Image.Image]:

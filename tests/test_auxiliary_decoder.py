@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import all_grids, tiny_level, tiny_prior
-from interruptions import weights
-from test_greedy import FEW, RECIPE, fresh_state, random_images  # noqa: F401
-from test_training import SMALL
 
+from helpers.images import random_images
+from helpers.interruptions import weights
+from helpers.models import AUXILIARY, AUXILIARY_ONLY, pipeline_of, tiny_level, tiny_prior
+from helpers.probabilities import all_grids
+from helpers.recipes import FEW, RECIPE, SMALL
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.models import distributions
@@ -21,28 +22,16 @@ from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.models.preview_decoder import PreviewDecoder
 from progressive_vae.training import train
 
+pytestmark = pytest.mark.usefixtures("fresh_state")
 ROOT = Path(__file__).parents[1]
-AUXILIARY = {"auxiliary_hidden_size": 8}
-ALONE = {**AUXILIARY, "decoder_type": "auxiliary"}
-
-
-def pipeline_of(**kind) -> ProgressiveVAEPipeline:
-    """N = 2, images of 5×7."""
-    coarsest = tiny_level(num_symbols=4, seed=1, **kind)
-    finest = tiny_level(num_channels=3, codebook_size=4, seed=2, **kind)
-    pipe = ProgressiveVAEPipeline.from_levels(
-        tiny_prior(grid_size=[2, 2]), [coarsest, finest], [5, 7]
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_it_is_a_distribution():
-    level, grids = tiny_level(num_symbols=3, **ALONE), all_grids(3, 2, 2)
+    level, grids = tiny_level(num_symbols=3, **AUXILIARY_ONLY), all_grids(3, 2, 2)
     codes = torch.ones(len(grids), 1, 1, dtype=torch.long)
     with torch.no_grad():
         assert level.log_prob(grids, codes).exp().sum().item() == pytest.approx(1, abs=1e-4)
-        pixel = tiny_level(num_channels=1, **ALONE)
+        pixel = tiny_level(num_channels=1, **AUXILIARY_ONLY)
         values = (torch.arange(256) / 127.5 - 1).view(256, 1, 1, 1)
         nats = pixel.log_prob(values, torch.ones(256, 1, 1, dtype=torch.long))
     assert nats.exp().sum().item() == pytest.approx(1, abs=1e-4)
@@ -50,7 +39,7 @@ def test_it_is_a_distribution():
         tiny_level(num_channels=1, decoder_type="auxiliary")
 
 
-@pytest.mark.parametrize("kind", [ALONE, AUXILIARY])
+@pytest.mark.parametrize("kind", [AUXILIARY_ONLY, AUXILIARY])
 def test_previews(kind, images):
     pipe = pipeline_of(**kind)
     codes = pipe.encode(images)
@@ -72,7 +61,7 @@ def test_previews(kind, images):
 
 
 def test_a_decoder_that_comes_later_leaves_codes_and_previews_alone(tmp_path, images):
-    level = tiny_level(num_channels=3, **ALONE)
+    level = tiny_level(num_channels=3, **AUXILIARY_ONLY)
     pixels = images / 127.5 - 1
     later = level.with_decoder(decoder_type="conv", hidden_size=8, num_layers=1).eval()
     later.save_pretrained(tmp_path)
@@ -88,7 +77,7 @@ def test_a_decoder_that_comes_later_leaves_codes_and_previews_alone(tmp_path, im
 
 def test_a_level_of_symbols_learns_by_the_picture():
     """The gradient of the picture's error reaches the encoder, and no finer level."""
-    pipe = pipeline_of(**ALONE)
+    pipe = pipeline_of(**AUXILIARY_ONLY)
     coarsest, finest = pipe.level_1.train(), pipe.level_2.requires_grad_(False)
     finer = torch.randint(4, (2, 3, 4))
 
@@ -134,7 +123,7 @@ def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
 def test_the_finest_level_learns_by_its_picture(images):
     pixels, losses = images / 127.5 - 1, []
     for weight in (0.0, 10.0):
-        level = tiny_level(num_channels=3, reconstruction_weight=weight, **ALONE).train()
+        level = tiny_level(num_channels=3, reconstruction_weight=weight, **AUXILIARY_ONLY).train()
         losses.append(level(pixels).loss)
     shown = level.expect(level.encode(pixels), (5, 7))
     error = (shown - pixels).square().mean()

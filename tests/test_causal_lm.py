@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import all_grids, randomize, tiny_level, total_variation
 from transformers import GPT2Config, LlamaConfig, OPTConfig
 
+from helpers.models import randomize, tiny_level
+from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 
 SMALL = {

@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
-from conftest import load_script
-from interruptions import FLAGS, disturb, finish, start, weights
 from safetensors import SafetensorError
 
+from helpers.interruptions import FLAGS, disturb, finish, start, weights
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAELevel
 from progressive_vae.training.checkpoints import Checkpoints
 

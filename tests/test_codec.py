@@ -4,63 +4,32 @@ import math
 
 import pytest
 import torch
-from conftest import decoder_fields, tiny_level, tiny_pipeline, tiny_prior
-from test_auxiliary_decoder import ALONE, pipeline_of
 
+from helpers.codec import KINDS, codec_pipeline
+from helpers.images import noise_images
+from helpers.models import (
+    pipeline_of,
+    tiny_pipeline,
+)
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
 from progressive_vae.codec.codec import TOTAL, frequency_table
-from progressive_vae.configuration.decoders import GUIDED_DISTRIBUTIONS, PIXEL_DISTRIBUTIONS
+from progressive_vae.configuration.decoders import PIXEL_DISTRIBUTIONS
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.distributions import Categorical
-from progressive_vae.models.quantizers import QUANTIZERS
 from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
 SIZES = [(1, 1), (5, 7), (65, 33)]
-KINDS = [
-    *(decoder_fields(order) for order in ("factorized", "lattice", "masked", "raster")),
-    ALONE,
-    *({"quantizer": kind} for kind in QUANTIZERS),
-    *({"pixel_distribution": kind} for kind in PIXEL_DISTRIBUTIONS),
-]
-
-
-def pipeline(size, num_classes=0, **kind):
-    """N = 2, colored images; z_1 is small enough for a prior and z_2 for the raster order."""
-    raster = {"decoder_type": "causal_lm"} if kind.get("ordering") == "raster" else {}
-    finest = {**kind, **(decoder_fields("lattice") if raster else {})}
-    if kind.get("pixel_distribution") in GUIDED_DISTRIBUTIONS:
-        finest["auxiliary_hidden_size"] = 8
-    classes = {"num_classes": num_classes}
-    of_symbols = {k: v for k, v in kind.items() if k != "pixel_distribution"}
-    fsq = {"codebook_dim": 1} if kind.get("quantizer") == "fsq" else {}
-    levels = [
-        tiny_level(1, num_symbols=4, downsample=8, codebook_size=4, **of_symbols, **fsq),
-        tiny_level(2, num_channels=3, downsample=8, codebook_size=4, **finest, **fsq),
-    ]
-    grid_size = [-(-n // 64) for n in size]
-    prior = tiny_prior(grid_size=grid_size, codebook_size=levels[0].config.codebook_size, **classes)
-    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, size)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def pictures(count, size, channels=3):
-    """Noise and flat colors, first and last values among them."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randint(256, (count, channels, *size), generator=generator, dtype=torch.uint8)
-    noise[0], noise[-1] = 0, 255
-    return noise
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_round_trip_and_stream_length_near_log_prob(kind, size):
-    pipe = pipeline(size, **kind)
+    pipe = codec_pipeline(size, **kind)
     drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
-    images = torch.cat([pictures(3, size), unit_to_uint8(drawn)])
+    images = torch.cat([noise_images(3, size), unit_to_uint8(drawn)])
     streams = pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     bits = -sum(pipe.log_prob(images).values()) / math.log(2)
@@ -73,7 +42,10 @@ def test_round_trip_and_stream_length_near_log_prob(kind, size):
 @pytest.mark.parametrize("distribution", PIXEL_DISTRIBUTIONS)
 def test_a_stream_does_not_depend_on_its_batch(distribution):
     # More than a batch, by networks whose rows fill registers, as real ones do.
-    pipe, images = pipeline((5, 7), pixel_distribution=distribution, **WIDE), pictures(134, (5, 7))
+    pipe, images = (
+        codec_pipeline((5, 7), pixel_distribution=distribution, **WIDE),
+        noise_images(134, (5, 7)),
+    )
     streams = pipe.compress(images)
     for part in (slice(0, 1), slice(3, 5), slice(124, 134)):
         assert pipe.compress(images[part]) == streams[part]
@@ -83,7 +55,7 @@ def test_a_stream_does_not_depend_on_its_batch(distribution):
 
 
 def test_streams_of_earlier_versions_are_decoded_in_their_batch_size(monkeypatch):
-    pipe, images = pipeline((5, 7), **WIDE), pictures(70, (5, 7))
+    pipe, images = codec_pipeline((5, 7), **WIDE), noise_images(70, (5, 7))
     monkeypatch.setattr(codec, "MAX_IMAGES", 64)
     older = pipe.compress(images)
     monkeypatch.undo()
@@ -102,7 +74,7 @@ def test_streams_of_earlier_versions_are_decoded_in_their_batch_size(monkeypatch
 
 
 def test_the_header_holds_the_class():
-    pipe, images = tiny_pipeline(), pictures(3, (5, 7))
+    pipe, images = tiny_pipeline(), noise_images(3, (5, 7))
     streams = pipe.compress(images, [1, 0, 2])  # the last is the null class
     plain = pipe.compress(images)
     assert [len(a) - len(b) for a, b in zip(streams, plain, strict=True)] == [1, 1, 1]
@@ -119,7 +91,7 @@ def test_the_header_holds_the_class():
 
 @pytest.mark.parametrize("kind", [{"auxiliary_hidden_size": 16, **WIDE}, WIDE])
 def test_prefixes_decode_to_previews(kind):
-    pipe, images = pipeline_of(**kind), pictures(4, (5, 7))
+    pipe, images = pipeline_of(**kind), noise_images(4, (5, 7))
     streams, codes = pipe.compress(images), pipe.encode(images)
     lengths = []
     for k in (1, 2):
@@ -148,7 +120,7 @@ def _reads(pipe, stream, num_levels):
 
 
 def test_other_streams_raise_an_error(monkeypatch):
-    pipe, images = tiny_pipeline(), pictures(2, (5, 7))
+    pipe, images = tiny_pipeline(), noise_images(2, (5, 7))
     stream, second = pipe.compress(images)
     other = tiny_pipeline()
     other.level_2.decoder.stem.weight.data.mul_(1.5)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import load_script
 
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAELevel
 from progressive_vae.models.fingerprint import fingerprint
 

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import load_script, tiny_pipeline
-from test_auxiliary_decoder import AUXILIARY, pipeline_of
+
+from helpers.models import AUXILIARY, pipeline_of, tiny_pipeline
+from helpers.scripts import load_script
 
 # One pixel of 16 bits a color, which Pillow reads as one of 8.
 _CHUNKS = [(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)),

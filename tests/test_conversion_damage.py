@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LFS_POINTER, load_script
 from safetensors.torch import load_file, save_file
-from test_conversion import assert_raises, convert, save_vqmodel
+
+from helpers.conversion import assert_raises, convert, save_vqmodel
+from helpers.hub import LFS_POINTER
+from helpers.scripts import load_script
 
 
 def drop(weights):

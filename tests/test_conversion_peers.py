@@ -3,7 +3,9 @@
 import pytest
 import torch
 import yaml
-from test_conversion import (
+from torch import nn
+
+from helpers.conversion import (
     assert_raises,
     assert_same_outputs,
     assert_same_weights,
@@ -11,7 +13,6 @@ from test_conversion import (
     pixels,
     shake,
 )
-from torch import nn
 
 INSTALL = (
     "pip install --no-deps taming-transformers-rom1504==0.0.6 DALL-E==0.1 "

@@ -2,18 +2,17 @@ import math
 
 import pytest
 import torch
-from conftest import (
+
+from helpers.models import (
+    CODE_ORDERS,
     GUIDED,
     LOGISTICS,
     ORDER_NAMES,
     PIXEL_ORDERS,
-    SYMBOL_ORDERS,
-    all_grids,
     level_of,
     tiny_level,
-    total_variation,
 )
-
+from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 
 
@@ -43,7 +42,7 @@ def test_an_untrained_logistic_mixture_predicts_smooth_images():
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
-@pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
+@pytest.mark.parametrize(ORDER_NAMES, CODE_ORDERS)
 def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
     order, downsample, num_groups, size
 ):

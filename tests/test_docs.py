@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import load_script
-from helpers.documents import PAGES, Documents, assert_output
 
+from helpers.documents import PAGES, Documents, assert_output
+from helpers.scripts import load_script
 from progressive_vae.evaluation import throughput
 
 ROOT = Path(__file__).parents[1]

@@ -7,9 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import load_script, tiny_level, tiny_prior
-from test_training import SMALL
 
+from helpers.models import tiny_level, tiny_prior
+from helpers.recipes import SMALL
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.evaluation import throughput as speed
 from progressive_vae.evaluation.image_metrics import precision_recall

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import randomize, tiny_level, tiny_pipeline
 
+from helpers.models import randomize, tiny_level, tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
 from progressive_vae.models.fingerprint import fingerprint
 

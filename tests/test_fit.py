@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_level
 
+from helpers.models import tiny_level
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.training import fit as fitting
 from progressive_vae.training.args import FitSettings, RunSettings

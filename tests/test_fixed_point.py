@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_pipeline
-from test_codec import KINDS, pictures, pipeline
 from torch.nn import functional as F
 
+from helpers.codec import KINDS, codec_pipeline
+from helpers.images import noise_images
+from helpers.models import tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 
@@ -84,12 +85,12 @@ def test_inexact_operations_raise_an_error():
         with fixed_point_arithmetic(), pytest.raises(ValueError, match="fixed-point arithmetic"):
             call()
     with pytest.raises(ValueError, match=r"arithmetic among \('float', 'integer'\), got 'exact'"):
-        tiny_pipeline().compress(pictures(1, (5, 7)), arithmetic="exact")
+        tiny_pipeline().compress(noise_images(1, (5, 7)), arithmetic="exact")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
 def test_streams_in_fixed_point_arithmetic(kind):
-    pipe, images = pipeline((5, 7), **kind), pictures(3, (5, 7))
+    pipe, images = codec_pipeline((5, 7), **kind), noise_images(3, (5, 7))
     streams, floats = pipe.compress(images, arithmetic="integer"), pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     mixed = [floats[0], streams[1], floats[1], streams[0]]

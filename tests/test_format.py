@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_level, tiny_pipeline, tiny_prior
 
+from helpers.models import tiny_level, tiny_pipeline, tiny_prior
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.models.fingerprint import fingerprint
 

@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import generators, tiny_level, tiny_prior
 
+from helpers.models import generators, tiny_level, tiny_prior
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,

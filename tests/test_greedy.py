@@ -6,15 +6,16 @@ import os
 import signal
 
 import datasets
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from interruptions import weights
 
+from helpers.images import random_images
+from helpers.interruptions import weights
+from helpers.recipes import FEW, RECIPE
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.source import open_dataset
@@ -23,31 +24,7 @@ from progressive_vae.training.args import RunSettings
 from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
 from progressive_vae.training.run import Run, make_accelerator
 
-BACKBONE = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
-FEW = {"max_train_steps": 4}
-RECIPE = {
-    "num_levels": 2,
-    "levels": {"hidden_size": 8, "num_layers": 1, "codebook_size": 8, "fit": FEW},
-    "prior": {"backbone_config": BACKBONE, "fit": FEW},
-    "data": {"eval_fraction": 0.3},
-    "run": {"report_to": "none", "num_validation_images": 2},
-}
-
-
-@pytest.fixture(autouse=True)
-def fresh_state():
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def random_images(count: int = 12) -> list[PIL.Image.Image]:
-    rng = np.random.default_rng(0)
-    return [PIL.Image.fromarray(x) for x in rng.integers(0, 256, (count, 8, 8, 3), np.uint8)]
+pytestmark = pytest.mark.usefixtures("fresh_state")
 
 
 def a_list(folder):

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import tiny_level
 
+from helpers.models import tiny_level
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 from progressive_vae.models.distributions import (
     Categorical,

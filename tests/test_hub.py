@@ -11,11 +11,12 @@ import diffusers
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
-from conftest import HUB, LFS_POINTER, assert_same, tiny_level, tiny_pipeline, tiny_prior
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoConfig, AutoModel
 
+from helpers.hub import HUB, LFS_POINTER
+from helpers.models import assert_same, tiny_level, tiny_pipeline, tiny_prior
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,

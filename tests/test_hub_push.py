@@ -7,12 +7,13 @@ import shutil
 import PIL.Image
 import pytest
 import torch
-from conftest import HUB, assert_same, tiny_level, tiny_pipeline
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from loopback_hub import Repo
-from test_model_card import METRICS
 
+from helpers.hub import HUB
+from helpers.loopback_hub import Repo
+from helpers.model_cards import METRICS
+from helpers.models import assert_same, tiny_level, tiny_pipeline
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.hub.repository import push_folder, weights_digest, write_card
 

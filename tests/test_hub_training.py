@@ -12,11 +12,12 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from conftest import HUB, assert_same
 from huggingface_hub import HfApi, ModelCard, snapshot_download
-from loopback_hub import Repo
-from test_training import SMALL
 
+from helpers.hub import HUB
+from helpers.loopback_hub import Repo
+from helpers.models import assert_same
+from helpers.recipes import SMALL
 from progressive_vae import ProgressiveVAEPipeline
 
 

@@ -4,16 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import (
-    all_grids,
-    decoder_fields,
-    generators,
-    level_of,
-    tiny_level,
-    tiny_prior,
-    total_variation,
-)
 
+from helpers.models import decoder_fields, generators, level_of, tiny_level, tiny_prior
+from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.inpainting import fill_masked_region, observe
 

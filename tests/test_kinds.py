@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import decoder_fields
 
+from helpers.models import decoder_fields
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 from progressive_vae.configuration.decoders import (
     COMPONENT_MEANS_DISTRIBUTIONS,

@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
-from conftest import all_grids, decoder_fields, randomize, tiny_level, total_variation
 from transformers import Trainer, TrainingArguments
 
+from helpers.models import decoder_fields, randomize, tiny_level
+from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 from progressive_vae.models import distributions
 from progressive_vae.models.fingerprint import fingerprint

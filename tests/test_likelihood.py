@@ -2,11 +2,10 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_level, tiny_pipeline, tiny_prior
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_auxiliary_decoder import AUXILIARY, pipeline_of
 
+from helpers.models import AUXILIARY, pipeline_of, tiny_level, tiny_pipeline, tiny_prior
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset, Manifest, write_cache
 from progressive_vae.evaluation.image_metrics import (

@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import HUB, LFS_POINTER, tiny_level, tiny_pipeline, tiny_prior
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, QuantoConfig
 
+from helpers.hub import HUB, LFS_POINTER
+from helpers.models import tiny_level, tiny_pipeline, tiny_prior
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,

@@ -2,9 +2,9 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_level
 from torch import nn
 
+from helpers.models import tiny_level
 from progressive_vae.training import muon
 from progressive_vae.training.muon import Muon, matrices_and_others, orthogonal
 

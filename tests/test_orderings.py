@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import ORDER_NAMES, PIXEL_ORDERS, level_of
 
+from helpers.models import ORDER_NAMES, PIXEL_ORDERS, level_of
 from progressive_vae.models.orderings import (
     ORDERINGS,
     ValidPositions,

@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import assert_same, generators, tiny_level, tiny_pipeline, tiny_prior
 
+from helpers.models import assert_same, generators, tiny_level, tiny_pipeline, tiny_prior
 from progressive_vae import ProgressiveVAEPipeline
 
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
-from conftest import all_grids, tiny_prior, total_variation
 from transformers import GPT2Config
 
+from helpers.models import tiny_prior
+from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAEPrior
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_level
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import SMALL
 
+from helpers.models import tiny_level
+from helpers.recipes import SMALL
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
 
@@ -25,7 +25,7 @@ import sys
 
 import torch
 from accelerate import Accelerator
-from conftest import tiny_level
+from helpers.models import tiny_level
 
 accelerator = Accelerator(cpu=True)
 assert accelerator.num_processes == 2
@@ -265,7 +265,10 @@ def test_a_sharded_prior_is_that_of_two_copies(tmp_path):
     """FSDP2 on two CPUs, interrupted and not, against DDP."""
     flags = [*SMALL, "--report_to", "none", "--output_dir", str(tmp_path)]
     launch(SCRIPT, *flags)
-    sharded, weights = str(ROOT / "tests" / "sharded.py"), tmp_path / "prior" / "model.safetensors"
+    sharded, weights = (
+        str(ROOT / "tests" / "helpers" / "sharded.py"),
+        tmp_path / "prior" / "model.safetensors",
+    )
     wanted = weights.read_bytes()
     flags += ["--phase", "prior", "--checkpointing_steps", "5"]
     launch(sharded, SCRIPT, *flags)

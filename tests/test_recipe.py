@@ -2,8 +2,8 @@
 
 import pytest
 import yaml
-from conftest import tiny_level, tiny_pipeline
 
+from helpers.models import tiny_level, tiny_pipeline
 from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
 from progressive_vae.training.args import FitSettings, RunSettings

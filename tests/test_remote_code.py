@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HUB, tiny_pipeline
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModel
 
+from helpers.hub import HUB
+from helpers.models import tiny_pipeline
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, __version__
 from progressive_vae.hub.remote_code import bundle
 

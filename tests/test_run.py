@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from accelerate import PartialState
-from interruptions import FLAGS, start, weights
-from test_training import SMALL
 
+from helpers.interruptions import FLAGS, start, weights
+from helpers.recipes import SMALL
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training import report
 from progressive_vae.training.lock import LOCK, MOMENT, OWNER, locked

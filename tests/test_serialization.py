@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from conftest import tiny_level
 
 import progressive_vae
+from helpers.models import tiny_level
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import generators, tiny_level, tiny_pipeline, tiny_prior
 
+from helpers.models import generators, tiny_level, tiny_pipeline, tiny_prior
 from progressive_vae import ProgressiveVAEPipeline, stack
 from progressive_vae.codec.bitstream import Header
 from progressive_vae.codec.codec import compress, decompress

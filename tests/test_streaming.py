@@ -7,9 +7,9 @@ import datasets
 import PIL.Image
 import pytest
 import torch
-from conftest import load_script
-from test_training import SMALL
 
+from helpers.recipes import SMALL
+from helpers.scripts import load_script
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.classes import find_classes
 from progressive_vae.data.code_cache import GridDataset, Manifest

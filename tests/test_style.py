@@ -1,4 +1,4 @@
-"""The house: folders by subject, and imports that go one way."""
+"""Folders by subject, and imports that go one way, in the package and in the tests."""
 
 import ast
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 import progressive_vae
 
 PACKAGE = Path(progressive_vae.__file__).parent
+TESTS = Path(__file__).parent
 
 # What each place may import from, besides itself: the places before it.
 ORDER = [
@@ -85,3 +86,19 @@ def test_every_place_is_named():
         assert f"`{folder}/`" in progressive_vae.__doc__
     files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
     assert folders | files == set(ORDER)
+
+
+def test_no_test_file_imports_another():
+    """What several of them share lies in `helpers/`, which holds no tests."""
+    test_files = {path.stem for path in TESTS.glob("*.py")}
+    for path in TESTS.rglob("*.py"):
+        nodes = [*ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        modules = {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
+        modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not modules & test_files, path.name
+    for path in (TESTS / "helpers").rglob("*.py"):
+        functions = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names = [node.name for node in functions if isinstance(node, ast.FunctionDef)]
+        assert not [name for name in names if name.startswith("test")], path.name

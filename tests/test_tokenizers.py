@@ -7,10 +7,11 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import HUB, load_script
 from diffusers import VQModel
-from test_training import ROOT, SMALL, readme_commands
 
+from helpers.hub import HUB
+from helpers.recipes import SMALL
+from helpers.scripts import ROOT, load_script, readme_commands
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,

@@ -13,8 +13,9 @@ import PIL.Image
 import pytest
 import torch
 import yaml
-from conftest import load_script
 
+from helpers.recipes import SHORT, SMALL
+from helpers.scripts import load_script, readme_commands
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
 from progressive_vae.models.fingerprint import fingerprint
@@ -22,14 +23,6 @@ from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.fit import Fit
 
 ROOT = Path(__file__).parents[1]
-SMALL = shlex.split(
-    "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
-    "--levels.codebook_size 8 --levels.fit.max_train_steps 6 --prior.fit.max_train_steps 6 "
-    "--validation_steps 4 --num_validation_images 2 --logging_steps 2 "
-    '--prior.backbone_config \'{"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, '
-    '"num_hidden_layers": 1, "num_attention_heads": 2}\''
-)
-SHORT = shlex.split("--levels.fit.max_train_steps 2 --prior.fit.max_train_steps 2")
 
 
 @pytest.fixture(scope="module")
@@ -164,11 +157,6 @@ def test_decoder_orders_and_quantizers(script, tmp_path, flags):
     assert pipe.level_1.config.code_noise == (0.1 if is_refitted else 0.0)
     assert ("refit_level_1" in metrics["phases"]) == is_refitted
     assert pipe.level_2.config.num_classes == (10 if is_refitted else 0)
-
-
-def readme_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [c for block in blocks for c in block.replace("\\\n", " ").strip().splitlines()]
 
 
 def test_launch_commands_of_the_readme_parse(script):

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from conftest import (
+
+from helpers.models import (
+    CODE_ORDERS,
     GUIDED,
     LOGISTICS,
     ORDER_NAMES,
     PIXEL_ORDERS,
-    SYMBOL_ORDERS,
     decoder_fields,
     level_of,
     tiny_level,
     tiny_prior,
 )
-
 from progressive_vae.models.sampling import Sampler
 from progressive_vae.models.walk import TeacherForcing
 
@@ -83,7 +83,7 @@ def check_walk(walk, size, channels, group_indices):
         dict(num_symbols=5),
     ],
 )
-@pytest.mark.parametrize(ORDER_NAMES, SYMBOL_ORDERS)
+@pytest.mark.parametrize(ORDER_NAMES, CODE_ORDERS)
 def test_a_level_has_one_step_for_each_entry(order, downsample, num_groups, kind):
     """Its log-probabilities add up to `log_prob`, and it returns the values of its steps."""
     if "num_channels" in kind and (order == "raster" or order != "lattice" and len(kind) > 1):

@@ -1,7 +1,7 @@
 """Run a script as under `accelerate launch --use_fsdp --fsdp_version 2`, but on CPUs, where
 Accelerate knows DDP alone.
 
-    torchrun --nproc_per_node 2 tests/sharded.py examples/train.py …
+    torchrun --nproc_per_node 2 tests/helpers/sharded.py examples/train.py …
 """
 
 import runpy

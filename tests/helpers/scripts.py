@@ -1,0 +1,37 @@
+"""Scripts of the checkout as modules, and the commands of the README."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_script(name: str, folder: str = "examples"):
+    """A script as a module; each `main` starts as a new process would."""
+    path = ROOT / folder / f"{name}.py"
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # where the script finds modules beside it
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))  # as Python does when it runs a script
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    main = module.main
+
+    def fresh_main(arguments):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        main(arguments)
+
+    module.main = fresh_main
+    return module
+
+
+def readme_commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [c for block in blocks for c in block.replace("\\\n", " ").strip().splitlines()]
