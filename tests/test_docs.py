@@ -2,22 +2,18 @@
 
 import ast
 import json
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from helpers.documents import PAGES, Documents, assert_output
-from helpers.scripts import load_script
+from helpers.documents import PAGES, ROOT, Documents, assert_output, inline_commands
 from progressive_vae.evaluation import throughput
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
-    documents = Documents(tmp_path_factory.mktemp("documents"), load_script)
+    documents = Documents(tmp_path_factory.mktemp("documents"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(documents.folder)
         documents.train()
@@ -35,6 +31,12 @@ def page_folder(tmp_path, monkeypatch, documents):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_runs(page, documents, page_folder):
     documents.run_page(page)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_text_parse(page, documents, page_folder):
+    for command in inline_commands(page):
+        documents.run_command(command, parse_only=True)
 
 
 def test_outputs_are_compared():

@@ -5,8 +5,8 @@ Pages are README.md and examples/docs/*.md. The blocks of a page run in order, i
 - `examples`, `conversion`: links to the folders of the repository;
 - `photos`, `photo.png`: small color images without classes;
 - `runs/digits`, `runs/photos`: pipelines trained at tiny size by the commands in `TRAINING`;
-- `zalando-datasets/fashion_mnist`, `uoft-cs/cifar10`, `amused/amused-256`: tiny data sets and a tiny
-  `VQModel` in place of those on the Hub.
+- `zalando-datasets/fashion_mnist`, `uoft-cs/cifar10`, `amused/amused-256`: tiny data sets and a
+  tiny `VQModel` in place of those on the Hub.
 
 ```python blocks share one namespace. A comment after a statement that prints, on its last line or
 on the lines below it, is its output: numbers with a decimal point may differ by one in the last
@@ -15,18 +15,19 @@ digit, and … stands for any text. The code may name the Hub's account `you`, a
 
 ```bash blocks have one command a line (or continued by a backslash); lines that begin with # are
 comments. Scripts run with the flags of `TINY` after their own. Those of `PARSED_SCRIPTS`, and the
-pages in `PARSED_PAGES`, are parsed only; so are launches of several processes, which
-tests/test_processes.py runs. Commands of other programs (`OTHER_PROGRAMS`) are not run.
+pages in `PARSED_PAGES`, are parsed only; so are commands in the text, and launches of several
+processes, which tests/test_processes.py runs. Commands of `OTHER_PROGRAMS` are not run.
 """
 
 import ast
 import functools
 import io
+import json
 import re
 import shlex
 import shutil
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -34,18 +35,18 @@ from types import ModuleType
 import datasets
 import numpy as np
 import PIL.Image
+import pytest
 from accelerate.commands.launch import launch_command_parser
 from diffusers import VQModel
 
+from helpers.recipes import BACKBONE
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPriorConfig
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "examples" / "docs").glob("*.md"))]
-PARSED_PAGES = {
-    "results.md",
-    "experiment_log.md",
-}  # their commands take hours, tests run the scripts
+PARSED_PAGES = {"results.md", "experiment_log.md"}  # commands that take hours
 PARSED_SCRIPTS = {"app"}  # a server
 OTHER_PROGRAMS = {"cd", "git", "hf", "pip", "tensorboard", "trackio", "uv"}
 TRAINING = {
@@ -59,8 +60,7 @@ TINY = {
     "--levels.codebook_size 8 --levels.fit.max_train_steps 2 --prior.fit.max_train_steps 2 "
     "--num_validation_images 2 --max_train_minutes 0.01 --report_to none "
     "--max_train_samples 100 --max_eval_samples 20 "
-    '--prior.backbone_config \'{"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, '
-    '"num_hidden_layers": 1, "num_attention_heads": 2}\'',
+    f"--prior.backbone_config '{json.dumps(BACKBONE)}'",
     "evaluate": "--num_drawn 8 --num_drawn_to_learn_from 20 --classifier_steps 2 "
     "--num_images_of_curve 2",
     "benchmark": "--train_minutes 0.01 --num_drawn 8 --num_drawn_to_learn_from 0 "
@@ -80,6 +80,11 @@ def blocks(page: Path) -> list[tuple[str, str]]:
 def commands(page: Path) -> list[str]:
     """Return the commands of the bash blocks of a page."""
     return [line for kind, text in blocks(page) if kind == "bash" for line in command_lines(text)]
+
+
+def inline_commands(page: Path) -> list[str]:
+    """Return the commands of scripts that stand in the text and the tables of a page."""
+    return re.findall(r"`((?:python|accelerate launch) \S+\.py[^`]*)`", prose(page))
 
 
 def command_lines(text: str) -> list[str]:
@@ -106,7 +111,7 @@ def sentences(page: Path) -> list[str]:
     text = re.sub(r"`[^`]*`", "code", text)
     text = re.sub(r"^(#|\|).*", "", text, flags=re.M)
     paragraphs = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text)
-    found = [re.split(r"(?<=[.!?:;])[*_)\"]*\s+", " ".join(each.split())) for each in paragraphs]
+    found = [re.split(r"(?<=[.!?;])[*_)\"]*\s+", " ".join(each.split())) for each in paragraphs]
     return [sentence for paragraph in found for sentence in paragraph if sentence]
 
 
@@ -196,12 +201,10 @@ class Documents:
 
     Args:
         folder: for the data and the pipelines.
-        load_script: from the name and the folder of a script to its module.
     """
 
-    def __init__(self, folder: Path, load_script: Callable[..., ModuleType]):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.load_script = load_script
         self.trained: set[str] = set()
         write_images(folder)
         for name in ("examples", "conversion"):
@@ -252,7 +255,7 @@ class Documents:
             launch_command_parser().parse_args(words[2:])
             parse_only |= "--num_processes" in words
         path, flags = Path(words[index]), words[index + 1 :]
-        module = self.load_script(path.stem, str(path.parent))
+        module = load_script(path.stem, str(path.parent))
         if parse_only or path.stem in PARSED_SCRIPTS:
             parse(module, flags)
             return
@@ -274,22 +277,20 @@ def tiny_flags(script: str, flags: list[str]) -> list[str]:
 
 def parse(module: ModuleType, flags: list[str]):
     """Parse a command line as a script does, and raise its error; run nothing."""
-    if hasattr(module, "parse"):
-        module.parse(flags)
-        return
 
     def stop(*arguments, **options):
         raise Parsed
 
-    if hasattr(module, "Arguments"):
-        module.Arguments.__post_init__ = stop
-    else:
-        auto_cli = module.auto_cli
-        module.auto_cli = lambda functions, args: auto_cli(
-            [functools.wraps(function)(stop) for function in functions], args=args
-        )
-    try:
-        module.main(flags)
-    except Parsed:
-        return
-    raise AssertionError(f"expected {module.__name__} to parse its flags")
+    with pytest.MonkeyPatch.context() as patch:
+        if hasattr(module, "Arguments"):
+            patch.setattr(module.Arguments, "__post_init__", stop)
+        elif hasattr(module, "auto_cli"):
+            auto_cli = module.auto_cli
+            module.auto_cli = lambda functions, args: auto_cli(
+                [functools.wraps(function)(stop) for function in functions], args=args
+            )
+        else:
+            module.parse(flags)
+            return
+        with pytest.raises(Parsed):
+            module.main(flags)
