@@ -19,7 +19,7 @@ def example(name: str) -> Path:
         ValueError: there is no such model.
     """
     package = Path(__file__).parent
-    folders = [package / "examples", package.parent / "examples"]  # of a wheel, of a checkout
+    folders = [package.parent / "examples", package / "examples"]  # of a checkout, of a wheel
     models = {path.parent.name: path.parent for f in folders for path in f.glob(f"*/{_INDEX}")}
     if name not in models:
         raise ValueError(f"expected name of a model among {sorted(models)}, got {name!r}")
