@@ -4,8 +4,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from conftest import load_script, tiny_level, tiny_prior
 
+from helpers.scripts import load_script, tiny_level, tiny_prior
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.evaluation import throughput
 

@@ -14,16 +14,18 @@ python examples/docs/plot_architecture.py
 import json
 from pathlib import Path
 
+import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from progressive_vae import ProgressiveVAEPipeline, example
 from progressive_vae.scripts import run_script
 from progressive_vae.visualization import code_map
 
+matplotlib.use("Agg")
 OUTPUT = Path(__file__).parent / "architecture.png"
 SAMPLING, ENCODING, TEXT, GRAY = "#0f766e", "#b45309", "#0f172a", "#475569"
 WIDTH, HEIGHT = 13.2, 4.0  # of the axes
@@ -71,10 +73,8 @@ def main(words: list[str]):
     generator = torch.Generator().manual_seed(4)
     output = pipe(["Ankle boot"], temperature=0.7, generator=generator, output_type="np")
 
-    figure = Figure(figsize=(WIDTH, HEIGHT))
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.set_xlim(0, WIDTH)
-    axes.set_ylim(0, HEIGHT)
+    figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT))
+    axes.set_position((0, 0, 1, 1))
     axes.axis("off")
     # An opaque panel, for dark pages.
     panel = {"facecolor": "white", "edgecolor": "#cbd5e1"}
@@ -104,6 +104,7 @@ def main(words: list[str]):
         axes.text(center, 0.75, "+", ha="center", fontsize=13, color=SAMPLING)
     total = f"= {bits['total']:.2f} bits/dim"
     axes.text(CENTERS["s"], 0.75, total, ha="center", fontsize=13, color=SAMPLING, weight="bold")
+    axes.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
     figure.savefig(OUTPUT, dpi=140, transparent=True)
     print(f"wrote {OUTPUT.name}")
 
