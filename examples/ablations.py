@@ -33,7 +33,7 @@ from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.dataset import pixel_batches, read_images
 from progressive_vae.data.source import open_dataset
-from progressive_vae.evaluation.image_codecs import image_files, rate_and_distortion
+from progressive_vae.evaluation.image_codecs import as_arrays, lossy_curves, rate_and_distortion
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.evaluation.throughput import rate
 from progressive_vae.hub.repository import METRICS
@@ -59,7 +59,7 @@ AUGMENTATIONS = {
 def image_codecs(
     dataset_name: str,
     model: str = MODEL,
-    num_images: int = 500,
+    num_images: int = 100,
     num_samples: int = 8,
     seed: int = 0,
 ):
@@ -84,8 +84,8 @@ def image_codecs(
     codes = rate_distortion(pipe, images, 1 if has_previews else num_samples, seed)
 
     # Files of several qualities, as (bits/dim, mean squared error).
-    arrays = [image.movedim(0, -1).squeeze(-1).numpy() for image in images]
-    _, curves = image_files(images)
+    arrays = as_arrays(images)
+    curves = lossy_curves(arrays)
     if PIL.features.check("avif"):
         curves["AVIF"] = [rate_and_distortion("AVIF", arrays, {"quality": q}) for q in AVIF]
 
@@ -108,7 +108,7 @@ def image_codecs(
     black = [0 * arrays[0]]
     options = [{"distance": 25} if name == "JPEG-XL" else {"quality": 0} for name in curves]
     files = [rate_and_distortion(*arguments) for arguments in zip(curves, repeat(black), options)]
-    lines.append(["of a black image", "", *map(cell, files)])
+    lines.append(["a black image, bytes", "", *(cell(file).split(",")[0] for file in files)])
     print_table(lines)
 
 

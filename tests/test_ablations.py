@@ -42,7 +42,7 @@ def test_codes_beside_image_files(script, photos, tmp_path, capsys, auxiliary_hi
     header, _, *rows = capsys.readouterr().out.splitlines()
     column = "preview" if auxiliary_hidden_size else "mean of 2"
     assert header.startswith(f"| bytes, PSNR | {column} | JPEG | WebP |")
-    assert [row[:9] for row in rows] == ["| z_1 … z", "| z_1 … z", "| the sma", "| of a bl"]
+    assert [row[:9] for row in rows] == ["| z_1 … z", "| z_1 … z", "| the sma", "| a black"]
     num_bytes = [float(row.split("|")[2].split(",")[0]) for row in rows[:2]]
     assert 0 < num_bytes[0] < num_bytes[1]
 

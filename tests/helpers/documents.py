@@ -27,7 +27,7 @@ import re
 import shlex
 import shutil
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -281,13 +281,16 @@ def parse(module: ModuleType, flags: list[str]):
     def stop(*arguments, **options):
         raise Parsed
 
+    def only_parsed(function: Callable) -> Callable:
+        return functools.wraps(function)(lambda **options: stop())  # one for each function
+
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(module, "Arguments"):
             patch.setattr(module.Arguments, "__post_init__", stop)
         elif hasattr(module, "auto_cli"):
             auto_cli = module.auto_cli
             module.auto_cli = lambda functions, args: auto_cli(
-                [functools.wraps(function)(stop) for function in functions], args=args
+                [only_parsed(function) for function in functions], args=args
             )
         else:
             module.parse(flags)
