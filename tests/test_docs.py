@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from helpers.documents import PAGES, ROOT, Documents, assert_output, inline_commands
+from helpers.scripts import load_script
 from progressive_vae.evaluation import throughput
 
 
@@ -82,3 +83,11 @@ def test_the_tour(page_folder):
     ]  # fmt: skip
     assert 0 < errors[0] < errors[1]  # z_2 encodes more of the images than z_1
     assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_the_diagram(tmp_path):
+    script = load_script("plot_architecture", "examples/docs")
+    script.OUTPUT = tmp_path / "architecture.png"
+    script.main([])
+    with PIL.Image.open(ROOT / "examples" / "docs" / "architecture.png") as committed:
+        assert PIL.Image.open(script.OUTPUT).size == committed.size
