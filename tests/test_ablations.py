@@ -5,7 +5,8 @@ import PIL.Image
 import pytest
 import yaml
 
-from helpers.scripts import load_script, tiny_level, tiny_prior
+from helpers.models import tiny_level, tiny_prior
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.evaluation import throughput
 
