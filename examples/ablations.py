@@ -65,8 +65,9 @@ def image_codecs(
 ):
     """Compare images decoded from codes with lossy image files, on held-out images.
 
-    Decoded images are previews, or the mean of reconstructions for a model that has no auxiliary
-    decoders. JPEG-XL needs the package imagecodecs, AVIF a Pillow that has it.
+    Each row has codes z_1 … z_k, and of each format the smallest files that are as good. Decoded
+    images are previews, or the mean of reconstructions if there are no auxiliary decoders. JPEG-XL
+    needs the package imagecodecs, AVIF a Pillow that supports it.
 
     Args:
         dataset_name: id on the Hub or a local path.
@@ -102,8 +103,7 @@ def image_codecs(
             min((file for file in files if file[1] <= point[1]), default=None)
             for files in curves.values()
         ]
-        title = f"z_1 … z_{name.removeprefix('level_')}, and the smallest files as good"
-        lines.append([title, *map(cell, [point, *best])])
+        lines.append([f"z_1 … z_{name.removeprefix('level_')}", *map(cell, [point, *best])])
     lines.append(["the smallest files", "", *(cell(min(files)) for files in curves.values())])
     black = [0 * arrays[0]]
     options = [{"distance": 25} if name == "JPEG-XL" else {"quality": 0} for name in curves]

@@ -111,7 +111,8 @@ def test_tables_of_results_follow_a_command_with_its_conditions():
     _, *parts = re.split(r"^```bash\n.*?^```", text, flags=re.M | re.S)
     for part in parts:
         if re.search(r"^\|", part, re.M):
-            assert re.search(r"\bseeds?\b", part) and re.search(r"\bcommits? [0-9a-f]{7}\b", part)
+            assert re.search(r"\bseeds?\b", part, re.I)
+            assert re.search(r"\bcommits? [0-9a-f]{7}\b", part)
 
 
 def test_the_top_of_the_repository_is_short():
