@@ -20,8 +20,8 @@ BANNED_NAMES = set("found told said known shown drawn given asked ours theirs wh
 # Saved names (configuration, state dicts, metrics, recipes, flags) and those of other libraries.
 ALLOWED = """
     random_colours colours num_symbols picture_weight num_candidates num_drawn
-    symbol_logit_rank whole.numbers,.\{dtype\} label.kept Label.kept Progressive.growing.of.GANs
-    Picture.coding identity\["forms"\] _METRICS.=."figures"
+    symbol_logit_rank whole.numbers,.\{dtype\} Progressive.growing.of.GANs
+    Picture.coding identity\["forms"\] _EARLIER_MARK.=."<!--.figures
     num_drawn_to_learn_from bits_per_dim_of_drawn_codes max_pictures pictures_per_part
     figure,.axes figure\\.savefig close\\(figure figsize ImageDraw\\.Draw encoded_symbols symbols=
 """.split()
