@@ -150,12 +150,15 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             conditioning = conditioning.drop(self.config.class_dropout, generator)
 
         # Encode, or look up the codes that were passed, with noise on them in training.
+        size = (values.shape[-2], values.shape[-1])
+        count = values[0].numel()
         latents = code_noise = None
-        kl: Tensor | float = 0.0
-        quantizer_loss: Tensor | float = 0.0
+        loss: Tensor | float = 0.0
         if codes is None:
             latents = self.encoder(finer)
-            codes, quantized, kl, quantizer_loss = self.quantizer(latents, generator)
+            # Latents of a frozen encoder have no gradient: its codebook must not move.
+            quantize = self.quantizer if latents.requires_grad else self.quantizer.assign
+            quantized, codes, loss = quantize(latents, generator, count)
         else:
             self._check_pair(codes, values)
             noisy_codes = codes
@@ -167,10 +170,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             quantized = self.quantizer.lookup(noisy_codes)
 
         # The auxiliary decoder trains the encoder: its nats, and the error of its expected image.
-        size = (values.shape[-2], values.shape[-1])
-        count = values[0].numel()
         log_prob = expected = None
-        loss = quantizer_loss + kl / count
         if self.auxiliary is not None and (latents is not None or self.decoder is None):
             parameters = self.auxiliary(quantized, size)
             log_prob = self.auxiliary.log_prob_of(parameters, values)
