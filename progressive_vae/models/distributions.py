@@ -36,7 +36,7 @@ class Categorical:
     logits: Tensor
 
     def log_prob(self, values: Tensor) -> Tensor:
-        logits = self.logits.flatten(0, 1).float()
+        logits = self.logits.flatten(0, -2).float()
         return -F.cross_entropy(logits, values.flatten(), reduction="none").view(values.shape)
 
     def chunks(self) -> "list[Categorical]":

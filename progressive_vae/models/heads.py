@@ -5,13 +5,18 @@ features only. A mixture head also sees pixel values that are already decoded, i
 
 1. `component_means`: before the group is predicted, the head collects G estimates of every value
    from the decoded neighbors (and from a preview). They are the initial means of its G components.
-2. `make_neighbor_conditioning`: a module that adds these estimates to the network's state.
+2. `embed_neighbors`: these estimates as features, which a linear map adds to the network's state.
 3. `forward`: features + component means (+ residuals of the previous channel) -> distribution.
 4. `embed_residuals`: after a channel is decoded, residuals = values − component means. Their
    embedding conditions later channels and later groups.
 
+Only the parameters of a head differ between channels and groups. With teacher forcing all else is
+therefore computed once, for the positions of all groups.
+
 Shape letters: B batch, C channels, n positions of the group, G components, V values.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +31,30 @@ from .distributions import (
     LowRankCategorical,
     categorical_from_features,
 )
-from .layers import AlignedLinear, PixelEmbedding, ZeroLinear, cached_constant
-from .orderings import Group
+from .layers import PixelEmbedding, ZeroLinear, cached_constant
+
+
+class Neighborhood(NamedTuple):
+    """What is known of the values at n positions before any of them is decoded.
+
+    Args:
+        shape: (B, C, n).
+        neighbors: the nearest decoded values, float32 (4, B, C, n); `None` in the first group.
+        preview: the auxiliary decoder's mean image at the positions, float32 (B, C, n) in
+            0 … V − 1; `None` if the config is not guided.
+        preview_neighbors: that image at the neighbors, (4, B, C, n).
+    """
+
+    shape: torch.Size
+    neighbors: Tensor | None = None
+    preview: Tensor | None = None
+    preview_neighbors: Tensor | None = None
 
 
 class Head(nn.Module):
     """The interface; its defaults are those of a head without component means, G = 0."""
 
+    neighbor_dim = 0  # width of `embed_neighbors` for one channel
     residual_dim = 0  # width of `embed_residuals`
 
     def forward(
@@ -48,37 +70,36 @@ class Head(nn.Module):
             component_means: of this channel, (G, B, n).
             residuals: of the previous channel, (G, B, n); `None` for the first channel.
         """
+        return self.distribution(self.params(features), component_means, residuals)
+
+    def params(self, features: Tensor) -> Tensor:
+        """The part of `forward` that has weights: (..., width) -> (..., P)."""
         raise NotImplementedError
+
+    def distribution(
+        self,
+        params: Tensor,
+        component_means: Tensor | None = None,
+        residuals: Tensor | None = None,
+    ) -> Distribution:
+        """The part without weights: params (..., P), means and residuals (G, ...)."""
+        return Categorical(params)
 
     def init_weights(self):
         """Initialize parameters that belong to the head itself, unless they are loaded."""
 
-    def make_neighbor_conditioning(self, channels: int, width: int) -> nn.Module:
-        """A module (state, group, component_means) -> state, which adds the neighbors' values."""
-        return NoConditioning()
+    def component_means(self, neighborhood: Neighborhood, device: torch.device) -> Tensor:
+        """Estimates of the values before any of them is decoded, float32 (G, B, C, n)."""
+        return torch.zeros(0, *neighborhood.shape, dtype=torch.float32, device=device)
 
-    def component_means(
-        self, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
-    ) -> Tensor:
-        """Estimates of the group's values before any of them is decoded, float32 (G, B, C, n).
-
-        Args:
-            grid: the padded grid, int64 (B, C, H, W); values of earlier groups are written.
-            size: (H, W) of the true grid.
-            preview: the auxiliary decoder's mean image, float (B, C, H, W) in 0 … V − 1.
-        """
-        return group.gather_values(grid)[None][:0].float()
+    def embed_neighbors(self, component_means: Tensor) -> Tensor:
+        """Component means of decoded neighbors, (G, B, C, n) -> (B, n, C · neighbor_dim)."""
+        _, batch_size, channels, count = component_means.shape
+        return component_means.new_zeros(batch_size, count, channels * self.neighbor_dim)
 
     def embed_residuals(self, residuals: Tensor) -> Tensor:
-        """Values minus component means, (G, B, n) -> (B, n, residual_dim)."""
+        """Values minus component means, (G, ...) -> (..., residual_dim)."""
         return residuals.new_zeros(*residuals.shape[1:], self.residual_dim)
-
-
-class NoConditioning(nn.Module):
-    """Returns the state unchanged."""
-
-    def forward(self, state: Tensor, group: Group, component_means: Tensor) -> Tensor:
-        return state
 
 
 class LinearHead(Head, ZeroLinear):
@@ -91,6 +112,9 @@ class LinearHead(Head, ZeroLinear):
         residuals: Tensor | None = None,
     ) -> Categorical | LowRankCategorical:
         return categorical_from_features(features, self.weight, self.bias)
+
+    def params(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
 
 
 class LowRankHead(Head):
@@ -115,6 +139,9 @@ class LowRankHead(Head):
         residuals: Tensor | None = None,
     ) -> Categorical | LowRankCategorical:
         return categorical_from_features(self.project(features), self.values.weight, self.bias)
+
+    def params(self, features: Tensor) -> Tensor:
+        return F.linear(self.project(features), self.values.weight, self.bias)
 
     def init_weights(self):
         init.zeros_(self.bias)
@@ -142,7 +169,9 @@ class LogisticMixtureHead(Head):
     """
 
     INITIAL_LOG_SCALES: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0)
-    residual_dim = 3
+    NUM_SCALES = 3  # of `multiscale_tanh`
+    neighbor_dim = 4 * NUM_SCALES
+    residual_dim = NUM_SCALES
 
     def __init__(self, width: int, num_values: int):
         super().__init__()
@@ -151,45 +180,45 @@ class LogisticMixtureHead(Head):
         # G log-scales and G coefficients of the previous channel's residuals.
         self.project = ZeroLinear(width, 4 * len(self.INITIAL_LOG_SCALES) + 1)
 
-    def forward(
+    def params(self, features: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            weight = self.project.weight.float()
+            return F.linear(features.float(), weight, self.project.bias.float())
+
+    def distribution(
         self,
-        features: Tensor,
+        params: Tensor,
         component_means: Tensor | None = None,
         residuals: Tensor | None = None,
     ) -> DiscretizedLogisticMixture:
         assert component_means is not None
         count = len(self.INITIAL_LOG_SCALES)
-        with torch.autocast(features.device.type, enabled=False):
-            weight = self.project.weight.float()
-            bias = self.project.bias.float()
-            params = F.linear(features.float(), weight, bias)  # (B, n, 4G + 1)
-            params = params.movedim(-1, 0).contiguous()  # (4G + 1, B, n)
-            weights, offsets, log_scales, slopes = params.split([count + 1, count, count, count])
-            # sinh: fine steps near the initial mean, coarse steps far from it.
-            means = component_means + offsets.clamp(-6, 6).sinh()
-            if residuals is not None:
-                means = means + (1 + slopes) * residuals
-            initial = cached_constant(self.INITIAL_LOG_SCALES, features.device)
-            log_scales = (log_scales + initial[:, None, None]).clamp(-3, 5)
-            return DiscretizedLogisticMixture(
-                weights.softmax(0), means, (-log_scales).exp(), self.num_values
-            )
+        params = params.movedim(-1, 0).contiguous()  # (4G + 1, ...)
+        weights, offsets, log_scales, slopes = params.split([count + 1, count, count, count])
+        # sinh: fine steps near the initial mean, coarse steps far from it.
+        means = component_means + offsets.clamp(-6, 6).sinh()
+        if residuals is not None:
+            means = means + (1 + slopes) * residuals
+        initial = cached_constant(self.INITIAL_LOG_SCALES, params.device)
+        log_scales = log_scales + initial.view(-1, *[1] * (params.ndim - 1))
+        precisions = (-log_scales.clamp(-3, 5)).exp()
+        return DiscretizedLogisticMixture(weights.softmax(0), means, precisions, self.num_values)
 
-    def make_neighbor_conditioning(self, channels: int, width: int) -> nn.Module:
-        return NeighborConditioning(channels, len(self.INITIAL_LOG_SCALES), width)
-
-    def component_means(
-        self, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
-    ) -> Tensor:
-        neighbors = group.neighbors(grid, size)  # (4, B, C, n)
+    def component_means(self, neighborhood: Neighborhood, device: torch.device) -> Tensor:
+        neighbors = neighborhood.neighbors
         if neighbors is not None:
-            neighbors = neighbors.float()
             mean = neighbors.mean(0, keepdim=True)  # (1, B, C, n)
             return torch.cat([neighbors, mean.expand_as(neighbors)])  # (8, B, C, n)
         # First group: the centers of eight equal intervals of 0 … V − 1.
-        intervals = torch.arange(8, dtype=torch.float32, device=grid.device)
+        intervals = torch.arange(8, dtype=torch.float32, device=device)
         centers = (intervals + 0.5) * (self.num_values / 8)
-        return centers.view(8, 1, 1, 1).expand(8, *group.gather_values(grid).shape)
+        return centers.view(8, 1, 1, 1).expand(8, *neighborhood.shape)
+
+    def embed_neighbors(self, component_means: Tensor) -> Tensor:
+        # Relative to the neighbors' mean, component 4, which components 5–7 repeat.
+        relevant = torch.cat([component_means[:4], component_means[8:]])
+        embedded = multiscale_tanh(relevant - component_means[4])  # (G − 4, B, C, n, 3)
+        return embedded.permute(1, 3, 0, 2, 4).flatten(2)
 
     def embed_residuals(self, residuals: Tensor) -> Tensor:
         return multiscale_tanh(residuals[-1])  # those of the last component
@@ -205,44 +234,19 @@ class GuidedLogisticMixtureHead(LogisticMixtureHead):
     """
 
     INITIAL_LOG_SCALES = (*LogisticMixtureHead.INITIAL_LOG_SCALES, 2.0, 1.0)
+    neighbor_dim = 6 * LogisticMixtureHead.NUM_SCALES
 
-    def component_means(
-        self, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
-    ) -> Tensor:
+    def component_means(self, neighborhood: Neighborhood, device: torch.device) -> Tensor:
+        _, neighbors, preview, preview_neighbors = neighborhood
         assert preview is not None  # the level computes it if the config is guided
-        preview_values = group.gather_values(preview)  # (B, C, n)
-        preview_neighbors = group.neighbors(preview, size)  # (4, B, C, n)
-        if preview_neighbors is None:
+        if neighbors is None or preview_neighbors is None:
             # Components with equal scales need different means, or they would stay equal.
-            shifts = cached_constant((-36, -12, 12, 36, 0, 0, 0, 0, 3, -3), preview.device)
-            return preview_values + shifts[:, None, None, None]
-        means = super().component_means(group, grid, size)  # (8, B, C, n)
+            shifts = cached_constant((-36, -12, 12, 36, 0, 0, 0, 0, 3, -3), device)
+            return preview + shifts[:, None, None, None]
         # Along short sides, where `Lattice.neighbors` returns a 0, this error means nothing.
-        preview_error = (means[:4] - preview_neighbors).mean(0)  # (B, C, n)
-        return torch.cat([means, torch.stack([preview_values, preview_values + preview_error])])
-
-
-class NeighborConditioning(AlignedLinear):
-    """Adds to the state a linear map of component means, relative to the neighbors' mean.
-
-    Components 5–7 repeat that mean (component 4) and are left out. It subclasses its linear map
-    since `look.weight` and `look.bias` are state-dict keys.
-    """
-
-    def __init__(self, channels: int, num_components: int, width: int):
-        super().__init__(3 * channels * (num_components - 4), width)
-
-    def forward(  # type: ignore[override]
-        self, state: Tensor, group: Group, component_means: Tensor
-    ) -> Tensor:
-        neighbors = component_means[:4]
-        neighbor_mean = component_means[4]
-        previews = component_means[8:]
-        differences = torch.cat([neighbors, previews]) - neighbor_mean  # (G − 4, B, C, n)
-        embedded = multiscale_tanh(differences)  # (G − 4, B, C, n, 3)
-        embedded = embedded.permute(1, 3, 0, 2, 4).flatten(2).to(state)  # (B, n, (G − 4)·C·3)
-        size = (state.shape[-2], state.shape[-1])
-        return state + group.scatter_features(super().forward(embedded), size)
+        preview_error = (neighbors - preview_neighbors).mean(0)  # (B, C, n)
+        means = super().component_means(neighborhood, device)  # (8, B, C, n)
+        return torch.cat([means, torch.stack([preview, preview + preview_error])])
 
 
 def multiscale_tanh(differences: Tensor) -> Tensor:

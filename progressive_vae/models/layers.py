@@ -1,13 +1,15 @@
 """Layers for (B, C, H, W) in channels_last, and their initialization."""
 
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -125,6 +127,38 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
         return self.conv(F.pixel_unshuffle(x, 2))
+
+
+def apply_each(modules: Sequence[nn.Module], x: Tensor, method: str = "forward") -> Tensor:
+    """Apply modules of equal shapes, each to its own input, in as few operations as one of them.
+
+    Args:
+        x: the input of each module, (S, ...).
+        method: name of the method to call.
+
+    Returns:
+        the outputs, (S, ...).
+    """
+    if len(modules) == 1:
+        return getattr(modules[0], method)(x[0])[None]
+    template = _MethodCall(modules[0], method)
+    weights = {
+        f"module.{name}": torch.stack([module.get_parameter(name) for module in modules])
+        for name, _ in modules[0].named_parameters()
+    }
+    return torch.vmap(partial(functional_call, template))(weights, x)
+
+
+class _MethodCall(nn.Module):
+    """A module whose forward pass is a method of another one, for `functional_call`."""
+
+    def __init__(self, module: nn.Module, method: str):
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.module, self.method)(x)
 
 
 def residual_blocks(width: int, num_layers: int, kernel_size: int) -> nn.Sequential:

@@ -226,3 +226,85 @@ def group_schedule(
         indices = index_grid(size, padded_size)
         groups = ORDERINGS[ordering](num_groups, padded_size)
         return [(group, ValidPositions(group.gather_values(indices), device)) for group in groups]
+
+
+@dataclass(frozen=True, eq=False)
+class PositionsOfAllGroups:
+    """The positions of all groups, one group after the other: N in the padded grid.
+
+    With teacher forcing it gathers for all groups at once what each group gathers by itself.
+
+    Args:
+        positions: row-major indices in the padded grid, int64 (N,).
+        counts: the number of positions of each group.
+        is_valid: which positions lie in the true grid, bool (N,); `None` if all do.
+        neighbors: indices of `Lattice.neighbors` of all groups but the first, int64 (4 · N',);
+            `None` if the groups have no neighbors.
+        is_decoded: which neighbors belong to earlier groups, bool (4, N'); `None` if all do.
+    """
+
+    positions: Tensor
+    counts: tuple[int, ...]
+    is_valid: Tensor | None
+    neighbors: Tensor | None
+    is_decoded: Tensor | None
+
+    def gather_values(self, grid: Tensor) -> Tensor:
+        """Grid (..., H, W) -> (..., N)."""
+        return grid.flatten(-2).index_select(-1, self.positions)
+
+    def gather_neighbors(self, grid: Tensor) -> Tensor:
+        """Grid (..., H, W) -> neighbors outside the first group, (4, ..., N')."""
+        assert self.neighbors is not None
+        values = grid.flatten(-2).index_select(-1, self.neighbors)
+        return values.unflatten(-1, (4, -1)).movedim(-2, 0)
+
+    def mask_undecoded(self, neighbors: Tensor) -> Tensor:
+        """Neighbors (4, B, C, N') with 0 in place of those that a walk does not know yet."""
+        if self.is_decoded is None:
+            return neighbors
+        return neighbors * self.is_decoded[:, None, None]
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of consecutive groups with equal numbers of positions."""
+        starts = [0, *(i for i in range(1, len(self.counts)) if self._differs(i))]
+        return [*zip(starts, [*starts[1:], len(self.counts)], strict=True)]
+
+    def _differs(self, index: int) -> bool:
+        return self.counts[index] != self.counts[index - 1]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
+def positions_of_all_groups(
+    ordering: str,
+    num_groups: int,
+    size: tuple[int, int],
+    padded_size: tuple[int, int],
+    device: torch.device,
+) -> PositionsOfAllGroups:
+    """The groups of `group_schedule`, joined."""
+    with torch.device("cpu"):
+        groups = ORDERINGS[ordering](num_groups, padded_size)
+        index = torch.arange(math.prod(padded_size)).view(padded_size)
+        positions = [group.gather_values(index) for group in groups]
+        is_valid = (
+            torch.cat([group.gather_values(index_grid(size, padded_size)) for group in groups]) >= 0
+        )
+        neighbors = is_decoded = None
+        lattices = [group for group in groups[1:] if isinstance(group, Lattice)]
+        if lattices:
+            group_of = torch.empty(index.numel(), dtype=torch.long)  # of each position
+            for i, group_positions in enumerate(positions):
+                group_of[group_positions] = i
+            parts = [_neighbor_indices(x, padded_size, size, index.device) for x in lattices]
+            is_decoded = torch.cat([group_of[part] < i for i, part in enumerate(parts, 1)], 1)
+            neighbors = torch.cat(parts, 1).flatten().to(device)
+            is_decoded = None if is_decoded.all() else is_decoded.to(device)
+        return PositionsOfAllGroups(
+            torch.cat(positions).to(device),
+            tuple(len(group_positions) for group_positions in positions),
+            None if is_valid.all() else is_valid.to(device),
+            neighbors,
+            is_decoded,
+        )
