@@ -13,6 +13,7 @@ from progressive_vae.models.heads import (
     LinearHead,
     LogisticMixtureHead,
     LowRankHead,
+    Neighborhood,
     OrdinalPixelHead,
     make_head,
 )
@@ -38,6 +39,7 @@ HEADS = [  # config, head, distribution
 ]
 NUM_COMPONENTS = {LogisticMixtureHead: 8, GuidedLogisticMixtureHead: 10}
 DIAGONAL = Lattice(2, (1, 1))
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("config", "head_type", "distribution_type"), HEADS)
@@ -47,7 +49,7 @@ def test_make_head(config, head_type, distribution_type):
     assert type(head) is head_type
     grid = torch.randint(config.num_values, (2, config.value_channels, 4, 6))
     preview = torch.rand(2, config.value_channels, 4, 6) * 255
-    means = head.component_means(DIAGONAL, grid, (4, 6), preview)
+    means = head.component_means(Neighborhood.gather(DIAGONAL, grid, (4, 6), preview), CPU)
     assert means.shape == (NUM_COMPONENTS.get(head_type, 0), 2, config.value_channels, 6)
     distribution = head(torch.randn(2, 6, 8), means[:, :, 0], None)
     assert type(distribution) is distribution_type
@@ -61,7 +63,7 @@ def test_make_head(config, head_type, distribution_type):
 def test_neighbor_conditioning_has_its_state_dict_keys(config, head_type, _):
     level = tiny_level(**config)
     has_means = head_type in NUM_COMPONENTS
-    stages = [i for i in range(4) if list(level.decoder.stages[i].look.parameters())]
+    stages = [i for i in range(4) if level.decoder.stages[i].look is not None]
     assert stages == ([1, 2, 3] if has_means else [])
     state_dict = level.decoder.state_dict()
     assert ("stages.1.look.weight" in state_dict) == has_means
@@ -73,9 +75,11 @@ def test_neighbor_conditioning_has_its_state_dict_keys(config, head_type, _):
 def test_component_means_are_the_neighbors_and_their_mean():
     head = LogisticMixtureHead(8, 256)
     grid = torch.arange(16).view(1, 1, 4, 4) * 10
-    means = head.component_means(DIAGONAL, grid, (4, 4))
+    means = head.component_means(Neighborhood.gather(DIAGONAL, grid, (4, 4)), CPU)
     assert means[:, 0, 0, 0].tolist() == [0, 20, 80, 100] + 4 * [50]
-    first_means = head.component_means(Lattice(2), grid, (4, 4))  # without neighbors
+    first_means = head.component_means(
+        Neighborhood.gather(Lattice(2), grid, (4, 4)), CPU
+    )  # without neighbors
     assert first_means[:, 0, 0, 0].tolist() == list(range(16, 256, 32))
 
 
@@ -84,9 +88,9 @@ def test_guided_component_means_add_the_preview_and_its_correction():
     grid = torch.arange(16).view(1, 1, 4, 4) * 10
     # The preview's error is +5 in even columns and −5 in odd ones.
     preview = grid + torch.tensor([5.0, -5.0]).repeat(2).view(1, 1, 1, 4)
-    means = head.component_means(DIAGONAL, grid, (4, 4), preview)
+    means = head.component_means(Neighborhood.gather(DIAGONAL, grid, (4, 4), preview), CPU)
     assert means[:, 0, 0, 0].tolist() == [0, 20, 80, 100] + 4 * [50] + [45, 40]
-    first_means = head.component_means(Lattice(2), grid, (4, 4), preview)
+    first_means = head.component_means(Neighborhood.gather(Lattice(2), grid, (4, 4), preview), CPU)
     assert (first_means - Lattice(2).gather_values(preview)).abs().max() <= 36
     # No two components start with equal parameters, or they would stay equal.
     distribution = head(torch.zeros(1, 4, 8), first_means[:, :, 0])

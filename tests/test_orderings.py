@@ -4,30 +4,34 @@ import torch
 from helpers.models import ORDER_NAMES, PIXEL_ORDERS, level_of
 from progressive_vae.models.orderings import (
     ORDERINGS,
-    ValidPositions,
+    group_schedule,
     index_grid,
     lattice_ordering,
 )
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
 def test_an_ordering_covers_each_position_once(order, downsample, num_groups):
     config = level_of(order, downsample, num_groups, num_channels=1).config
     counts = torch.zeros(8, 16, dtype=torch.long)
-    groups = ORDERINGS[order](config.num_groups, (8, 16))
+    groups = ORDERINGS[order](config.num_groups, (8, 16), CPU)
     for group in groups:
         group.scatter_values(counts, group.gather_values(counts) + 1)
     assert (counts == 1).all()
     strides = [group.stride for group in groups]
     assert strides == sorted(strides, reverse=True)
     # The number of groups does not depend on the grid's size.
-    assert len(groups) == len(ORDERINGS[order](config.num_groups, (16, 16))) == config.num_groups
+    assert (
+        len(groups) == len(ORDERINGS[order](config.num_groups, (16, 16), CPU)) == config.num_groups
+    )
 
 
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)
 def test_scatter_features_inverts_gather_features(order, downsample, num_groups):
     config = level_of(order, downsample, num_groups, num_channels=1).config
-    for group in ORDERINGS[order](config.num_groups, (8, 16)):
+    for group in ORDERINGS[order](config.num_groups, (8, 16), CPU):
         size = (8 // group.stride, 16 // group.stride)
         features = group.gather_features(torch.randn(2, 3, *size))
         scattered = group.scatter_features(features, size)
@@ -43,7 +47,7 @@ def test_neighbors_belong_to_earlier_groups(size, num_groups):
     is_valid = torch.zeros(8, 8)
     is_valid[: size[0], : size[1]] = 1
     indices = torch.arange(64).view(8, 8)
-    for group in lattice_ordering(num_groups, (8, 8)):
+    for group in lattice_ordering(num_groups, (8, 8), CPU):
         positions = group.gather_values(indices)
         mask = group.gather_values(is_valid).bool()
         neighbors = group.neighbors(decoded, size)
@@ -58,7 +62,7 @@ def test_neighbors_belong_to_earlier_groups(size, num_groups):
 
 def test_valid_positions_select_those_of_the_true_grid():
     indices = index_grid((2, 3), (4, 4)).flatten()
-    valid = ValidPositions(indices, torch.device("cpu"))
+    ((_, valid),) = group_schedule("factorized", 1, (2, 3), (4, 4), CPU)
     assert valid.positions.tolist() == [0, 1, 2, 3, 4, 5]
     x = torch.arange(16)[None]
     assert valid.select(x).tolist() == [[0, 1, 2, 4, 5, 6]]
@@ -66,5 +70,5 @@ def test_valid_positions_select_those_of_the_true_grid():
 
 
 def test_the_masked_ordering_never_changes():
-    groups = ORDERINGS["masked"](3, (2, 4))
+    groups = ORDERINGS["masked"](3, (2, 4), CPU)
     assert [group.positions.tolist() for group in groups] == [[6], [1, 2, 7], [0, 3, 4, 5]]

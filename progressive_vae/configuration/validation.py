@@ -65,17 +65,31 @@ def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[Progress
 def check_codes(
     codes: Tensor, codebook_size: int, size: tuple[int, ...] | None = None, name: str = "codes"
 ):
-    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W)."""
+    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W).
+
+    Their range is checked where that costs no wait for a device, by `has_readable_values`.
+    """
     expected = "(B, H, W)" if size is None else f"(B, {size[0]}, {size[1]})"
     if codes.ndim != 3 or not codes.numel() or (size and tuple(codes.shape[1:]) != tuple(size)):
         raise ValueError(f"expected {name} of shape {expected}, got {tuple(codes.shape)}")
     if codes.dtype != torch.long:
         raise ValueError(f"expected {name} of dtype torch.int64, got {codes.dtype}")
+    if has_readable_values(codes):
+        check_code_range(codes, codebook_size, name)
+
+
+def check_code_range(codes: Tensor, codebook_size: int, name: str = "codes"):
+    """Raise a `ValueError` unless codes are in 0 … K − 1; it waits for the codes' device."""
     lowest, highest = int(codes.min()), int(codes.max())
     if lowest < 0 or highest >= codebook_size:
         raise ValueError(
             f"expected {name} in 0 … {codebook_size - 1}, got values in {lowest} … {highest}"
         )
+
+
+def has_readable_values(tensor: Tensor) -> bool:
+    """Whether reading a tensor's values makes nobody wait: on the CPU, outside compiled graphs."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_grids(
@@ -91,6 +105,8 @@ def check_grids(
                 f"got {tuple(z.shape)}"
             )
         check_codes(z, config.codebook_size, name=f"codes of level {i}")
+        if not has_readable_values(z):
+            check_code_range(z, config.codebook_size, f"codes of level {i}")
 
 
 def check_classes(configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig | None]):

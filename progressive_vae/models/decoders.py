@@ -171,8 +171,8 @@ class GroupDecoder(Decoder):
         self.num_groups = config.num_groups or 1
         cell_size = (config.downsample, config.downsample)
         assert config.ordering is not None  # the config sets it
-        with torch.device("cpu"):  # positions need values, also if weights are on "meta"
-            groups = ORDERINGS[config.ordering](self.num_groups, cell_size)
+        cpu = torch.device("cpu")  # positions need values, also if weights are on "meta"
+        groups = ORDERINGS[config.ordering](self.num_groups, cell_size, cpu)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is an input
             self.embedding = embedding(config.num_values, config.value_embed_dim)
@@ -207,7 +207,7 @@ class GroupDecoder(Decoder):
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Collect the decoded neighbors of the group's positions.
-            neighborhood = _neighborhood(group, grid, size, preview)
+            neighborhood = Neighborhood.gather(group, grid, size, preview)
             means = stage.heads[0].component_means(neighborhood, grid.device)  # (G, B, C, n')
             # 2. Refine the state with them; z enters again at strides down to its own.
             neighbors = None
@@ -424,19 +424,6 @@ def _pad(x: Tensor | None, size: tuple[int, int]) -> Any:
     if x is None or x.shape[-2:] == size:
         return x
     return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
-
-
-def _neighborhood(
-    group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None
-) -> Neighborhood:
-    """What is known of a group's values; earlier groups are in the padded grid (B, C, H, W)."""
-    neighbors = group.neighbors(grid, size)
-    return Neighborhood(
-        group.gather_values(grid).shape,
-        None if neighbors is None else neighbors.float(),
-        None if preview is None else group.gather_values(preview),
-        None if preview is None else group.neighbors(preview, size),
-    )
 
 
 class RasterDecoder(CausalLMMixin, Decoder):

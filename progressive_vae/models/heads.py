@@ -32,6 +32,7 @@ from .distributions import (
     categorical_from_features,
 )
 from .layers import PixelEmbedding, ZeroLinear, cached_constant
+from .orderings import Group
 
 
 class Neighborhood(NamedTuple):
@@ -49,6 +50,24 @@ class Neighborhood(NamedTuple):
     neighbors: Tensor | None = None
     preview: Tensor | None = None
     preview_neighbors: Tensor | None = None
+
+    @classmethod
+    def gather(
+        cls, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
+    ) -> "Neighborhood":
+        """That of a group whose earlier groups are in the padded grid, int64 (B, C, H', W').
+
+        Args:
+            size: (H, W) of the true grid.
+            preview: the mean image, padded as the grid.
+        """
+        neighbors = group.neighbors(grid, size)
+        return cls(
+            group.gather_values(grid).shape,
+            None if neighbors is None else neighbors.float(),
+            None if preview is None else group.gather_values(preview),
+            None if preview is None else group.neighbors(preview, size),
+        )
 
 
 class Head(nn.Module):

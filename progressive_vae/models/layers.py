@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch.func import functional_call
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .device_constant import device_constant
 
-@lru_cache
-@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
+
+@device_constant
 def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """A float32 tensor that stays on the device: a new copy at each call would synchronize."""
     return torch.tensor(values, dtype=torch.float32, device=device)
@@ -36,8 +37,7 @@ def add_dither(x: Tensor, scale: float) -> Tensor:
     return x + scale * pattern[:, :height, :width].to(x)
 
 
-@lru_cache
-@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
+@device_constant
 def _dither_pattern(dim: int, device: torch.device) -> Tensor:
     # The stream of `RandomState` never changes, so saved models keep their pattern.
     cell = np.random.RandomState(0).uniform(-1, 1, (dim, 4, 4))

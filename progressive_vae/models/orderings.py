@@ -13,12 +13,14 @@ Networks work on a padded grid, whose sides are multiples of the coarsest stride
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .device_constant import device_constant
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Lattice:
         """
         if self.offset == (0, 0):
             return None
-        indices = _neighbor_indices(self, tuple(grid.shape[-2:]), tuple(size), grid.device)
+        padded_size = (grid.shape[-2], grid.shape[-1])
+        indices = _neighbor_indices(self.stride, self.offset, padded_size, size, grid.device)
         values = grid.flatten(-2).index_select(-1, indices.flatten())
         return values.unflatten(-1, indices.shape).movedim(-2, 0)
 
@@ -68,18 +71,19 @@ class Lattice:
         return grid[..., self.offset[0] :: self.stride, self.offset[1] :: self.stride]
 
 
-# Cached: computing these indices is a fifth of a walk's kernel launches.
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
+@device_constant
 def _neighbor_indices(
-    lattice: Lattice, padded_size: tuple[int, int], size: tuple[int, int], device: torch.device
+    stride: int,
+    offset: tuple[int, int],
+    padded_size: tuple[int, int],
+    size: tuple[int, int],
+    device: torch.device,
 ) -> Tensor:
     """Row-major indices into the padded grid for `Lattice.neighbors`, int64 (4, n)."""
-    half = lattice.stride // 2
-    is_diagonal = min(lattice.offset) > 0
+    half = stride // 2
+    is_diagonal = min(offset) > 0
     rows, columns = (
-        torch.arange(start, end, lattice.stride, device="cpu")
-        for start, end in zip(lattice.offset, padded_size, strict=True)
+        torch.arange(start, end, stride) for start, end in zip(offset, padded_size, strict=True)
     )
     indices = [
         _reflect(rows, y, size[0])[:, None] * padded_size[1] + _reflect(columns, x, size[1])
@@ -141,21 +145,20 @@ def index_grid(size: tuple[int, int], padded_size: tuple[int, int]) -> Tensor:
     return F.pad(index, (0, padded_size[1] - size[1], 0, padded_size[0] - size[0]), value=-1)
 
 
+@dataclass(frozen=True, eq=False)
 class ValidPositions:
     """Which of a group's n' positions in the padded grid lie in the true grid: n of them.
 
-    `positions` are their row-major indices in the true grid, int64 (n,).
-
     Args:
-        indices: `group.gather_values(index_grid(size, padded_size))`, int64 (n',).
+        num_padded: n'.
+        positions: row-major indices in the true grid, int64 (n,).
+        slots: their indices among the n' positions, int64 (n,); `None` if all are valid, so that
+            `select` and `scatter` copy nothing.
     """
 
-    def __init__(self, indices: Tensor, device: torch.device):
-        is_valid = indices >= 0
-        self.num_padded = len(indices)
-        self.positions = indices[is_valid].to(device)
-        # `None` if all positions are valid, so that `select` and `scatter` copy nothing.
-        self.slots = None if is_valid.all() else is_valid.nonzero()[:, 0].to(device)
+    num_padded: int
+    positions: Tensor
+    slots: Tensor | None
 
     def select(self, x: Tensor, dim: int = -1) -> Tensor:
         """Drop padded positions along a dimension: n' -> n."""
@@ -169,12 +172,14 @@ class ValidPositions:
         return zeros.index_copy_(1, self.slots, values)
 
 
-def factorized_ordering(num_groups: int, size: tuple[int, int]) -> list[Group]:
+def factorized_ordering(
+    num_groups: int, size: tuple[int, int], device: torch.device
+) -> list[Group]:
     """All positions in one group."""
     return [Lattice(stride=1)]
 
 
-def lattice_ordering(num_groups: int, size: tuple[int, int]) -> list[Group]:
+def lattice_ordering(num_groups: int, size: tuple[int, int], device: torch.device) -> list[Group]:
     """The coarsest lattice, then each halving of its stride: diagonal, horizontal, vertical."""
     halvings = num_groups // 3
     groups: list[Group] = [Lattice(2**halvings)]
@@ -184,14 +189,18 @@ def lattice_ordering(num_groups: int, size: tuple[int, int]) -> list[Group]:
     return groups
 
 
-def masked_ordering(num_groups: int, size: tuple[int, int]) -> list[Group]:
+def masked_ordering(num_groups: int, size: tuple[int, int], device: torch.device) -> list[Group]:
     """A fixed random ordering whose first groups are small.
 
     After group t of T a fraction 1 − cos(π t / 2T) of the grid has been predicted: the cosine
     schedule of MaskGIT (Chang et al. 2022). MaskGIT orders positions by sampled confidences; here
     the ordering is independent of the values, which makes the likelihood exact.
     """
-    count = math.prod(size)
+    return [*map(IndexGroup, _masked_positions(num_groups, math.prod(size), device))]
+
+
+@device_constant
+def _masked_positions(num_groups: int, count: int, device: torch.device) -> tuple[Tensor, ...]:
     # The stream of `RandomState` never changes, so saved models keep their ordering.
     permutation = np.random.RandomState(0).permutation(count)
     ends = [
@@ -200,20 +209,18 @@ def masked_ordering(num_groups: int, size: tuple[int, int]) -> list[Group]:
     chunks = (
         np.sort(permutation[start:end]) for start, end in zip(ends[:-1], ends[1:], strict=True)
     )
-    return [IndexGroup(torch.from_numpy(chunk)) for chunk in chunks]
+    return tuple(torch.from_numpy(chunk).to(device) for chunk in chunks)
 
 
-# (num_groups, padded size (H, W)) -> the groups in sequence. Strides are powers of two and never
-# increase. The config lists the same names, with the numbers of groups that each can have.
-ORDERINGS: dict[str, Callable[[int, tuple[int, int]], list[Group]]] = {
+# (num_groups, padded size (H, W), device) -> the groups in sequence. Strides are powers of two and
+# never increase. The config lists the same names, with the numbers of groups that each can have.
+ORDERINGS: dict[str, Callable[[int, tuple[int, int], torch.device], list[Group]]] = {
     "factorized": factorized_ordering,
     "lattice": lattice_ordering,
     "masked": masked_ordering,
 }
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
 def group_schedule(
     ordering: str,
     num_groups: int,
@@ -222,10 +229,27 @@ def group_schedule(
     device: torch.device,
 ) -> list[tuple[Group, ValidPositions]]:
     """The groups of a padded grid in sequence, each with its positions in the true grid."""
-    with torch.device("cpu"):
-        indices = index_grid(size, padded_size)
-        groups = ORDERINGS[ordering](num_groups, padded_size)
-        return [(group, ValidPositions(group.gather_values(indices), device)) for group in groups]
+    groups = ORDERINGS[ordering](num_groups, padded_size, device)
+    valid = _valid_positions(ordering, num_groups, size, padded_size, device)
+    return [(group, ValidPositions(*x)) for group, x in zip(groups, valid, strict=True)]
+
+
+@device_constant
+def _valid_positions(
+    ordering: str,
+    num_groups: int,
+    size: tuple[int, int],
+    padded_size: tuple[int, int],
+    device: torch.device,
+) -> tuple[tuple[int, Tensor, Tensor | None], ...]:
+    """The arguments of `ValidPositions` of each group."""
+    valid = []
+    for group in ORDERINGS[ordering](num_groups, padded_size, torch.device("cpu")):
+        indices = group.gather_values(index_grid(size, padded_size))
+        is_valid = indices >= 0
+        slots = None if is_valid.all() else is_valid.nonzero()[:, 0].to(device)
+        valid.append((len(indices), indices[is_valid].to(device), slots))
+    return tuple(valid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,8 +298,6 @@ class PositionsOfAllGroups:
         return self.counts[index] != self.counts[index - 1]
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)  # a cached inference tensor could not be used in autograd later
 def positions_of_all_groups(
     ordering: str,
     num_groups: int,
@@ -284,27 +306,38 @@ def positions_of_all_groups(
     device: torch.device,
 ) -> PositionsOfAllGroups:
     """The groups of `group_schedule`, joined."""
-    with torch.device("cpu"):
-        groups = ORDERINGS[ordering](num_groups, padded_size)
-        index = torch.arange(math.prod(padded_size)).view(padded_size)
-        positions = [group.gather_values(index) for group in groups]
-        is_valid = (
-            torch.cat([group.gather_values(index_grid(size, padded_size)) for group in groups]) >= 0
-        )
-        neighbors = is_decoded = None
-        lattices = [group for group in groups[1:] if isinstance(group, Lattice)]
-        if lattices:
-            group_of = torch.empty(index.numel(), dtype=torch.long)  # of each position
-            for i, group_positions in enumerate(positions):
-                group_of[group_positions] = i
-            parts = [_neighbor_indices(x, padded_size, size, index.device) for x in lattices]
-            is_decoded = torch.cat([group_of[part] < i for i, part in enumerate(parts, 1)], 1)
-            neighbors = torch.cat(parts, 1).flatten().to(device)
-            is_decoded = None if is_decoded.all() else is_decoded.to(device)
-        return PositionsOfAllGroups(
-            torch.cat(positions).to(device),
-            tuple(len(group_positions) for group_positions in positions),
-            None if is_valid.all() else is_valid.to(device),
-            neighbors,
-            is_decoded,
-        )
+    return PositionsOfAllGroups(*_joined(ordering, num_groups, size, padded_size, device))
+
+
+@device_constant
+def _joined(
+    ordering: str,
+    num_groups: int,
+    size: tuple[int, int],
+    padded_size: tuple[int, int],
+    device: torch.device,
+) -> tuple[Any, ...]:
+    """The arguments of `PositionsOfAllGroups`."""
+    cpu = torch.device("cpu")
+    groups = ORDERINGS[ordering](num_groups, padded_size, cpu)
+    index = torch.arange(math.prod(padded_size)).view(padded_size)
+    positions = [group.gather_values(index) for group in groups]
+    inside = index_grid(size, padded_size) >= 0
+    is_valid = torch.cat([group.gather_values(inside) for group in groups])
+    neighbors = is_decoded = None
+    lattices = [group for group in groups[1:] if isinstance(group, Lattice)]
+    if lattices:
+        group_of = torch.empty(index.numel(), dtype=torch.long)  # of each position
+        for i, group_positions in enumerate(positions):
+            group_of[group_positions] = i
+        parts = [_neighbor_indices(x.stride, x.offset, padded_size, size, cpu) for x in lattices]
+        is_decoded = torch.cat([group_of[part] < i for i, part in enumerate(parts, 1)], 1)
+        neighbors = torch.cat(parts, 1).flatten().to(device)
+        is_decoded = None if is_decoded.all() else is_decoded.to(device)
+    return (
+        torch.cat(positions).to(device),
+        tuple(len(group_positions) for group_positions in positions),
+        None if is_valid.all() else is_valid.to(device),
+        neighbors,
+        is_decoded,
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..configuration.level import NUM_PIXEL_VALUES, ProgressiveVAELevelConfig
-from ..configuration.validation import check_codes
+from ..configuration.validation import check_codes, has_readable_values
 
 _HALF = (NUM_PIXEL_VALUES - 1) / 2  # 127.5
 
@@ -49,7 +49,7 @@ class PixelValues:
         """Pixels -> int64 (B, C, H, W) in 0 … V − 1.
 
         Raises:
-            ValueError: `finer` of another shape or dtype, or outside its range.
+            ValueError: `finer` of another shape or dtype, or, on the CPU, outside its range.
         """
         if finer.ndim != 4 or finer.shape[1] != self.channels or not finer.numel():
             raise ValueError(
@@ -57,10 +57,11 @@ class PixelValues:
             )
         if not finer.is_floating_point():
             raise ValueError(f"expected finer of a floating dtype in [-1, 1], got {finer.dtype}")
-        lowest = finer.min().item()
-        highest = finer.max().item()
-        if not (lowest >= -1 and highest <= 1):  # also catches NaN
-            raise ValueError(f"expected finer in [-1, 1], got values in [{lowest}, {highest}]")
+        if has_readable_values(finer):
+            lowest = finer.min().item()
+            highest = finer.max().item()
+            if not (lowest >= -1 and highest <= 1):  # also catches NaN
+                raise ValueError(f"expected finer in [-1, 1], got values in [{lowest}, {highest}]")
         return signed_to_indices(finer)
 
     def from_indices(self, indices: Tensor) -> Tensor:
