@@ -379,8 +379,12 @@ class GroupDecoder(Decoder):
             return [None] * len(stages)
         first = joined.counts[0]
         embedded = stages[0].heads[0].embed_neighbors(component_means[..., first:]).to(state)
-        parts = embedded.split(joined.counts[1:], 1)
-        return [None, *(stage.look(x) for stage, x in zip(stages[1:], parts, strict=True))]
+        looks: list[Tensor | None] = [None]
+        for groups, positions in joined.runs(first_group=1):
+            run = [stage.look for stage in stages[groups]]
+            inputs = _split_groups(embedded[:, positions], len(run))
+            looks += apply_each(run, inputs, "unaligned").unbind()
+        return looks
 
     def _params_of_all_groups(
         self,
@@ -397,26 +401,28 @@ class GroupDecoder(Decoder):
         """
         channels = self.config.value_channels
         params = []
-        start = 0
-        for first, last in joined.runs():
-            run = stages[first:last]
-            stop = start + joined.counts[first] * len(run)
-            x = apply_each([stage.head for stage in run], torch.stack([*features[first:last]]))
+        for groups, positions in joined.runs():
+            run = stages[groups]
+            x = apply_each([stage.head for stage in run], torch.stack([*features[groups]]))
             by_channel = [x]  # (S, B, n, width) each
             for channel in range(channels - 1):
                 assert embedded is not None
-                known = embedded[:, channel, start:stop].unflatten(1, (len(run), -1)).movedim(1, 0)
-                change = apply_each([stage.colours[channel] for stage in run], known)
+                known = _split_groups(embedded[:, channel, positions], len(run))
+                change = apply_each([x.colours[channel] for x in run], known, "unaligned")
                 by_channel.append(by_channel[-1] + change)
             x = F.silu(torch.stack(by_channel, 1)).flatten(0, 1)  # (S·C, B, n, width)
             heads = [head for stage in run for head in stage.heads]
             x = apply_each(heads, x, "params").unflatten(0, (-1, channels))  # (S, C, B, n, P)
             params.append(x.permute(2, 1, 0, 3, 4).flatten(2, 3))
-            start = stop
         return torch.cat(params, 2)
 
     def check_causal(self):
         """Passes: `log_prob` is a walk, in which later values do not exist yet."""
+
+
+def _split_groups(x: Tensor, num_groups: int) -> Tensor:
+    """Positions of groups of equal size, (B, S·n, E) -> (S, B, n, E)."""
+    return x.unflatten(1, (num_groups, -1)).movedim(1, 0)
 
 
 def _pad(x: Tensor | None, size: tuple[int, int]) -> Any:

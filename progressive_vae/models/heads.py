@@ -73,6 +73,7 @@ class Neighborhood(NamedTuple):
 class Head(nn.Module):
     """The interface; its defaults are those of a head without component means, G = 0."""
 
+    is_float32 = False  # whether it computes in float32, also in mixed precision
     neighbor_dim = 0  # width of `embed_neighbors` for one channel
     residual_dim = 0  # width of `embed_residuals`
 
@@ -188,6 +189,7 @@ class LogisticMixtureHead(Head):
     """
 
     INITIAL_LOG_SCALES: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0, 3.0)
+    is_float32 = True
     NUM_SCALES = 3  # of `multiscale_tanh`
     neighbor_dim = 4 * NUM_SCALES
     residual_dim = NUM_SCALES

@@ -73,6 +73,10 @@ class AlignedLinear(nn.Linear):
         padding = (0, -self.in_features % 16)
         return F.linear(F.pad(x, padding), F.pad(self.weight, padding), self.bias)
 
+    def unaligned(self, x: Tensor) -> Tensor:
+        """The map without padding, for training."""
+        return F.linear(x, self.weight, self.bias)
+
 
 class ZeroEmbedding(nn.Embedding):
     """An embedding whose vectors start at zero."""
@@ -142,9 +146,10 @@ def apply_each(modules: Sequence[nn.Module], x: Tensor, method: str = "forward")
     if len(modules) == 1:
         return getattr(modules[0], method)(x[0])[None]
     template = _MethodCall(modules[0], method)
+    parameters = [dict(module.named_parameters()) for module in modules]
     weights = {
-        f"module.{name}": torch.stack([module.get_parameter(name) for module in modules])
-        for name, _ in modules[0].named_parameters()
+        f"module.{name}": torch.stack([tensors[name] for tensors in parameters])
+        for name in parameters[0]
     }
     return torch.vmap(partial(functional_call, template))(weights, x)
 

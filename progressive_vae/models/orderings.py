@@ -13,6 +13,7 @@ Networks work on a padded grid, whose sides are multiples of the coarsest stride
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -289,13 +290,18 @@ class PositionsOfAllGroups:
             return neighbors
         return neighbors * self.is_decoded[:, None, None]
 
-    def runs(self) -> list[tuple[int, int]]:
-        """Ranges [start, stop) of consecutive groups with equal numbers of positions."""
-        starts = [0, *(i for i in range(1, len(self.counts)) if self._differs(i))]
-        return [*zip(starts, [*starts[1:], len(self.counts)], strict=True)]
-
-    def _differs(self, index: int) -> bool:
-        return self.counts[index] != self.counts[index - 1]
+    def runs(self, first_group: int = 0) -> list[tuple[slice, slice]]:
+        """Runs of consecutive groups with equal numbers of positions: the groups and their
+        positions, counted from those of the first group."""
+        runs = []
+        start, position = first_group, 0
+        for count, groups in groupby(self.counts[first_group:]):
+            stop = start + len([*groups])
+            end = position + count * (stop - start)
+            runs.append((slice(start, stop), slice(position, end)))
+            start = stop
+            position = end
+        return runs
 
 
 def positions_of_all_groups(

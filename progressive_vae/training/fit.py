@@ -30,6 +30,7 @@ from ..data.streaming import PixelStream
 from ..models.prior import ProgressiveVAEPrior
 from .args import FitSettings, RunSettings
 from .checkpoints import Checkpoints, Progress, is_sharded
+from .mixed_precision import MixedPrecisionForward
 from .muon import Muon, matrices_and_others
 
 
@@ -147,6 +148,7 @@ class Fit:
         )
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         self.wrapped.train()
+        self.forward = MixedPrecisionForward(model, self.wrapped, accelerator)
         if is_sharded(accelerator):
             for method in ("log_prob", "sample"):  # these gather the weights as forward does
                 register_fsdp_forward_method(self.wrapped, method)
@@ -187,7 +189,7 @@ class Fit:
         accelerator = self.accelerator
         noise = _generators(batch["index"], self.progress.epoch, self.run.seed)
         with accelerator.accumulate(self.wrapped):
-            output = self.wrapped(**self.to_inputs(batch), generator=noise)
+            output = self.forward(**self.to_inputs(batch), generator=noise)
             accelerator.backward(output.loss)
             if accelerator.sync_gradients:
                 self.grad_norm = accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)

@@ -1,0 +1,75 @@
+"""Weights in 16 bits: one cast for all weights of a step, in place of autocast's cast of each."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from ..models.heads import Head
+from ..models.quantizer_base import Quantizer
+from .checkpoints import is_sharded
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class CastWeights(torch.autograd.Function):
+    """Tensors in another dtype; their gradients come back in float32."""
+
+    @staticmethod
+    def forward(ctx, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        return _cast([*weights], dtype)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        existing = iter(_cast([x for x in gradients if x is not None], torch.float32))
+        return None, *(None if x is None else next(existing) for x in gradients)
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    casts = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(casts, tensors)
+    return tuple(casts)
+
+
+class MixedPrecisionForward:
+    """The forward pass of a prepared model, under Accelerate's autocast.
+
+    Autocast casts each weight by itself, forward and backward: hundreds of kernels a step. Here
+    they are cast together before it. Modules that compute in float32 keep their weights.
+
+    Args:
+        model: the model before `accelerator.prepare`.
+        wrapped: the model after it.
+    """
+
+    def __init__(self, model: PreTrainedModel, wrapped: nn.Module, accelerator: Accelerator):
+        self.wrapped = wrapped
+        self.dtype = DTYPES.get(accelerator.mixed_precision)
+        # With gradient checkpointing the backward pass reads the model's own weights again, and a
+        # sharded model gathers them as it needs them.
+        if is_sharded(accelerator) or any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        ):
+            self.dtype = None
+        in_float32 = {
+            id(weight)
+            for module in model.modules()
+            if isinstance(module, Quantizer) or (isinstance(module, Head) and module.is_float32)
+            for weight in module.parameters()
+        }
+        self.names = [
+            name
+            for name, weight in wrapped.named_parameters()
+            if weight.requires_grad and id(weight) not in in_float32
+        ]
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.dtype is None:
+            return self.wrapped(**inputs)
+        parameters = dict(self.wrapped.named_parameters())
+        casts = CastWeights.apply(self.dtype, *(parameters[name] for name in self.names))
+        weights = dict(zip(self.names, casts, strict=True))
+        return functional_call(self.wrapped, weights, (), inputs)
