@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..configuration.base import PartConfig
+from ..configuration.validation import has_readable_values
 from .sampling import Generators, Sampler, uniform
 
 ClassLabels: TypeAlias = (
@@ -46,7 +47,8 @@ class Conditioning:
 
         Args:
             class_labels: class ids, or names of `config.id2label`, one or (B,); `None` is the null
-                class, `batch_size` times. A `Conditioning` is not checked again.
+                class, `batch_size` times. A `Conditioning` is not checked again, and the range of
+                a tensor only on the CPU.
             device: of the result.
 
         Raises:
@@ -59,6 +61,9 @@ class Conditioning:
             count = 1 if batch_size is None else batch_size
             class_ids = torch.full((count,), null, device=device)
             conditioning = cls(class_ids, null, is_null=True)
+        elif isinstance(class_labels, Tensor) and null and not has_readable_values(class_labels):
+            _check_ids(class_labels)
+            conditioning = cls(class_labels.reshape(-1).long().to(device), null)
         else:
             numbers = _as_class_ids(class_labels, config)
             class_ids = torch.tensor(numbers, dtype=torch.long, device=device)
@@ -147,15 +152,19 @@ def _as_class_ids(class_labels: Any, config: PartConfig) -> list[int]:
     return numbers
 
 
+def _check_ids(class_labels: Tensor):
+    is_integer = class_labels.dtype in (torch.int64, torch.int32)
+    if not is_integer or class_labels.ndim > 1:
+        raise ValueError(
+            f"expected class_labels to be integers of shape (B,), "
+            f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}"
+        )
+
+
 def _as_list(class_labels: Any) -> list[Any]:
     """One label, or a sequence, an array or a tensor of them, as a list of integers and names."""
     if isinstance(class_labels, Tensor):
-        is_integer = class_labels.dtype in (torch.int64, torch.int32)
-        if not is_integer or class_labels.ndim > 1:
-            raise ValueError(
-                f"expected class_labels to be integers of shape (B,), "
-                f"got {class_labels.dtype} of shape {tuple(class_labels.shape)}"
-            )
+        _check_ids(class_labels)
         return class_labels.reshape(-1).tolist()
     if hasattr(class_labels, "__array__"):
         class_labels = np.atleast_1d(np.asarray(class_labels)).tolist()

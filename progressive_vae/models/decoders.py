@@ -171,8 +171,9 @@ class GroupDecoder(Decoder):
         self.num_groups = config.num_groups or 1
         cell_size = (config.downsample, config.downsample)
         assert config.ordering is not None  # the config sets it
+        self.ordering = config.ordering
         cpu = torch.device("cpu")  # positions need values, also if weights are on "meta"
-        groups = ORDERINGS[config.ordering](self.num_groups, cell_size, cpu)
+        groups = ORDERINGS[self.ordering](self.num_groups, cell_size, cpu)
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is an input
             self.embedding = embedding(config.num_values, config.value_embed_dim)
@@ -202,7 +203,7 @@ class GroupDecoder(Decoder):
         )
         preview = _pad(condition.preview, padded_size)
         schedule = group_schedule(
-            self.config.ordering, self.num_groups, tuple(size), padded_size, grid.device
+            self.ordering, self.num_groups, (size[0], size[1]), padded_size, grid.device
         )
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
@@ -307,7 +308,7 @@ class GroupDecoder(Decoder):
         states = self.pyramid(condition, padded_size)
         state = states.pop()
         grid = _pad(finer, padded_size)
-        plan = (self.config.ordering, self.num_groups, size, padded_size, finer.device)
+        plan = (self.ordering, self.num_groups, size, padded_size, finer.device)
         joined = positions_of_all_groups(*plan)
         stages = [*cast("Iterable[Stage]", self.stages)]
         head = stages[0].heads[0]
@@ -331,7 +332,7 @@ class GroupDecoder(Decoder):
             coarse_state = states.pop() if len(stage.upsample) and states else None
             state = stage(state, group, coarse_state, group_neighbors)
             features.append(group.gather_features(state))
-            if stage is not stages[-1]:
+            if group_inputs is not None and stage is not stages[-1]:
                 state = state + stage.take_in(
                     group.scatter_features(group_inputs, (state.shape[-2], state.shape[-1]))
                 )
@@ -381,7 +382,7 @@ class GroupDecoder(Decoder):
         embedded = stages[0].heads[0].embed_neighbors(component_means[..., first:]).to(state)
         looks: list[Tensor | None] = [None]
         for groups, positions in joined.runs(first_group=1):
-            run = [stage.look for stage in stages[groups]]
+            run = [cast("nn.Module", stage.look) for stage in stages[groups]]
             inputs = _split_groups(embedded[:, positions], len(run))
             looks += apply_each(run, inputs, "unaligned").unbind()
         return looks
