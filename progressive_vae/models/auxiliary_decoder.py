@@ -71,6 +71,9 @@ class Auxiliary(nn.Module):
     def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
         return self._walk(self(condition.quantized, size), step_fn)
 
+    def step_sizes(self, size: tuple[int, int]) -> list[int]:
+        return [math.prod(size)] * self.config.value_channels
+
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         size = (finer.shape[-2], finer.shape[-1])
         return self.log_prob_of(self(condition.quantized, size), finer)

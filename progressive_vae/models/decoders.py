@@ -71,6 +71,7 @@ class Decoder(nn.Module):
 
     - `walk(condition, size, step_fn)`: the autoregressive loop over a finer grid of `size` (H, W),
       which returns the values of all steps, int64 (B, C, H, W);
+    - `step_sizes(size)`: the number of positions of each step of `walk`;
     - `log_prob(condition, finer)`: log P_Θ(finer | z) in nats, (B,);
     - `check_causal()`: raises a `ValueError` if `walk` and `log_prob` disagree.
     """
@@ -98,6 +99,9 @@ class Decoder(nn.Module):
         return state.contiguous(memory_format=torch.channels_last)
 
     def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
+        raise NotImplementedError
+
+    def step_sizes(self, size: tuple[int, int]) -> list[int]:
         raise NotImplementedError
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
@@ -202,9 +206,7 @@ class GroupDecoder(Decoder):
             len(state), self.config.value_channels, *padded_size, dtype=torch.long
         )
         preview = _pad(condition.preview, padded_size)
-        schedule = group_schedule(
-            self.ordering, self.num_groups, (size[0], size[1]), padded_size, grid.device
-        )
+        schedule = self._schedule(size, grid.device)
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Collect the decoded neighbors of the group's positions.
@@ -279,6 +281,19 @@ class GroupDecoder(Decoder):
             states.append(descent(states[-1]))
         return states
 
+    def step_sizes(self, size: tuple[int, int]) -> list[int]:
+        schedule = self._schedule(size, torch.device("cpu"))
+        channels = range(self.config.value_channels)
+        return [len(valid.positions) for _, valid in schedule for _ in channels]
+
+    def _schedule(
+        self, size: tuple[int, int], device: torch.device
+    ) -> list[tuple[Group, ValidPositions]]:
+        padded_size = self._padded_size(size)
+        return group_schedule(
+            self.ordering, self.num_groups, (size[0], size[1]), padded_size, device
+        )
+
     def _padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W), each rounded up to whole cells of the coarsest lattice."""
         return math.ceil(size[0] / self.cell) * self.cell, math.ceil(
@@ -308,8 +323,9 @@ class GroupDecoder(Decoder):
         states = self.pyramid(condition, padded_size)
         state = states.pop()
         grid = _pad(finer, padded_size)
-        plan = (self.ordering, self.num_groups, size, padded_size, finer.device)
-        joined = positions_of_all_groups(*plan)
+        joined = positions_of_all_groups(
+            self.ordering, self.num_groups, size, padded_size, finer.device
+        )
         stages = [*cast("Iterable[Stage]", self.stages)]
         head = stages[0].heads[0]
         # 1. Values, component means and embedded values, at the positions of all groups.
@@ -327,7 +343,7 @@ class GroupDecoder(Decoder):
         if embedded is not None:
             inputs = [*embedded.movedim(1, 2).flatten(2).split(joined.counts, 1)]
         for stage, (group, _), group_inputs, group_neighbors in zip(
-            stages, group_schedule(*plan), inputs, neighbors, strict=True
+            stages, self._schedule(size, finer.device), inputs, neighbors, strict=True
         ):
             coarse_state = states.pop() if len(stage.upsample) and states else None
             state = stage(state, group, coarse_state, group_neighbors)
@@ -462,6 +478,9 @@ class RasterDecoder(CausalLMMixin, Decoder):
         """Run the autoregressive loop; each group is one position."""
         context = self._context(condition, size)
         return self._generate(context, math.prod(size), step_fn).unflatten(1, (1, *size))
+
+    def step_sizes(self, size: tuple[int, int]) -> list[int]:
+        return [1] * math.prod(size)
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """One pass for all positions."""

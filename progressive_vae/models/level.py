@@ -265,10 +265,13 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             top_p=top_p,
             guidance_scale=guidance_scale,
         )
+        check_codes(codes, self.config.codebook_size)
+        size = self._finer_size(finer_size, codes)
+        sampler.preload(self.conditional.step_sizes(size), codes.device)
         conditioning = self._conditioning(class_labels, codes).for_guidance(sampler)
         inputs = torch.cat([codes, codes]) if sampler.is_guided else codes
-        values = self.walk(inputs, sampler.step, conditioning, code_noise, finer_size)
-        return values[: len(codes)]
+        walk = self._compiled_walk or self.walk
+        return walk(inputs, sampler.step, conditioning, code_noise, size)[: len(codes)]
 
     @apply_forward_hook
     @renamed_argument("corruption", "code_noise")
@@ -304,10 +307,6 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         """
         check_codes(codes, self.config.codebook_size)
         size = self._finer_size(finer_size, codes)
-        if self.codes_size(size) != codes.shape[1:]:
-            raise ValueError(
-                f"expected finer_size whose grid of codes is {tuple(codes.shape[1:])}, got {size}"
-            )
         limit = self.config.code_noise
         text = f"in [0, {limit}], the code_noise of its config"
         code_noise = as_number("code_noise", code_noise, text, lambda x: 0 <= x <= limit)
@@ -437,7 +436,12 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             size = [n * self.config.downsample for n in codes.shape[-2:]]
         if not isinstance(size, (list, tuple, np.ndarray, Tensor)) or len(size) != 2:
             raise ValueError(f"expected finer_size of two positive integers, got {size!r}")
-        return as_integer("finer_size", size[0], 1), as_integer("finer_size", size[1], 1)
+        size = (as_integer("finer_size", size[0], 1), as_integer("finer_size", size[1], 1))
+        if self.codes_size(size) != codes.shape[-2:]:
+            raise ValueError(
+                f"expected finer_size whose grid of codes is {tuple(codes.shape[-2:])}, got {size}"
+            )
+        return size
 
     def _check_pair(self, codes: Tensor, values: Tensor):
         size = (values.shape[-2], values.shape[-1])

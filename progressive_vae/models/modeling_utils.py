@@ -4,11 +4,13 @@ import inspect
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -41,6 +43,25 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
     """
 
     config_class: type[PreTrainedConfig]
+    walk: Callable[..., Tensor]
+    _compiled_walk: Callable[..., Tensor] | None = None
+
+    def compile(self, *args, **kwargs):
+        """Compile what training and sampling run: `forward`, and `walk` where `sample` calls it.
+
+        Calls of `walk` with other step functions stay as they are, so that a stream does not depend
+        on whether the model is compiled.
+
+        Args:
+            args, kwargs: as of `torch.compile`.
+        """
+        super().compile(*args, **kwargs)
+        self._compiled_walk = torch.compile(self.walk, *args, **kwargs)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        state.pop("_compiled_walk", None)  # a copy compiles again
+        return state
 
     @wraps(PreTrainedModel.save_pretrained)  # diffusers reads the arguments from the signature
     def save_pretrained(self, save_directory, *args, **kwargs):

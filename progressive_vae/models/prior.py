@@ -150,7 +150,9 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         )
         conditioning = self._conditioning(class_labels, batch_size, self.device)
         conditioning = conditioning.for_guidance(sampler)
-        return self.walk(len(conditioning), sampler.step, conditioning)[:batch_size]
+        sampler.preload([1] * self.config.sequence_length, self.device)
+        walk = self._compiled_walk or self.walk
+        return walk(len(conditioning), sampler.step, conditioning)[:batch_size]
 
     @apply_forward_hook
     def walk(self, batch_size: int, step_fn: StepFn, class_labels: ClassLabels = None) -> Tensor:

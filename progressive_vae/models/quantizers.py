@@ -83,8 +83,11 @@ class VectorQuantizer(Quantizer):
             init.zeros_(buffer)
 
     def start(self, latents: Tensor):
-        """k-means on the latents (B, D, ...), unless the codebook was initialized or loaded."""
-        if self.is_initialized:
+        """k-means on the latents (B, D, ...), unless the codebook was initialized or loaded.
+
+        A compiled graph does not run it: there, restarts of unused codes initialize the codebook.
+        """
+        if self.is_initialized or torch.compiler.is_compiling():
             return
         self.is_initialized = True  # checked once: the host waits for the device here
         if not self.codebook.any():

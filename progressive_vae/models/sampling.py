@@ -1,6 +1,5 @@
 """Sampling from predictive distributions, with one generator for a batch or one per example."""
 
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -59,8 +58,10 @@ def uniform(shape: torch.Size, generator: Generators, device: torch.device) -> T
         rows = [torch.rand(shape[1:], generator=g, dtype=dtype, device=g.device) for g in generator]
         # One copy for all rows: each copy to a device synchronizes.
         return torch.stack([row.to(rows[0].device) for row in rows]).to(device)
-    source = device if generator is None else generator.device
-    return torch.rand(shape, generator=generator, dtype=dtype, device=source).to(device)
+    if generator is None:
+        return torch.rand(shape, dtype=dtype, device=device)
+    noise = torch.rand(shape, generator=generator, dtype=dtype, device=generator.device)
+    return noise.to(device)
 
 
 class Sampler:
@@ -96,7 +97,7 @@ class Sampler:
         temperature = as_number("temperature", temperature, ">= 0", lambda x: x >= 0)
         self.is_greedy = temperature < MIN_TEMPERATURE
         self.guidance_scale = as_number("guidance_scale", guidance_scale, ">= 0", lambda x: x >= 0)
-        self.step_noise: deque[Tensor] = deque()  # of the next steps, (B, n)
+        self.step_noise: list[Tensor] = []  # of the next steps, (B, n)
         self.warpers = LogitsProcessorList()
         if not self.is_greedy and temperature != 1:
             self.warpers.append(TemperatureLogitsWarper(temperature))
@@ -114,26 +115,25 @@ class Sampler:
     def preload(self, step_sizes: Sequence[int], device: torch.device):
         """Generate the noise of the next steps at once: the same numbers, in one copy to `device`.
 
-        Generators of a GPU would return other numbers. Their noise needs no copy, so it is
-        generated step by step.
-
         Args:
             step_sizes: the number of positions of each step.
         """
-        generators = self.generator if isinstance(self.generator, list) else [self.generator]
-        sources = {device.type if g is None else g.device.type for g in generators}
-        if self.is_greedy or sources != {"cpu"}:
+        if self.is_greedy:
             return
         sizes = [size for size in step_sizes if size]  # a walk does not call empty steps
-        if isinstance(self.generator, list):
+        generators = self.generator if isinstance(self.generator, list) else [self.generator]
+        sources = {device.type if g is None else g.device.type for g in generators}
+        if sources != {"cpu"}:  # a GPU's generator returns other numbers for another shape
+            shapes = [torch.Size((self.batch_size, n)) for n in sizes]
+            noise = [uniform(shape, self.generator, device) for shape in shapes]
+        elif isinstance(self.generator, list):
             shape = torch.Size((self.batch_size, sum(sizes)))
-            self.step_noise.extend(uniform(shape, self.generator, device).split(sizes, 1))
+            noise = [*uniform(shape, self.generator, device).split(sizes, 1)]
         else:
-            shape = torch.Size((self.batch_size * sum(sizes),))
-            parts = uniform(shape, self.generator, device).split(
-                [self.batch_size * n for n in sizes]
-            )
-            self.step_noise.extend(part.view(self.batch_size, -1) for part in parts)
+            counts = [self.batch_size * n for n in sizes]
+            parts = uniform(torch.Size((sum(counts),)), self.generator, device).split(counts)
+            noise = [part.view(self.batch_size, -1) for part in parts]
+        self.step_noise = noise
 
     def __call__(self, logits: Tensor) -> Tensor:
         num_rows = len(logits) // 2 if self.is_guided else len(logits)
@@ -163,7 +163,7 @@ class Sampler:
         """Uniform numbers, or `None` for greedy decoding."""
         if not self.step_noise:
             return None if self.is_greedy else uniform(shape, self.generator, device)
-        noise = self.step_noise.popleft()
+        noise = self.step_noise.pop(0)
         if noise.shape != shape:
             raise ValueError(
                 f"expected step_sizes of preload to be those of the steps, got "
