@@ -28,7 +28,7 @@ from .decoders import (
 )
 from .quantizers import QUANTIZER_RULES, QuantizerRules
 from .renamed_fields import rename_fields, renamed_names, warn_about_names
-from .tokenizer import take_shape
+from .tokenizer import set_tokenizer_fields
 
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
 MANY_CODES = 2048  # beyond it logits are computed through a table, in parts
@@ -197,7 +197,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
         if self.tokenizer_config is not None:
-            take_shape(self)
+            set_tokenizer_fields(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
                       num_channels=MAX_CHANNELS, num_layers=MAX_LAYERS,
                       encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
