@@ -245,10 +245,11 @@ class ProgressiveVAELevelConfig(PartConfig):
                 "expected one of num_channels (finest level) and num_symbols (other levels), got "
                 f"num_channels={self.num_channels} and num_symbols={self.num_symbols}"
             )
-        if self.decoder_type == "causal_lm" and self.num_channels is not None:
+        types_of_codes = {*DECODER_TYPES} - {*PIXEL_DECODER_TYPES}
+        if self.decoder_type in types_of_codes and self.num_channels is not None:
             raise ValueError(
                 f"expected decoder_type in {PIXEL_DECODER_TYPES} on the finest level, got "
-                "'causal_lm', which is for codes"
+                f"{self.decoder_type!r}, which is for codes"
             )
 
     def validate_sizes(self):
