@@ -1,6 +1,8 @@
 """Fixtures and hooks; plain functions lie in `helpers/`."""
 
 # ruff: noqa: E402, I001
+from functools import cache
+
 import pytest
 
 pytest.register_assert_rewrite("helpers")
@@ -37,9 +39,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.unit)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def script():
-    return load_script("train")
+    module = load_script("train")
+    module.make_parser = cache(module.make_parser)  # its flags of eight levels take half a second
+    return module
 
 
 @pytest.fixture

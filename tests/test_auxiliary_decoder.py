@@ -14,7 +14,7 @@ from helpers.images import random_images
 from helpers.interruptions import weights
 from helpers.models import AUXILIARY, AUXILIARY_ONLY, pipeline_of, tiny_level, tiny_prior
 from helpers.probabilities import all_grids
-from helpers.recipes import FEW, RECIPE, SMALL
+from helpers.recipes import FEW, RECIPE, SMALLER
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.models import distributions
@@ -210,9 +210,8 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
 
 def test_decoders_and_prior_side_by_side(tmp_path, script):
     """Three processes in one folder end with the weights of one after the other."""
-    flags = [*SMALL, "--levels.auxiliary_hidden_size", "8", "--report_to", "none"]
+    flags = [*SMALLER, "--levels.auxiliary_hidden_size", "8"]
     flags += ["--levels.encoder_fit.max_train_steps", "4", "--levels.class_conditional", "false"]
-    flags += ["--max_train_samples", "200", "--max_eval_samples", "20"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     script.main([*flags, "--output_dir", str(whole)])
     flags += ["--output_dir", str(parts)]
