@@ -7,10 +7,7 @@ import torch
 
 from helpers.codec import KINDS, codec_pipeline
 from helpers.images import noise_images
-from helpers.models import (
-    pipeline_of,
-    tiny_pipeline,
-)
+from helpers.models import decoder_fields, pipeline_of, tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
@@ -21,11 +18,21 @@ from progressive_vae.models.distributions import Categorical
 from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
-SIZES = [(1, 1), (5, 7), (65, 33)]
+SIZES = [(1, 1), (65, 33)]
+# One of each architecture: of the others a codec sees no more than their distributions.
+KINDS_AT_ALL_SIZES = [
+    decoder_fields("lattice"),
+    decoder_fields("raster"),
+    {"pixel_distribution": "guided_logistic_mixture"},
+]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, (5, 7)) for kind in KINDS]
+    + [(kind, size) for kind in KINDS_AT_ALL_SIZES for size in SIZES],
+    ids=lambda value: "-".join(map(str, value.values() if isinstance(value, dict) else value)),
+)
 def test_round_trip_and_stream_length_near_log_prob(kind, size):
     pipe = codec_pipeline(size, **kind)
     drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
@@ -42,12 +49,10 @@ def test_round_trip_and_stream_length_near_log_prob(kind, size):
 @pytest.mark.parametrize("distribution", PIXEL_DISTRIBUTIONS)
 def test_a_stream_does_not_depend_on_its_batch(distribution):
     # More than a batch, by networks whose rows fill registers, as real ones do.
-    pipe, images = (
-        codec_pipeline((5, 7), pixel_distribution=distribution, **WIDE),
-        noise_images(134, (5, 7)),
-    )
+    pipe = codec_pipeline((5, 7), pixel_distribution=distribution, **WIDE)
+    images = noise_images(130, (5, 7))
     streams = pipe.compress(images)
-    for part in (slice(0, 1), slice(3, 5), slice(124, 134)):
+    for part in (slice(0, 1), slice(3, 5), slice(124, 130)):
         assert pipe.compress(images[part]) == streams[part]
         assert torch.equal(pipe.decompress(streams[part]), images[part])
     assert torch.equal(pipe.decompress(streams[::-1]), images.flip(0))
