@@ -35,8 +35,8 @@ KINDS_AT_ALL_SIZES = [
 )
 def test_round_trip_and_stream_length_near_log_prob(kind, size):
     pipe = codec_pipeline(size, **kind)
-    drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
-    images = torch.cat([noise_images(3, size), unit_to_uint8(drawn)])
+    samples = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
+    images = torch.cat([noise_images(3, size), unit_to_uint8(samples)])
     streams = pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     bits = -sum(pipe.log_prob(images).values()) / math.log(2)
@@ -100,13 +100,13 @@ def test_prefixes_decode_to_previews(kind):
     streams, codes = pipe.compress(images), pipe.encode(images)
     lengths = []
     for k in (1, 2):
-        shown = pipe.decompress(streams, num_levels=k)
+        decoded = pipe.decompress(streams, num_levels=k)
         if "auxiliary_hidden_size" in kind:
             expected = pipe.preview(codes[:k], output_type="pt")
         else:  # the most probable values, as there is no auxiliary decoder
             expected = pipe(codes=codes[:k], num_levels=k, output_type="pt").images
-        assert (shown - 255 * expected).abs().max() <= 0.51 and shown.dtype == torch.uint8
-        for stream, view in zip(streams, shown, strict=True):
+        assert (decoded - 255 * expected).abs().max() <= 0.51 and decoded.dtype == torch.uint8
+        for stream, view in zip(streams, decoded, strict=True):
             ends = range(8, 64)
             enough = [n for n in ends if _reads(pipe, stream[:n], k)]
             assert enough == [n for n in ends if n >= enough[0]]  # from some length on
@@ -178,13 +178,13 @@ def test_frequency_tables_are_proportional_to_probabilities():
 
 
 def test_in_inference_mode_and_of_one_image():
-    pipe, picture = tiny_pipeline(), from_pixel_values(torch.zeros(1, 3, 5, 7), "pil")[0]
+    pipe, image = tiny_pipeline(), from_pixel_values(torch.zeros(1, 3, 5, 7), "pil")[0]
     with torch.inference_mode():
         for arithmetic in ("float", "integer"):
-            streams = pipe.compress(picture, arithmetic=arithmetic)
+            streams = pipe.compress(image, arithmetic=arithmetic)
             assert (pipe.decompress(streams) == 128).all()
     with pytest.raises(ValueError, match="expected 1 class_labels, got 3"):
-        pipe.compress(picture, [0, 1, 0])
+        pipe.compress(image, [0, 1, 0])
 
 
 def test_half_precision_and_other_devices(images):
@@ -192,10 +192,10 @@ def test_half_precision_and_other_devices(images):
     streams = pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     with torch.autocast("cpu", torch.bfloat16):  # of others, which it does not see
-        whole = tiny_pipeline()
-        inside = whole.compress(images)
-    assert inside == whole.compress(images)
-    assert torch.equal(whole.decompress(inside), images)
+        plain_pipe = tiny_pipeline()
+        inside = plain_pipe.compress(images)
+    assert inside == plain_pipe.compress(images)
+    assert torch.equal(plain_pipe.decompress(inside), images)
 
 
 def test_the_error_without_constriction_names_the_extra(images, monkeypatch):

@@ -193,7 +193,7 @@ def test_the_recipe_in_the_folder_is_that_of_its_parts(copied):
         train(other, random_images(), copied, overwrite_output_dir=True)
     train(other, random_images(), copied, phase="refit_level_2", resume_from_checkpoint=None)
     history = json.loads((copied / "level_2" / "history.json").read_text())
-    assert [each.get("refits_before") for each in history] == [None, 0, 1]
+    assert [identity.get("refits_before") for identity in history] == [None, 0, 1]
     train(RECIPE, random_images(), copied, phase="level_2", resume_from_checkpoint=None)
     assert saved()["level_2"]["refit"] is None
 
