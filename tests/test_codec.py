@@ -18,7 +18,7 @@ from progressive_vae.models.distributions import Categorical
 from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
-SIZES = [(1, 1), (65, 33)]
+SIZES = [(1, 1), (65, 17)]
 # One of each architecture: of the others a codec sees no more than their distributions.
 KINDS_AT_ALL_SIZES = [
     decoder_fields("lattice"),
@@ -96,7 +96,7 @@ def test_the_header_holds_the_class():
 
 @pytest.mark.parametrize("kind", [{"auxiliary_hidden_size": 16, **WIDE}, WIDE])
 def test_prefixes_decode_to_previews(kind):
-    pipe, images = pipeline_of(**kind), noise_images(4, (5, 7))
+    pipe, images = pipeline_of(**kind), noise_images(2, (5, 7))
     streams, codes = pipe.compress(images), pipe.encode(images)
     lengths = []
     for k in (1, 2):
@@ -107,12 +107,12 @@ def test_prefixes_decode_to_previews(kind):
             expected = pipe(codes=codes[:k], num_levels=k, output_type="pt").images
         assert (decoded - 255 * expected).abs().max() <= 0.51 and decoded.dtype == torch.uint8
         for stream, view in zip(streams, decoded, strict=True):
-            ends = range(8, 64)
+            ends = range(8, 64, 3)
             enough = [n for n in ends if _reads(pipe, stream[:n], k)]
             assert enough == [n for n in ends if n >= enough[0]]  # from some length on
             assert torch.equal(pipe.decompress(stream[: enough[0]], num_levels=k)[0], view)
             lengths.append(enough[0])
-    assert all(a <= b for a, b in zip(lengths[:4], lengths[4:], strict=True))
+    assert all(a <= b for a, b in zip(lengths[:2], lengths[2:], strict=True))
     with pytest.raises(ValueError, match="expected stream 0 to hold all levels that are asked for"):
         pipe.decompress(streams[0][:9], num_levels=2)
 

@@ -65,13 +65,20 @@ def a_folder(folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", [a_list, a_dataset, a_dataset_dict, a_stream, a_folder])
-def test_images_of_every_kind(kind, tmp_path):
+@pytest.mark.parametrize("kind", [a_list, a_dataset, a_dataset_dict, a_stream])
+def test_images_of_every_kind_are_read_alike(kind):
+    source = open_dataset(DataSettings(eval_fraction=0.3, streaming=kind is a_stream), kind(None))
+    assert source.manifests["train"].shape == (3, 8, 8)
+    assert len(source.class_names) == (2 if kind in (a_dataset, a_dataset_dict) else 0)
+
+
+@pytest.mark.parametrize("kind", [a_dataset_dict, a_stream, a_folder])
+def test_training_on_images_of_every_kind(kind, tmp_path):
     (tmp_path / "images").mkdir()
     dataset, output_dir = kind(tmp_path / "images"), tmp_path / "run"
     pipe = train(RECIPE, dataset, output_dir=output_dir)
     assert isinstance(pipe, ProgressiveVAEPipeline) and pipe.image_shape == (3, 8, 8)
-    assert len(pipe.labels) == (2 if kind in (a_dataset, a_dataset_dict) else 0)
+    assert len(pipe.labels) == (2 if kind is a_dataset_dict else 0)
     before, metrics = weights(output_dir), (output_dir / "metrics.json").read_bytes()
     again = train(RECIPE, dataset, output_dir=output_dir)  # nothing is left to do
     assert weights(output_dir) == before and (output_dir / "metrics.json").read_bytes() == metrics
