@@ -39,7 +39,6 @@ from progressive_vae.codec.progressive import progressive_previews
 from progressive_vae.evaluation.image_codecs import LOSSLESS, codec_roundtrip
 from progressive_vae.image_files import open_image
 from progressive_vae.image_processor import from_pixel_values, resize_and_convert
-from progressive_vae.models.class_labels import known_labels, label_ids
 from progressive_vae.models.value_types import uint8_to_signed
 from progressive_vae.paths import expand_home
 from progressive_vae.scripts import default_device, run_script
@@ -186,24 +185,22 @@ class Page:
         pipe = self.pipe
         count = int(count)
         num_factors = pipe.num_levels + 1
-        labels = label_ids(
-            None if label == NO_CLASS else [label] * count, pipe.stack.class_config, count
-        )
+        stack = pipe.stack
+        labels = None if label == NO_CLASS else [label] * count
+        conditioning = stack.as_conditioning(labels, count)
         noise = generators(seed, count)
         grids = list[Tensor]()
         rows = list[str]()
         for i in range(num_factors):
-            part = pipe.levels[i - 1] if i else pipe.stack.require_prior()
-            kwargs = {
-                "class_labels": known_labels(labels, part.config),
-                "generator": noise,
-                "temperature": controls[i],
-                "guidance_scale": controls[num_factors + i],
-            }
-            if i == 0:
-                grids.append(part.sample(count, **kwargs))
-            else:
-                grids.append(part.sample(grids[-1], finer_size=pipe.grid_sizes[i], **kwargs))
+            grid = stack.sample(
+                i,
+                grids[-1] if grids else None,
+                conditioning,
+                noise,
+                temperature=controls[i],
+                guidance_scale=controls[num_factors + i],
+            )
+            grids.append(grid)
             rows.append(self.grid_html(grids))
             is_last = i + 1 == num_factors
             status = "" if is_last else heading_html(f"sampling {self.name(i + 1)} …")

@@ -227,7 +227,7 @@ def baseline_speeds(
         "sampled, batch 1": rate(lambda: model.sample(labels[:1], False), 1),
         f"sampled, batch {count}": rate(lambda: model.sample(labels, False), count),
         f"sampled with a KV cache, batch {count}": rate(lambda: model.sample(labels, True), count),
-        "encoded": rate(lambda: model.vae(pixel_values), count),
+        "encoded": rate(lambda: model.vae.encode(pixel_values), count),
         "GFLOP to sample an image": count_flops(lambda: model.sample(labels[:8], False)) / 8e9,
         **{f"trained on, {name}": value for name, value in costs.items()},
     }

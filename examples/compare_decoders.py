@@ -58,8 +58,8 @@ from progressive_vae.serialization import write_json
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.phases import LevelPhase, Phase, PriorPhase, RefitPhase
-from progressive_vae.training.recipe import read_yaml
 from progressive_vae.training.run import Run, as_finer, make_accelerator
+from progressive_vae.training.yaml_files import read_yaml
 
 
 @dataclasses.dataclass

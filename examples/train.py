@@ -37,7 +37,8 @@ from progressive_vae.scripts import run_script
 from progressive_vae.training import train
 from progressive_vae.training.args import RunSettings
 from progressive_vae.training.cli import read_flags
-from progressive_vae.training.recipe import SECTIONS, Recipe, add_sections, read_recipe
+from progressive_vae.training.recipe import Recipe, read_recipe
+from progressive_vae.training.sections import SECTIONS, add_sections
 
 DIGITS = Path(__file__).parent / "configs" / "digits.yaml"
 # Arguments of `train` that the recipe sets.

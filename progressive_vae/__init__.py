@@ -33,6 +33,7 @@ from .configuration.prior import ProgressiveVAEPriorConfig
 from .hub.repository import register
 from .models.level import ProgressiveVAELevel
 from .models.prior import ProgressiveVAEPrior
+from .paths import example
 from .pipeline import ProgressiveVAEPipeline
 from .serialization import __version__
 
@@ -49,4 +50,5 @@ __all__ = [
     "ProgressiveVAEPrior",
     "ProgressiveVAEPriorConfig",
     "__version__",
+    "example",
 ]

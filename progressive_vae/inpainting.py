@@ -21,12 +21,12 @@ from tqdm.auto import tqdm
 
 from .arguments import as_integer
 from .image_processor import Images, as_images, pixel_value_batches
-from .models.class_labels import Labels
+from .models.conditioning import ClassLabels, Conditioning
 from .models.distributions import Distribution
 from .models.sampling import Generators, Sampler, as_generators, per_factor, uniform
 from .models.value_types import signed_to_indices, uint8_to_signed, uint8_to_unit
 from .models.walk import WalkStep
-from .pipeline_inputs import guided_label_ids, per_factor_sampling_kwargs
+from .pipeline_inputs import guided_conditioning, per_factor_sampling_kwargs
 from .stack import LevelStack
 
 NO_PROGRESS_BAR = partial(tqdm, disable=True)
@@ -184,7 +184,7 @@ def inpaint(
     stack: LevelStack,
     image: Images,
     mask_image: Images,
-    class_labels: Labels = None,
+    class_labels: ClassLabels = None,
     num_images_per_prompt: int = 1,
     num_particles: int | list[int] = 16,
     guidance_scale: float | list[float] = 1.0,
@@ -217,10 +217,10 @@ def inpaint(
     generator = as_generators(generator)
     observations = observe(stack, image, mask_image, batch_size)
     num_images = len(observations[0].values)
-    labels = guided_label_ids(stack, class_labels, guidance_scale, num_images)
-    labels = labels.repeat_interleave(num_images_per_prompt)
+    conditioning = guided_conditioning(stack, class_labels, guidance_scale, num_images)
+    conditioning = conditioning.repeat(num_images_per_prompt)
     observations = [x.repeat_interleave(num_images_per_prompt) for x in observations]
-    generator = as_generators(generator, len(labels))
+    generator = as_generators(generator, len(conditioning))
 
     num_grids = stack.num_levels + with_pixels
     results = [x.values.clone() for x in observations]
@@ -236,7 +236,7 @@ def inpaint(
                 [x.select(rows_of_batch).to(stack.device) for x in observations],
                 start,
                 [*counts[:num_grids], 1],  # one of the last particles remains
-                labels[rows_of_batch],
+                conditioning[rows_of_batch].to(stack.device),
                 noise,
                 kwargs,
                 progress.update,
@@ -252,7 +252,7 @@ def _sample_particles(
     observations: list[Observation],
     start: int,
     counts: list[int],
-    labels: Tensor,
+    conditioning: Conditioning,
     generator: Generators,
     kwargs: list[dict],
     on_step: Callable[[], Any],
@@ -282,7 +282,7 @@ def _sample_particles(
             factor,
             grids[-1][:, 0] if grids else None,
             observations[factor].repeat_interleave(count),
-            labels.repeat_interleave(count),
+            conditioning.repeat(count),
             _repeat_generators(generator, count),
             options,
             has_guesses=factor < stack.num_levels and has_observed_pixels,
@@ -301,7 +301,7 @@ def _sample_clamped(
     factor: int,
     coarser: Tensor | None,
     observation: Observation,
-    labels: Tensor,
+    conditioning: Conditioning,
     generator: Generators,
     options: dict,
     has_guesses: bool,
@@ -309,15 +309,13 @@ def _sample_clamped(
     """One grid of each particle, int64 (B, C, H, W), and log importance weights (B,)."""
     config = stack.factor(factor).config
     code_noise = min(options.pop("code_noise", 0.0), getattr(config, "code_noise", 0.0))
-    count = len(labels)
-    null = torch.full_like(labels, config.num_classes)
-    if not config.num_classes or torch.equal(labels, null):
-        options["guidance_scale"] = 1.0  # there is no class to guide towards
-    step_fn = ClampedStep(Sampler(count, generator, **options), observation, has_guesses)
-    if step_fn.sampler.is_guided:
-        labels = torch.cat([labels, null])
-        coarser = None if coarser is None else torch.cat([coarser, coarser])
-    grid = stack.walk(factor, coarser, step_fn, labels, code_noise)[:count]
+    count = len(conditioning)
+    sampler = Sampler(count, generator, **options)
+    conditioning = conditioning.for_factor(config).for_guidance(sampler)
+    if sampler.is_guided and coarser is not None:
+        coarser = torch.cat([coarser, coarser])
+    step_fn = ClampedStep(sampler, observation, has_guesses)
+    grid = stack.walk(factor, coarser, step_fn, conditioning, code_noise)[:count]
     values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
     return values, step_fn.log_weights
 

@@ -1,4 +1,4 @@
-"""Paths: `~` as the home folder, writable folders, and atomic replacement of files."""
+"""Paths: shipped models, `~` as the home folder, writable folders, and atomic replacement."""
 
 import os
 import shutil
@@ -6,6 +6,24 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_INDEX = "model_index.json"
+
+
+def example(name: str) -> Path:
+    """Return the folder of a model that ships with the package, for `from_pretrained`.
+
+    An installation has "fashion_mnist"; a checkout has all models in `examples/`.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    package = Path(__file__).parent
+    folders = [package.parent / "examples", package / "examples"]  # of a checkout, of a wheel
+    models = {path.parent.name: path.parent for f in folders for path in f.glob(f"*/{_INDEX}")}
+    if name not in models:
+        raise ValueError(f"expected name of a model among {sorted(models)}, got {name!r}")
+    return models[name]
 
 
 def expand_home(path: str | os.PathLike[str], name: str) -> str:

@@ -17,7 +17,7 @@ from .configuration.validation import MAX_LEVELS, check_parts
 from .hub.repository import HubPipeline
 from .image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from .inpainting import inpaint, interpolate, shared_noise
-from .models.class_labels import Labels
+from .models.conditioning import ClassLabels
 from .models.fingerprint import check_fingerprints
 from .models.level import ProgressiveVAELevel
 from .models.prior import ProgressiveVAEPrior
@@ -64,8 +64,12 @@ class ProgressiveVAEPipeline(HubPipeline):
     """
 
     _optional_components = ["prior", *(f"level_{i}" for i in range(2, MAX_LEVELS + 1))]
-    model_cpu_offload_seq = "->".join(["prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))])
+    model_cpu_offload_seq: Any = "->".join(
+        ["prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))]
+    )
     _callback_tensor_inputs = ["codes"]
+
+    prior: ProgressiveVAEPrior | None
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         return self._stack_on(self._execution_device)
 
     def _stack_on(self, device: torch.device | None) -> LevelStack:
-        return LevelStack(self.prior, self.levels, self.config.image_size, device)
+        return LevelStack(self.prior, self.levels, self.config["image_size"], device)
 
     @property
     def levels(self) -> list[ProgressiveVAELevel]:
@@ -145,12 +149,12 @@ class ProgressiveVAEPipeline(HubPipeline):
     def labels(self) -> dict[str, int]:
         """Class names -> class ids."""
         config = self._stack_on(None).class_config
-        names = config.id2label if config.num_classes else {}
-        return {name: i for i, name in names.items()}
+        names = config.id2label if config.num_classes else None
+        return {name: i for i, name in (names or {}).items()}
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """Class ids of names, as in diffusers' DiT pipeline."""
-        return self._stack_on(None).label_ids(label).tolist()
+        return self._stack_on(None).as_conditioning(label).class_ids.tolist()
 
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""
@@ -233,7 +237,7 @@ class ProgressiveVAEPipeline(HubPipeline):
     def log_prob(
         self,
         images: Images,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         batch_size: int = 256,
         generator: Generators = None,
     ) -> dict[str, Tensor]:
@@ -248,15 +252,14 @@ class ProgressiveVAEPipeline(HubPipeline):
         stack = self.stack
         stack.require_prior()
         images = as_images(images)
-        labels = stack.label_ids(class_labels, len(images))
+        conditioning = stack.as_conditioning(class_labels, len(images))
         generator = as_generators(generator, len(images))
         batches: list[dict[str, Tensor]] = []
         stop = 0
         for pixel_values in pixel_value_batches(images, stack.image_shape, batch_size):
             rows = slice(stop, stop + len(pixel_values))
             stop = rows.stop
-            class_ids = None if class_labels is None else labels[rows]
-            terms = stack.log_prob(pixel_values, class_ids, part_of(generator, rows))
+            terms = stack.log_prob(pixel_values, conditioning[rows], part_of(generator, rows))
             batches.append({name: nats.float().cpu() for name, nats in terms.items()})
         self.maybe_free_model_hooks()
         return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
@@ -264,7 +267,7 @@ class ProgressiveVAEPipeline(HubPipeline):
     def bits_per_dim(
         self,
         images: Images,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         batch_size: int = 256,
         generator: Generators = None,
     ) -> dict[str, float]:
@@ -280,7 +283,7 @@ class ProgressiveVAEPipeline(HubPipeline):
     @renamed_argument("corruption", "code_noise")
     def __call__(
         self,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | list[float] = 1.0,
         temperature: float | list[float] = 1.0,
@@ -331,7 +334,7 @@ class ProgressiveVAEPipeline(HubPipeline):
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
         """
         stack = self.stack
-        labels, initial = prompt_inputs(
+        conditioning, initial = prompt_inputs(
             stack, class_labels, guidance_scale, codes, num_images_per_prompt
         )
         sampling_kwargs = per_factor_sampling_kwargs(
@@ -344,7 +347,7 @@ class ProgressiveVAEPipeline(HubPipeline):
             code_noise=code_noise,
         )
         check_outputs(output_type, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
-        count = len(labels)
+        count = len(conditioning)
         generator = as_generators(generator, count)
         batch_size = as_integer("batch_size", batch_size, 1)
         starts = range(0, count, batch_size)
@@ -363,13 +366,14 @@ class ProgressiveVAEPipeline(HubPipeline):
                 rows = slice(start, min(start + batch_size, count))
                 call.guidance_scale = guidance_scale  # a callback may have changed it
                 grids = [z[rows].to(stack.device) for z in initial]
+                condition = conditioning[rows].to(stack.device)
                 noise = part_of(generator, rows)
                 for factor in range(len(initial), num_grids):
                     kwargs = _step_kwargs(stack, factor, call, sampling_kwargs[factor])
                     if factor and factor == len(initial):
                         kwargs["code_noise"] = 0.0  # the caller's codes are free of noise
                     coarser = grids[-1] if grids else None
-                    grids.append(stack.sample(factor, coarser, labels[rows], noise, **kwargs))
+                    grids.append(stack.sample(factor, coarser, condition, noise, **kwargs))
                     is_watched = factor < stack.num_levels and not call.interrupt
                     if callback_on_step_end is not None and is_watched:
                         tensors = {name: grids for name in callback_on_step_end_tensor_inputs}
@@ -469,7 +473,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         self,
         image: Images,
         mask_image: Images,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         num_particles: int | list[int] = 16,
         guidance_scale: float | list[float] = 1.0,
@@ -563,7 +567,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         other: Images,
         level: int | None = None,
         steps: int = 5,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         generator: Generators = None,
         **sampling_kwargs,
     ):
@@ -590,15 +594,14 @@ class ProgressiveVAEPipeline(HubPipeline):
         codes = interpolate(stack, image, other, level, steps, batch_size)
         count = len(codes[0]) // steps
         noise = shared_noise(as_generators(generator, count), count, steps)
-        labels = None
         if class_labels is not None:
-            labels = stack.label_ids(class_labels, count).repeat_interleave(steps)
-        return self(labels, codes=codes, generator=noise, **sampling_kwargs)
+            class_labels = stack.as_conditioning(class_labels, count).repeat(steps)
+        return self(class_labels, codes=codes, generator=noise, **sampling_kwargs)
 
     # ---- compression -----------------------------------------------------------------------------
 
     def compress(
-        self, images: Images, class_labels: Labels = None, arithmetic: str = "float"
+        self, images: Images, class_labels: ClassLabels = None, arithmetic: str = "float"
     ) -> list[bytes]:
         """One stream of bytes for each image. Its length is `log_prob` in bits, rounded up to
         words of 32 bits, plus a header of eight bytes (with a class, nine or more).

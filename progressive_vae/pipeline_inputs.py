@@ -11,7 +11,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from .arguments import as_integer, as_number
-from .models.class_labels import Labels
+from .models.conditioning import ClassLabels, Conditioning
 from .models.sampling import Sampler, per_factor
 from .stack import LevelStack
 
@@ -32,12 +32,12 @@ class ProgressiveVAEPipelineOutput(BaseOutput):
 
 def prompt_inputs(
     stack: LevelStack,
-    class_labels: Labels,
+    class_labels: ClassLabels,
     guidance_scale: float | list[float],
     codes: Any,
     num_images_per_prompt: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """Class ids (B,) and the initial grids [z_1 … z_k], int64 (B, H_i, W_i) each, of all images.
+) -> tuple[Conditioning, list[Tensor]]:
+    """The conditioning and the initial grids [z_1 … z_k], int64 (B, H_i, W_i) each, of all images.
 
     Raises:
         ValueError: codes or labels that do not fit the stack, labels that no sampled factor uses,
@@ -54,20 +54,20 @@ def prompt_inputs(
             f"{class_labels}"
         )
     count = len(grids[0]) if grids else None
-    labels = guided_label_ids(stack, class_labels, guidance_scale, count)
-    return labels.repeat_interleave(repeats), [z.repeat_interleave(repeats, 0) for z in grids]
+    conditioning = guided_conditioning(stack, class_labels, guidance_scale, count)
+    return conditioning.repeat(repeats), [z.repeat_interleave(repeats, 0) for z in grids]
 
 
-def guided_label_ids(
+def guided_conditioning(
     stack: LevelStack,
-    class_labels: Labels,
+    class_labels: ClassLabels,
     guidance_scale: float | list[float],
     batch_size: int | None,
-) -> Tensor:
-    """Class ids (B,); a `ValueError` for guidance without labels."""
+) -> Conditioning:
+    """`LevelStack.as_conditioning`; a `ValueError` for guidance without labels."""
     if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
         raise ValueError(f"expected guidance_scale=1 without class_labels, got {guidance_scale}")
-    return stack.label_ids(class_labels, batch_size)
+    return stack.as_conditioning(class_labels, batch_size)
 
 
 def per_factor_sampling_kwargs(

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from .paths import replacing
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Raised when files are written that older versions would misread; a golden test checks the format.
 FORMAT_VERSION = 7

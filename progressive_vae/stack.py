@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .configuration.base import PartConfig
 from .configuration.level import ProgressiveVAELevelConfig
-from .configuration.prior import ProgressiveVAEPriorConfig
 from .configuration.validation import check_grids, check_parts, grid_sizes
 from .image_processor import Images, as_images, pixel_value_batches
-from .models.class_labels import Labels, known_labels, label_ids
+from .models.conditioning import ClassLabels, Conditioning
 from .models.level import ProgressiveVAELevel
 from .models.preview_decoder import PreviewDecoder
 from .models.prior import ProgressiveVAEPrior
@@ -94,15 +94,18 @@ class LevelStack:
     # ---- class labels ----------------------------------------------------------------------------
 
     @property
-    def class_config(self) -> ProgressiveVAEPriorConfig | ProgressiveVAELevelConfig:
+    def class_config(self) -> PartConfig:
         """The config of the first class-conditional factor; of the first factor if none is."""
-        prior_configs = [] if self.prior is None else [self.prior.config]
+        prior_configs: list[PartConfig] = [] if self.prior is None else [self.prior.config]
         configs = [*prior_configs, *self.configs]
         return next((config for config in configs if config.num_classes), configs[0])
 
-    def label_ids(self, class_labels: Labels, batch_size: int | None = None) -> Tensor:
-        """Class ids, int64 (B,), of ids or names; the null class if `class_labels` is `None`."""
-        return label_ids(class_labels, self.class_config, batch_size)
+    def as_conditioning(
+        self, class_labels: ClassLabels, batch_size: int | None = None
+    ) -> Conditioning:
+        """What all factors are conditioned on, checked, on the CPU; see
+        `Conditioning.from_labels`."""
+        return Conditioning.from_labels(class_labels, self.class_config, batch_size)
 
     # ---- image -> codes -> nats ------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ class LevelStack:
 
     @torch.no_grad()
     def log_prob(
-        self, pixel_values: Tensor, class_labels: Labels = None, generator: Generators = None
+        self, pixel_values: Tensor, class_labels: ClassLabels = None, generator: Generators = None
     ) -> dict[str, Tensor]:
         """Nats (B,) of every factor of P(s, z(s)), z(s) the codes of `encode`.
 
@@ -149,12 +152,12 @@ class LevelStack:
             generator: as in `encode`; then `"encoders"` is the entropy H(P_Ψ(z | s)) in nats.
         """
         prior = self.require_prior()
-        labels = self.label_ids(class_labels, len(pixel_values))
+        conditioning = self.as_conditioning(class_labels, len(pixel_values)).to(self.device)
         codes = self.encode(pixel_values, generator)
         finer_grids = [*codes[1:], pixel_values.to(self.device)]
-        terms = {"prior": prior.log_prob(codes[0], known_labels(labels, prior.config))}
+        terms = {"prior": prior.log_prob(codes[0], conditioning)}
         for i, (level, z, finer) in enumerate(zip(self.levels, codes, finer_grids, strict=True), 1):
-            terms[f"level_{i}"] = level.log_prob(finer, z, known_labels(labels, level.config))
+            terms[f"level_{i}"] = level.log_prob(finer, z, conditioning)
         if generator is not None:
             pairs = zip(self.levels, finer_grids, strict=True)
             terms["encoders"] = sum(level.encoder_entropy(finer) for level, finer in pairs)
@@ -167,7 +170,7 @@ class LevelStack:
         self,
         factor: int,
         coarser: Tensor | None,
-        class_labels: Tensor,
+        conditioning: Conditioning,
         generator: Generators = None,
         **sampling_kwargs: Any,
     ) -> Tensor:
@@ -175,22 +178,20 @@ class LevelStack:
 
         Args:
             coarser: the grid that the factor is conditioned on; ignored by the prior.
-            class_labels: class ids, int64 (B,).
             sampling_kwargs: as in `ProgressiveVAELevel.sample`.
         """
         part = self.factor(factor)
-        labels = known_labels(class_labels, part.config)
+        sampling_kwargs |= {"class_labels": conditioning, "generator": generator}
         if factor == 0:
-            return part.sample(len(class_labels), labels, generator=generator, **sampling_kwargs)
-        size = self.grid_sizes[factor]
-        return part.sample(coarser, labels, generator=generator, finer_size=size, **sampling_kwargs)
+            return part.sample(len(conditioning), **sampling_kwargs)
+        return part.sample(coarser, finer_size=self.grid_sizes[factor], **sampling_kwargs)
 
     def walk(
         self,
         factor: int,
         coarser: Tensor | None,
         step_fn: StepFn,
-        class_labels: Tensor,
+        conditioning: Conditioning,
         code_noise: float = 0.0,
     ) -> Tensor:
         """Run one factor's autoregressive loop with `step_fn`, as `ProgressiveVAELevel.walk`.
@@ -199,10 +200,9 @@ class LevelStack:
         on codes that a level is conditioned on.
         """
         part = self.factor(factor)
-        labels = known_labels(class_labels, part.config)
         if factor == 0:
-            return part.walk(len(class_labels), step_fn, labels)
-        return part.walk(coarser, step_fn, labels, code_noise, self.grid_sizes[factor])
+            return part.walk(len(conditioning), step_fn, conditioning)
+        return part.walk(coarser, step_fn, conditioning, code_noise, self.grid_sizes[factor])
 
     @torch.no_grad()
     def preview(self, codes: Tensor, level: int, batch_size: int = 256) -> Tensor:

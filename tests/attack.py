@@ -23,12 +23,18 @@ def row(what: str, outcomes: list[Outcome], seconds: float) -> str:
     return f"| {what} | {len(outcomes)} | {' | '.join(cells)} | {seconds:.0f} |"
 
 
-def main(words: list[str]) -> int:
+def parse(words: list[str]) -> dict[str, int]:
+    """Return the number of trials of each attack."""
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count)
-    counts, wrong = vars(parser.parse_args(words)), []
+    return vars(parser.parse_args(words))
+
+
+def main(words: list[str]) -> int:
+    counts = parse(words)
+    wrong = []
     print("| attack | tried | went well | left out, named | refused, in words | wrong | seconds |")
     print("|---" * 7 + "|")
     for name, (what, attack) in ATTACKS.items():

@@ -1,102 +1,65 @@
-"""The commands of the guide and the cells of the notebook run."""
+"""The commands and snippets of the README and of examples/docs run, and print what they say."""
 
 import ast
 import json
-import re
-import shlex
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
-from helpers.hub import HUB
-from helpers.recipes import SHORT, SMALL
-from helpers.scripts import load_script, readme_commands
-from progressive_vae.evaluation import throughput as speed
-
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "examples" / "YOUR_PICTURES.md").read_text()
-TINY = {
-    "train": [
-        *SMALL,
-        *SHORT,
-        *shlex.split("--resolution 16 --max_train_minutes 0.01 --report_to none"),
-    ],
-    "evaluate": shlex.split("--resolution 16 --num_drawn 8 --num_images_of_curve 2"),
-    "sample": ["--num_images_per_prompt", "2"],
-    "compress": [],
-}
+from helpers.documents import PAGES, ROOT, Documents, assert_output, inline_commands
+from helpers.scripts import load_script
+from progressive_vae.evaluation import throughput
 
 
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
-    return [line for block in blocks for line in block.replace("\\\n", " ").strip().splitlines()]
-
-
-def write_images(folder: Path, count: int = 20):
-    """Smooth images of several sizes, and one broken file."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        width, height = rng.integers(16, 25, 2).tolist()
-        small = PIL.Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-        small.resize((width, height)).save(folder / f"{i}.png")
-    (folder / "broken.jpg").write_bytes(b"not an image")
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    documents = Documents(tmp_path_factory.mktemp("documents"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(documents.folder)
+        documents.train()
+    return documents
 
 
 @pytest.fixture
-def runs_here(tmp_path, monkeypatch):
+def page_folder(tmp_path, monkeypatch, documents):
+    monkeypatch.setattr(throughput, "TIMED_SECONDS", 0.02)
+    documents.copy_to(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(speed, "TIMED_SECONDS", 0.02)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
 
-def run(command: str):
-    """Run a line of the guide: a script at tiny size in this process, or Python code."""
-    words = shlex.split(command)
-    if words[:2] == ["python", "-c"]:
-        exec(words[2].replace("you/", "org/"), {})
-        return
-    index = words.index(next(word for word in words if word.endswith(".py")))
-    assert words[:index] in (["accelerate", "launch"], ["python"])
-    name, flags = Path(words[index]).stem, words[index + 1 :]
-    load_script(name).main([*flags, *TINY[name]])
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_runs(page, documents, page_folder):
+    documents.run_page(page)
 
 
-def test_the_guide_to_your_own_images(runs_here):
-    install, *lines = commands()
-    assert install in readme_commands() and len(lines) == 10
-    assert len(PAGE.split()) <= 900
-    write_images(runs_here / "pictures")
-    training, resumed, *lines, refit = lines
-    with pytest.warns(UserWarning, match="left out 1 images: .*broken.jpg"):
-        run(training)
-    folder = Path("runs/mine")
-    assert {path.name for path in (folder / "validation").iterdir()} == {
-        *(f"{kind}_{i}" for kind in ("encoder", "decoder") for i in (1, 2, 3)), "prior",
-    }  # fmt: skip
-    weights = (folder / "level_3" / "model.safetensors").read_bytes()
-    for command in [resumed, *lines]:
-        run(command)
-    assert (folder / "level_3" / "model.safetensors").read_bytes() == weights
-    assert {path.name for path in Path("runs/mine_measured").iterdir()} >= {"evaluation.md"}
-    assert all(Path(f"{name}.png").is_file() for name in ("drawn", "drafts", "calmer"))
-    assert len(list(Path("again").iterdir())) == 20
-    assert {"README.md", "samples.png", "metrics.json"} <= set(HUB.files("org/mine"))
-    assert HUB.repos["org/mine"].private
-    flags = shlex.split(re.search(r"with `(--level_1.*?)`", PAGE)[1])  # parsed only
-    load_script("train").parse(flags)
-    for code in re.findall(r"```python\n(.*?)```", PAGE, re.S):
-        exec(code.replace("you/", "org/"), {})
-    assert PIL.Image.open("one.png").size == (16, 16)
-    run(refit)
-    run(re.sub("--phase refit_level_3", "--phase evaluate", refit))
-    assert "refit_level_3" in json.loads((folder / "metrics.json").read_text())["phases"]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_text_parse(page, documents, page_folder):
+    for command in inline_commands(page):
+        documents.run_command(command, parse_only=True)
 
 
-def test_the_tour(runs_here):
+def test_outputs_are_compared():
+    assert_output("2.88 … [1, 2]", "2.8787   and\n[1, 2]")
+    for wrong in ("2.90 [1, 2]", "2.88 [1, 3]", "2.88 [1, 2] more"):
+        with pytest.raises(AssertionError, match="expected"):
+            assert_output("2.88 [1, 2]", wrong)
+
+
+def test_a_page_that_fails(documents, page_folder):
+    page = page_folder / "page.md"
+    for text in (
+        "```python\nx = 1\nprint(x)  # 2\n```\n",
+        "```bash\npython examples/sample.py --no_such_flag 1\n```\n",
+        "```bash\nno_such_program\n```\n",
+    ):
+        page.write_text(text)
+        with pytest.raises((AssertionError, ValueError)):
+            documents.run_page(page)
+
+
+def test_the_tour(page_folder):
     """Cell by cell, in one namespace; the value of a cell's last expression is its output."""
     notebook = json.loads((ROOT / "examples" / "tour.ipynb").read_text())
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
@@ -120,3 +83,11 @@ def test_the_tour(runs_here):
     ]  # fmt: skip
     assert 0 < errors[0] < errors[1]  # z_2 encodes more of the images than z_1
     assert not any(cell.get("outputs") for cell in notebook["cells"])
+
+
+def test_the_diagram(tmp_path):
+    script = load_script("plot_architecture", "examples/docs")
+    script.OUTPUT = tmp_path / "architecture.png"
+    script.main([])
+    with PIL.Image.open(ROOT / "examples" / "docs" / "architecture.png") as committed:
+        assert PIL.Image.open(script.OUTPUT).size == committed.size

@@ -242,7 +242,7 @@ def test_from_pipe_shares_the_parts(repository):
     assert other.image_shape == pipe.image_shape and other(output_type="np").images.ndim == 4
 
 
-def test_the_readme_quotes_the_error_without_the_package(repository):
+def test_a_page_quotes_the_error_without_the_package(repository):
     code = f"""
 import sys
 sys.modules["progressive_vae"] = None  # as if not installed
@@ -255,7 +255,7 @@ except ValueError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     message = done.stdout.strip().replace(repository, "org/name")
     assert re.search("is not a module in 'diffusers/pipelines'", message), done.stderr
-    assert message in re.sub(r"\s+", " ", (ROOT / "README.md").read_text())
+    assert message in re.sub(r"\s+", " ", (ROOT / "examples/docs/hub.md").read_text())
     assert "pip install progressive-vae" in HUB.files(repository)["README.md"].decode()
 
 

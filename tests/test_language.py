@@ -1,8 +1,12 @@
-"""Code and docstrings use the terms of the field: no private words, no participles as names."""
+"""Code and documents use the terms of the field: no private words, no participles as names."""
 
 import ast
 import re
 from pathlib import Path
+
+import pytest
+
+from helpers.documents import PAGES, prose
 
 ROOT = Path(__file__).parents[1]
 # Anywhere in a file, also as a part of an identifier.
@@ -16,8 +20,8 @@ BANNED_NAMES = set("found told said known shown drawn given asked ours theirs wh
 # Saved names (configuration, state dicts, metrics, recipes, flags) and those of other libraries.
 ALLOWED = """
     random_colours colours num_symbols picture_weight num_candidates num_drawn
-    symbol_logit_rank whole.numbers,.\{dtype\} label.kept Label.kept Progressive.growing.of.GANs
-    Picture.coding identity\["forms"\] _METRICS.=."figures"
+    symbol_logit_rank whole.numbers,.\{dtype\} Progressive.growing.of.GANs
+    Picture.coding identity\["forms"\] _EARLIER_MARK.=."<!--.figures
     num_drawn_to_learn_from bits_per_dim_of_drawn_codes max_pictures pictures_per_part
     figure,.axes figure\\.savefig close\\(figure figsize ImageDraw\\.Draw encoded_symbols symbols=
 """.split()
@@ -48,3 +52,12 @@ def count_violations() -> dict[str, int]:
 
 def test_code_uses_the_terms_of_the_field():
     assert count_violations() == {}
+
+
+TEXTS = [*PAGES, ROOT / "MODEL_CARD.md", ROOT / "CONTRIBUTING.md"]
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
+def test_documents_use_the_terms_of_the_field(page):
+    text = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->", "", prose(page), flags=re.S)
+    assert WORDS.findall(EXCEPTIONS.sub("", text)) == []

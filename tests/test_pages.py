@@ -1,36 +1,44 @@
-"""What the pages say of files and of each other is so: links, anchors, quoted lines."""
+"""Texts of the documents: links, lengths, terms, and numbers that other files have too."""
 
 import ast
+import json
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
-ROOT = Path(__file__).parents[1]
-PAGES = [*(ROOT / name for name in ("README.md", "MODEL_CARD.md", "CONTRIBUTING.md")),
-         *sorted((ROOT / "examples").glob("*.md"))]  # fmt: skip
+import progressive_vae
+from helpers.documents import PAGES, README, ROOT, commands, prose, sentences
+
+TEXTS = [*PAGES, ROOT / "MODEL_CARD.md", ROOT / "CONTRIBUTING.md"]
 TOP = {"progressive_vae", "conversion", "examples", "tests", "pyproject.toml", "MODEL_CARD.md",
-       "README.md", "LICENSE", "CONTRIBUTING.md"}  # fmt: skip
-
-
-def prose(page: Path) -> str:
-    """Without code, in which brackets are not links and # is no heading."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    return re.sub(r"^    .*", "", text, flags=re.M)
+       "README.md", "LICENSE", "CONTRIBUTING.md", "CITATION.cff"}  # fmt: skip
+MAX_WORDS = {"README.md": 1400, "results.md": 2500, "experiment_log.md": 1800}
+MAX_WORDS_OF_A_PAGE = 900
+MAX_WORDS_OF_A_SENTENCE = 30
+# What people search for.
+TERMS = [
+    "hierarchical", "discrete", "VQ-VAE", "VQ-VAE-2", "autoregressive", "likelihood",
+    "bits per dimension", "class-conditional", "classifier-free guidance", "lossless compression",
+    "tokenizer", "Fréchet distance", "FID", "posterior collapse",
+]  # fmt: skip
+PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+TEXT = pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.name)
 
 
 def anchors(page: Path) -> set[str]:
     """As GitHub makes them of headings."""
-    found = set()
+    names: set[str] = set()
     for heading in re.findall(r"^#+ (.*)", prose(page), re.M):
         plain = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()
         anchor = re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
-        assert anchor not in found, f"{page.name} has {heading} twice"
-        found.add(anchor)
-    return found
+        assert anchor not in names, f"{page.name} has {heading} twice"
+        names.add(anchor)
+    return names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@TEXT
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if link.startswith(("http://", "https://")):
@@ -41,16 +49,76 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
-def test_every_page_is_found_from_the_readme():
-    linked = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text())
-    for page in [*PAGES[1:], *(ROOT / "examples").glob("*.ipynb")]:
-        assert str(page.relative_to(ROOT)) in linked
+def test_the_readme_links_to_every_page():
+    links = re.findall(r"\]\(([^)#\s]+)", README.read_text(encoding="utf-8"))
+    for page in [*TEXTS[1:], *(ROOT / "examples").glob("*.ipynb")]:
+        assert str(page.relative_to(ROOT)) in links
+
+
+@PAGE
+def test_pages_are_short(page):
+    text = page.read_text(encoding="utf-8")
+    assert len(text.split()) <= MAX_WORDS.get(page.name, MAX_WORDS_OF_A_PAGE)
+    assert len(re.findall("^```", text, re.M)) % 2 == 0
+    for sentence in sentences(page):
+        num_words = len(re.findall(r"[^\W\d][\w'’.-]*", sentence))
+        assert num_words <= MAX_WORDS_OF_A_SENTENCE, f"{num_words} words: {sentence}"
+
+
+@PAGE
+def test_pages_describe_what_is_in_the_repository(page):
+    assert not re.search(r"not here|not in the repository", page.read_text(encoding="utf-8"))
+
+
+def test_the_readme_has_the_terms_of_the_field():
+    text = " ".join(README.read_text(encoding="utf-8").split()).lower()
+    assert [term for term in TERMS if term.lower() not in text] == []
+    lines = README.read_text(encoding="utf-8").splitlines()
+    first = lines.index("```python")
+    assert first < 30 and lines.index("```", first) - first <= 13
+
+
+def test_the_table_of_models_has_their_metrics():
+    rows = re.findall(r"^\| \[(\w+)\]\(examples/\w+\) \|(.*)\|$", README.read_text("utf-8"), re.M)
+    assert {name for name, _ in rows} == {
+        path.parent.name for path in (ROOT / "examples").glob("*/model_index.json")
+    }
+    for name, row in rows:
+        folder = ROOT / "examples" / name
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        cells = [cell.strip() for cell in row.split("|")]
+        num_bytes = sum(path.stat().st_size for path in folder.glob("*/model.safetensors"))
+        assert cells[1:4] == [
+            f"{sum(metrics['parameters'].values()) / 1e6:.1f} M",
+            f"{num_bytes / 1e6:.1f} MB",
+            f"{metrics['bits_per_dim']['total']:.3f}",
+        ]
+
+
+def test_ci_installs_as_the_readme():
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for command in commands(README):
+        assert not command.startswith("pip install") or command in ci
+
+
+def test_versions_are_the_same():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == progressive_vae.__version__
+
+
+def test_tables_of_results_follow_a_command_with_its_conditions():
+    text = (ROOT / "examples" / "docs" / "results.md").read_text()
+    _, *parts = re.split(r"^```bash\n.*?^```", text, flags=re.M | re.S)
+    for part in parts:
+        if re.search(r"^\|", part, re.M):
+            assert re.search(r"\bseeds?\b", part, re.I)
+            assert re.search(r"\bcommits? [0-9a-f]{7}\b", part)
 
 
 def test_the_top_of_the_repository_is_short():
     ignored = {name.strip("/") for name in (ROOT / ".gitignore").read_text().split()}
-    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
-    assert found - ignored <= TOP | {"shared"}
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert names - ignored <= TOP | {"shared"}
 
 
 def has_definition(path: Path, name: str) -> bool:
@@ -69,8 +137,8 @@ def has_definition(path: Path, name: str) -> bool:
 
 
 def test_theory_names_functions_that_are_there():
-    text = (ROOT / "examples" / "THEORY.md").read_text()
-    links = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./([\w/.]+)\)", text)
+    text = (ROOT / "examples" / "docs" / "theory.md").read_text()
+    links = re.findall(r"\[`([\w/]+\.py)::([\w.]+)`\]\(\.\./\.\./([\w/.]+)\)", text)
     assert len(links) > 30 and len(links) == text.count(".py::")
     for file, name, path in links:
         assert path == f"progressive_vae/{file}"

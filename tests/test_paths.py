@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from progressive_vae.paths import expand_home, make_folder, replacing
+from progressive_vae import paths
+from progressive_vae.paths import example, expand_home, make_folder, replacing
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +75,18 @@ def test_replacing_a_folder_is_atomic(tmp_path):
     with replacing(path) as temporary:
         temporary.mkdir()
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_shipped_models(tmp_path, monkeypatch):
+    """They are found in a checkout, and in a wheel, which has one of them beside the package."""
+    checkout = Path(__file__).parents[1]
+    assert example("color_64") == checkout / "examples" / "color_64"
+    with pytest.raises(ValueError, match="name of a model among .*'fashion_mnist'.*, got 'x'"):
+        example("x")
+    target = 'examples/fashion_mnist" = "progressive_vae/examples/fashion_mnist"'
+    assert target in (checkout / "pyproject.toml").read_text(encoding="utf-8")
+    monkeypatch.setattr(paths, "__file__", str(tmp_path / "progressive_vae" / "paths.py"))
+    model = tmp_path / "progressive_vae" / "examples" / "fashion_mnist"
+    model.mkdir(parents=True)
+    (model / "model_index.json").touch()
+    assert example("fashion_mnist") == model

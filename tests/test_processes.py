@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers.documents import commands
 from helpers.models import tiny_level
 from helpers.recipes import SMALL
 from progressive_vae import ProgressiveVAEPipeline
@@ -236,12 +237,12 @@ def test_a_stream_in_two_processes(tmp_path):
 
 
 def launch_lines():
-    readme = (ROOT / "README.md").read_text()
-    return re.findall(r"^accelerate launch .*--num_processes .*$", readme, re.M)
+    page = ROOT / "examples" / "docs" / "training.md"
+    return [line for line in commands(page) if "--num_processes" in line]
 
 
 @pytest.mark.parametrize("line", [line for line in launch_lines() if "fsdp" not in line])
-def test_launch_lines_of_the_readme(line, tmp_path):
+def test_launch_lines_of_the_documents(line, tmp_path):
     """They start as many processes as they say."""
     flags = [
         *SMALL,

@@ -14,11 +14,89 @@ from progressive_vae.models.quantizers import (
     make_quantizer,
 )
 
+LAYERS = {
+    "vq": lambda: VectorQuantizer(codebook_size=12, dim=3, decay=0.5),
+    "fsq": lambda: FiniteScalarQuantizer(levels=[4, 3, 1]),
+    "gumbel": lambda: GumbelQuantizer(codebook_size=12, dim=3),
+}
+
 
 def quantizer(size=8, dim=4):
     module = VectorQuantizer(size, dim, commitment_weight=0.5, decay=0.9, restart_threshold=0.1)
     module.codebook.copy_(torch.randn(size, dim, generator=torch.Generator().manual_seed(0)))
     return module
+
+
+def statistics_of(module):
+    return {name: value.clone() for name, value in module.named_buffers()}
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("shape", [(), (7,), (4, 5), (2, 3, 4)])
+def test_a_layer_for_latents_of_any_spatial_shape(kind, shape):
+    module = LAYERS[kind]()
+    latents = torch.randn(6, 3, *shape, requires_grad=True)
+    quantized, codes, loss = module(latents)
+    assert quantized.shape == latents.shape and codes.shape == (6, *shape)
+    assert codes.dtype == torch.int64 and 0 <= codes.min() and codes.max() < 12
+    assert torch.allclose(quantized, module.lookup(codes), atol=1e-6)
+    assert loss.shape == () and loss.dtype == torch.float32
+    (quantized.square().sum() + loss).backward()
+    assert latents.grad.isfinite().all() and latents.grad.any()
+    module.eval()
+    assert module.encode(latents).shape == codes.shape
+    assert module.encode(latents, torch.Generator().manual_seed(0)).shape == codes.shape
+    assert module.entropy(latents).shape == (6,)
+    assert module.add_noise(codes, torch.ones(6), None).shape == codes.shape
+
+
+@pytest.mark.parametrize("kind", QUANTIZERS)
+@pytest.mark.parametrize("call", [lambda m, x: m(x), lambda m, x: m.encode(x)])
+def test_latents_of_another_length_are_an_error(kind, call):
+    for latents in (torch.randn(2, 4, 5, 5), torch.randn(3)):
+        with pytest.raises(ValueError, match=r"expected latents .*3.*got \("):
+            call(LAYERS[kind](), latents)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: VectorQuantizer(0, 4), "codebook_size"),
+        (lambda: VectorQuantizer(8, -1), "dim"),
+        (lambda: FiniteScalarQuantizer([8, 0]), "levels"),
+        (lambda: GumbelQuantizer(8, 1.5), "dim"),
+    ],
+)
+def test_sizes_are_checked(make, name):
+    with pytest.raises(ValueError, match=f"expected {name} >= 1, got"):
+        make()
+
+
+def test_a_layer_trains_its_codebook_in_any_loop_as_after_step_does():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(5, 3, 4, generator=generator) for _ in range(4)]
+    layer, explicit = LAYERS["vq"](), LAYERS["vq"]()
+    for latents in batches:
+        layer(latents)
+        explicit.after_step(latents, explicit(latents).codes, lambda tensor: tensor)
+    for module in (layer, explicit):
+        assert module.codebook.unique(dim=0).shape == (12, 3)  # k-means started it
+        module.eval()  # the last step counts, too
+    before = statistics_of(layer)
+    layer(batches[0])
+    for name, value in explicit.state_dict().items():
+        assert torch.equal(layer.state_dict()[name], value), name
+        assert torch.equal(before[name], value), name
+
+
+def test_codes_of_a_layer_learn_clusters():
+    centers = torch.tensor([[5.0, 0.0], [0.0, 5.0], [-5.0, 0.0], [0.0, -5.0]])
+    module, generator = VectorQuantizer(8, 2, decay=0.8), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows = torch.randint(4, (64,), generator=generator)
+        module(centers[rows] + 3 + 0.1 * torch.randn(64, 2, generator=generator))
+    module.eval()
+    assert module(centers + 3).loss < 0.01
 
 
 def test_nearest_is_the_arg_min_of_the_distance():
@@ -164,7 +242,7 @@ def test_a_finite_scalar_quantizer_reaches_every_code():
 
 
 def test_a_categorical_encoder_draws_from_its_distribution():
-    module = GumbelQuantizer(4, 3, [1.0, 0.5], decay=0.999)
+    module = GumbelQuantizer(4, 3)
     latents = torch.randn(1, 3, 1, 1)
     probabilities = module.log_probs(latents).exp().flatten()
     many = latents.expand(20_000, -1, -1, -1)
@@ -179,17 +257,19 @@ def test_a_categorical_encoder_draws_from_its_distribution():
 
 
 def test_the_kl_to_the_uniform_prior_and_its_gradient():
-    module = GumbelQuantizer(4, 3, [1.0, 0.5], decay=0.999)
+    module = GumbelQuantizer(4, 3)
     latents = torch.randn(2, 3, 2, 5, requires_grad=True)
-    output = module(latents)
-    assert torch.allclose(output.kl, 10 * math.log(4) - module.entropy(latents))
-    assert torch.allclose(output.quantized, module.lookup(output.codes), atol=1e-6)
-    (output.quantized.square().sum() + output.kl.sum()).backward()
+    quantized, codes, loss = module(latents)
+    kl = (10 * math.log(4) - module.entropy(latents)).mean()
+    assert torch.allclose(loss, kl / 10)  # a mean over the codes
+    assert torch.allclose(module(latents, num_values=40).loss, kl / 40)
+    assert torch.allclose(quantized, module.lookup(codes), atol=1e-6)
+    (quantized.square().sum() + loss).backward()
     assert latents.grad.abs().min() > 0 and module.codebook.grad.abs().sum() > 0
 
 
 def test_the_temperature_anneals_to_its_end():
-    module = GumbelQuantizer(4, 8, [2.0, 0.5], decay=0.5)
+    module = GumbelQuantizer(4, 8, [2.0, 0.5], temperature_decay=0.5)
     seen = []
     for _ in range(3):
         seen.append(module.temperature.item())

@@ -1,14 +1,22 @@
 """Recipes: sections, types, overrides, YAML."""
 
+from dataclasses import fields
+
 import pytest
 import yaml
 
 from helpers.models import tiny_level, tiny_pipeline
-from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPipeline
+from progressive_vae import (
+    ProgressiveVAELevelConfig,
+    ProgressiveVAEPipeline,
+    ProgressiveVAEPriorConfig,
+)
+from progressive_vae.configuration.level import DECODER_FIELDS
 from progressive_vae.data.args import DataSettings
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.recipe import read_recipe
 from progressive_vae.training.resume import pretrained_levels
+from progressive_vae.training.sections import LevelSection, PriorSection, RefitSection
 
 
 def test_sections_of_levels_override_levels():
@@ -268,3 +276,39 @@ def test_old_names_of_fields_are_read_with_one_warning():
         recipe = read_recipe(old)
     assert len(warned) == 1
     assert recipe == read_recipe(new)
+
+
+@pytest.mark.parametrize(
+    ("section", "config", "excluded"),
+    [
+        (
+            LevelSection,
+            ProgressiveVAELevelConfig,
+            "num_channels num_symbols num_classes finer_fingerprint code_noise code_noise_kind "
+            "tokenizer_config",
+        ),
+        (
+            PriorSection,
+            ProgressiveVAEPriorConfig,
+            "codebook_size grid_size num_classes finer_fingerprint",
+        ),
+    ],
+)
+def test_sections_have_the_fields_of_configs(section, config, excluded):
+    names = {*config.__annotations__} - {"has_no_defaults_at_init"}  # no field
+    own = {name: getattr(config, name) for name in names}
+    section_fields = {field.name: field for field in fields(section)}
+    assert own.keys() - section_fields.keys() == {*excluded.split()}
+    for name in own.keys() & section_fields.keys():
+        assert section_fields[name].default == own[name]
+        if name != "backbone_config":
+            assert section_fields[name].type == config.__annotations__[name]
+
+
+def test_refits_have_the_fields_of_decoders():
+    names = {*DECODER_FIELDS} - {"num_classes", "id2label"}
+    refit_fields = {field.name: field for field in fields(RefitSection)}
+    assert refit_fields.keys() == {*names, "from_scratch", "fit"}
+    for name in names - {"backbone_config"}:
+        assert refit_fields[name].default is None
+        assert refit_fields[name].type == ProgressiveVAELevelConfig.__annotations__[name] | None

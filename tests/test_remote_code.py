@@ -1,8 +1,10 @@
 """Repositories with the package's code load without an installation."""
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModel
 
+import progressive_vae
 from helpers.hub import HUB
 from helpers.models import tiny_pipeline
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, __version__
@@ -41,10 +44,14 @@ def with_code():
 
 
 def run_without_package(lines: str, tmp_path: Path, **environment) -> str:
+    return run_with_package(HIDE_PACKAGE + lines, tmp_path, **environment)
+
+
+def run_with_package(lines: str, tmp_path: Path, **environment) -> str:
     # Bytecode is cached, as for users, whatever the environment of the tests says.
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONDONTWRITEBYTECODE": "",
                    **environment}  # fmt: skip
-    command = [sys.executable, "-c", HIDE_PACKAGE + lines]
+    command = [sys.executable, "-c", lines]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -77,6 +84,32 @@ level.save_pretrained("level")
     assert saved.bits_per_dim(images)["total"] == pytest.approx(total, rel=1e-5)
     level = ProgressiveVAELevel.from_pretrained(tmp_path / "level")
     assert torch.equal(level.quantizer.codebook, tiny_pipeline().level_1.quantizer.codebook)
+
+
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_a_repository_of_an_earlier_version_gives_the_same_numbers(is_installed, tmp_path):
+    """`repository_with_code.zip` was pushed by the code of commit d1ba51e."""
+    golden = Path(__file__).with_name("golden")
+    with zipfile.ZipFile(golden / "repository_with_code.zip") as archive:
+        archive.extractall(tmp_path / "folder")
+    lines = """
+import json
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True)
+image = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8) * 4
+codes = [grid.tolist() for grid in pipe.encode(image)]
+bits = pipe.bits_per_dim(image, class_labels=["1"])
+print(json.dumps([pipe.encode.__globals__["__file__"], codes, bits]))
+"""
+    hub = {"HF_HUB_OFFLINE": "1"}
+    run = run_with_package if is_installed else run_without_package
+    file, codes, bits = json.loads(run(lines, tmp_path, **hub).splitlines()[-1])
+    assert file.startswith(str(Path(progressive_vae.__file__).parent)) == is_installed
+    expected = json.loads((golden / "says.json").read_text())
+    assert codes == expected["codes"]
+    assert bits == pytest.approx(expected["bits_per_dim"], rel=1e-4)
 
 
 def test_a_downloaded_folder_loads_offline_without_the_package(with_code, tmp_path):

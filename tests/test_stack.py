@@ -61,7 +61,7 @@ def test_walks_over_all_factors_add_up_to_log_prob(level_stack, images):
     pixel_values = uint8_to_signed(images)
     grids = [*level_stack.encode(pixel_values), pixel_values]
     expected = level_stack.log_prob(pixel_values, [1] * 4)
-    labels = level_stack.label_ids([1] * 4)
+    labels = level_stack.as_conditioning([1] * 4)
     for factor, name in enumerate(level_stack.factor_names):
         grid = grids[factor]
         values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
@@ -76,7 +76,7 @@ def test_walks_over_all_factors_add_up_to_log_prob(level_stack, images):
 def test_ancestral_sampling_is_that_of_the_pipeline(pipe, level_stack):
     expected = pipe([0, 1], generator=generators(2), output_type="pt", guidance_scale=2.0)
     noise = generators(2)
-    labels = level_stack.label_ids([0, 1])
+    labels = level_stack.as_conditioning([0, 1])
     grids = []
     for factor in range(4):
         coarser = grids[-1] if grids else None

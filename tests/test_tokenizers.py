@@ -1,17 +1,12 @@
 """Levels that hold a pretrained tokenizer: its codes and images, and probabilities."""
 
-import shlex
-
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import VQModel
 
 from helpers.hub import HUB
-from helpers.recipes import SMALL
-from helpers.scripts import ROOT, load_script, readme_commands
 from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,
@@ -228,27 +223,3 @@ def test_from_a_tokenizer_to_samples(tmp_path):
     strong = train({**RECIPE, **run, **refit}, images, tmp_path / "strong")
     assert strong.level_2.config.ordering == "lattice"
     assert fingerprint([strong.level_2]) == fingerprint([tokenizer])
-
-
-def test_the_lines_of_the_readme(tmp_path, monkeypatch):
-    """From a repository of a `VQModel` to samples, as they stand but at tiny size."""
-    fields = {name: value for name, value in VQ_MODEL.items() if name != "model_type"}
-    VQModel(**fields).push_to_hub("org/amused-256")
-    monkeypatch.chdir(tmp_path)
-    lines = readme_commands()
-    start = next(i for i, line in enumerate(lines) if "amused" in line)
-    convert, train_it, sample = (shlex.split(line) for line in lines[start : start + 3])
-    folder = tmp_path / train_it[train_it.index("--train_data_dir") + 1]
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i, x in enumerate(rng.integers(0, 256, (12, 8, 16, 3), np.uint8)):
-        PIL.Image.fromarray(x).save(folder / f"{i}.png")
-    monkeypatch.syspath_prepend(ROOT / "conversion")  # as of a script that is run
-    flags = [word.replace("amused/", "org/") for word in convert[2:]]  # of the Hub of these tests
-    load_script("convert_diffusers_vqmodel", "conversion").main(flags)
-    more = shlex.split("--levels.encoder_fit.max_train_steps 2 --num_validation_images 2")
-    load_script("train").main([*train_it[3:], *SMALL, *more])
-    load_script("sample").main([*sample[2:], "--num_images_per_prompt", "2"])
-    assert PIL.Image.open("samples.png").width > 2 * 16
-    pipe = ProgressiveVAEPipeline.from_pretrained("runs/above")
-    assert pipe.num_levels == 3 and pipe.level_3.config.tokenizer_config["model_type"] == "vq_model"

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from helpers.recipes import SHORT, SMALL, SMALLER
-from helpers.scripts import load_script, readme_commands
+from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
 from progressive_vae.data.source import open_dataset
@@ -114,9 +114,10 @@ def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
     contents = [path.read_bytes() for path in unchanged]
     before = fingerprint([ProgressiveVAELevel.from_pretrained(output_dir / "level_2")])
     flags = [*SMALLER, "--output_dir", str(output_dir)]
-    command = shlex.split(next(c for c in readme_commands() if "--phase refit" in c))
-    wider = ["--level_2.refit.hidden_size", "16", "--level_2.refit.fit.max_train_steps", "3"]
-    script.main([*flags, *command[3:], *wider])
+    refit = (
+        "--phase refit_level_2 --level_2.refit.fit.max_train_steps 3 --level_2.refit.code_noise 0.1"
+    )
+    script.main([*flags, *refit.split(), "--level_2.refit.hidden_size", "16"])
     level = ProgressiveVAELevel.from_pretrained(output_dir / "level_2")
     assert level.config.hidden_size == 16 and level.config.code_noise == 0.1
     assert level.config.encoder_hidden_size == 8 and fingerprint([level]) == before
@@ -160,36 +161,21 @@ def test_decoder_orders_and_quantizers(script, tmp_path, flags):
     assert pipe.level_2.config.num_classes == (10 if is_refitted else 0)
 
 
-def test_launch_commands_of_the_readme_parse(script):
-    launches = [c.split(" && ")[-1] for c in readme_commands() if "accelerate launch" in c]
-    assert len(launches) == 11
+def test_commands_of_the_docstring_parse(script):
     documented = re.findall(
         r"^    (accelerate launch .*?)\n        \w", script.__doc__, re.M | re.S
     )
     assert len(documented) == 3
-    launches += [c.replace("\\\n", " ") for c in documented]
-    for command in launches:
-        words = shlex.split(command)
+    for command in documented:
+        words = shlex.split(command.replace("\\\n", " "))
         flags = words[words.index("examples/train.py") + 1 :]
         if "--config" in flags:
             flags[flags.index("--config") + 1] = str(ROOT / flags[flags.index("--config") + 1])
         script.parse(flags)
 
 
-def test_python_code_of_the_readme(trained, tmp_path, monkeypatch):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "digits").symlink_to(trained)
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    names: dict = {}
-    for code in blocks:
-        exec(code.replace('"you/', '"org/readme-').replace("=60)", "=0.03)"), names)
-    assert [z.shape for z in names["codes"]] == [(8, 2, 2), (8, 4, 4)]
-    assert len(names["variations"]) == 16 and len(names["same"]) == len(names["again"]) == 8
-
-
 def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
-    """The README's command for it, at tiny size, on parquet files in the schema of the Hub's."""
+    """At tiny size, on parquet files in the schema of the Hub's."""
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["shirt", "shoe"])}
     )
@@ -200,9 +186,8 @@ def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
         rows = {"image": images, "label": rng.integers(0, 2, count).tolist()}
         table = datasets.Dataset.from_dict(rows, features)
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
-    command = shlex.split(next(c for c in readme_commands() if "fashion_mnist.yaml" in c))
-    command[command.index("--config") + 1] = str(ROOT / "examples/configs/fashion_mnist.yaml")
-    flags = [*command[3:], *SMALL, *SHORT, "--report_to", "none"]
+    recipe = ["--config", str(ROOT / "examples/configs/fashion_mnist.yaml")]
+    flags = [*recipe, *SMALL, *SHORT, "--report_to", "none"]
     by_name = [*flags, "--dataset_name", str(tmp_path / "data")]
     script.main([*by_name, "--output_dir", str(tmp_path / "run")])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path / "run")
@@ -217,21 +202,19 @@ def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
 
 
 def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
-    """The README's command at tiny size: it prints places of phases, time left, next commands."""
-    command = next(c for c in readme_commands() if "--center_crop" in c)
-    flags = shlex.split(command)
-    assert flags[:3] == ["accelerate", "launch", "examples/train.py"]
-    flags[flags.index("--config") + 1] = str(ROOT / flags[flags.index("--config") + 1])
-    flags[flags.index("--resolution") + 1] = "32"
+    """A run prints places of phases, time left, next commands."""
+    recipe = ["--config", str(ROOT / "examples/configs/color_64.yaml")]
+    data = "--train_data_dir photos --resolution 32 --center_crop".split()
     monkeypatch.chdir(tmp_path)
-    folder = Path(flags[flags.index("--train_data_dir") + 1])
-    folder.mkdir(parents=True)
+    folder = Path("photos")
+    folder.mkdir()
     rng = np.random.default_rng(0)
     for i in range(20):
         height, width = rng.integers(70, 100, 2)
         pixels = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).resize((int(width), int(height))).save(folder / f"{i}.png")
-    script.main([*flags[3:], *SMALL, *SHORT, "--max_train_minutes", "0.02", "--report_to", "none"])
+    flags = [*recipe, *data, *SMALL, *SHORT, "--report_to", "none"]
+    script.main([*flags, "--max_train_minutes", "0.02"])
     output = capsys.readouterr()
     assert "encoder_3 (1 of 7)" in output.err and "prior (7 of 7)" in output.err
     assert re.search(r"left='?\d+( of \d+)? min", output.err)
@@ -241,7 +224,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     scripts = [f"examples/{name}.py" for name in ("sample", "evaluate", "compress")]
     assert [shlex.split(line)[1] for line in after] == [*scripts, "upload"]
     words = shlex.split(after[1])[2:]
-    assert words[2:] == flags[5:10]  # without flags of the training images
+    assert words[2:] == data  # without flags of the training images
     load_script("evaluate").main([*words, *"--features none --num_drawn 4".split()])
     output_dir = Path("runs/color_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
@@ -333,11 +316,3 @@ def test_an_infinite_loss_stops_the_phase(script, tmp_path):
     with pytest.raises(FloatingPointError, match="of level_2 became .*at step .*checkpoint"):
         script.main([*flags, "--checkpointing_steps", "1"])
     assert not (tmp_path / "level_2").exists()
-
-
-def test_commands_of_the_readme_and_ci_are_the_same():
-    ci = (ROOT / ".ci" / "run").read_text()
-    commands = [c for c in readme_commands() if c.startswith("pip install")]
-    assert len(commands) == 5
-    for command in commands:
-        assert command in ci

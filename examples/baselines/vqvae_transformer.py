@@ -33,9 +33,7 @@ class FlatVAE(nn.Module):
             nn.ReLU(),
             nn.Conv2d(width, 64, 1),
         )
-        self.quantizer = VectorQuantizer(
-            codebook_size, 64, 0.25, decay=0.99, restart_threshold=0.03
-        )
+        self.quantizer = VectorQuantizer(codebook_size, dim=64)
         self.decoder = nn.Sequential(
             nn.Conv2d(64, width, 3, padding=1),
             nn.ReLU(),
@@ -46,12 +44,15 @@ class FlatVAE(nn.Module):
             nn.ConvTranspose2d(width, num_channels, 4, stride=2, padding=1),
         )
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, codes (B, H/4, W/4) and latents (B, 64, H/4, W/4) of images in [−1, 1]."""
-        latents = self.encoder(images)
-        codes, quantized, _, commitment_loss = self.quantizer(latents)
-        loss = F.mse_loss(self.decoder(quantized), images) + commitment_loss
-        return loss, codes, latents
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the training loss of images (B, C, H, W) in [−1, 1]."""
+        quantized, _, commitment_loss = self.quantizer(self.encoder(images))
+        return F.mse_loss(self.decoder(quantized), images) + commitment_loss
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return codes (B, H/4, W/4) of images in [−1, 1]."""
+        return self.quantizer.encode(self.encoder(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -138,20 +139,15 @@ class VQVAETransformer:
         with torch.no_grad():
             latents = self.vae.encoder(first).movedim(1, -1).flatten(0, -2)
         self.vae.quantizer.initialize(latents, torch.Generator().manual_seed(0))
-
-        def step() -> Tensor:
-            loss, codes, latents = self.vae(next_images())
-            self.vae.quantizer.after_step(latents, codes, lambda tensor: tensor)
-            return loss
-
-        return train_for(seconds, self.vae, step, 1e-3, dtype)
+        steps = train_for(seconds, self.vae, lambda: self.vae(next_images()), 1e-3, dtype)
+        self.vae.eval()
+        return steps
 
     def _fit_prior(self, train: GridDataset, seconds: float, dtype: torch.dtype) -> int:
-        with torch.no_grad():
-            encoded = [
-                (self.vae(uint8_to_signed(images.to(self.device)))[1], labels)
-                for images, labels in train.batches(500)
-            ]
+        encoded = [
+            (self.vae.encode(uint8_to_signed(images.to(self.device))), labels)
+            for images, labels in train.batches(500)
+        ]
         codes, labels = (torch.cat(parts) for parts in zip(*encoded, strict=True))
         tokens = torch.cat([self.prompt(labels), codes.flatten(1)], 1)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..arguments import as_integer
 from ..image_processor import Images, as_images, from_pixel_values, pixel_value_batches
-from ..models.class_labels import Labels
+from ..models.conditioning import ClassLabels, Conditioning
 from ..models.distributions import Distribution
 from ..models.fingerprint import original_names
 from ..models.value_types import signed_to_indices, uint8_to_signed, unit_to_uint8
@@ -169,7 +169,7 @@ def _range_decoder(stream: bytes, ending: bytes) -> Any:
 @torch.inference_mode(False)
 @torch.no_grad()
 def compress(
-    stack: LevelStack, images: Images, class_labels: Labels = None, arithmetic: str = "float"
+    stack: LevelStack, images: Images, class_labels: ClassLabels = None, arithmetic: str = "float"
 ) -> list[bytes]:
     """One stream of bytes for each image; see `ProgressiveVAEPipeline.compress`."""
     stack.require_prior()
@@ -177,16 +177,17 @@ def compress(
     is_fixed_point = arithmetic == "integer"
     batch_size = _batch_size(stack)
     images = as_images(images)
-    labels = stack.label_ids(class_labels, len(images))
+    conditioning = stack.as_conditioning(class_labels, len(images))
     weights = _weights_hash(stack)
     arithmetic_hash = _hash(_describe_arithmetic(stack, is_fixed_point, batch_size), 1)
     streams: list[bytes] = []
     batches = pixel_value_batches(images, stack.image_shape, batch_size)
-    for class_ids, batch in zip(labels.split(batch_size), batches, strict=True):
+    all_rows = torch.arange(len(images), device="cpu").split(batch_size)
+    for rows, batch in zip(all_rows, batches, strict=True):
         pixels = signed_to_indices(batch).cpu()
         size = len(batch) if is_fixed_point else batch_size
         encoder = EntropyEncoder(len(batch))
-        padded_ids = _pad(class_ids, size)
+        padded_conditioning = conditioning[_pad(rows, size)].to(stack.device)
         # Encode to [z_1 … z_N, s], then code each factor given the next coarser grid.
         with _arithmetic_context(stack, is_fixed_point):
             pixel_values = _pad(uint8_to_signed(pixels), size).to(stack.device)
@@ -194,9 +195,10 @@ def compress(
             for factor, grid in enumerate(grids):
                 values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
                 coarser = grids[factor - 1] if factor else None
-                stack.walk(factor, coarser, encoder.set_target(values), padded_ids)
-        rows = zip(class_ids.tolist(), pixels.to(torch.uint8), encoder.streams(), strict=True)
-        for class_id, image, stream in rows:
+                stack.walk(factor, coarser, encoder.set_target(values), padded_conditioning)
+        class_ids = conditioning.class_ids[rows].tolist()
+        results = zip(class_ids, pixels.to(torch.uint8), encoder.streams(), strict=True)
+        for class_id, image, stream in results:
             checksum = zlib.crc32(image.numpy().tobytes())
             label = None if class_labels is None else class_id
             header = Header(weights, arithmetic_hash, checksum, label, is_fixed_point)
@@ -254,16 +256,17 @@ def _decode_batch(
     null = stack.class_config.num_classes
     headers = [headers[number] for number in numbers]
     labels = [null if header.label is None else header.label for header in headers]
-    class_ids = _pad(torch.tensor(labels, device="cpu"), size)
+    class_ids = _pad(torch.tensor(labels, device=stack.device), size)
+    conditioning = Conditioning(class_ids, null)
     payloads = [
         streams[number][header.length :] for number, header in zip(numbers, headers, strict=True)
     ]
-    decoder = EntropyDecoder(payloads, len(class_ids), numbers, may_end=num_levels is not None)
+    decoder = EntropyDecoder(payloads, size, numbers, may_end=num_levels is not None)
     grids: list[Tensor] = []
     with _arithmetic_context(stack, headers[0].is_fixed_point):
         for factor in range(stack.num_levels + 1 if num_levels is None else num_levels):
             coarser = grids[-1] if grids else None
-            grids.append(stack.walk(factor, coarser, decoder, class_ids))
+            grids.append(stack.walk(factor, coarser, decoder, conditioning))
     finest = grids[-1][: len(numbers)]  # without the padding
     if num_levels is not None:
         return _preview(stack, finest, num_levels)
@@ -283,7 +286,7 @@ def _preview(stack: LevelStack, codes: Tensor, level: int) -> Tensor:
     if stack.has_previews:
         pixel_values = stack.preview(codes, level)
     else:
-        null = stack.label_ids(None, len(codes))
+        null = stack.as_conditioning(None, len(codes))
         grid = codes
         for factor in range(level, stack.num_levels + 1):
             grid = stack.sample(factor, grid, null, temperature=0.0)

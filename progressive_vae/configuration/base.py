@@ -1,7 +1,7 @@
 """Strict configs: a wrong name, type, range or format raises a `ValueError` of one line."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -19,6 +19,24 @@ _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implement
                     "use_cache", "quantization_config", "_commit_hash",
                     "_attn_implementation_internal",
                     "_experts_implementation_internal"}  # fmt: skip
+
+
+if TYPE_CHECKING:
+
+    class PartConfig(PreTrainedConfig):
+        """What configs of levels and the prior share.
+
+        To a type checker any attribute of a `PreTrainedConfig` exists; of this class only fields.
+        """
+
+        num_classes: int
+        class_dropout: float
+        id2label: dict[int, str] | None
+
+        def __getattribute__(self, name: str) -> object: ...
+
+else:
+    PartConfig = PreTrainedConfig
 
 
 def strict_config(cls):
@@ -82,7 +100,7 @@ def _without_half_precision(fields: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in fields.items() if k != "dtype" or v == "float32"}
 
 
-def check_names(config: PreTrainedConfig, names):
+def check_names(config: PartConfig, names):
     unknown = sorted(n for n in names if n not in _INHERITED_NAMES and not hasattr(config, n))
     if unknown:
         raise ValueError(
@@ -91,7 +109,7 @@ def check_names(config: PreTrainedConfig, names):
         )
 
 
-def check_range(config: PreTrainedConfig, **minima):
+def check_range(config: PartConfig, **minima):
     for name, minimum in minima.items():
         value = getattr(config, name)
         if value is not None and not minimum <= value < math.inf:  # also catches NaN
@@ -105,7 +123,7 @@ def check_limits(fields: dict[str, Any], **maxima):
             raise ValueError(f"expected {name} <= {maximum}, got {value}")
 
 
-def name_classes(config: PreTrainedConfig):
+def name_classes(config: PartConfig):
     """Set the names of classes to their numbers, where there are none."""
     if not config.num_classes <= MAX_CLASSES:
         raise ValueError(f"expected num_classes <= {MAX_CLASSES}, got {config.num_classes}")
@@ -113,12 +131,12 @@ def name_classes(config: PreTrainedConfig):
         config.id2label = {i: str(i) for i in range(config.num_classes)}
 
 
-def check_classes(config: PreTrainedConfig):
+def check_classes(config: PartConfig):
     check_range(config, num_classes=0)
     if not 0 <= config.class_dropout <= 1:
         raise ValueError(f"expected class_dropout in [0, 1], got {config.class_dropout}")
-    if config.num_classes and len(config.id2label) != config.num_classes:
+    num_names = len(config.id2label or {})
+    if config.num_classes and num_names != config.num_classes:
         raise ValueError(
-            f"expected id2label with num_classes={config.num_classes} entries, "
-            f"got {len(config.id2label)}"
+            f"expected id2label with num_classes={config.num_classes} entries, got {num_names}"
         )

@@ -6,6 +6,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ..serialization import FORMAT_VERSION
 from .base import (
+    PartConfig,
     check_classes,
     check_limits,
     check_names,
@@ -56,7 +57,7 @@ DECODER_FIELDS = (
 
 
 @strict_config
-class ProgressiveVAELevelConfig(PreTrainedConfig):
+class ProgressiveVAELevelConfig(PartConfig):
     """One level: `P_Ψ(z_i | z_{i+1})` and `P_Θ(z_{i+1} | z_i)`.
 
     Exactly one of `num_channels` and `num_symbols` is set: the finer grid consists of pixels or of
@@ -380,7 +381,9 @@ class ProgressiveVAELevelConfig(PreTrainedConfig):
     @property
     def raster_config(self) -> PreTrainedConfig:
         """The backbone's config of `"causal_lm"`."""
-        if self.backbone_config is not None:
+        if isinstance(
+            self.backbone_config, PreTrainedConfig
+        ):  # `__post_init__` makes one of a dict
             return self.backbone_config
         default = small_opt(self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS)
         return causal_config(default, self.num_values, MAX_RASTER_POSITIONS)

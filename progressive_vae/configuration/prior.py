@@ -5,6 +5,7 @@ import math
 from transformers import AutoConfig, PreTrainedConfig
 
 from .base import (
+    PartConfig,
     check_classes,
     check_limits,
     check_names,
@@ -17,7 +18,7 @@ from .level import MAX_CODES
 
 
 @strict_config
-class ProgressiveVAEPriorConfig(PreTrainedConfig):
+class ProgressiveVAEPriorConfig(PartConfig):
     """`P_Φ(z_1)`, optionally conditioned on a class.
 
     Args:

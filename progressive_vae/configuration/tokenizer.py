@@ -29,13 +29,14 @@ class TokenizerShape(NamedTuple):
 def _defaults(kind: str) -> dict[str, Any]:
     """All fields of a kind of tokenizer, and their values by default."""
     if kind == "vq_model":
-        named = inspect.signature(VQModel.__init__).parameters
-        fields = {name: parameter.default for name, parameter in named.items() if name != "self"}
+        parameters = inspect.signature(VQModel.__init__).parameters.values()
+        fields = {p.name: p.default for p in parameters if p.name != "self"}
         return {**fields, "do_normalize": True}
     if kind == "janus_vqgan":
-        named, config = JanusVQVAEConfig.__annotations__, JanusVQVAEConfig()
-        own = (name for name in named if name not in ("model_type", "base_config_key"))
-        return {name: getattr(config, name) for name in own}
+        config = JanusVQVAEConfig()
+        excluded = ("model_type", "base_config_key")
+        names = [name for name in JanusVQVAEConfig.__annotations__ if name not in excluded]
+        return {name: getattr(config, name) for name in names}
     return DALLE_DVAE
 
 

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import pyarrow
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 
@@ -65,7 +65,7 @@ def write_cache(
     folder: str | Path,
     manifest: Manifest,
     batches: Iterable[tuple[Tensor, Tensor]],
-    state: PartialState | None = None,
+    accelerator: Accelerator | None = None,
 ) -> None:
     """Write batches as the cache `folder`.
 
@@ -73,20 +73,20 @@ def write_cache(
 
     Args:
         batches: grids int64 (b, *shape), and labels int64 (b,), −1 for no label.
-        state: of Accelerate, if all processes call this: each writes its batches as one shard, and
+        accelerator: if all processes call this: each writes its batches as one shard, and
             shards are ordered by rank. `None` for a single process.
     """
     folder = Path(folder)
-    rank = 0 if state is None else state.process_index
-    num_shards = 1 if state is None else state.num_processes
+    rank = 0 if accelerator is None else accelerator.process_index
+    num_shards = 1 if accelerator is None else accelerator.num_processes
     is_main = rank == 0
     shards = [f"grids-{i:05d}-of-{num_shards:05d}.arrow" for i in range(num_shards)]
     temporary = folder.with_name(folder.name + ".incomplete")
     if is_main:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    if state is not None:
-        state.wait_for_everyone()
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     writer = ArrowWriter(path=str(temporary / shards[rank]), features=_FEATURES)
     for grids, labels in batches:
         array = grids.numpy().astype(manifest.dtype).reshape(len(grids), -1)
@@ -94,8 +94,8 @@ def write_cache(
         crcs = [zlib.crc32(row) for row in rows]
         writer.write_batch({"grid": rows, "label": labels.tolist(), "crc": crcs})
     writer.finalize()
-    if state is not None:
-        state.wait_for_everyone()
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     if is_main:
         count = sum(len(datasets.Dataset.from_file(str(temporary / shard))) for shard in shards)
         if not count:
@@ -104,8 +104,8 @@ def write_cache(
         (temporary / "manifest.json").write_text(json.dumps(contents, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
-    if state is not None:
-        state.wait_for_everyone()
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
 
 
 class GridDataset(torch.utils.data.Dataset):

@@ -134,7 +134,7 @@ class Source:
                 options["num_crops"] = self.num_crops
             images = read_images(split_dataset_by_node(table, rank, num_shards), **options)
             is_flipped = self.random_flip and split == "train"
-            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator.state)
+            write_cache(folder, manifest, pixel_batches(images, is_flipped), accelerator)
         return GridDataset(folder, manifest)
 
 

@@ -27,23 +27,30 @@ def image_files(images: torch.Tensor) -> tuple[dict[str, float], dict[str, list]
         Bits/dim of each lossless format, and for each lossy format its rate–distortion curve at
         low qualities: (bits/dim, mean squared error).
     """
-    arrays = [
-        image.squeeze(0).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-        for image in images
-    ]
-    curves: dict[str, list[tuple[float, float]]] = {}
+    arrays = as_arrays(images)
     lossless: dict[str, float] = {}
     for name, options in LOSSLESS.items():
         with suppress(ImportError):  # imagecodecs is not installed
             bits, squared_error = rate_and_distortion(name, arrays, options)
             assert squared_error == 0
             lossless[f"{name} files of {len(images)} images"] = bits
+    return lossless, lossy_curves(arrays)
+
+
+def as_arrays(images: torch.Tensor) -> list[np.ndarray]:
+    """Return images (B, C, H, W) as arrays, (H, W) or (H, W, 3)."""
+    return [image.movedim(0, -1).squeeze(-1).numpy() for image in images]
+
+
+def lossy_curves(arrays: list[np.ndarray]) -> dict[str, list[tuple[float, float]]]:
+    """Return for each lossy format its (bits/dim, mean squared error) at low qualities."""
+    curves: dict[str, list[tuple[float, float]]] = {}
     for name, qualities in LOSSY.items():
         for quality in qualities:
             with suppress(ImportError):
                 options = {"distance": quality} if name == "JPEG-XL" else {"quality": quality}
                 curves.setdefault(name, []).append(rate_and_distortion(name, arrays, options))
-    return lossless, {name: points for name, points in curves.items() if points}
+    return {name: points for name, points in curves.items() if points}
 
 
 def compare_with_codecs(

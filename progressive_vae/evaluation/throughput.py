@@ -101,13 +101,13 @@ def training_flops(pipe: ProgressiveVAEPipeline, images: Tensor) -> dict[str, fl
             calls[name] = level, {"finer": finer, "codes": codes}
         if level.auxiliary is not None:
             plain = level.with_decoder(decoder_type="auxiliary", num_classes=0, id2label=None)
-            calls[f"encoder_{i}"] = plain.to(pipe.device), inputs
+            calls[f"encoder_{i}"] = plain, inputs
     # Only the parameters of the trained module take a backward pass.
     metrics = {}
     for name in pipe.factor_names:
         getattr(pipe, name).requires_grad_(False)
     for name, (model, inputs) in calls.items():
-        model.requires_grad_(True).train()
+        model.to(pipe.device).requires_grad_(True).train()
         count = count_flops(partial(_one_step, model, inputs))
         model.eval().requires_grad_(False)
         metrics[name] = count / (1e9 * len(images))

@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from ..serialization import __version__
-from .model_card import card_template
 
 NAME = "progressive_vae"
 FILE_PREFIX = "#: "  # of the name of a file in the bundle; as in remote_code_loader.py
@@ -31,8 +30,7 @@ _AUTO_CLASSES = {
 
 
 def bundle() -> str:
-    """Return the package in one file: `remote_code_loader.py`, followed by the files for inference
-    and the template of the model card.
+    """Return the package in one file: `remote_code_loader.py`, followed by the files for inference.
 
     Raises:
         ValueError: the loader has no line for the version.
@@ -48,7 +46,6 @@ def bundle() -> str:
     version_line = "\nBUNDLE_VERSION = __version__"
     if loader.count(version_line) != 1:
         raise ValueError(f"expected one line {version_line.strip()!r} in the loader, got others")
-    texts["MODEL_CARD.md"] = card_template()
     lines = [loader.replace(version_line, f"\nBUNDLE_VERSION = {__version__!r}")]
     for name, text in texts.items():
         lines += ["", f"{FILE_PREFIX}{name}"]

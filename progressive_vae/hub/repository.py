@@ -8,19 +8,21 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
-from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_loading_utils
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils.sha import sha_fileobj
 
+from ..configuration.level import ProgressiveVAELevelConfig
+from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..models.modeling_utils import is_weights, variant_of
 from ..paths import replacing
 from ..serialization import pop_version, read_json, version_fields
-from .model_card import IMAGE_CAPTIONS, for_repository, is_generated, model_card
+from .model_card import IMAGES, Configs, is_generated, model_card
 from .remote_code import files_with_code, is_code
 
 PACKAGE = __name__.partition(".")[0]
@@ -51,6 +53,10 @@ def register(pipeline: type[DiffusionPipeline], *parts: type):
 
 class HubPipeline(DiffusionPipeline):
     """A `DiffusionPipeline` that writes a model card and pushes its files as one commit."""
+
+    if TYPE_CHECKING:
+        # By diffusers' annotation any attribute exists, and calls of missing methods would pass.
+        def __getattr__(self, name: str) -> object: ...
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**{**kwargs, **version_fields("_")})
@@ -105,7 +111,7 @@ class HubPipeline(DiffusionPipeline):
         pop_version(config_dict, INDEX, "_")
         return super().extract_init_dict(config_dict, **kwargs)
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # unknown names are errors
         self,
         save_directory,
         safe_serialization: bool = True,
@@ -150,7 +156,7 @@ class HubPipeline(DiffusionPipeline):
                 revision,
             )
 
-    def push_to_hub(
+    def push_to_hub(  # type: ignore[override]  # returns the commit, not only its address
         self,
         repo_id: str,
         commit_message: str | None = None,
@@ -204,20 +210,39 @@ def write_card(folder: str | Path):
     card = folder / CARD
     if card.is_file() and not is_generated(card.read_text(encoding="utf-8")):
         return
+    with replacing(card) as temporary:
+        make_card(folder, folder.as_posix()).save(temporary)
+
+
+def make_card(folder: Path, repository: str, with_code: bool = False) -> ModelCard:
+    """Return the card of the pipeline in a folder, with the metrics and images of its weights.
+
+    Args:
+        repository: the name or folder that the card loads the pipeline from.
+        with_code: see `push_folder`.
+
+    Raises:
+        ValueError: `metrics.json` is damaged or incomplete.
+    """
     names = metric_files(folder)
     metrics = read_json(folder / METRICS, _EVALUATE_AGAIN) if names else None
     images = [name for name in names if name != METRICS]
-    has_prior = "prior" in pipeline_parts(folder)
+    configs: Configs = {
+        part: _config_class(part).from_pretrained(folder / part) for part in pipeline_parts(folder)
+    }
+    image_size = read_json(folder / INDEX, _SAVE_AGAIN)["image_size"]
     try:
-        contents = model_card(
-            folder.as_posix(), metrics, images, has_prior, _default_variant(folder)
+        return model_card(
+            repository, configs, image_size, metrics, images, _default_variant(folder), with_code
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"expected metrics in {folder / METRICS}, got {error!r}: {_EVALUATE_AGAIN}"
         ) from error
-    with replacing(card) as temporary:
-        contents.save(temporary)
+
+
+def _config_class(part: str) -> type[ProgressiveVAEPriorConfig | ProgressiveVAELevelConfig]:
+    return ProgressiveVAEPriorConfig if part == "prior" else ProgressiveVAELevelConfig
 
 
 def _default_variant(folder: Path) -> str | None:
@@ -243,7 +268,7 @@ def metric_files(folder: Path) -> list[str]:
     metrics = read_json(path, _EVALUATE_AGAIN) if path.is_file() else {}
     if metrics.get("weights") != weights_digest(folder):
         return []
-    return [METRICS, *(name for name in IMAGE_CAPTIONS if (folder / name).is_file())]
+    return [METRICS, *(name for name in IMAGES if (folder / name).is_file())]
 
 
 def create_repository(
@@ -364,8 +389,8 @@ def push_folder(
         configs = [name for name in names if name.endswith(("config.json", INDEX))]
         files |= files_with_code({name: (folder / name).read_bytes() for name in configs})
     if CARD in names:
-        card = (folder / CARD).read_text(encoding="utf-8")
-        files[CARD] = for_repository(card, repo_id, with_code).encode()
+        if is_generated((folder / CARD).read_text(encoding="utf-8")):
+            files[CARD] = str(make_card(folder, repo_id, with_code)).encode()
     outdated = [name for name in repo_files if _is_outdated(name, list(files), variant)]
     operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
     operations += [CommitOperationAdd(name, contents) for name, contents in files.items()]
@@ -452,4 +477,4 @@ def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:
         return True
     if match := _PART_FILE.fullmatch(name):
         return f"{match[1]}/config.json" not in names or _is_weights_of(name, variant)
-    return variant is None and name in (METRICS, *IMAGE_CAPTIONS)
+    return variant is None and name in (METRICS, *IMAGES)

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from ..configuration.level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
+from .conditioning import Conditioning
 from .distributions import Categorical, LowRankCategorical
 from .heads import Head, NoConditioning, make_categorical_head, make_head
 from .layers import (
@@ -42,14 +43,14 @@ class Condition(NamedTuple):
 
     Args:
         quantized: codebook[z], (B, D, h, w).
-        class_labels: ids, int64 (B,); `None` is the null class.
+        conditioning: classes.
         code_noise: the probability with which each code of z was replaced, (B,); `None` is 0.
         preview: the auxiliary decoder's mean image, if the config is guided: float (B, C, H, W)
             in 0 … V − 1.
     """
 
     quantized: Tensor
-    class_labels: Tensor | None = None
+    conditioning: Conditioning
     code_noise: Tensor | None = None
     preview: Tensor | None = None
 
@@ -78,13 +79,11 @@ class Decoder(nn.Module):
 
     def embed_condition(self, condition: Condition) -> Tensor:
         """The state before the first group, (B, width, h, w)."""
-        quantized, class_labels, code_noise, _ = condition
+        quantized, conditioning, code_noise, _ = condition
         state = self.stem(add_dither(quantized, -self.config.dither))
         if self.config.num_classes:
-            if class_labels is None:
-                null_class = self.config.num_classes
-                class_labels = torch.full((len(state),), null_class, device=state.device)
-            state = state + self.class_embedding(class_labels.to(state.device))[:, :, None, None]
+            class_ids = conditioning.class_ids.to(state.device)
+            state = state + self.class_embedding(class_ids)[:, :, None, None]
         if self.config.code_noise and code_noise is not None:
             strength = (code_noise / self.config.code_noise).to(state)[:, None]  # 0 … 1
             state = state + (strength * self.corruption_embedding.weight)[:, :, None, None]
@@ -308,7 +307,8 @@ class RasterDecoder(CausalLMMixin, Decoder):
         shape = (2, self.config.codebook_dim, 1, length)
         quantized = torch.randn(shape, dtype=torch.float32, **on_cpu).to(self.stem.weight)
         tokens = torch.randint(self.config.num_values, (2, NUM_CHECKED_TOKENS), **on_cpu)
-        context = self._context(Condition(quantized), (1, NUM_CHECKED_TOKENS))
+        conditioning = Conditioning.from_labels(None, self.config, 2, quantized.device)
+        context = self._context(Condition(quantized, conditioning), (1, NUM_CHECKED_TOKENS))
         self._check_causal(context, tokens.to(context.device))
 
     def _context(self, condition: Condition, size: tuple[int, int]) -> Tensor:
@@ -328,7 +328,7 @@ class RasterDecoder(CausalLMMixin, Decoder):
         return {"inputs_embeds": context[:, start : start + embedded.shape[1]] + embedded}
 
     def _distribution(self, output: ModelOutput) -> Categorical | LowRankCategorical:
-        return self.logits(output.last_hidden_state)
+        return self.logits(output["last_hidden_state"])
 
 
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder | None:

@@ -136,14 +136,13 @@ def init_weights(module: nn.Module):
 
     transformers calls it for leaves first, once for each module; loaded weights stay unchanged.
     """
-    if isinstance(module, (ZeroConv2d, ZeroLinear)):
-        init.zeros_(module.weight)
-        init.zeros_(module.bias)
-    elif isinstance(module, ZeroEmbedding):
-        init.zeros_(module.weight)
+    if isinstance(module, (ZeroConv2d, ZeroLinear, ZeroEmbedding)):
+        for parameter in module.parameters():
+            init.zeros_(parameter)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
         init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-        init.zeros_(module.bias)
+        if module.bias is not None:
+            init.zeros_(module.bias)
     elif isinstance(module, PixelEmbedding):
         init.copy_(module.weight, module.ordinal_features())
     elif isinstance(module, nn.Embedding):

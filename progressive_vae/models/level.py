@@ -15,7 +15,7 @@ from ..arguments import as_integer, as_number, renamed_argument
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
 from ..configuration.validation import check_codes, grid_sizes
 from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
-from .class_labels import Labels, drop_labels, label_ids
+from .conditioning import ClassLabels, Conditioning
 from .decoders import Condition, Decoder, make_decoder
 from .encoder import Encoder, make_encoder
 from .heads import Head
@@ -77,7 +77,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     256 values of 8-bit images; elsewhere codes, int64 (B, H_{i+1}, W_{i+1}).
     """
 
-    config_class = ProgressiveVAELevelConfig
+    config: ProgressiveVAELevelConfig
     base_model_prefix = "level"
     main_input_name = "finer"
     supports_gradient_checkpointing = True
@@ -121,7 +121,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         self,
         finer: Tensor,
         codes: Tensor | None = None,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         generator: Generators = None,
         preview_decoder: PreviewDecoder | None = None,
         return_dict: bool | None = None,
@@ -145,17 +145,20 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             `ProgressiveVAELevelOutput`, or a tuple of its fields.
         """
         values = self.value_type.to_indices(finer)
-        labels = self._labels(class_labels, len(finer))
-        if labels is not None and self.training:
-            labels = drop_labels(labels, self.config, generator)
+        conditioning = self._conditioning(class_labels, finer)
+        if self.config.num_classes and self.training:
+            conditioning = conditioning.drop(self.config.class_dropout, generator)
 
         # Encode, or look up the codes that were passed, with noise on them in training.
+        size = (values.shape[-2], values.shape[-1])
+        count = values[0].numel()
         latents = code_noise = None
-        kl: Tensor | float = 0.0
-        quantizer_loss: Tensor | float = 0.0
+        loss: Tensor | float = 0.0
         if codes is None:
             latents = self.encoder(finer)
-            codes, quantized, kl, quantizer_loss = self.quantizer(latents, generator)
+            # Latents of a frozen encoder have no gradient: its codebook must not move.
+            quantize = self.quantizer if latents.requires_grad else self.quantizer.assign
+            quantized, codes, loss = quantize(latents, generator, count)
         else:
             self._check_pair(codes, values)
             noisy_codes = codes
@@ -167,10 +170,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             quantized = self.quantizer.lookup(noisy_codes)
 
         # The auxiliary decoder trains the encoder: its nats, and the error of its expected image.
-        size = (values.shape[-2], values.shape[-1])
-        count = values[0].numel()
         log_prob = expected = None
-        loss = quantizer_loss + kl / count
         if self.auxiliary is not None and (latents is not None or self.decoder is None):
             parameters = self.auxiliary(quantized, size)
             log_prob = self.auxiliary.log_prob_of(parameters, values)
@@ -185,7 +185,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
                 loss = loss + self.config.reconstruction_weight * error
 
         if self.decoder is not None:
-            condition = self._condition(quantized, size, labels, code_noise, expected)
+            condition = self._condition(quantized, size, conditioning, code_noise, expected)
             log_prob = self.decoder.log_prob(condition, values)
             loss = loss - log_prob / count
         assert isinstance(loss, Tensor)
@@ -212,17 +212,17 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         return self.quantizer.entropy(self.encoder(finer))
 
     @apply_forward_hook
-    def log_prob(self, finer: Tensor, codes: Tensor, class_labels: Labels = None) -> Tensor:
+    def log_prob(self, finer: Tensor, codes: Tensor, class_labels: ClassLabels = None) -> Tensor:
         """log P_Θ(z_{i+1} | z_i) in nats, summed over the finer grid: (B,).
 
         Raises:
             ValueError: `finer` or `codes` of the wrong shape, dtype or range, or not of one size.
         """
         values = self.value_type.to_indices(finer)
-        labels = self._labels(class_labels, len(finer))
+        conditioning = self._conditioning(class_labels, finer)
         self._check_pair(codes, values)
         size = (values.shape[-2], values.shape[-1])
-        condition = self._condition(self.quantizer.lookup(codes), size, labels)
+        condition = self._condition(self.quantizer.lookup(codes), size, conditioning)
         return self.conditional.log_prob(condition, values)
 
     @apply_forward_hook
@@ -231,7 +231,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     def sample(
         self,
         codes: Tensor,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
         generator: Generators = None,
         temperature: float = 1.0,
@@ -265,15 +265,10 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             top_p=top_p,
             guidance_scale=guidance_scale,
         )
-        labels = self._labels(class_labels, len(codes))
-        null = None if labels is None else torch.full_like(labels, self.config.num_classes)
-        if labels is None or null is None or torch.equal(labels, null):
-            sampler.guidance_scale = 1.0  # both terms of the guidance would be the same
-        inputs = codes
-        if sampler.is_guided and labels is not None and null is not None:
-            labels = torch.cat([labels, null])
-            inputs = torch.cat([codes, codes])
-        return self.walk(inputs, sampler.step, labels, code_noise, finer_size)[: len(codes)]
+        conditioning = self._conditioning(class_labels, codes).for_guidance(sampler)
+        inputs = torch.cat([codes, codes]) if sampler.is_guided else codes
+        values = self.walk(inputs, sampler.step, conditioning, code_noise, finer_size)
+        return values[: len(codes)]
 
     @apply_forward_hook
     @renamed_argument("corruption", "code_noise")
@@ -281,7 +276,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         self,
         codes: Tensor,
         step_fn: StepFn,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         code_noise: float = 0.0,
         finer_size: tuple[int, int] | None = None,
     ) -> Tensor:
@@ -316,10 +311,10 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         limit = self.config.code_noise
         text = f"in [0, {limit}], the code_noise of its config"
         code_noise = as_number("code_noise", code_noise, text, lambda x: 0 <= x <= limit)
-        labels = self._labels(class_labels, len(codes))
+        conditioning = self._conditioning(class_labels, codes)
         quantized = self.quantizer.lookup(codes)
         noise_level = quantized.new_full((len(codes),), code_noise) if code_noise else None
-        condition = self._condition(quantized, size, labels, noise_level)
+        condition = self._condition(quantized, size, conditioning, noise_level)
         values = self.conditional.walk(condition, size, step_fn)
         return self.value_type.from_indices(values)
 
@@ -409,16 +404,15 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             new.load_state_dict(weights, strict=False)
         return level
 
-    def _labels(self, class_labels: Labels, batch_size: int) -> Tensor | None:
-        """Ids (B,) for the decoder; `None` if it is not class-conditional."""
-        labels = label_ids(class_labels, self.config, batch_size)
-        return labels.to(self.device) if self.config.num_classes else None
+    def _conditioning(self, class_labels: ClassLabels, batch: Tensor) -> Conditioning:
+        """What the decoder is conditioned on, for a batch of codes or finer grids."""
+        return Conditioning.from_labels(class_labels, self.config, len(batch), batch.device)
 
     def _condition(
         self,
         quantized: Tensor,
         size: tuple[int, int],
-        labels: Tensor | None,
+        conditioning: Conditioning,
         code_noise: Tensor | None = None,
         expected: Tensor | None = None,
     ) -> Condition:
@@ -435,7 +429,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             image = signed_to_255(expected.detach())  # the auxiliary decoder has its own loss
         if self.decoder is not None:
             quantized = self.quantizer.normalize(quantized)
-        return Condition(quantized, labels, code_noise, image)
+        return Condition(quantized, conditioning, code_noise, image)
 
     def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}); `None`: `downsample` times the grid of codes."""

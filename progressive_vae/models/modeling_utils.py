@@ -40,6 +40,8 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
     replaces the files of a folder only after all new ones are written.
     """
 
+    config_class: type[PreTrainedConfig]
+
     @wraps(PreTrainedModel.save_pretrained)  # diffusers reads the arguments from the signature
     def save_pretrained(self, save_directory, *args, **kwargs):
         folder = Path(save_directory)
@@ -103,7 +105,8 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config or name, **hub_arguments)
         _check_size(cls, config, paths)
         kwargs |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
-        model, info = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         if not output_loading_info:
             _check_keys(info, name)
         _check_finite(model, name)

@@ -71,9 +71,12 @@ class TokenizerEncoder(_Frozen):
 class TokenizerQuantizer(Quantizer, _Frozen):
     """Codes by the library's own code, with its rounding."""
 
-    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def assign(
+        self, latents: Tensor, generator: Generators = None, num_values: int | None = None
+    ) -> QuantizerOutput:
         codes = self.encode(latents)
-        return QuantizerOutput(codes, self.lookup(codes).to(latents.dtype))
+        loss = latents.new_zeros((), dtype=torch.float32)
+        return QuantizerOutput(self.lookup(codes).to(latents.dtype), codes, loss)
 
     def init_weights(self):
         """The weights are the library's, or loaded."""

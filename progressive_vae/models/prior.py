@@ -12,7 +12,7 @@ from ..arguments import as_integer
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import check_codes
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
-from .class_labels import Labels, drop_labels, known_labels, label_ids
+from .conditioning import ClassLabels, Conditioning
 from .distributions import Categorical
 from .modeling_utils import ProgressiveVAEPreTrainedModel
 from .sampling import Generators, Sampler
@@ -46,7 +46,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     for the null class; `None` is the null class for all.
     """
 
-    config_class = ProgressiveVAEPriorConfig
+    config: ProgressiveVAEPriorConfig
     base_model_prefix = "backbone"  # the attribute, so that its input embeddings are found
     main_input_name = "codes"
     supports_gradient_checkpointing = True
@@ -68,7 +68,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     def forward(
         self,
         codes: Tensor,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         generator: Generators = None,
@@ -82,16 +82,16 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
-        labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
+        conditioning = self._conditioning(class_labels, len(codes), codes.device)
         if self.training:
-            labels = drop_labels(labels, self.config, generator)
+            conditioning = conditioning.drop(self.config.class_dropout, generator)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         log_prob, backbone_output = self._teacher_forced(
             codes,
-            labels,
+            conditioning,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
         )
@@ -106,24 +106,26 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         return output if as_dict else output.to_tuple()
 
     @apply_forward_hook
-    def log_prob(self, codes: Tensor, class_labels: Labels = None) -> Tensor:
+    def log_prob(self, codes: Tensor, class_labels: ClassLabels = None) -> Tensor:
         """log P_Φ(z_1 | class) in nats: int64 (B, H_1, W_1) -> (B,)."""
-        labels = label_ids(class_labels, self.config, len(codes)).to(codes.device)
-        return self._teacher_forced(codes, labels)[0]
+        conditioning = self._conditioning(class_labels, len(codes), codes.device)
+        return self._teacher_forced(codes, conditioning)[0]
 
     def _teacher_forced(
-        self, codes: Tensor, labels: Tensor, **options: bool | None
+        self, codes: Tensor, conditioning: Conditioning, **options: bool | None
     ) -> tuple[Tensor, ModelOutput]:
         """Log-probabilities in nats, (B,), and the output of the backbone."""
         check_codes(codes, self.config.codebook_size, tuple(self.config.grid_size))
-        return self._teacher_forced_log_prob(self._prompt(labels), codes.flatten(1), **options)
+        return self._teacher_forced_log_prob(
+            self._prompt(conditioning), codes.flatten(1), **options
+        )
 
     @apply_forward_hook
     @torch.no_grad()
     def sample(
         self,
         batch_size: int,
-        class_labels: Labels = None,
+        class_labels: ClassLabels = None,
         guidance_scale: float = 1.0,
         generator: Generators = None,
         temperature: float = 1.0,
@@ -146,17 +148,12 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
             top_p=top_p,
             guidance_scale=guidance_scale,
         )
-        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
-        null = torch.full_like(labels, self.config.num_classes)
-        if torch.equal(labels, null):
-            sampler.guidance_scale = 1.0  # both terms of the guidance would be the same
-        if sampler.is_guided:
-            labels = torch.cat([labels, null])
-        rows = 2 * batch_size if sampler.is_guided else batch_size
-        return self.walk(rows, sampler.step, known_labels(labels, self.config))[:batch_size]
+        conditioning = self._conditioning(class_labels, batch_size, self.device)
+        conditioning = conditioning.for_guidance(sampler)
+        return self.walk(len(conditioning), sampler.step, conditioning)[:batch_size]
 
     @apply_forward_hook
-    def walk(self, batch_size: int, step_fn: StepFn, class_labels: Labels = None) -> Tensor:
+    def walk(self, batch_size: int, step_fn: StepFn, class_labels: ClassLabels = None) -> Tensor:
         """Run the autoregressive loop of P_Φ(z_1) and call `step_fn` at each step.
 
         It visits the codes in raster order and uses the backbone's key-value cache.
@@ -174,8 +171,8 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
             ValueError: a batch size below 1, invalid labels, or codes of another shape or dtype.
         """
         batch_size = as_integer("batch_size", batch_size, 1)
-        labels = label_ids(class_labels, self.config, batch_size).to(self.device)
-        codes = self._generate(self._prompt(labels), self.config.sequence_length, step_fn)
+        conditioning = self._conditioning(class_labels, batch_size, self.device)
+        codes = self._generate(self._prompt(conditioning), self.config.sequence_length, step_fn)
         return codes.unflatten(1, tuple(self.config.grid_size))
 
     def check_causal(self):
@@ -187,14 +184,20 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         tokens = torch.randint(
             self.config.codebook_size, shape, generator=noise, device=noise.device
         )
-        prompt = self._prompt(torch.full((2,), self.config.num_classes, device=noise.device))
-        self._check_causal(prompt.to(self.device), tokens.to(self.device))
+        prompt = self._prompt(self._conditioning(None, 2, self.device))
+        self._check_causal(prompt, tokens.to(self.device))
 
-    def _prompt(self, labels: Tensor) -> Tensor:
-        return (labels + self.config.codebook_size)[:, None]
+    def _conditioning(
+        self, class_labels: ClassLabels, batch_size: int, device: torch.device
+    ) -> Conditioning:
+        return Conditioning.from_labels(class_labels, self.config, batch_size, device)
+
+    def _prompt(self, conditioning: Conditioning) -> Tensor:
+        """The class tokens, int64 (B, 1)."""
+        return (conditioning.class_ids + self.config.codebook_size)[:, None]
 
     def _inputs(self, context: Tensor, previous: Tensor, start: int) -> dict[str, Tensor]:
         return {"input_ids": previous if start else torch.cat([context, previous], 1)}
 
     def _distribution(self, output: ModelOutput) -> Categorical:
-        return Categorical(output.logits[..., : self.config.codebook_size])
+        return Categorical(output["logits"][..., : self.config.codebook_size])

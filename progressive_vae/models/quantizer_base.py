@@ -1,6 +1,8 @@
 """What all quantizers share: from latents to codes, with a gradient.
 
-A quantizer does not know about processes. It gets a function that gathers tensors over them.
+    quantized, codes, loss = VectorQuantizer(codebook_size=512, dim=16)(latents)
+
+A quantizer is a layer for any training loop: in training mode it updates its own statistics.
 """
 
 from collections.abc import Callable
@@ -15,21 +17,25 @@ from .sampling import Generators, uniform
 
 
 class QuantizerOutput(NamedTuple):
-    codes: Tensor  # int64 (B, H, W)
-    quantized: Tensor  # (B, D, H, W), with the quantizer's gradient
-    kl: Tensor | float = 0.0  # KL(P_Ψ ‖ U) in nats, (B,); the constant L log K is left out
-    loss: Tensor | float = 0.0  # scalar, weighted: further terms to minimize
+    quantized: Tensor  # (B, D, ...), with the quantizer's gradient
+    codes: Tensor  # int64 (B, ...)
+    loss: Tensor  # float32 scalar to add to the reconstruction loss; 0 where there are no terms
 
 
 class Quantizer(nn.Module):
-    """Base class of quantizers. A subclass has a `codebook` (K, D) and
+    """Base class of quantizers: latents (B, D, ...) to codes (B, ...), for any spatial shape.
+
+    In training mode `forward` updates the statistics (codebook or temperature), as batch norm does.
+    `eval()` freezes them. In several processes each one uses its own latents, unless the training
+    loop calls `after_step`.
+
+    A subclass takes plain arguments, has a `codebook` (K, D) and
 
     - `from_config(config)`, and where the defaults do not fit `default_codebook_dim`, `validate`,
       `is_stochastic` and `supports_dither`: its rules, which the config reads;
-    - `assign(latents, generator=None)` -> `QuantizerOutput`, for latents (B, D, H, W); the
-      generators are those of the noise, if there is any;
+    - `assign(latents, generator, num_values)` -> `QuantizerOutput`, as `forward`;
     - `encode(latents, generator=None)` -> argmax_k P_Ψ(k | latent), or with a generator a sample:
-      int64 (B, H, W);
+      int64 (B, ...);
     - `init_weights()`: initializes its own tensors and leaves loaded ones alone.
 
     `QUANTIZERS` in `quantizers.py` maps the config's names to the classes.
@@ -59,27 +65,48 @@ class Quantizer(nn.Module):
     def validate(cls, config: ProgressiveVAELevelConfig):
         """Raise a `ValueError` if the fields that this quantizer reads are invalid."""
 
-    def forward(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
-        """As `assign`. If the encoder is trained, so is the quantizer.
+    def forward(
+        self, latents: Tensor, generator: Generators = None, num_values: int | None = None
+    ) -> QuantizerOutput:
+        """Quantize latents and, in training mode, update the statistics.
 
-        If a training loop does not call `after_step`, the next forward pass does, with the latents
-        of its own process. So any loop trains the codebook.
+        Args:
+            latents: (B, D, ...), the output of an encoder.
+            generator: of the noise of a stochastic quantizer.
+            num_values: the number of values of an example, if the reconstruction loss is a mean
+                over them: the loss then has the KL of an example in nats, divided by it. The
+                default is the number of codes.
+
+        Returns:
+            quantized (B, D, ...), codes (B, ...) and the loss, a scalar. The KL of a quantizer that
+            is not stochastic is the constant log K for each code, and left out.
+
+        Raises:
+            ValueError: latents of another D.
         """
-        # Latents of a frozen encoder have no gradient: its codebook must not move.
-        is_trained = self.training and latents.requires_grad
-        if is_trained:
-            self.finish_step()
-            self.start(latents)
-        output = self.assign(latents, generator)
-        if is_trained:
-            self.pending = (latents.detach(), output.codes)
+        if not self.training:
+            return self.assign(latents, generator, num_values)
+        # `after_step` may follow, with the statistics of all processes. So the update waits for
+        # the next forward pass, `eval()` or `state_dict()`, whichever comes first.
+        self.finish_step()
+        self.start(latents)
+        output = self.assign(latents, generator, num_values)
+        self.pending = (latents.detach(), output.codes)
         return output
 
-    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def assign(
+        self, latents: Tensor, generator: Generators = None, num_values: int | None = None
+    ) -> QuantizerOutput:
+        """As `forward`, but the statistics do not change."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True):
+        if not mode:
+            self.finish_step()
+        return super().train(mode)
+
     def start(self, latents: Tensor):
-        """Initialize from the first training latents (B, D, H, W), where that helps."""
+        """Initialize from the first training latents (B, D, ...), where that helps."""
 
     def finish_step(self):
         """Call `after_step` for the last training forward pass, if nobody did."""
@@ -105,11 +132,11 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def entropy(self, latents: Tensor) -> Tensor:
-        """H(P_Ψ) in nats, summed over the grid, (B,): 0 if the encoder is deterministic."""
+        """H(P_Ψ) in nats, summed over the codes, (B,): 0 if the encoder is deterministic."""
         return latents.new_zeros(len(latents), dtype=torch.float32)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """int64 (B, H, W) -> codebook[codes] (B, D, H, W)."""
+        """int64 (B, ...) -> codebook[codes] (B, D, ...)."""
         return F.embedding(codes, self.codebook).movedim(-1, 1)
 
     def normalize(self, quantized: Tensor) -> Tensor:
@@ -140,7 +167,8 @@ class Quantizer(nn.Module):
             count = min(num_nearest, size - 1)
             nearest = distances.topk(count, largest=False).indices  # (K, count)
             others = nearest[codes, _random_integers(codes, count, generator)]
-        is_replaced = uniform(codes.shape, generator, codes.device) < probability[:, None, None]
+        probability = probability.view(-1, *[1] * (codes.ndim - 1))
+        is_replaced = uniform(codes.shape, generator, codes.device) < probability
         return torch.where(is_replaced, others, codes)
 
     def initialize(self, vectors: Tensor, generator: torch.Generator, weight: float | None = None):
@@ -149,6 +177,17 @@ class Quantizer(nn.Module):
         Args:
             weight: the number of latents that the running statistics count for; `None`: n.
         """
+
+
+def to_vectors(latents: Tensor, dim: int) -> Tensor:
+    """(B, D, ...) -> (B, ..., D) in fp32.
+
+    Raises:
+        ValueError: D is not `dim`.
+    """
+    if latents.ndim < 2 or latents.shape[1] != dim:
+        raise ValueError(f"expected latents of shape (B, {dim}, ...), got {tuple(latents.shape)}")
+    return latents.movedim(1, -1).float()
 
 
 def _finish_step(quantizer: Quantizer, prefix: str, keep_vars: bool):

@@ -1,4 +1,11 @@
-"""The kinds of quantizers: vector, finite scalar and Gumbel; `QUANTIZERS` names them."""
+"""Quantizers as layers: `VectorQuantizer`, `FiniteScalarQuantizer` and `GumbelQuantizer`.
+
+    quantizer = VectorQuantizer(codebook_size=512, dim=16)
+    quantized, codes, loss = quantizer(latents)  # (B, 16, H, W) -> (B, 16, H, W), (B, H, W), ()
+    quantizer.encode(latents), quantizer.lookup(codes)
+
+`QUANTIZERS` maps the names in a level's config to the classes.
+"""
 
 import itertools
 import math
@@ -9,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from ..arguments import as_integer
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.quantizers import QUANTIZER_RULES
-from .quantizer_base import Quantizer, QuantizerOutput
+from .quantizer_base import Quantizer, QuantizerOutput, to_vectors
 from .sampling import Generators, Sampler, uniform
 
 
@@ -19,10 +27,13 @@ class VectorQuantizer(Quantizer):
     """K code vectors of length D, each a running mean of the latents assigned to it.
 
     The codebook is a running k-means of the encoder's outputs (VQ-VAE with EMA, van den Oord et
-    al. 2017, appendix A.1). Buffers: `codebook` (K, D), and its running statistics `ema_counts`
-    (K,) and `ema_sums` (K, D).
+    al. 2017, appendix A.1). The first latents of training initialize it by k-means; codes that are
+    rarely used are moved to latents of the batch. Buffers: `codebook` (K, D), and its running
+    statistics `ema_counts` (K,) and `ema_sums` (K, D).
 
     Args:
+        codebook_size: K.
+        dim: D.
         commitment_weight: β of the loss β·|latent − code|², averaged.
         decay: of the running statistics.
         restart_threshold: a code used less than this fraction of the mean use is restarted.
@@ -35,11 +46,11 @@ class VectorQuantizer(Quantizer):
     def from_config(cls, config: ProgressiveVAELevelConfig) -> "VectorQuantizer":
         assert config.codebook_dim is not None  # the config sets it
         return cls(
-            config.codebook_size,
-            config.codebook_dim,
-            config.commitment_weight,
-            config.codebook_decay,
-            config.restart_threshold,
+            codebook_size=config.codebook_size,
+            dim=config.codebook_dim,
+            commitment_weight=config.commitment_weight,
+            decay=config.codebook_decay,
+            restart_threshold=config.restart_threshold,
         )
 
     @classmethod
@@ -48,9 +59,16 @@ class VectorQuantizer(Quantizer):
             raise ValueError(f"expected codebook_decay < 1, got {config.codebook_decay}")
 
     def __init__(
-        self, size: int, dim: int, commitment_weight: float, decay: float, restart_threshold: float
+        self,
+        codebook_size: int,
+        dim: int,
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        restart_threshold: float = 0.03,
     ):
         super().__init__()
+        size = as_integer("codebook_size", codebook_size, 1)
+        dim = as_integer("dim", dim, 1)
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.restart_threshold = restart_threshold
@@ -65,33 +83,38 @@ class VectorQuantizer(Quantizer):
             init.zeros_(buffer)
 
     def start(self, latents: Tensor):
-        """k-means on the latents (B, D, H, W), unless the codebook was initialized or loaded."""
+        """k-means on the latents (B, D, ...), unless the codebook was initialized or loaded."""
         if self.is_initialized:
             return
         self.is_initialized = True  # checked once: the host waits for the device here
         if not self.codebook.any():
-            vectors = latents.detach().movedim(1, -1).flatten(0, -2)
+            vectors = to_vectors(latents.detach(), self.codebook.shape[1]).flatten(0, -2)
             self.initialize(vectors, torch.Generator().manual_seed(0))
 
-    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
-        """The nearest code, with the straight-through gradient."""
+    def assign(
+        self, latents: Tensor, generator: Generators = None, num_values: int | None = None
+    ) -> QuantizerOutput:
+        """The nearest code, with the straight-through gradient.
+
+        The loss is the commitment; the KL of one code to the uniform prior is a constant.
+        """
         codes = self.encode(latents)
         quantized = self.lookup(codes).to(latents.dtype)
         loss = self.commitment_weight * F.mse_loss(latents.float(), quantized.detach().float())
         quantized = latents + (quantized - latents).detach()
-        return QuantizerOutput(codes, quantized, loss=loss)
+        return QuantizerOutput(quantized, codes, loss)
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
-        """(B, D, H, W) -> int64 (B, H, W): argmin_k |latent − codebook[k]|², in fp32."""
+        """(B, D, ...) -> int64 (B, ...): argmin_k |latent − codebook[k]|², in fp32."""
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = latents.detach().movedim(1, -1).float()  # (B, H, W, D)
             codebook = self.codebook.float()
+            vectors = to_vectors(latents.detach(), codebook.shape[1])  # (B, ..., D)
             # |latent|² is the same for every k; twice the negative of the rest is maximal.
             return (vectors @ codebook.T - codebook.square().sum(1) / 2).argmax(-1)
 
     @torch.no_grad()
     def statistics(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts (K,) and sums (K, D) of the latents (B, D, H, W) by their codes, in fp32."""
+        """Counts (K,) and sums (K, D) of the latents (B, D, ...) by their codes, in fp32."""
         vectors = latents.detach().movedim(1, -1).flatten(0, -2).float()
         codes = codes.flatten()
         sums = torch.zeros_like(self.codebook, dtype=torch.float32).index_add_(0, codes, vectors)
@@ -139,9 +162,8 @@ class VectorQuantizer(Quantizer):
         )
         size = len(self.codebook)
         self.codebook.copy_(vectors[order[torch.arange(size, device=order.device) % len(vectors)]])
-        latents = vectors[:, :, None, None]
         for iteration in range(num_iterations):
-            self.update(*self.statistics(latents, self.encode(latents)), decay=0.0)
+            self.update(*self.statistics(vectors, self.encode(vectors)), decay=0.0)
             shuffled = vectors[order.roll(-size * (iteration + 1))]
             self.restart(self.ema_counts == 0, shuffled)
         if weight is not None:
@@ -170,7 +192,8 @@ class FiniteScalarQuantizer(Quantizer):
     scalar have intervals of one length in sigmoid(latent).
 
     Args:
-        levels: the number of values of each scalar; K is their product.
+        levels: the number of values of each of the D scalars, such as [8, 5, 5, 5]; K is their
+            product.
     """
 
     @classmethod
@@ -190,9 +213,9 @@ class FiniteScalarQuantizer(Quantizer):
                 f"quantizer='fsq', got {config.codebook_dim}"
             )
 
-    def __init__(self, levels: list[int]):
+    def __init__(self, levels: Sequence[int]):
         super().__init__()
-        self.levels = levels
+        self.levels = [as_integer("levels", n, 1) for n in levels]
         self.register_buffer("codebook", self.product_grid())
 
     def product_grid(self) -> Tensor:
@@ -206,15 +229,19 @@ class FiniteScalarQuantizer(Quantizer):
     def init_weights(self):
         init.copy_(self.codebook, self.product_grid())
 
-    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def assign(
+        self, latents: Tensor, generator: Generators = None, num_values: int | None = None
+    ) -> QuantizerOutput:
         codes = self.encode(latents)
         squashed = 2 * latents.sigmoid() - 1
         quantized = self.lookup(codes).to(latents.dtype)
-        return QuantizerOutput(codes, squashed + (quantized - squashed).detach())
+        quantized = squashed + (quantized - squashed).detach()
+        return QuantizerOutput(quantized, codes, loss=latents.new_zeros((), dtype=torch.float32))
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
-        codes = torch.zeros_like(latents[:, 0], dtype=torch.long)
-        for scalar, n in zip(latents.detach().float().unbind(1), self.levels, strict=True):
+        vectors = to_vectors(latents.detach(), len(self.levels))  # (B, ..., D)
+        codes = torch.zeros_like(vectors[..., 0], dtype=torch.long)
+        for scalar, n in zip(vectors.unbind(-1), self.levels, strict=True):
             codes = codes * n + (scalar.sigmoid() * n).long().clamp(max=n - 1)
         return codes
 
@@ -223,11 +250,14 @@ class GumbelQuantizer(Quantizer):
     """A categorical `P_Ψ(k | latent) = softmax(logits)`, learned through the Gumbel-softmax.
 
     The forward pass uses a sample, the gradient its relaxation at `temperature`, which anneals
-    (Jang et al. 2017, straight-through). Its KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) is in nats.
+    (Jang et al. 2017, straight-through). The loss is KL(P_Ψ ‖ U) = Σ_k p_k log(K p_k) in nats, a
+    mean over all codes unless `num_values` is passed.
 
     Args:
-        temperatures: at the start and at the end.
-        decay: factor of the temperature after each step.
+        codebook_size: K.
+        dim: D, of latents and of code vectors.
+        temperature: at the start and at the end.
+        temperature_decay: factor of the temperature after each step.
     """
 
     is_stochastic = True
@@ -237,10 +267,10 @@ class GumbelQuantizer(Quantizer):
     def from_config(cls, config: ProgressiveVAELevelConfig) -> "GumbelQuantizer":
         assert config.codebook_dim is not None  # the config sets it
         return cls(
-            config.codebook_size,
-            config.codebook_dim,
-            config.gumbel_temperature,
-            config.gumbel_temperature_decay,
+            codebook_size=config.codebook_size,
+            dim=config.codebook_dim,
+            temperature=config.gumbel_temperature,
+            temperature_decay=config.gumbel_temperature_decay,
         )
 
     @classmethod
@@ -254,10 +284,18 @@ class GumbelQuantizer(Quantizer):
         if not 0 < decay <= 1:
             raise ValueError(f"expected gumbel_temperature_decay in (0, 1], got {decay}")
 
-    def __init__(self, size: int, dim: int, temperatures: Sequence[float], decay: float):
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        temperature: Sequence[float] = (1.0, 0.5),
+        temperature_decay: float = 0.999,
+    ):
         super().__init__()
-        self.first_temperature, self.final_temperature = temperatures
-        self.decay = decay
+        size = as_integer("codebook_size", codebook_size, 1)
+        dim = as_integer("dim", dim, 1)
+        self.first_temperature, self.final_temperature = temperature
+        self.temperature_decay = temperature_decay
         self.logits = nn.Linear(dim, size)
         self.codebook = nn.Parameter(torch.randn(size, dim))
         self.temperature: Tensor
@@ -267,16 +305,21 @@ class GumbelQuantizer(Quantizer):
         init.normal_(self.codebook)
         init.constant_(self.temperature, self.first_temperature)
 
-    def assign(self, latents: Tensor, generator: Generators = None) -> QuantizerOutput:
+    def assign(
+        self, latents: Tensor, generator: Generators = None, num_values: int | None = None
+    ) -> QuantizerOutput:
         log_probs = self.log_probs(latents)
         noise = uniform(log_probs.shape, generator, log_probs.device)
         gumbel = -(-noise.clamp(min=1e-20).log()).log()
-        soft = ((log_probs + gumbel) / self.temperature).softmax(-1)
+        temperature = self.temperature.clone()  # which may change before the backward pass
+        soft = ((log_probs + gumbel) / temperature).softmax(-1)
         codes = soft.argmax(-1)
         hard = F.one_hot(codes, len(self.codebook)) + soft - soft.detach()
         quantized = (hard @ self.codebook.float()).movedim(-1, 1)
-        kl = math.log(len(self.codebook)) * codes[0].numel() - _entropy(log_probs)
-        return QuantizerOutput(codes, quantized.to(latents.dtype), kl)
+        num_codes = codes[0].numel()
+        kl = math.log(len(self.codebook)) * num_codes - _entropy(log_probs)  # nats, (B,)
+        loss = (kl / (num_values or num_codes)).mean()
+        return QuantizerOutput(quantized.to(latents.dtype), codes, loss)
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         temperature = 0.0 if generator is None else 1.0
@@ -286,20 +329,20 @@ class GumbelQuantizer(Quantizer):
         return _entropy(self.log_probs(latents))
 
     def log_probs(self, latents: Tensor) -> Tensor:
-        """log P_Ψ(k | latent), fp32 (B, H, W, K)."""
+        """log P_Ψ(k | latent), fp32 (B, ..., K)."""
         with torch.autocast(latents.device.type, enabled=False):
-            vectors = latents.movedim(1, -1).float()  # (B, H, W, D)
+            vectors = to_vectors(latents, self.codebook.shape[1])  # (B, ..., D)
             logits = F.linear(vectors, self.logits.weight.float(), self.logits.bias.float())
             return logits.log_softmax(-1)
 
     @torch.no_grad()
     def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        self.temperature.mul_(self.decay).clamp_(min=self.final_temperature)
+        self.temperature.mul_(self.temperature_decay).clamp_(min=self.final_temperature)
 
 
 def _entropy(log_probs: Tensor) -> Tensor:
-    """−Σ p log p of (B, H, W, K), summed over the grid, (B,)."""
-    return -(log_probs.exp() * log_probs).sum((1, 2, 3))
+    """−Σ p log p of (B, ..., K), summed over the codes, (B,)."""
+    return -(log_probs.exp() * log_probs).flatten(1).sum(1)
 
 
 def fsq_levels(codebook_size: int) -> list[int]:

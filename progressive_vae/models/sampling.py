@@ -148,7 +148,8 @@ class Sampler:
         if u is None:
             return logits.argmax(-1)
         if self.warpers:
-            logits = self.warpers(None, logits.flatten(0, -2)).view(logits.shape)
+            tokens: Any = None  # the processors of a `Sampler` read no tokens
+            logits = self.warpers(tokens, logits.flatten(0, -2)).view(logits.shape)
         return Categorical(logits).icdf(u)
 
 

@@ -193,8 +193,9 @@ class Fit:
                 self.grad_norm = accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if hasattr(self.model, "after_step"):
-            self.model.after_step(output, accelerator.gather)
+        after_step = getattr(self.model, "after_step", None)
+        if after_step is not None:
+            after_step(output, accelerator.gather)
         return output
 
     def _update_average(self):

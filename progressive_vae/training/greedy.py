@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import check_image_size
 from ..models.level import ProgressiveVAELevel
 from ..models.prior import ProgressiveVAEPrior
@@ -132,12 +133,16 @@ def check_phases(
     causal."""
     refitted = list(configs)
     for phase in phases:
-        config = phase.model_config(configs)
         if isinstance(phase, RefitPhase):
             refitted[phase.index - 1] = phase.model_config(configs)
-        model: type[Model] = ProgressiveVAEPrior if phase.part == "prior" else ProgressiveVAELevel
+        config = copy.deepcopy(phase.model_config(configs))
+        model: Model
         try:
-            model(copy.deepcopy(config)).eval().check_causal()
+            if isinstance(config, ProgressiveVAEPriorConfig):
+                model = ProgressiveVAEPrior(config)
+            else:
+                model = ProgressiveVAELevel(config)
+            model.eval().check_causal()
         except ValueError as error:
             raise ValueError(f"{phase.part}: {error}") from error
     for levels in (configs, refitted):

@@ -24,6 +24,7 @@ from ..data.augmentation import IDENTITY, AugmentedDataset
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, PairedDataset
 from ..data.streaming import PixelStream
+from ..models.conditioning import Conditioning
 from ..models.encoder import Encoder
 from ..models.level import ProgressiveVAELevel
 from ..models.preview_decoder import PreviewDecoder
@@ -317,7 +318,7 @@ class RefitPhase(Phase):
                 f"was refitted since: run --phase {self.part} first"
             )
 
-        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
             finer = as_finer(batch["grid"], level)
             codes = batch.get("codes")
             if codes is None:  # of augmented and streamed images no codes are cached
@@ -365,7 +366,7 @@ class PriorPhase(Phase):
         levels = [run.level(i) for i in range(1, run.num_levels + 1)]
         pipe = _validation_pipeline(run, prior, levels)
 
-        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
             return {"codes": batch["grid"], **_class_labels(batch, prior)}
 
         def validate(progress: Progress) -> dict[str, float]:
@@ -472,9 +473,11 @@ def _data_identity(
     return identity
 
 
-def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """Return class ids (B,) as keyword arguments; images without a label get the null class."""
-    if not model.config.num_classes:
+def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Conditioning]:
+    """Return labels as keyword arguments; images without a label get the null class."""
+    num_classes = model.config.num_classes
+    if not num_classes:
         return {}
     labels = batch["label"]
-    return {"class_labels": labels.where(labels != NO_LABEL, model.config.num_classes)}
+    class_ids = labels.where(labels != NO_LABEL, num_classes)
+    return {"class_labels": Conditioning(class_ids, num_classes)}

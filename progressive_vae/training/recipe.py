@@ -14,15 +14,12 @@ defaults are those of `_default_recipe`, with N = 3.
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
-import yaml
-from jsonargparse import ArgumentParser
-
-from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
+from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.renamed_fields import rename_fields, renamed_names, warn_about_names
 from ..configuration.validation import MAX_LEVELS, grid_sizes
@@ -30,11 +27,10 @@ from ..data.args import DataSettings
 from ..hub.repository import INDEX, pipeline_parts
 from ..paths import expand_home
 from .args import FitSettings, PriorFitSettings, RunSettings
-from .cli import parse_or_raise
+from .sections import SECTIONS, parse_sections
+from .yaml_files import read_yaml
 
 Kind = TypeVar("Kind")
-
-SECTIONS = ("levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run")
 
 _SOURCES = ("dataset_name", "train_data_dir")
 DEFAULT_LEVELS = 3  # without a recipe
@@ -209,46 +205,7 @@ def read_recipe(
         sections = _merge(sections, _expand_levels(layer, count))
     if sections["run"].get("mixed_precision") is False:  # YAML reads an unquoted no as false
         sections["run"] = {**sections["run"], "mixed_precision": "no"}
-    return _make_recipe(_parse_sections(sections, count))
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, without duplicate keys and without values that contain themselves."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        return super().construct_object(node, deep=True)  # where PyYAML detects recursive nodes
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Later, merge keys (`<<`) add keys of other mappings, which are no duplicates.
-        node = super().compose_mapping_node(anchor)
-        lines: dict[tuple[str, str], int] = {}
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            name, line = (key.tag, key.value), key.start_mark.line + 1
-            if name in lines:
-                places = f"in lines {lines[name]} and {line}"
-                raise yaml.YAMLError(f"the key {key.value!r} twice, {places}")
-            lines[name] = line
-        return node
-
-
-def read_yaml(path: Path, advice: str = "") -> Any:
-    """Return the contents of a YAML file in UTF-8, or in UTF-16 with a byte order mark.
-
-    Args:
-        advice: what to do about a damaged file, for the error.
-
-    Raises:
-        ValueError: it is not YAML, has a duplicate key, or an alias inside its own anchor.
-    """
-    try:
-        return yaml.load(path.read_bytes(), UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        words = " ".join(str(error).split())
-        raise ValueError(
-            f"expected YAML in {path}, got {words}{advice and f': {advice}'}"
-        ) from error
+    return _make_recipe(parse_sections(sections, count))
 
 
 def _default_recipe(count: int, finest_names: Collection[str]) -> dict[str, Any]:
@@ -376,104 +333,6 @@ def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
             value = _merge(merged[name], value)
         merged[name] = value
     return merged
-
-
-# ---- types ---------------------------------------------------------------------------------------
-
-
-# The dataclasses are generated from the configs: each field, its default and its documentation
-# stand in one place, and flags, YAML and configs cannot differ.
-
-
-def _section(
-    name: str, config: type, names: list[str], extra: dict[str, Any], is_optional: bool = False
-) -> type:
-    """Return a dataclass with fields of a config.
-
-    Args:
-        names: of the fields of the config.
-        extra: further fields, as (type, default); a class as default is called.
-        is_optional: all fields of the config may be `None`, which is their default.
-    """
-    columns: list[tuple[str, Any, Any]] = []
-    for config_field in fields(config):
-        if config_field.name not in names:
-            continue
-        kind: Any = config_field.type
-        if config_field.name == "backbone_config":
-            kind = dict[str, Any] | None  # a recipe is JSON: no config objects
-        default = None if is_optional else config_field.default
-        columns.append(
-            (config_field.name, kind | None if is_optional else kind, field(default=default))
-        )
-    for extra_name, (kind, default) in extra.items():
-        factory = isinstance(default, type)
-        column = field(default_factory=default) if factory else field(default=default)
-        columns.append((extra_name, kind, column))
-    section = make_dataclass(name, columns, namespace={"__module__": __name__})
-    section.__doc__ = config.__doc__
-    return section
-
-
-def _own_fields(config: type, *excluded: str) -> list[str]:
-    """Return the fields that a config adds to those of transformers."""
-    return [name for name in config.__annotations__ if name not in excluded]
-
-
-RefitSection = _section(
-    "RefitSection",
-    ProgressiveVAELevelConfig,
-    [name for name in DECODER_FIELDS if name not in ("num_classes", "id2label")],
-    {"from_scratch": (bool, False), "fit": (FitSettings, FitSettings)},
-    is_optional=True,
-)
-LevelSection = _section(
-    "LevelSection",
-    ProgressiveVAELevelConfig,
-    _own_fields(
-        ProgressiveVAELevelConfig,
-        # The data set and the finer level decide these.
-        "num_channels",
-        "num_symbols",
-        "num_classes",
-        "finer_fingerprint",
-        # Noise on codes needs trained codes: it is for refits.
-        "code_noise",
-        "code_noise_kind",
-        # Tokenizers are converted, not trained.
-        "tokenizer_config",
-    ),
-    {
-        "class_conditional": (bool, False),
-        "encoder_fit": (FitSettings | None, None),
-        "fit": (FitSettings, FitSettings),
-        "refit": (RefitSection | None, None),
-    },
-)
-PriorSection = _section(
-    "PriorSection",
-    ProgressiveVAEPriorConfig,
-    _own_fields(
-        ProgressiveVAEPriorConfig, "codebook_size", "grid_size", "num_classes", "finer_fingerprint"
-    ),
-    {"class_conditional": (bool, True), "fit": (PriorFitSettings, PriorFitSettings)},
-)
-
-
-def add_sections(parser: ArgumentParser, levels: list[str]):
-    """Add arguments for all fields of a recipe, as `--level_1.hidden_size`."""
-    for name in levels:
-        parser.add_class_arguments(LevelSection, name)
-    parser.add_class_arguments(PriorSection, "prior")
-    parser.add_class_arguments(DataSettings, "data")
-    parser.add_class_arguments(RunSettings, "run")
-
-
-def _parse_sections(sections: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """Return all fields of all sections, with defaults, converted to their types."""
-    parser = ArgumentParser(exit_on_error=False)
-    add_sections(parser, [f"level_{i}" for i in range(1, count + 1)])
-    return parse_or_raise(lambda: parser.parse_object(dict(sections))).as_dict()
 
 
 def _make_recipe(sections: dict[str, Any]) -> Recipe:

@@ -17,15 +17,15 @@ from ..data.code_cache import GridDataset
 from ..evaluation.image_metrics import distance_of_samples, train_classifier
 from ..evaluation.likelihood import evaluate, label_accuracy
 from ..evaluation.throughput import sampling_speed
-from ..hub.model_card import IMAGE_CAPTIONS, metrics_table
+from ..hub.model_card import IMAGES, metrics_table, training_table
 from ..hub.repository import INDEX, METRICS, metric_files, push_or_warn, weights_digest, write_card
 from ..models.prior import ProgressiveVAEPrior
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 from ..serialization import __version__, write_json, write_text
 from ..visualization import reconstruction_grid, sample_grid
-from .recipe import read_yaml
 from .run import Run
+from .yaml_files import read_yaml
 
 RECIPE = "recipe.yaml"
 MAX_SAMPLES = 5000  # for the Fréchet distance
@@ -115,7 +115,7 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
     }
     write_json(run.output_dir / METRICS, metrics)
     write_card(run.output_dir)
-    print(f"\n{metrics_table(metrics)}\n\nwrote {run.output_dir}")
+    print(f"\n{metrics_table(metrics)}\n\n{training_table(metrics)}\n\nwrote {run.output_dir}")
     return pipe
 
 
@@ -182,7 +182,7 @@ def after_phase(run: Run, push: Push | None):
     """Delete metrics and images of previous weights, and push the pipeline if it is complete."""
     if metric_files(run.output_dir):  # they are of the current weights: the phase was done before
         return
-    for name in (METRICS, *IMAGE_CAPTIONS):
+    for name in (METRICS, *IMAGES):
         (run.output_dir / name).unlink(missing_ok=True)
     if (run.output_dir / INDEX).is_file():
         write_card(run.output_dir)

@@ -160,7 +160,7 @@ class Run:
             with self.exclusive():
                 if not folder.exists():  # another run may have made it
                     batches = self._encode(self.level(index), finer)
-                    write_cache(folder, manifest, batches, self.accelerator.state)
+                    write_cache(folder, manifest, batches, self.accelerator)
                     count = len(GridDataset(folder, manifest))
             if count is not None:
                 self.record(f"encode_{split}_{index}", count, time.perf_counter() - start)

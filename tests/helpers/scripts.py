@@ -1,7 +1,6 @@
-"""Scripts of the checkout as modules, and the commands of the README."""
+"""Scripts of the checkout as modules."""
 
 import importlib.util
-import re
 import sys
 from pathlib import Path
 
@@ -30,8 +29,3 @@ def load_script(name: str, folder: str = "examples"):
 
     module.main = fresh_main
     return module
-
-
-def readme_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [c for block in blocks for c in block.replace("\\\n", " ").strip().splitlines()]

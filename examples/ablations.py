@@ -1,0 +1,210 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
+"""Small experiments; each prints a table in Markdown.
+
+    python examples/ablations.py image_codecs zalando-datasets/fashion_mnist
+        PSNR and bytes of images decoded from codes, beside lossy image files.
+
+    python examples/ablations.py few_images photos --num_images 100 --minutes 10
+        bits/dim of models trained on few images, with more and more augmentation.
+
+    python examples/ablations.py speed --batch_sizes [8,64]
+        images per second of sampling and of training, on a GPU where there is one.
+
+A dataset is an id on the Hub or a local path. Its images must have the size of the model.
+"""
+
+import math
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+
+import PIL.features
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.data.args import DataSettings
+from progressive_vae.data.dataset import pixel_batches, read_images
+from progressive_vae.data.source import open_dataset
+from progressive_vae.evaluation.image_codecs import as_arrays, lossy_curves, rate_and_distortion
+from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
+from progressive_vae.evaluation.throughput import rate
+from progressive_vae.hub.repository import METRICS
+from progressive_vae.scripts import default_device, run_script
+from progressive_vae.serialization import read_json
+from progressive_vae.training import train
+from progressive_vae.training.recipe import read_yaml
+from progressive_vae.training.report import device_name
+
+EXAMPLES = Path(__file__).parent
+MODEL = str(EXAMPLES / "fashion_mnist")
+RECIPE = str(EXAMPLES / "configs" / "color_64.yaml")
+AVIF = range(0, 60, 6)  # qualities
+# Each row of `few_images` adds an augmentation.
+AUGMENTATIONS = {
+    "none": {"random_flip": False, "random_rotation": False, "random_channel_permutation": False},
+    "flip": {"random_flip": True},
+    "flip, rotation": {"random_rotation": True},
+    "flip, rotation, channel permutation": {"random_channel_permutation": True},
+}
+
+
+def image_codecs(
+    dataset_name: str,
+    model: str = MODEL,
+    num_images: int = 100,
+    num_samples: int = 8,
+    seed: int = 0,
+):
+    """Compare images decoded from codes with lossy image files, on held-out images.
+
+    Each row has codes z_1 … z_k, and of each format the smallest files that are as good. Decoded
+    images are previews, or the mean of reconstructions if there are no auxiliary decoders. JPEG-XL
+    needs the package imagecodecs, AVIF a Pillow that supports it.
+
+    Args:
+        dataset_name: id on the Hub or a local path.
+        model: a pipeline's folder, or its repository on the Hub.
+        num_images: a random subset of the split "test".
+        num_samples: reconstructions of a mean.
+        seed: of the reconstructions.
+    """
+    pipe = loaded(model)
+    source = open_dataset(DataSettings(dataset_name=dataset_name, max_eval_samples=num_images))
+    rows = read_images(source.splits["test"], shape=pipe.image_shape, **source.read_options("test"))
+    images = torch.cat([batch for batch, _ in pixel_batches(rows)]).to(torch.uint8)
+    has_previews = pipe.stack.has_previews
+    kind = "mse_of_preview" if has_previews else "mse_of_mean"
+    codes = rate_distortion(pipe, images, 1 if has_previews else num_samples, seed)
+
+    # Files of several qualities, as (bits/dim, mean squared error).
+    arrays = as_arrays(images)
+    curves = lossy_curves(arrays)
+    if PIL.features.check("avif"):
+        curves["AVIF"] = [rate_and_distortion("AVIF", arrays, {"quality": q}) for q in AVIF]
+
+    def cell(point: tuple[float, float] | None) -> str:
+        """Return the bytes of an image, and the PSNR in dB."""
+        if point is None:
+            return ""
+        return f"{point[0] * math.prod(pipe.image_shape) / 8:.1f}, {psnr_of(point[1]):.2f}"
+
+    lines = [["bytes, PSNR", "preview" if has_previews else f"mean of {num_samples}", *curves]]
+    for name, row in codes.items():
+        point = row["bits_per_dim"], row[kind]
+        best = [
+            min((file for file in files if file[1] <= point[1]), default=None)
+            for files in curves.values()
+        ]
+        lines.append([f"z_1 … z_{name.removeprefix('level_')}", *map(cell, [point, *best])])
+    lines.append(["the smallest files", "", *(cell(min(files)) for files in curves.values())])
+    black = [0 * arrays[0]]
+    options = [{"distance": 25} if name == "JPEG-XL" else {"quality": 0} for name in curves]
+    files = [rate_and_distortion(*arguments) for arguments in zip(curves, repeat(black), options)]
+    lines.append(["a black image, bytes", "", *(cell(file).split(",")[0] for file in files)])
+    print_table(lines)
+
+
+def few_images(
+    dataset_name: str,
+    num_images: int = 100,
+    minutes: float = 10,
+    recipe: str = RECIPE,
+    output_dir: str = "runs/few_images",
+    seed: int = 0,
+):
+    """Train the finest level of a recipe, and a prior over its codes, on few images.
+
+    Each row adds an augmentation. Bits/dim are those of the held-out images.
+
+    Args:
+        dataset_name: id on the Hub or a local path.
+        num_images: a random subset of the split "train".
+        minutes: training time of each row.
+        recipe: YAML file, whose finest level is trained.
+        output_dir: for the models; rows that are there are not trained again.
+        seed: of the training.
+    """
+    settings = read_yaml(Path(recipe))
+    finest = max(name for name in settings if name.startswith("level_"))
+    data = {"dataset_name": dataset_name, "max_train_samples": num_images}
+    lines = [["augmentation", "prior", "level_1", "total"]]
+    for name, augmentation in AUGMENTATIONS.items():
+        data |= augmentation
+        folder = Path(output_dir) / name.replace(", ", "_").replace(" ", "_")
+        sections = {
+            "levels": settings.get("levels", {}),
+            "level_1": settings[finest],
+            "data": data,
+            "run": {**settings.get("run", {}), "seed": seed},
+        }
+        train(sections, output_dir=folder, max_train_minutes=minutes)
+        bits = read_json(folder / METRICS, "train the row again")["bits_per_dim"]
+        lines.append([name, *(f"{bits[factor]:.4f}" for factor in lines[0][1:])])
+    print_table(lines)
+
+
+def speed(model: str = MODEL, batch_sizes: tuple[int, ...] = (8, 64), bf16: bool = True):
+    """Measure images per second of sampling, and of training steps of the finest level.
+
+    A step is the encoder, the loss, its gradient and AdamW, on random images.
+
+    Args:
+        model: a pipeline's folder, or its repository on the Hub.
+        batch_sizes: images of a batch.
+        bf16: autocast of the training steps.
+    """
+    pipe = loaded(model)
+    level = pipe.levels[-1]
+    optimizer = torch.optim.AdamW(level.parameters())
+    lines = [["images/s", "sampling", "training step of the finest level"]]
+    for size in batch_sizes:
+        sampling = rate(partial(sample, pipe, size), size)
+        level.train().requires_grad_(True)
+        finer = 2 * torch.rand(size, *pipe.image_shape, device=pipe.device) - 1
+        training = rate(partial(train_step, level, optimizer, finer, bf16), size)
+        level.eval()
+        lines.append([f"batch {size}", f"{sampling:.1f}", f"{training:.1f}"])
+    print_table(lines)
+    print(f"\n{device_name(pipe.device)}, torch {torch.__version__}")
+
+
+def sample(pipe: ProgressiveVAEPipeline, count: int):
+    pipe(num_images_per_prompt=count, batch_size=count, output_type="pt")
+
+
+def train_step(
+    level: ProgressiveVAELevel, optimizer: torch.optim.Optimizer, finer: Tensor, bf16: bool
+):
+    with torch.autocast(finer.device.type, torch.bfloat16, enabled=bf16):
+        loss = level(finer).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def loaded(model: str) -> ProgressiveVAEPipeline:
+    pipe = ProgressiveVAEPipeline.from_pretrained(model)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
+    return pipe
+
+
+def print_table(rows: list[list[str]]):
+    """Print rows of cells, of which the first is the header, as Markdown."""
+    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    print("\n".join([header, "|---" * len(rows[0]) + "|", *lines]))
+
+
+def main(words: list[str]):
+    auto_cli([image_codecs, few_images, speed], args=words)
+
+
+if __name__ == "__main__":
+    run_script(main)
