@@ -48,11 +48,18 @@ def _run(script: str, arguments: list[str], log: str, environment: dict[str, str
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # of its own processes: the default
     torch.set_num_threads(1)
     gc.freeze()  # what the server has imported: no collection has to visit it
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    else:
+        code = 0
+    sys.exit(code)  # outside `except`, where the traceback would keep loaders of batches alive
 
 
 def launch(script: Path, *arguments: object, processes: int = 2) -> str:
