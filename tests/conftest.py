@@ -8,6 +8,7 @@ import pytest
 pytest.register_assert_rewrite("helpers")
 
 from helpers.hub import HUB  # before others import huggingface_hub
+import helpers.processes  # noqa: F401  # new processes import this checkout
 
 import torch
 from accelerate.state import AcceleratorState

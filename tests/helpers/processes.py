@@ -62,27 +62,32 @@ def _run(script: str, arguments: list[str], log: str, environment: dict[str, str
     sys.exit(code)  # outside `except`, where the traceback would keep loaders of batches alive
 
 
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def launch(script: Path, *arguments: object, processes: int = 2) -> str:
     """Run a script as `torchrun` does, and return what its processes have printed."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(processes)]
         group = [
-            start(
-                script, *arguments, log=log, RANK=str(rank), LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-            )
-            for rank, log in enumerate(logs)
-        ]  # fmt: skip
+            start(script, *arguments, log=log, RANK=log.name, LOCAL_RANK=log.name, **environment)
+            for log in logs
+        ]
         running = group
         while running:
             wait([process.sentinel for process in running])
             if any(process.exitcode for process in group):
                 for process in running:  # they would wait for the one that failed
-                    process.terminate()
+                    process.kill()
             running = [process for process in running if process.exitcode is None]
         output = "".join(log.read_text(encoding="utf-8") for log in logs)
     if any(process.exitcode for process in group):
