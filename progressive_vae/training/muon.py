@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -109,7 +110,7 @@ def orthogonal(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     return x.mT if is_tall else x
 
 
-def orthogonal_steps(updates: list[Tensor]) -> list[Tensor]:
+def orthogonal_steps(updates: Sequence[Tensor]) -> list[Tensor]:
     """Return `orthogonal` of each update as a matrix, in the shape and dtype of the update.
 
     A GPU takes as long for one small matrix as for a stack. So matrices of similar shapes are
