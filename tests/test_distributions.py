@@ -1,7 +1,7 @@
 import pytest
 import torch
-from helpers.op_count import count_ops
 
+from helpers.op_count import count_ops
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 from progressive_vae.configuration.level import MANY_CODES
 from progressive_vae.models import distributions
