@@ -14,7 +14,7 @@ from helpers.images import random_images
 from helpers.interruptions import weights
 from helpers.models import AUXILIARY, AUXILIARY_ONLY, pipeline_of, tiny_level, tiny_prior
 from helpers.probabilities import all_grids
-from helpers.recipes import FEW, RECIPE, SMALL
+from helpers.recipes import FEW, RECIPE, SMALLER
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.models import distributions
@@ -44,15 +44,17 @@ def test_previews(kind, images):
     pipe = pipeline_of(**kind)
     codes = pipe.encode(images)
     for k in (1, 2):
-        shown = pipe.preview(codes, k, output_type="pt")
-        assert shown.shape == (4, 3, 5, 7) and 0 <= shown.min() and shown.max() <= 1
-        assert torch.equal(shown, pipe.preview(images, k, output_type="pt"))
+        expectation = pipe.preview(codes, k, output_type="pt")
+        assert (
+            expectation.shape == (4, 3, 5, 7) and 0 <= expectation.min() and expectation.max() <= 1
+        )
+        assert torch.equal(expectation, pipe.preview(images, k, output_type="pt"))
         again = pipe.preview(images, k, output_type="pt", batch_size=3)
-        assert torch.allclose(shown, again, atol=1e-4)
-        assert torch.equal(shown, pipe.preview(codes[:k], output_type="pt"))
-    drawn = pipe(num_images_per_prompt=3, preview=True, output_type="pt")
-    assert len(drawn.codes) == 2
-    assert torch.equal(drawn.images, pipe.preview(drawn.codes, output_type="pt"))
+        assert torch.allclose(expectation, again, atol=1e-4)
+        assert torch.equal(expectation, pipe.preview(codes[:k], output_type="pt"))
+    output = pipe(num_images_per_prompt=3, preview=True, output_type="pt")
+    assert len(output.codes) == 2
+    assert torch.equal(output.images, pipe.preview(output.codes, output_type="pt"))
     assert pipe.preview(images)[0].size == (7, 5)
     with pytest.raises(ValueError, match="expected level in 1 … 1, got 2"):
         pipe.preview(codes[:1], 2)
@@ -75,8 +77,8 @@ def test_a_decoder_that_comes_later_leaves_codes_and_previews_alone(tmp_path, im
     assert all(p.requires_grad for p in later.decoder.parameters())
 
 
-def test_a_level_of_symbols_learns_by_the_picture():
-    """The gradient of the picture's error reaches the encoder, and no finer level."""
+def test_a_level_of_codes_learns_by_the_preview():
+    """The gradient of the preview's error reaches the encoder, and no finer level."""
     pipe = pipeline_of(**AUXILIARY_ONLY)
     coarsest, finest = pipe.level_1.train(), pipe.level_2.requires_grad_(False)
     finer = torch.randint(4, (2, 3, 4))
@@ -95,7 +97,7 @@ def test_a_level_of_symbols_learns_by_the_picture():
 
 @pytest.mark.parametrize("num_symbols", [5, 2100])
 def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
-    """They are what probabilities of all symbols would make, passed on from level to level."""
+    """They are what probabilities of all codes would make, passed on from level to level."""
     monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 50_000)  # several parts
     shared = {"decoder_type": "auxiliary", "auxiliary_hidden_size": 8}
     levels = [
@@ -105,14 +107,14 @@ def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
     ]
     pipe = ProgressiveVAEPipeline.from_levels(None, levels, [13, 15])
     codes = torch.randint(3, (6, 2, 2))
-    shown = codes
+    expectation = codes
     for level, size in zip(levels, pipe.grid_sizes[1:], strict=True):
-        shown = level.expect(shown, size)
+        expectation = level.expect(expectation, size)
         if level is not levels[-1]:
-            assert shown.shape == (6, level.config.num_symbols, *size)
-            assert torch.allclose(shown.sum(1), torch.ones(6, *size), atol=1e-5)
+            assert expectation.shape == (6, level.config.num_symbols, *size)
+            assert torch.allclose(expectation.sum(1), torch.ones(6, *size), atol=1e-5)
     preview = pipe.preview([codes], output_type="pt")
-    assert torch.allclose(preview * 2 - 1, shown, atol=1e-5)
+    assert torch.allclose(preview * 2 - 1, expectation, atol=1e-5)
     paint = PreviewDecoder(levels[1:], pipe.grid_sizes[2:])
     vectors = levels[1].quantizer.codebook[torch.randint(4, (2, 4, 4))].movedim(-1, 1)
     vectors.requires_grad_()
@@ -120,18 +122,18 @@ def test_previews_go_by_expected_vectors(num_symbols, monkeypatch):
     assert gradient.abs().max() > 0
 
 
-def test_the_finest_level_learns_by_its_picture(images):
+def test_the_finest_level_learns_by_its_preview(images):
     pixels, losses = images / 127.5 - 1, []
     for weight in (0.0, 10.0):
         level = tiny_level(num_channels=3, reconstruction_weight=weight, **AUXILIARY_ONLY).train()
         losses.append(level(pixels).loss)
-    shown = level.expect(level.encode(pixels), (5, 7))
-    error = (shown - pixels).square().mean()
+    expectation = level.expect(level.encode(pixels), (5, 7))
+    error = (expectation - pixels).square().mean()
     assert torch.allclose(losses[1] - losses[0], 10 * error, rtol=1e-3)
 
 
 def test_a_guided_decoder_leaves_the_auxiliary_one_alone(images):
-    """It is shown its picture, made in the one pass that it learns by."""
+    """It is conditioned on the preview of the one pass that the auxiliary decoder learns by."""
     level = tiny_level(
         num_channels=3, pixel_distribution="guided_logistic_mixture", **AUXILIARY
     ).train()
@@ -146,7 +148,7 @@ def test_a_guided_decoder_leaves_the_auxiliary_one_alone(images):
     assert weight.grad.abs().max() > 0
 
 
-def test_symbols_that_look_alike_start_alike():
+def test_codes_that_look_alike_start_alike():
     encoder = tiny_level(num_symbols=6).encoder
     codebook = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     codebook[1] = codebook[0] + 1e-3
@@ -158,14 +160,14 @@ def test_symbols_that_look_alike_start_alike():
     assert encoder.embed.weight.isfinite().all()
 
 
-def test_figures_of_previews():
+def test_metrics_of_previews():
     prior = tiny_prior(grid_size=[3, 3])
     pipe = ProgressiveVAEPipeline.from_levels(prior, pipeline_of(**AUXILIARY).levels)
     pipe.set_progress_bar_config(disable=True)
     images = torch.randint(256, (3, 3, 12, 12), dtype=torch.uint8)
     for k, row in enumerate(rate_distortion(pipe, images, num_samples=2).values(), 1):
-        shown = pipe.preview(images, k, "pt") * 255
-        error = (shown - images).square().mean().item()
+        expectation = pipe.preview(images, k, "pt") * 255
+        error = (expectation - images).square().mean().item()
         assert row["mse_of_preview"] == pytest.approx(error, rel=1e-4)
         assert row["psnr_of_preview"] == pytest.approx(psnr_of(error), rel=1e-4)
         assert all(-1 <= row[f"ssim{kind}"] <= 1 for kind in ("", "_of_mean", "_of_preview"))
@@ -174,9 +176,9 @@ def test_figures_of_previews():
 def test_encoders_first_then_decoders_in_any_order(tmp_path):
     staged = {"auxiliary_hidden_size": 8, "encoder_fit": FEW, **RECIPE["levels"]}
     recipe = {**RECIPE, "levels": staged}
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    pipe = train(recipe, random_images(), whole)
-    costs = json.loads((whole / "metrics.json").read_text())["phases"]
+    one_run, parts = tmp_path / "one_run", tmp_path / "parts"
+    pipe = train(recipe, random_images(), one_run)
+    costs = json.loads((one_run / "metrics.json").read_text())["phases"]
     assert [name for name in costs if not name.startswith("encode_")] == [
         "encoder_2", "encoder_1", "decoder_2", "decoder_1", "prior"
     ]  # fmt: skip
@@ -188,10 +190,10 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
     assert first.level_1.decoder is None
     for phase in ("decoder_1", "decoder_2", "decoder_1"):  # one of them twice
         train(recipe, random_images(), parts, phase=phase, resume_from_checkpoint=None)
-    assert weights(parts) == weights(whole)
+    assert weights(parts) == weights(one_run)
     assert train(recipe, random_images(), parts) is not None  # nothing is left to do
     histories = [json.loads((parts / f"level_{i}/history.json").read_text()) for i in (1, 2)]
-    assert [[each["phase"] for each in h] for h in histories] == [
+    assert [[identity["phase"] for identity in h] for h in histories] == [
         ["encoder_1", "decoder_1"], ["encoder_2", "decoder_2"]
     ]  # fmt: skip
     longer = {**recipe, "level_1": {"fit": {"max_train_steps": 5}}}
@@ -210,11 +212,10 @@ def test_encoders_first_then_decoders_in_any_order(tmp_path):
 
 def test_decoders_and_prior_side_by_side(tmp_path, script):
     """Three processes in one folder end with the weights of one after the other."""
-    flags = [*SMALL, "--levels.auxiliary_hidden_size", "8", "--report_to", "none"]
+    flags = [*SMALLER, "--levels.auxiliary_hidden_size", "8"]
     flags += ["--levels.encoder_fit.max_train_steps", "4", "--levels.class_conditional", "false"]
-    flags += ["--max_train_samples", "200", "--max_eval_samples", "20"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    script.main([*flags, "--output_dir", str(whole)])
+    one_run, parts = tmp_path / "one_run", tmp_path / "parts"
+    script.main([*flags, "--output_dir", str(one_run)])
     flags += ["--output_dir", str(parts)]
     for phase in ("encoder_2", "encoder_1"):
         script.main([*flags, "--phase", phase])
@@ -227,8 +228,8 @@ def test_decoders_and_prior_side_by_side(tmp_path, script):
     ]
     for process in beside:
         assert process.communicate()[1] is not None and process.returncode == 0
-    assert weights(parts) == weights(whole)
+    assert weights(parts) == weights(one_run)
     script.main([*flags, "--resume_from_checkpoint", "latest"])  # nothing is left but to measure
     costs = json.loads((parts / "metrics.json").read_text())["phases"]
-    assert set(costs) == set(json.loads((whole / "metrics.json").read_text())["phases"])
-    assert weights(parts) == weights(whole)
+    assert set(costs) == set(json.loads((one_run / "metrics.json").read_text())["phases"])
+    assert weights(parts) == weights(one_run)

@@ -7,10 +7,7 @@ import torch
 
 from helpers.codec import KINDS, codec_pipeline
 from helpers.images import noise_images
-from helpers.models import (
-    pipeline_of,
-    tiny_pipeline,
-)
+from helpers.models import decoder_fields, pipeline_of, tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
@@ -21,15 +18,25 @@ from progressive_vae.models.distributions import Categorical
 from progressive_vae.models.value_types import unit_to_uint8
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
-SIZES = [(1, 1), (5, 7), (65, 33)]
+SIZES = [(1, 1), (65, 17)]
+# One of each architecture: of the others a codec sees no more than their distributions.
+KINDS_AT_ALL_SIZES = [
+    decoder_fields("lattice"),
+    decoder_fields("raster"),
+    {"pixel_distribution": "guided_logistic_mixture"},
+]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [(kind, (5, 7)) for kind in KINDS]
+    + [(kind, size) for kind in KINDS_AT_ALL_SIZES for size in SIZES],
+    ids=lambda value: "-".join(map(str, value.values() if isinstance(value, dict) else value)),
+)
 def test_round_trip_and_stream_length_near_log_prob(kind, size):
     pipe = codec_pipeline(size, **kind)
-    drawn = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
-    images = torch.cat([noise_images(3, size), unit_to_uint8(drawn)])
+    samples = pipe(num_images_per_prompt=3, generator=torch.Generator(), output_type="pt").images
+    images = torch.cat([noise_images(3, size), unit_to_uint8(samples)])
     streams = pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     bits = -sum(pipe.log_prob(images).values()) / math.log(2)
@@ -42,12 +49,10 @@ def test_round_trip_and_stream_length_near_log_prob(kind, size):
 @pytest.mark.parametrize("distribution", PIXEL_DISTRIBUTIONS)
 def test_a_stream_does_not_depend_on_its_batch(distribution):
     # More than a batch, by networks whose rows fill registers, as real ones do.
-    pipe, images = (
-        codec_pipeline((5, 7), pixel_distribution=distribution, **WIDE),
-        noise_images(134, (5, 7)),
-    )
+    pipe = codec_pipeline((5, 7), pixel_distribution=distribution, **WIDE)
+    images = noise_images(130, (5, 7))
     streams = pipe.compress(images)
-    for part in (slice(0, 1), slice(3, 5), slice(124, 134)):
+    for part in (slice(0, 1), slice(3, 5), slice(124, 130)):
         assert pipe.compress(images[part]) == streams[part]
         assert torch.equal(pipe.decompress(streams[part]), images[part])
     assert torch.equal(pipe.decompress(streams[::-1]), images.flip(0))
@@ -91,23 +96,23 @@ def test_the_header_holds_the_class():
 
 @pytest.mark.parametrize("kind", [{"auxiliary_hidden_size": 16, **WIDE}, WIDE])
 def test_prefixes_decode_to_previews(kind):
-    pipe, images = pipeline_of(**kind), noise_images(4, (5, 7))
+    pipe, images = pipeline_of(**kind), noise_images(2, (5, 7))
     streams, codes = pipe.compress(images), pipe.encode(images)
     lengths = []
     for k in (1, 2):
-        shown = pipe.decompress(streams, num_levels=k)
+        decoded = pipe.decompress(streams, num_levels=k)
         if "auxiliary_hidden_size" in kind:
             expected = pipe.preview(codes[:k], output_type="pt")
         else:  # the most probable values, as there is no auxiliary decoder
             expected = pipe(codes=codes[:k], num_levels=k, output_type="pt").images
-        assert (shown - 255 * expected).abs().max() <= 0.51 and shown.dtype == torch.uint8
-        for stream, view in zip(streams, shown, strict=True):
-            ends = range(8, 64)
+        assert (decoded - 255 * expected).abs().max() <= 0.51 and decoded.dtype == torch.uint8
+        for stream, view in zip(streams, decoded, strict=True):
+            ends = range(8, 64, 3)
             enough = [n for n in ends if _reads(pipe, stream[:n], k)]
             assert enough == [n for n in ends if n >= enough[0]]  # from some length on
             assert torch.equal(pipe.decompress(stream[: enough[0]], num_levels=k)[0], view)
             lengths.append(enough[0])
-    assert all(a <= b for a, b in zip(lengths[:4], lengths[4:], strict=True))
+    assert all(a <= b for a, b in zip(lengths[:2], lengths[2:], strict=True))
     with pytest.raises(ValueError, match="expected stream 0 to hold all levels that are asked for"):
         pipe.decompress(streams[0][:9], num_levels=2)
 
@@ -173,13 +178,13 @@ def test_frequency_tables_are_proportional_to_probabilities():
 
 
 def test_in_inference_mode_and_of_one_image():
-    pipe, picture = tiny_pipeline(), from_pixel_values(torch.zeros(1, 3, 5, 7), "pil")[0]
+    pipe, image = tiny_pipeline(), from_pixel_values(torch.zeros(1, 3, 5, 7), "pil")[0]
     with torch.inference_mode():
         for arithmetic in ("float", "integer"):
-            streams = pipe.compress(picture, arithmetic=arithmetic)
+            streams = pipe.compress(image, arithmetic=arithmetic)
             assert (pipe.decompress(streams) == 128).all()
     with pytest.raises(ValueError, match="expected 1 class_labels, got 3"):
-        pipe.compress(picture, [0, 1, 0])
+        pipe.compress(image, [0, 1, 0])
 
 
 def test_half_precision_and_other_devices(images):
@@ -187,10 +192,10 @@ def test_half_precision_and_other_devices(images):
     streams = pipe.compress(images)
     assert torch.equal(pipe.decompress(streams), images)
     with torch.autocast("cpu", torch.bfloat16):  # of others, which it does not see
-        whole = tiny_pipeline()
-        inside = whole.compress(images)
-    assert inside == whole.compress(images)
-    assert torch.equal(whole.decompress(inside), images)
+        plain_pipe = tiny_pipeline()
+        inside = plain_pipe.compress(images)
+    assert inside == plain_pipe.compress(images)
+    assert torch.equal(plain_pipe.decompress(inside), images)
 
 
 def test_the_error_without_constriction_names_the_extra(images, monkeypatch):

@@ -41,7 +41,7 @@ def model(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """Images of several sizes and formats, and files that are left out."""
-    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     for i, (width, height) in enumerate(SIZES):
         pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
@@ -52,7 +52,7 @@ def folder(tmp_path):
     pages = [PIL.Image.new("RGB", (3, 3), (i, 0, 0)) for i in range(2)]
     pages[0].save(folder / "pages.tif", save_all=True, append_images=pages[1:])
     (folder / "deep.png").write_bytes(DEEP)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -120,7 +120,7 @@ def test_pack_resumes_after_an_interruption(script, model, folder, tmp_path, mon
 
 def test_palettes_first_images_and_color_profiles(script, model, tmp_path, capsys):
     """A phone's JPEG holds further images beside the first one, as a gain map."""
-    rng, folder = np.random.default_rng(0), tmp_path / "pictures"
+    rng, folder = np.random.default_rng(0), tmp_path / "images"
     folder.mkdir()
     first, other = (
         PIL.Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8)) for _ in range(2)
@@ -179,9 +179,9 @@ def test_links_and_stray_tables(script, model, folder, tmp_path, capsys):
 
 def test_a_data_set(script, model, tmp_path, capsys):
     data, file = tmp_path / "data", tmp_path / "all.parquet"
-    pictures = [PIL.Image.new("RGB", (7, 5), (i, i, i)) for i in range(3)]
-    features = datasets.Features({"picture": datasets.Image(), "label": datasets.Value("int64")})
-    table = datasets.Dataset.from_dict({"picture": pictures, "label": [0, 1, 2]}, features)
+    images = [PIL.Image.new("RGB", (7, 5), (i, i, i)) for i in range(3)]
+    features = datasets.Features({"photo": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"photo": images, "label": [0, 1, 2]}, features)
     data.mkdir()
     table.to_parquet(data / "test.parquet")
     words = ["--model", model, "--max_pictures", "2", "--beside_files", "false"]
@@ -215,15 +215,15 @@ def test_progressive_decoding(script, folder, tmp_path, capsys):
     sizes = [int(re.search(r": (\d+) bytes", line)[1]) for line in lines]
     assert sizes[0] <= sizes[1] <= sizes[2] and lines[2].endswith("no loss")
     assert {line.split(":")[0] for line in lines} >= {"z_1", "z_1 … z_2", "all", "JPEG", "WebP"}
-    picture = PIL.Image.open(tmp_path / "out.png")
-    assert picture.width > picture.height
+    image = PIL.Image.open(tmp_path / "out.png")
+    assert image.width > image.height
     with pytest.raises(ValueError, match="expected image of"):
         script.main(["grow", str(folder / "notes.txt"), *words[1:]])
 
 
 def test_join_tiles_inverts_split_tiles(script):
-    picture = np.random.default_rng(0).integers(0, 256, (11, 20, 3), np.uint8)
-    tiles = script.split_tiles(picture, (5, 7))
+    image = np.random.default_rng(0).integers(0, 256, (11, 20, 3), np.uint8)
+    tiles = script.split_tiles(image, (5, 7))
     assert tiles.shape == (9, 3, 5, 7) and tiles.dtype == torch.uint8
-    assert np.array_equal(script.join_tiles(tiles, 11, 20), picture)
-    assert torch.equal(tiles[0], torch.from_numpy(picture[:5, :7]).movedim(-1, 0))
+    assert np.array_equal(script.join_tiles(tiles, 11, 20), image)
+    assert torch.equal(tiles[0], torch.from_numpy(image[:5, :7]).movedim(-1, 0))

@@ -129,7 +129,7 @@ def test_duration_of_a_fit(data, tmp_path, monkeypatch, stop_at):
         clock.now += 1  # before the first step
         checkpoints = Checkpoints(tmp_path, every=3, resume=resume)
         accelerator = Accelerator(cpu=True)
-        accelerator.log = lambda figures, step: rates.append(figures.get("x/lr"))
+        accelerator.log = lambda metrics, step: rates.append(metrics.get("x/lr"))
 
         def to_inputs(batch):
             clock.now += 1

@@ -2,17 +2,20 @@
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import generators, tiny_level, tiny_pipeline, tiny_prior
 from torch import nn
 
+from helpers.models import generators, tiny_level, tiny_pipeline, tiny_prior
 from helpers.op_count import count_ops
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPrior
 from progressive_vae.models import causal_lm
 from progressive_vae.models.causal_lm import transformers_steps
 from progressive_vae.models.fused_steps import FusedSteps, can_fuse
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -178,3 +181,22 @@ def test_the_codec_runs_the_networks_own_steps(images, monkeypatch):
         assert torch.equal(pipe.prior.sample(3, generator=generators(3)), samples)
     with pytest.raises(AssertionError, match="fused steps"):
         pipe.prior.sample(3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    # Llama has 80 root mean square norms in 16 steps, of six operations each on a CPU.
+    [("fashion_mnist", 150), ("color_64", 1200)],
+)
+def test_samples_of_a_prior_take_few_operations(model, limit):
+    prior = ProgressiveVAEPrior.from_pretrained(f"{EXAMPLES}/{model}/prior")
+    assert sum(count_ops(lambda: prior.sample(2)).ops.values()) <= limit
+
+
+@torch.no_grad()
+def test_samples_of_a_raster_level_take_few_operations():
+    level = ProgressiveVAELevel.from_pretrained(f"{EXAMPLES}/fashion_mnist/level_1")
+    codes = torch.zeros(2, 2, 2, dtype=torch.long)
+    count = count_ops(lambda: level.sample(codes, finer_size=(7, 7)))
+    assert sum(count.ops.values()) <= 2300  # of 49 positions

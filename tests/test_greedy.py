@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import datasets
 import PIL.Image
@@ -25,6 +27,19 @@ from progressive_vae.training.phases import LevelPhase, PriorPhase, RefitPhase
 from progressive_vae.training.run import Run, make_accelerator
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    output_dir = tmp_path_factory.mktemp("trained")
+    train(RECIPE, random_images(), output_dir)
+    return output_dir
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def a_list(folder):
@@ -50,13 +65,20 @@ def a_folder(folder):
     return folder
 
 
-@pytest.mark.parametrize("kind", [a_list, a_dataset, a_dataset_dict, a_stream, a_folder])
-def test_images_of_every_kind(kind, tmp_path):
+@pytest.mark.parametrize("kind", [a_list, a_dataset, a_dataset_dict, a_stream])
+def test_images_of_every_kind_are_read_alike(kind):
+    source = open_dataset(DataSettings(eval_fraction=0.3, streaming=kind is a_stream), kind(None))
+    assert source.manifests["train"].shape == (3, 8, 8)
+    assert len(source.class_names) == (2 if kind in (a_dataset, a_dataset_dict) else 0)
+
+
+@pytest.mark.parametrize("kind", [a_dataset_dict, a_stream, a_folder])
+def test_training_on_images_of_every_kind(kind, tmp_path):
     (tmp_path / "images").mkdir()
     dataset, output_dir = kind(tmp_path / "images"), tmp_path / "run"
     pipe = train(RECIPE, dataset, output_dir=output_dir)
     assert isinstance(pipe, ProgressiveVAEPipeline) and pipe.image_shape == (3, 8, 8)
-    assert len(pipe.labels) == (2 if kind in (a_dataset, a_dataset_dict) else 0)
+    assert len(pipe.labels) == (2 if kind is a_dataset_dict else 0)
     before, metrics = weights(output_dir), (output_dir / "metrics.json").read_bytes()
     again = train(RECIPE, dataset, output_dir=output_dir)  # nothing is left to do
     assert weights(output_dir) == before and (output_dir / "metrics.json").read_bytes() == metrics
@@ -114,15 +136,14 @@ def test_time_is_allocated_by_shares(tmp_path, monkeypatch):
     assert [phase.seconds for phase in phases] == [1800, 900, 180, 720, 900]
 
 
-def test_later_phases_of_an_extended_run_name_the_missing_flag(tmp_path):
-    shallow, deeper = tmp_path / "shallow", tmp_path / "deeper"
-    train(RECIPE, random_images(), shallow)
-    recipe = {**RECIPE, "run": {**RECIPE["run"], "extend": str(shallow)}}
+def test_later_phases_of_an_extended_run_name_the_missing_flag(trained, tmp_path):
+    deeper = tmp_path / "deeper"
+    recipe = {**RECIPE, "run": {**RECIPE["run"], "extend": str(trained)}}
     del recipe["num_levels"]
     pipe = train(recipe, random_images(), deeper)
     assert pipe.num_levels == 3
     for missing in ("prior", "evaluate", "level_1"):
-        with pytest.raises(ValueError, match=f"expected extend='{shallow}'.*pass --extend"):
+        with pytest.raises(ValueError, match=f"expected extend='{trained}'.*pass --extend"):
             train(RECIPE, random_images(), deeper, phase=missing)
     train(recipe, random_images(), deeper, phase="evaluate")
 
@@ -162,51 +183,47 @@ def test_streams_have_different_names(tmp_path):
     assert open_dataset(wider, streams[0]).manifests["train"].dataset != names[0]
 
 
-def test_the_recipe_in_the_folder_is_that_of_its_parts(tmp_path):
+def test_the_recipe_in_the_folder_is_that_of_its_parts(copied):
     """A refit of its own stays when the run is resumed, and is removed when its level is trained
     again. A second one starts from the weights of the first."""
 
     def saved():
-        return yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+        return yaml.safe_load((copied / "recipe.yaml").read_text())
 
     refit = {**RECIPE, "level_2": {"refit": {"code_noise": 0.2, "fit": FEW}}}
-    train(RECIPE, random_images(), tmp_path)
     assert saved()["run"]["mixed_precision"] == "no" and saved()["level_2"]["refit"] is None
-    train(refit, random_images(), tmp_path, phase="refit_level_2")
-    train(RECIPE, random_images(), tmp_path)
+    train(refit, random_images(), copied, phase="refit_level_2")
     assert saved()["level_2"]["refit"]["code_noise"] == 0.2
-    train(refit, random_images(), tmp_path)  # the recipe of the folder
+    train(refit, random_images(), copied)  # the recipe of the folder
     other = {**RECIPE, "level_2": {"refit": {"fit": {"max_train_steps": 3}}}}
     with pytest.raises(ValueError, match="level_2 .*as its first fit left it.*--phase level_2"):
-        train(other, random_images(), tmp_path, overwrite_output_dir=True)
-    train(other, random_images(), tmp_path, phase="refit_level_2", resume_from_checkpoint=None)
-    history = json.loads((tmp_path / "level_2" / "history.json").read_text())
-    assert [each.get("refits_before") for each in history] == [None, 0, 1]
-    train(RECIPE, random_images(), tmp_path, phase="level_2", resume_from_checkpoint=None)
+        train(other, random_images(), copied, overwrite_output_dir=True)
+    train(other, random_images(), copied, phase="refit_level_2", resume_from_checkpoint=None)
+    history = json.loads((copied / "level_2" / "history.json").read_text())
+    assert [identity.get("refits_before") for identity in history] == [None, 0, 1]
+    train(RECIPE, random_images(), copied, phase="level_2", resume_from_checkpoint=None)
     assert saved()["level_2"]["refit"] is None
 
 
-def test_pretrained_levels_have_their_own_configs(tmp_path):
-    first, second = tmp_path / "first", tmp_path / "second"
-    train(RECIPE, random_images(), first)
+def test_pretrained_levels_have_their_own_configs(trained, tmp_path):
+    second = tmp_path / "second"
     recipe = {**RECIPE, "level_2": {"hidden_size": 99}}
-    recipe["run"] = {**RECIPE["run"], "finest_level": str(first / "level_2")}
+    recipe["run"] = {**RECIPE["run"], "finest_level": str(trained / "level_2")}
     pipe = train(recipe, random_images(), second)
     assert pipe.level_2.config.hidden_size == 8
     level = yaml.safe_load((second / "recipe.yaml").read_text())["level_2"]
     assert sorted(level) == ["fit", "refit"] and level["refit"] is None
     with pytest.raises(ValueError, match="num_levels=3, one more than extend has, got 2"):
-        train({**RECIPE, "run": {"extend": str(first)}}, random_images(), tmp_path / "third")
+        train({**RECIPE, "run": {"extend": str(trained)}}, random_images(), tmp_path / "third")
 
 
-def test_other_images_need_overwrite_output_dir(tmp_path):
-    train(RECIPE, random_images(), tmp_path)
+def test_other_images_need_overwrite_output_dir(copied):
     others = [image.transpose(PIL.Image.Transpose.ROTATE_90) for image in random_images()]
     with pytest.raises(ValueError, match="data.dataset="):
-        train(RECIPE, others, tmp_path)
-    before = weights(tmp_path)
-    train(RECIPE, others, tmp_path, overwrite_output_dir=True)
-    after = weights(tmp_path)
+        train(RECIPE, others, copied)
+    before = weights(copied)
+    train(RECIPE, others, copied, overwrite_output_dir=True)
+    after = weights(copied)
     assert all(after[name] != before[name] for name in ("level_2", "level_1", "prior"))
 
 

@@ -56,38 +56,38 @@ def test_observed_pixels_are_unchanged(order, finest):
     pipe = two_levels(order, finest)
     images, masks = some_images(pipe, 100), some_masks(pipe, 100)
     output = pipe.inpaint(images, masks, num_particles=2, output_type="pt")
-    drawn = bytes_of(output.images)
+    samples = bytes_of(output.images)
     is_known = ~masks[:, None].expand_as(images)
-    assert torch.equal(drawn[is_known], images[is_known])
-    assert (drawn[~is_known] != images[~is_known]).float().mean() > 0.5
+    assert torch.equal(samples[is_known], images[is_known])
+    assert (samples[~is_known] != images[~is_known]).float().mean() > 0.5
     # Codes of fully observed patches are fixed: those of the image with a smooth filling.
     pixels = images / 127.5 - 1
     smooth = (fill_masked_region(pixels, masks[:, None]) + 1) * 127.5
     unknown = masks[:, None].float()
     codes = pipe.encode(smooth.round().to(torch.uint8))
-    for z, found in reversed(list(zip(codes, output.codes, strict=True))):
+    for z, codes_after in reversed(list(zip(codes, output.codes, strict=True))):
         padded = torch.nn.functional.pad(
             unknown, (0, unknown.shape[-1] % 2, 0, unknown.shape[-2] % 2)
         )
         unknown = torch.nn.functional.max_pool2d(padded, 2)
-        assert torch.equal(found[unknown[:, 0] == 0], z[unknown[:, 0] == 0])
-        assert not torch.equal(found, z)
+        assert torch.equal(codes_after[unknown[:, 0] == 0], z[unknown[:, 0] == 0])
+        assert not torch.equal(codes_after, z)
 
 
 def test_empty_and_full_masks(pipe, images):
     none, every = np.zeros((5, 7), bool), PIL.Image.new("L", (7, 5), 255)
     same = pipe.inpaint(images, none, output_type="pt")
     assert torch.equal(bytes_of(same.images), images)
-    for ours, theirs in zip(same.codes, pipe.encode(images), strict=True):
-        assert torch.equal(ours, theirs)
+    for actual, expected_codes in zip(same.codes, pipe.encode(images), strict=True):
+        assert torch.equal(actual, expected_codes)
     for noise in (generators(4), generators(1)[0]), (generators(4, 9), generators(1, 9)[0]):
         for generator in noise:
             again = [g.clone_state() for g in noise[0]] if isinstance(generator, list) else (
                 generator.clone_state())  # fmt: skip
             controls = dict(guidance_scale=2.0, temperature=0.9, output_type="pt")
-            drawn = pipe([0, 1, 0, 1], generator=generator, **controls)
+            samples = pipe([0, 1, 0, 1], generator=generator, **controls)
             filled_in = pipe.inpaint(images, every, [0, 1, 0, 1], generator=again, **controls)
-            assert torch.equal(drawn.images, filled_in.images)
+            assert torch.equal(samples.images, filled_in.images)
 
 
 def test_an_image_does_not_depend_on_its_batch(pipe, images):
@@ -100,11 +100,11 @@ def test_an_image_does_not_depend_on_its_batch(pipe, images):
     assert torch.equal(together.images[1:2], alone.images)
     twice = pipe.inpaint(images[:2], masks[1], num_images_per_prompt=2, output_type="latent")
     assert torch.equal(twice.images, twice.codes[-1]) and len(twice.images) == 4
-    pictures, codes = pipe.inpaint(images[:1], masks[1], return_dict=False)
-    assert pictures[0].size == (7, 5) and len(codes) == 3
+    pil_images, codes = pipe.inpaint(images[:1], masks[1], return_dict=False)
+    assert pil_images[0].size == (7, 5) and len(codes) == 3
 
 
-def posterior_of(pipe, image, mask, known):
+def posterior_of(pipe, image, mask, observations):
     """log P(z | observations) over all z_1, z_2, and those; pixels are independent given z_2."""
     z_1, z_2 = all_grids(2, 1, 2), all_grids(2, 2, 3)
     pairs = torch.cartesian_prod(torch.arange(len(z_1)), torch.arange(len(z_2)))
@@ -113,13 +113,13 @@ def posterior_of(pipe, image, mask, known):
 
     def step_fn(distribution, step):
         values = image.flatten()[step.positions].expand(len(z_2), -1)
-        said = distribution.log_prob(values)
-        nats.add_(said.masked_fill(mask.flatten()[step.positions], 0).sum(1))
+        nats_of_values = distribution.log_prob(values)
+        nats.add_(nats_of_values.masked_fill(mask.flatten()[step.positions], 0).sum(1))
         return values
 
     with torch.no_grad():
         pipe.level_2.walk(z_2, step_fn, finer_size=tuple(image.shape))
-    for z, (values, trust) in zip((z_1, z_2), known, strict=True):
+    for z, (values, trust) in zip((z_1, z_2), observations, strict=True):
         is_known = trust.flatten() == 1
         differs = (z.flatten(1) != values.flatten()) & is_known
         nats = nats.masked_fill(differs.any(1), -torch.inf)
@@ -134,19 +134,19 @@ def test_many_particles_sample_from_the_posterior():
     pipe = quiet(ProgressiveVAEPipeline.from_levels(prior, levels, [4, 6]))
     image, mask = some_images(pipe, 1, 3), torch.zeros(4, 6, dtype=torch.bool)
     mask[2:, 1:4] = True
-    known = [(x.values[0], x.confidence[0]) for x in observe(pipe.stack, image, mask, 1)]
-    shares = known[0][1].unique().tolist()
-    assert any(0 < share < 1 for share in shares) and 1 in known[1][1]
+    observations = [(x.values[0], x.confidence[0]) for x in observe(pipe.stack, image, mask, 1)]
+    shares = observations[0][1].unique().tolist()
+    assert any(0 < share < 1 for share in shares) and 1 in observations[1][1]
     with torch.no_grad():
-        log_prob, grids = posterior_of(pipe, image[0, 0].long(), mask, known[:2])
+        log_prob, grids = posterior_of(pipe, image[0, 0].long(), mask, observations[:2])
     distances = {}
     for number in (1, 8, 64):
         codes = pipe.inpaint(
             image, mask, num_images_per_prompt=1000, num_particles=number,
             generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=2**13,
         ).codes  # fmt: skip
-        drawn = torch.cat([z.flatten(1) for z in codes], 1)
-        distances[number] = total_variation(log_prob, grids[:, None], drawn[:, None])
+        samples = torch.cat([z.flatten(1) for z in codes], 1)
+        distances[number] = total_variation(log_prob, grids[:, None], samples[:, None])
     assert distances[1] > 0.3 and distances[8] < 0.1 and distances[64] < 0.02
 
 
@@ -172,16 +172,16 @@ def test_masks_of_all_types_are_equivalent(pipe, images):
     for form in (mask[:, None], mask.float(), mask.to(torch.uint8) * 255, mask.numpy(), rgb,
                  mask[..., None].numpy(), mask.numpy() * 0.75, list(mask),
                  list(mask.numpy())):  # fmt: skip
-        drawn = pipe.inpaint(images, form, generator=generators(4), output_type="pt").images
-        assert torch.equal(drawn, expected)
+        samples = pipe.inpaint(images, form, generator=generators(4), output_type="pt").images
+        assert torch.equal(samples, expected)
 
 
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_variations_share_coarser_codes(pipe, images, level):
     output = pipe.variations(images, level, num_images_per_prompt=3, output_type="pt")
     codes = pipe.encode(images)
-    for i, (ours, theirs) in enumerate(zip(output.codes, codes, strict=True), 1):
-        assert torch.equal(ours, theirs.repeat_interleave(3, 0)) == (i <= level)
+    for i, (actual, expected_codes) in enumerate(zip(output.codes, codes, strict=True), 1):
+        assert torch.equal(actual, expected_codes.repeat_interleave(3, 0)) == (i <= level)
     assert len(output.images) == 12 and not torch.equal(output.images[0], output.images[1])
 
 
@@ -190,12 +190,14 @@ def test_interpolation_starts_and_ends_with_the_images(pipe, images, level):
     output = pipe.interpolate(images[:2], images[2:], level, steps=4, output_type="pt",
                               generator=generators(2))  # fmt: skip
     level = level or 3
-    codes, found = pipe.encode(images), [z.unflatten(0, (2, 4)) for z in output.codes]
-    for ours, theirs in zip(found[:level], codes, strict=False):
-        assert torch.equal(ours[:, 0], theirs[:2]) and torch.equal(ours[:, -1], theirs[2:])
+    codes, codes_after = pipe.encode(images), [z.unflatten(0, (2, 4)) for z in output.codes]
+    for actual, expected_codes in zip(codes_after[:level], codes, strict=False):
+        assert torch.equal(actual[:, 0], expected_codes[:2]) and torch.equal(
+            actual[:, -1], expected_codes[2:]
+        )
     codebook = getattr(pipe, f"level_{level}").quantizer.codebook
     a, b = codebook[codes[level - 1][:2]], codebook[codes[level - 1][2:]]
-    middle = codebook[found[level - 1][:, 1]]
+    middle = codebook[codes_after[level - 1][:, 1]]
     mixed = 2 / 3 * a + 1 / 3 * b
     distance = (mixed[..., None, :] - codebook).square().sum(-1).min(-1).values
     torch.testing.assert_close((middle - mixed).square().sum(-1), distance, atol=1e-5, rtol=1e-4)

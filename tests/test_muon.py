@@ -48,9 +48,11 @@ def test_hidden_maps_are_matrices_and_all_else_is_not():
     names = {id(p): name for name, p in level.named_parameters()}
     assert len(matrices) + len(others) == len(names)
     assert all(p.ndim in (2, 4) for p in matrices)
-    kept = [names[id(p)] for p in others]
-    assert any("logits" in name and "project.weight" in name for name in kept)
-    assert any("embedding" in name for name in kept) and any(".bias" in name for name in kept)
+    adamw_names = [names[id(p)] for p in others]
+    assert any("logits" in name and "project.weight" in name for name in adamw_names)
+    assert any("embedding" in name for name in adamw_names) and any(
+        ".bias" in name for name in adamw_names
+    )
     level.encoder.requires_grad_(False)
     frozen = {id(p) for p in level.encoder.parameters()}
     assert not frozen & {id(p) for group in matrices_and_others(level) for p in group}
@@ -78,17 +80,17 @@ def test_it_goes_on_from_its_state():
         weights = [nn.Parameter(matrix(4, 6)), nn.Parameter(torch.ones(4))]
         return weights, Muon(weights[:1], weights[1:], lr=0.1)
 
-    whole, optimizer = fresh()
-    steps(optimizer, whole, 3)
-    state = [w.detach().clone() for w in whole], copy.deepcopy(optimizer.state_dict())
-    steps(optimizer, whole, 2)
+    undisturbed, optimizer = fresh()
+    steps(optimizer, undisturbed, 3)
+    state = [w.detach().clone() for w in undisturbed], copy.deepcopy(optimizer.state_dict())
+    steps(optimizer, undisturbed, 2)
     resumed, other = fresh()
     for weight, value in zip(resumed, state[0], strict=True):
         weight.data.copy_(value)
     other.load_state_dict(state[1])
     steps(other, resumed, 2)
-    for ours, theirs in zip(whole, resumed, strict=True):
-        assert torch.equal(ours, theirs)
+    for one, another in zip(undisturbed, resumed, strict=True):
+        assert torch.equal(one, another)
 
 
 def test_it_finds_a_minimum_that_is_hard_to_see():

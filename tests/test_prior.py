@@ -17,8 +17,8 @@ def test_sums_to_one_and_samples_follow(size):
         assert nats.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert (log_prob - null).abs().max() > 0.01  # the class matters
     labels = torch.ones(40_000, dtype=torch.long)
-    drawn = prior.sample(40_000, labels, generator=torch.Generator().manual_seed(0))
-    assert total_variation(log_prob, grids, drawn) < 0.03
+    samples = prior.sample(40_000, labels, generator=torch.Generator().manual_seed(0))
+    assert total_variation(log_prob, grids, samples) < 0.03
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -29,7 +29,7 @@ def test_an_image_does_not_depend_on_its_batch():
     assert torch.equal(together[2:3], alone)
 
 
-def test_the_backbone_is_told_the_attention_and_dtype(tmp_path):
+def test_the_backbone_has_the_attention_and_dtype(tmp_path):
     tiny_prior().save_pretrained(tmp_path)
     for attention in ("eager", "sdpa"):
         loaded = ProgressiveVAEPrior.from_pretrained(
@@ -44,9 +44,9 @@ def test_guidance_sharpens_towards_the_class():
     labels = torch.zeros(4000, dtype=torch.long)
 
     def likelihood(scale):
-        drawn = prior.sample(4000, labels, scale, torch.Generator().manual_seed(0))
+        samples = prior.sample(4000, labels, scale, torch.Generator().manual_seed(0))
         with torch.no_grad():
-            return (prior.log_prob(drawn, labels) - prior.log_prob(drawn)).mean()
+            return (prior.log_prob(samples, labels) - prior.log_prob(samples)).mean()
 
     assert likelihood(0.0) < likelihood(1.0) < likelihood(3.0)
 

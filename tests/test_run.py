@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,21 +13,23 @@ import pytest
 from accelerate import PartialState
 
 from helpers.interruptions import FLAGS, start, weights
-from helpers.recipes import SMALL
+from helpers.recipes import SMALLER
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training import report
 from progressive_vae.training.lock import LOCK, MOMENT, OWNER, locked
 
 ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]
-SMALLER = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "20"]
-SMALLER += shlex.split("--level_2.refit.fit.max_train_steps 3 --level_2.refit.code_noise 0.1")
+REFITTED = [
+    *SMALLER,
+    *shlex.split("--level_2.refit.fit.max_train_steps 3 --level_2.refit.code_noise 0.1"),
+]
 
 
 @pytest.fixture(scope="module")
 def trained(script, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("trained")
-    script.main([*SMALLER, "--output_dir", str(output_dir)])
+    script.main([*REFITTED, "--output_dir", str(output_dir)])
     return output_dir
 
 
@@ -75,7 +76,7 @@ def test_resuming_with_other_settings_is_refused(script, copied, flags, words):
     """For all phases, before any file changes."""
     before = contents(copied)
     with pytest.raises(ValueError, match=f"{words}.*--overwrite_output_dir") as error:
-        script.main([*SMALLER, "--output_dir", str(copied), *RESUME, *shlex.split(flags)])
+        script.main([*REFITTED, "--output_dir", str(copied), *RESUME, *shlex.split(flags)])
     assert len(str(error.value)) < 1000
     assert contents(copied) == before
 
@@ -83,13 +84,13 @@ def test_resuming_with_other_settings_is_refused(script, copied, flags, words):
 def test_resuming_a_finished_run_changes_nothing(script, copied):
     before = {name: (copied / name).read_bytes() for name in ("metrics.json", "samples.png")}
     before |= weights(copied)
-    script.main([*SMALLER, "--output_dir", str(copied), *RESUME])
+    script.main([*REFITTED, "--output_dir", str(copied), *RESUME])
     assert {**before, **weights(copied)} == before
 
 
 def test_overwrite_output_dir_replaces_other_settings(script, copied):
     before = weights(copied)
-    flags = [*SMALLER, "--output_dir", str(copied), "--overwrite_output_dir"]
+    flags = [*REFITTED, "--output_dir", str(copied), "--overwrite_output_dir"]
     script.main([*flags, *RESUME, "--prior.fit.learning_rate", "0.1"])
     after = weights(copied)
     assert after["prior"] != before["prior"]
@@ -101,7 +102,7 @@ def test_overwrite_output_dir_replaces_other_settings(script, copied):
 def test_a_new_run_in_the_folder_of_another_is_refused(script, copied):
     before = contents(copied)
     with pytest.raises(ValueError, match="with level_1, level_2, prior: .*--resume"):
-        script.main([*SMALLER, "--output_dir", str(copied)])
+        script.main([*REFITTED, "--output_dir", str(copied)])
     assert contents(copied) == before
 
 
@@ -109,7 +110,7 @@ def test_a_pretrained_level_does_not_replace_another(script, copied, trained, tm
     other = tmp_path / "other"
     shutil.copytree(trained / "level_2", other)
     before = (copied / "level_2" / "model.safetensors").read_bytes()
-    flags = [*SMALLER, "--output_dir", str(copied), "--finest_level", str(other)]
+    flags = [*REFITTED, "--output_dir", str(copied), "--finest_level", str(other)]
     for phase in ("level_1", "all"):
         with pytest.raises(ValueError, match="level_2 with given=None|the work of an|=None"):
             script.main([*flags, "--phase", phase])
@@ -121,7 +122,7 @@ def test_parts_without_history_are_refused(script, copied):
     for path in copied.glob("*/history.json"):
         path.unlink()
     with pytest.raises(ValueError, match="expected history.json in .*level_2"):
-        script.main([*SMALLER, "--output_dir", str(copied), *RESUME])
+        script.main([*REFITTED, "--output_dir", str(copied), *RESUME])
     assert weights(copied) == before
 
 
@@ -129,7 +130,7 @@ def test_checkpoint_of_another_phase_is_refused(script, copied):
     checkpoint = copied / "checkpoint-level_2-00000002"
     checkpoint.mkdir()
     (checkpoint / "fit.pt").touch()
-    flags = [*SMALLER, "--output_dir", str(copied), "--phase", "prior"]
+    flags = [*REFITTED, "--output_dir", str(copied), "--phase", "prior"]
     with pytest.raises(ValueError, match=r"of a phase among \['prior'\], got .*level_2"):
         script.main([*flags, "--resume_from_checkpoint", str(checkpoint)])
 
@@ -186,7 +187,7 @@ def test_checkpoint_of_another_phase_is_refused(script, copied):
 )
 def test_invalid_flags_fail_before_the_first_step(script, tmp_path, flags, words):
     with pytest.raises(ValueError, match=words):
-        script.main([*SMALLER, "--output_dir", str(tmp_path), *flags.split()])
+        script.main([*REFITTED, "--output_dir", str(tmp_path), *flags.split()])
     assert not (tmp_path / "cache").exists() and not list(tmp_path.glob("*/*"))
 
 
@@ -199,7 +200,7 @@ def test_error_of_a_flag_is_one_line(tmp_path):
 
 
 def test_missing_metrics_are_named(script, tmp_path):
-    flags = [*SMALLER, "--output_dir", str(tmp_path), "--max_eval_samples", "1"]
+    flags = [*REFITTED, "--output_dir", str(tmp_path), "--max_eval_samples", "1"]
     with pytest.warns(UserWarning, match="1 held-out images are too few for a Fréchet distance"):
         script.main(flags)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
@@ -212,7 +213,7 @@ def test_a_failing_metric_does_not_affect_others(script, copied, monkeypatch):
     (copied / "metrics.json").unlink()
     monkeypatch.setattr(report, "sampling_speed", None)
     with pytest.warns(UserWarning, match="sampled_images_per_second is not measured: TypeError"):
-        script.main([*SMALLER, "--output_dir", str(copied), "--phase", "evaluate"])
+        script.main([*REFITTED, "--output_dir", str(copied), "--phase", "evaluate"])
     metrics = json.loads((copied / "metrics.json").read_text())
     assert "sampled_images_per_second" not in metrics and metrics["label_accuracy"]
 
@@ -232,11 +233,11 @@ def test_a_failing_metric_does_not_affect_others(script, copied, monkeypatch):
         ("level_1/config.json", "prior", "save the model again, or download it again"),
     ],
 )
-@pytest.mark.parametrize("damage", [b"{", b"[1, 2]", b"5", b"\xff\xfe\x00", b""])
+@pytest.mark.parametrize("damage", [b"{", b"5", b""])
 def test_damaged_files_of_a_run(script, copied, name, phase, words, damage):
     assert (copied / name).is_file()
     (copied / name).write_bytes(damage)
-    flags = [*SMALLER, "--output_dir", str(copied), *RESUME, "--phase", phase]
+    flags = [*REFITTED, "--output_dir", str(copied), *RESUME, "--phase", phase]
     if phase == "prior":
         flags += ["--prior.fit.max_train_steps", "2", "--overwrite_output_dir"]
     with pytest.raises(ValueError, match=f"expected .*{Path(name).name}.*{words}"):
@@ -260,14 +261,14 @@ def test_two_runs_in_one_folder_are_refused(script, tmp_path):
     output_dir.mkdir()
     other = start(output_dir)
     while not (output_dir / "cache").exists():
-        assert other.poll() is None
+        assert other.is_alive()
         time.sleep(0.01)
     flags = [*FLAGS, "--output_dir", str(output_dir)]
     with pytest.raises(ValueError, match=f"which process {other.pid} on .*train.py"):
         script.main(flags)
-    assert other.poll() is None
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+    assert other.is_alive()
+    other.kill()
+    other.join()
     with pytest.raises(ValueError, match="expected num_levels"):  # the lock is gone
         script.main([*flags, "--num_levels", "0"])
     with locked(output_dir, PartialState()):

@@ -8,8 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
-from helpers.recipes import SMALL
-from helpers.scripts import load_script
+from helpers.recipes import SMALLER
 from progressive_vae.data.args import DataSettings
 from progressive_vae.data.classes import find_classes
 from progressive_vae.data.code_cache import GridDataset, Manifest
@@ -19,7 +18,7 @@ from progressive_vae.training.checkpoints import Checkpoints
 
 COLUMNS = {"image_column": "image", "label_column": None}
 COUNT = 1437  # digits to train on, in 4 files
-STREAM = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "30"]
+STREAM = [*SMALLER, "--streaming", "--max_train_samples", "100"]
 
 
 @pytest.fixture(scope="module")
@@ -121,20 +120,19 @@ def test_random_flips(stream):
     )  # both the images and their flips
 
 
-def test_training_on_a_stream(tmp_path):
-    script, flags = load_script("train"), [*STREAM, "--output_dir", str(tmp_path)]
+def test_training_on_a_stream(script, tmp_path):
+    flags = [*STREAM, "--output_dir", str(tmp_path)]
     script.main([*flags, "--level_2.refit.fit.max_train_steps", "6"])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["num_images"] == 30 and 0 < metrics["bits_per_dim"]["total"] < 9
+    assert metrics["num_images"] == 40 and 0 < metrics["bits_per_dim"]["total"] < 9
     assert "refit_level_2" in metrics["phases"]
     cache = tmp_path / "cache"
     assert not (cache / "pixels" / "train").exists()
-    assert len(GridDataset(cache / "level_2" / "train")) == COUNT
+    assert len(GridDataset(cache / "level_2" / "train")) == 100
     script.main([*flags, "--phase", "prior"])
 
 
-def test_training_on_a_stream_resumes_from_a_checkpoint(tmp_path, monkeypatch):
-    script = load_script("train")
+def test_training_on_a_stream_resumes_from_a_checkpoint(script, tmp_path, monkeypatch):
     save = Checkpoints.save
 
     def save_and_stop(self, identity, progress, *arguments):

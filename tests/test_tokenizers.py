@@ -1,4 +1,4 @@
-"""Levels that hold somebody else's tokenizer: its codes and pictures, probabilities of ours."""
+"""Levels that hold a pretrained tokenizer: its codes and images, and probabilities."""
 
 import numpy as np
 import PIL.Image
@@ -30,7 +30,7 @@ SPATIAL = {**VQ_MODEL, "norm_type": "spatial", "block_out_channels": [32, 32],
            "do_normalize": False}  # fmt: skip
 # The fields of a level that they decide: codebook_size, codebook_dim, downsample.
 TOKENIZERS = [(VQ_MODEL, 12, 3, 2), (JANUS, 12, 5, 4), (DALLE, 12, 6, 8), (SPATIAL, 12, 3, 2)]
-KINDS = pytest.mark.parametrize("tokenizer", [each[0] for each in TOKENIZERS])
+KINDS = pytest.mark.parametrize("tokenizer", [row[0] for row in TOKENIZERS])
 
 
 def level_with(tokenizer, seed: int = 0, **config) -> ProgressiveVAELevel:
@@ -54,8 +54,8 @@ def test_a_tokenizer_decides_what_a_level_is(tokenizer, size, dim, downsample):
     codes = level.encode(pixels())
     assert codes.shape == (3, -(-11 // downsample), -(-13 // downsample))
     assert 0 <= codes.min() and codes.max() < size
-    picture = level.expect(codes, (11, 13))
-    assert picture.shape == (3, 3, 11, 13) and picture.abs().max() <= 1
+    image = level.expect(codes, (11, 13))
+    assert image.shape == (3, 3, 11, 13) and image.abs().max() <= 1
     assert level.quantizer.lookup(codes).shape == (3, dim, *codes.shape[1:])
 
 
@@ -63,20 +63,20 @@ def test_a_tokenizer_decides_what_a_level_is(tokenizer, size, dim, downsample):
 def test_pixels_have_probabilities(tokenizer):
     level = level_with(tokenizer, seed=1)
     torch.nn.init.normal_(level.auxiliary.scales[3].weight)
-    codes, asked = level.encode(pixels()), []
+    codes, channels = level.encode(pixels()), []
 
     def step_fn(distribution, step):
         masses = distribution.probs()
         assert masses.shape == (3, len(step.positions), 256) and masses.min() >= 0
         torch.testing.assert_close(masses.sum(-1), torch.ones_like(masses[..., 0]))
-        asked.append(step.channel)
+        channels.append(step.channel)
         return masses.argmax(-1)
 
     level.walk(codes, step_fn, finer_size=(11, 13))
-    assert asked == [0, 1, 2]
-    drawn = level.sample(codes, generator=torch.Generator().manual_seed(0), finer_size=(11, 13))
-    assert drawn.shape == (3, 3, 11, 13)
-    assert torch.isfinite(level.log_prob(drawn, codes)).all()
+    assert channels == [0, 1, 2]
+    samples = level.sample(codes, generator=torch.Generator().manual_seed(0), finer_size=(11, 13))
+    assert samples.shape == (3, 3, 11, 13)
+    assert torch.isfinite(level.log_prob(samples, codes)).all()
 
 
 @KINDS
@@ -133,18 +133,18 @@ def test_images_are_seen_as_the_source_saw_them():
     seen = pixels()
     torch.testing.assert_close(halved.encoder(seen * 2 + 1), plain.encoder(seen + 1))
     quantized = plain.quantizer.lookup(plain.encode(seen))
-    ours, theirs = (level.auxiliary(quantized, (12, 14))[:, :3] for level in (plain, halved))
-    torch.testing.assert_close(theirs, ours * 2 - 1)
+    unscaled, scaled = (level.auxiliary(quantized, (12, 14))[:, :3] for level in (plain, halved))
+    torch.testing.assert_close(scaled, unscaled * 2 - 1)
 
 
 def test_large_batches_go_through_in_parts(monkeypatch):
     level = level_with(JANUS)
     codes = level.encode(pixels(5))
-    picture = level.expect(codes)
+    image = level.expect(codes)
     monkeypatch.setattr(tokenizers, "PIXELS_AT_A_TIME", 200)
     monkeypatch.setattr(tokenizers, "DISTANCES_AT_A_TIME", 200)
     assert torch.equal(level.encode(pixels(5)), codes)
-    torch.testing.assert_close(level.expect(codes), picture)
+    torch.testing.assert_close(level.expect(codes), image)
 
 
 @pytest.mark.parametrize(
@@ -154,13 +154,13 @@ def test_large_batches_go_through_in_parts(monkeypatch):
         ({**VQ_MODEL, "model_type": "vae"}, "model_type among .* got 'vae'"),
         ({**VQ_MODEL, "width": 3}, r"got \['width'\]"),
         ({**VQ_MODEL, "block_out_channels": 4}, "fields of a 'vq_model'"),
-        ({**VQ_MODEL, "block_out_channels": [4, 8, 8]}, "as many blocks down as up"),
-        ({**VQ_MODEL, "block_out_channels": [4, 2**20]}, "block_out_channels of a network"),
+        ({**VQ_MODEL, "block_out_channels": [4, 8, 8]}, "as many down blocks as up blocks"),
+        ({**VQ_MODEL, "block_out_channels": [4, 2**20]}, "block_out_channels of at most 16 widths"),
         ({**VQ_MODEL, "layers_per_block": 10**6}, "expected layers_per_block <= "),
         ({**VQ_MODEL, "norm_num_groups": 3}, "network of 'vq_model'.*divisible"),
         ({**VQ_MODEL, "num_vq_embeddings": 0}, "num_vq_embeddings >= 1 .* got 0"),
         ({**VQ_MODEL, "norm_num_groups": -1}, "norm_num_groups >= 1 .* got -1"),
-        ({**VQ_MODEL, "out_channels": 1}, "as many colors as it sees, got 1 and 3"),
+        ({**VQ_MODEL, "out_channels": 1}, "as many output as input channels, got 1 and 3"),
         ({**JANUS, "double_latent": True}, "double_latent=False"),
         ({**DALLE, "n_hid": 4.5}, "network of 'dalle_dvae'"),
     ],
@@ -198,28 +198,28 @@ def test_from_a_tokenizer_to_samples(tmp_path):
     tokenizer = level_with(VQ_MODEL)
     tokenizer.save_pretrained(tmp_path / "converted")
     rng = np.random.default_rng(0)
-    pictures = [PIL.Image.fromarray(x) for x in rng.integers(0, 256, (12, 9, 16, 3), np.uint8)]
+    images = [PIL.Image.fromarray(x) for x in rng.integers(0, 256, (12, 9, 16, 3), np.uint8)]
     run = {"run": {**RECIPE["run"], "finest_level": str(tmp_path / "converted")}}
     AcceleratorState._reset_state(reset_partial_state=True)
-    pipe = train({**RECIPE, **run}, pictures, tmp_path / "run")
+    pipe = train({**RECIPE, **run}, images, tmp_path / "run")
     for name, value in tokenizer.state_dict().items():
-        is_ours = name.startswith("auxiliary.scales.")
-        assert is_ours or torch.equal(value, pipe.level_2.state_dict()[name]), name
+        is_trained = name.startswith("auxiliary.scales.")
+        assert is_trained or torch.equal(value, pipe.level_2.state_dict()[name]), name
     assert pipe.level_2.auxiliary.scales[3].weight.abs().max() > 0  # they have learned
     assert pipe.grid_sizes == [(3, 4), (5, 8), (9, 16)]
     pipe.push_to_hub("org/on-a-tokenizer")
     again = ProgressiveVAEPipeline.from_pretrained("org/on-a-tokenizer")
     assert "level_2/model.safetensors" in HUB.files("org/on-a-tokenizer")
-    assert again.preview(pictures[:2], level=1)[0].size == (16, 9)
-    drawn = again(num_images_per_prompt=2, generator=torch.Generator().manual_seed(0)).images
-    bits = again.bits_per_dim(drawn)
+    assert again.preview(images[:2], level=1)[0].size == (16, 9)
+    samples = again(num_images_per_prompt=2, generator=torch.Generator().manual_seed(0)).images
+    bits = again.bits_per_dim(samples)
     assert [*bits] == ["prior", "level_1", "level_2", "total"]
-    assert again.decompress(again.compress(drawn)).shape == (2, 3, 9, 16)
+    assert again.decompress(again.compress(samples)).shape == (2, 3, 9, 16)
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert train({**RECIPE, **run}, pictures, tmp_path / "run").level_2  # nothing is trained again
+    assert train({**RECIPE, **run}, images, tmp_path / "run").level_2  # nothing is trained again
     refit = {"level_2": {"refit": {"decoder_type": "conv", "fit": FEW}}}
     AcceleratorState._reset_state(reset_partial_state=True)
-    strong = train({**RECIPE, **run, **refit}, pictures, tmp_path / "strong")
+    strong = train({**RECIPE, **run, **refit}, images, tmp_path / "strong")
     assert strong.level_2.config.ordering == "lattice"
     assert fingerprint([strong.level_2]) == fingerprint([tokenizer])

@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from helpers.recipes import SHORT, SMALL
+from helpers.recipes import SHORT, SMALL, SMALLER
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
+from progressive_vae.data.source import open_dataset
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.training.args import FitSettings, RunSettings
 from progressive_vae.training.fit import Fit
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def trained(script, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("digits")
-    script.main([*SMALL, "--output_dir", str(output_dir)])
+    script.main([*SMALLER, "--report_to", "tensorboard", "--output_dir", str(output_dir)])
     return output_dir
 
 
@@ -38,7 +39,7 @@ def test_files_of_a_run(trained):
     assert list(bits) == ["prior", "level_1", "level_2", "total"]
     assert bits["total"] == pytest.approx(sum(v for k, v in bits.items() if k != "total"))
     assert 0 < bits["level_2"] < 8  # uniform pixels cost 8 bits
-    assert metrics["num_images"] == 360 and metrics["codes"]["level_2"]["codebook_size"] == 8
+    assert metrics["num_images"] == 40 and metrics["codes"]["level_2"]["codebook_size"] == 8
     assert 0 <= metrics["label_accuracy"]["level_1"] <= metrics["label_accuracy"]["images"]
     assert {"level_2", "encode_train_2", "level_1", "prior"} <= set(metrics["phases"])
     for name in ("samples.png", "reconstructions.png"):
@@ -54,7 +55,7 @@ def test_files_of_a_run(trained):
 def test_metrics_are_those_of_the_saved_pipeline(trained, script):
     pipe = ProgressiveVAEPipeline.from_pretrained(trained)
     test = GridDataset(trained / "cache" / "pixels" / "test")
-    bits = pipe.bits_per_dim(test.batch(slice(0, 360))[0].to(torch.uint8))
+    bits = pipe.bits_per_dim(test.batch(slice(0, 40))[0].to(torch.uint8))
     metrics = json.loads((trained / "metrics.json").read_text())
     assert bits["total"] == pytest.approx(metrics["bits_per_dim"]["total"], rel=1e-4)
     pipe.set_progress_bar_config(disable=True)
@@ -64,16 +65,16 @@ def test_metrics_are_those_of_the_saved_pipeline(trained, script):
 def test_cached_codes_are_those_of_the_pipeline(trained, script):
     pipe = ProgressiveVAEPipeline.from_pretrained(trained)
     cache = trained / "cache"
-    pixels = GridDataset(cache / "pixels" / "train").batch(slice(0, 500))[0]
+    pixels = GridDataset(cache / "pixels" / "train").batch(slice(0, 200))[0]
     for i, codes in enumerate(pipe.encode(pixels.to(torch.uint8)), 1):
-        cached = GridDataset(cache / f"level_{i}" / "train").batch(slice(0, 500))[0]
+        cached = GridDataset(cache / f"level_{i}" / "train").batch(slice(0, 200))[0]
         assert torch.equal(codes, cached)
 
 
 def test_one_phase_again(trained, script, tmp_path):
     output_dir = tmp_path / "again"
     shutil.copytree(trained, output_dir)
-    flags = [*SMALL, "--output_dir", str(output_dir)]
+    flags = [*SMALLER, "--output_dir", str(output_dir)]
     before = (output_dir / "level_1" / "model.safetensors").read_bytes()
     script.main([*flags, "--phase", "prior", "--prior.fit.max_train_steps", "2"])
     assert (output_dir / "level_1" / "model.safetensors").read_bytes() == before
@@ -99,7 +100,7 @@ def test_resuming_a_finished_run_keeps_its_metrics(trained, script, tmp_path, mo
     shutil.copytree(trained, output_dir)
     module = importlib.import_module("progressive_vae.training.train")  # not the function
     monkeypatch.setattr(module, "evaluate_and_save", lambda *_: None)
-    flags = [*SMALL, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
+    flags = [*SMALLER, "--output_dir", str(output_dir), "--resume_from_checkpoint", "latest"]
     script.main(flags)
     for name in ("metrics.json", "samples.png"):
         assert (output_dir / name).read_bytes() == (trained / name).read_bytes()
@@ -112,7 +113,7 @@ def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
     unchanged += [output_dir / name / "model.safetensors" for name in ("level_1", "prior")]
     contents = [path.read_bytes() for path in unchanged]
     before = fingerprint([ProgressiveVAELevel.from_pretrained(output_dir / "level_2")])
-    flags = [*SMALL, "--output_dir", str(output_dir)]
+    flags = [*SMALLER, "--output_dir", str(output_dir)]
     refit = (
         "--phase refit_level_2 --level_2.refit.fit.max_train_steps 3 --level_2.refit.code_noise 0.1"
     )
@@ -144,7 +145,7 @@ def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
     ],
 )
 def test_decoder_orders_and_quantizers(script, tmp_path, flags):
-    script.main([*SMALL, *shlex.split(flags), "--output_dir", str(tmp_path)])
+    script.main([*SMALLER, *shlex.split(flags), "--output_dir", str(tmp_path)])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     bits = metrics["bits_per_dim_of_drawn_codes"]
@@ -186,20 +187,24 @@ def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
         table = datasets.Dataset.from_dict(rows, features)
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     recipe = ["--config", str(ROOT / "examples/configs/fashion_mnist.yaml")]
-    for source in ("--dataset_name", "--train_data_dir"):
-        output_dir = tmp_path / source
-        flags = [*recipe, *SMALL, *SHORT, "--output_dir", str(output_dir)]
-        script.main([*flags, source, str(tmp_path / "data")])
-        pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
-        assert pipe.grid_sizes == [(2, 2), (7, 7), (28, 28)]
-        assert pipe.labels == {"shirt": 0, "shoe": 1}
-        assert json.loads((output_dir / "metrics.json").read_text())["num_images"] == 30
+    flags = [*recipe, *SMALL, *SHORT, "--report_to", "none"]
+    by_name = [*flags, "--dataset_name", str(tmp_path / "data")]
+    script.main([*by_name, "--output_dir", str(tmp_path / "run")])
+    pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path / "run")
+    assert pipe.grid_sizes == [(2, 2), (7, 7), (28, 28)]
+    assert pipe.labels == {"shirt": 0, "shoe": 1}
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["num_images"] == 30
+    by_folder = [*flags, "--train_data_dir", str(tmp_path / "data")]
+    first, second = (
+        open_dataset(script.parse(words)[0].data).manifests for words in (by_name, by_folder)
+    )
+    assert first == second
 
 
 def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     """A run prints places of phases, time left, next commands."""
     recipe = ["--config", str(ROOT / "examples/configs/color_64.yaml")]
-    data = "--train_data_dir photos --resolution 64 --center_crop".split()
+    data = "--train_data_dir photos --resolution 32 --center_crop".split()
     monkeypatch.chdir(tmp_path)
     folder = Path("photos")
     folder.mkdir()
@@ -208,7 +213,8 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
         height, width = rng.integers(70, 100, 2)
         pixels = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         PIL.Image.fromarray(pixels).resize((int(width), int(height))).save(folder / f"{i}.png")
-    script.main([*recipe, *data, *SMALL, *SHORT, "--max_train_minutes", "0.02"])
+    flags = [*recipe, *data, *SMALL, *SHORT, "--report_to", "none"]
+    script.main([*flags, "--max_train_minutes", "0.02"])
     output = capsys.readouterr()
     assert "encoder_3 (1 of 7)" in output.err and "prior (7 of 7)" in output.err
     assert re.search(r"left='?\d+( of \d+)? min", output.err)
@@ -223,7 +229,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     output_dir = Path("runs/color_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     assert pipe.level_3.config.pixel_distribution == "logistic_mixture"
-    assert pipe.num_levels == 3 and pipe.image_shape == (3, 64, 64)
+    assert pipe.num_levels == 3 and pipe.image_shape == (3, 32, 32)
     assert "label_accuracy" not in json.loads((output_dir / "metrics.json").read_text())
 
 
@@ -251,7 +257,7 @@ def test_recipes_of_the_examples(script):
 
 def test_extend_a_pipeline_by_a_coarser_level(trained, script, tmp_path):
     before = {p: p.read_bytes() for p in sorted(trained.glob("*/model.safetensors"))}
-    script.main([*SMALL, "--extend", str(trained), "--output_dir", str(tmp_path)])
+    script.main([*SMALLER, "--extend", str(trained), "--output_dir", str(tmp_path)])
     assert before == {p: p.read_bytes() for p in before}
     pipe, old = (ProgressiveVAEPipeline.from_pretrained(folder) for folder in (tmp_path, trained))
     assert pipe.num_levels == 3 and pipe.grid_sizes[1:] == old.grid_sizes
@@ -268,7 +274,7 @@ def test_extend_a_pipeline_by_a_coarser_level(trained, script, tmp_path):
 
 def test_train_on_top_of_a_pretrained_level(trained, script, tmp_path):
     pretrained = trained / "level_2"
-    flags = [*SMALL, "--finest_level", str(pretrained), "--output_dir", str(tmp_path)]
+    flags = [*SMALLER, "--finest_level", str(pretrained), "--output_dir", str(tmp_path)]
     script.main([*flags, "--level_1.codebook_size", "4", "--level_2.codebook_size", "99"])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     assert pipe.level_2.config.codebook_size == pipe.level_1.config.num_symbols == 8
@@ -304,7 +310,7 @@ def test_fit_lowers_the_loss_and_ends_with_averaged_weights(trained, script):
 
 
 def test_an_infinite_loss_stops_the_phase(script, tmp_path):
-    flags = [*SMALL, "--output_dir", str(tmp_path), "--levels.fit.max_train_steps", "30"]
+    flags = [*SMALLER, "--output_dir", str(tmp_path), "--levels.fit.max_train_steps", "30"]
     flags += shlex.split("--levels.fit.learning_rate 1e30 --levels.fit.max_grad_norm null")
     flags += shlex.split("--levels.fit.lr_warmup_steps 0")
     with pytest.raises(FloatingPointError, match="of level_2 became .*at step .*checkpoint"):

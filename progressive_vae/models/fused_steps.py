@@ -47,7 +47,9 @@ class FusedSteps:
         if isinstance(model, OPTModel):
             decoder = model.decoder
             self.layers = [_opt_layer(layer) for layer in decoder.layers]
-            self.positions: Tensor | None = decoder.embed_positions.weight[decoder.embed_positions.offset :]
+            self.positions: Tensor | None = decoder.embed_positions.weight[
+                decoder.embed_positions.offset :
+            ]
             self.rotary: tuple[Tensor, Tensor] | None = None
             self.norm: Callable[[Tensor], Tensor] = decoder.final_layer_norm
         else:

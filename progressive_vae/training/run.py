@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.validation import grid_sizes
 from ..data.augmentation import IDENTITY, Augmentation, AugmentedDataset
 from ..data.code_cache import GridDataset, Manifest, write_cache
@@ -71,6 +72,10 @@ class Run:
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
     logged_steps: int = 0
+    # By index: when the levels were saved, and what `_saved_levels` returns.
+    _read: dict[int, tuple[list[int | None], tuple[list[ProgressiveVAELevelConfig], str]]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self):
         with self.exclusive():
@@ -115,8 +120,21 @@ class Run:
 
     def fingerprint(self, index: int) -> str | None:
         """Return the fingerprint of the saved levels `index` … N; `None` if there are none."""
-        levels = [self.level(i) for i in range(index, self.num_levels + 1)]
-        return fingerprint(levels) if levels else None
+        return self._saved_levels(index)[1] if index <= self.num_levels else None
+
+    def _saved_levels(self, index: int) -> tuple[list[ProgressiveVAELevelConfig], str]:
+        """Return the configs and the fingerprint of the saved levels `index` … N.
+
+        All phases and caches need them, so levels are loaded again only after a save.
+        """
+        indices = range(index, self.num_levels + 1)
+        paths = [self.output_dir / f"level_{i}" / "config.json" for i in indices]
+        stamps = [path.stat().st_mtime_ns if path.is_file() else None for path in paths]
+        if None in stamps or index not in self._read or self._read[index][0] != stamps:
+            levels = [self.level(i) for i in indices]
+            configs = [level.config for level in levels]
+            self._read[index] = stamps, (configs, fingerprint(levels))
+        return self._read[index][1]
 
     def grids(self, split: str, index: int) -> GridDataset | PixelStream:
         """Return z_index of a split, or its pixels for index = N + 1; encode once, then cache.
@@ -126,14 +144,13 @@ class Run:
         """
         if index == self.num_levels + 1:
             return self.pixels[split]
-        levels = [self.level(i) for i in range(index, self.num_levels + 1)]
-        size = grid_sizes([level.config for level in levels], self.image_shape[1:])[0]
+        configs, weights = self._saved_levels(index)
         manifest = Manifest(
-            weights=fingerprint(levels),
+            weights=weights,
             dataset=self.pixels[split].manifest.dataset,
             split=split,
-            shape=size,
-            num_values=levels[0].config.codebook_size,
+            shape=grid_sizes(configs, self.image_shape[1:])[0],
+            num_values=configs[0].codebook_size,
         )
         folder = self.output_dir / "cache" / f"level_{index}" / split
         if not folder.exists():
@@ -143,7 +160,7 @@ class Run:
             count = None
             with self.exclusive():
                 if not folder.exists():  # another run may have made it
-                    batches = self._encode(levels[0], finer)
+                    batches = self._encode(self.level(index), finer)
                     write_cache(folder, manifest, batches, self.accelerator)
                     count = len(GridDataset(folder, manifest))
             if count is not None:

@@ -17,7 +17,6 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from helpers.damage import FORMATS, damage, make_image_file, tamper
 from helpers.interruptions import disturb, finish, start, weights
 from helpers.models import tiny_pipeline
+from helpers.processes import SERVER
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.dataset import decode, prepare_image
@@ -44,11 +44,11 @@ def quiet():
 
 
 def try_images(numbers: range) -> list[tuple[Outcome, float]]:
-    found = []
+    timed_outcomes = []
     for number in numbers:
-        draws = random.Random(number)
+        rng = random.Random(number)
         kind = FORMATS[number % len(FORMATS)]
-        contents = damage(make_image_file(kind, draws), draws)
+        contents = damage(make_image_file(kind, rng), rng)
         begun = time.perf_counter()
         try:
             image = decode({"bytes": contents, "path": None}).image
@@ -58,24 +58,24 @@ def try_images(numbers: range) -> list[tuple[Outcome, float]]:
             outcome = LEFT_OUT, kind
         except BaseException as error:
             outcome = WRONG, f"{kind} {number}: {error!r}"
-        found.append((outcome, time.perf_counter() - begun))
-    return found
+        timed_outcomes.append((outcome, time.perf_counter() - begun))
+    return timed_outcomes
 
 
 def attack_images(count: int) -> list[Outcome]:
     """In processes of their own: a codec that crashes must not take this one along."""
     outcomes: list[Outcome] = []
     chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=SERVER) as pool:
         jobs = [pool.submit(try_images, chunk) for chunk in chunks]
         for chunk, job in zip(chunks, jobs, strict=True):
             try:
-                found = job.result()
+                timed_outcomes = job.result()
             except BrokenProcessPool as error:
                 outcomes.append((WRONG, f"images {chunk}: {error!r}"))
                 break
-            outcomes += [outcome for outcome, _ in found]
-            slowest = max(seconds for _, seconds in found)
+            outcomes += [outcome for outcome, _ in timed_outcomes]
+            slowest = max(seconds for _, seconds in timed_outcomes)
             if slowest > 20:
                 outcomes.append((WRONG, f"images {chunk}: one took {slowest:.0f} s"))
     return outcomes
@@ -154,9 +154,9 @@ SMALL = (
 
 
 def try_flags(script, number: int, folder: Path) -> Outcome:
-    draws, chosen = random.Random(number), []
-    for name in draws.sample(sorted(FLAGS), draws.choice([1, 1, 2, 3])):
-        chosen += [f"--{name}", *draws.choice(FLAGS[name]).split()]
+    rng, chosen = random.Random(number), []
+    for name in rng.sample(sorted(FLAGS), rng.choice([1, 1, 2, 3])):
+        chosen += [f"--{name}", *rng.choice(FLAGS[name]).split()]
     if "--streaming" in chosen:  # one image alone would pass thousands of times
         chosen += ["--max_train_samples", "100"]
     words, output_dir = f"flags {number}: {' '.join(chosen)}", folder / str(number)
@@ -205,7 +205,7 @@ def try_pipeline(number: int, source: Path, folder: Path, images, expected: dict
     words = f"pipeline {number}: {tamper(folder, random.Random(number))}"
     try:
         pipe = ProgressiveVAEPipeline.from_pretrained(folder)
-        said = pipe.bits_per_dim(images)
+        actual = pipe.bits_per_dim(images)
     except ValueError as error:
         is_clear = str(error).count("\n") <= 3
         return (REFUSED, words) if is_clear else (WRONG, f"{words}: {error!r}")
@@ -215,10 +215,10 @@ def try_pipeline(number: int, source: Path, folder: Path, images, expected: dict
         shutil.rmtree(folder)
     if ".json: " in words:  # a changed field of a config may change the result
         return WELL, words
-    is_same = said.keys() == expected.keys() and all(
-        math.isclose(said[name], bits, rel_tol=1e-5) for name, bits in expected.items()
+    is_same = actual.keys() == expected.keys() and all(
+        math.isclose(actual[name], bits, rel_tol=1e-5) for name, bits in expected.items()
     )
-    return (WELL, words) if is_same else (WRONG, f"{words}: {said}, not {expected}")
+    return (WELL, words) if is_same else (WRONG, f"{words}: {actual}, not {expected}")
 
 
 def attack_pipelines(count: int) -> list[Outcome]:
@@ -248,21 +248,21 @@ def attack_pipelines(count: int) -> list[Outcome]:
 # ---- damaged streams -----------------------------------------------------------------------------
 
 
-def damaged_stream(streams: list[bytes], foreign: list[bytes], draws: random.Random) -> bytes:
+def damaged_stream(streams: list[bytes], foreign: list[bytes], rng: random.Random) -> bytes:
     """Of a codec: other bits, other lengths, other models, other arithmetic, a later version."""
-    stream = draws.choice(streams)
-    match draws.randrange(6):
+    stream = rng.choice(streams)
+    match rng.randrange(6):
         case 0:
-            return draws.randbytes(draws.randint(0, 80))
+            return rng.randbytes(rng.randint(0, 80))
         case 1:
-            return stream[:8] + draws.randbytes(draws.randint(0, 80))
+            return stream[:8] + rng.randbytes(rng.randint(0, 80))
         case 2:
-            return draws.choice(foreign)
+            return rng.choice(foreign)
         case 3:
-            return stream[:3] + draws.randbytes(1) + stream[4:]
+            return stream[:3] + rng.randbytes(1) + stream[4:]
         case 4:
-            return bytes([draws.randrange(256)]) + stream[1:]
-    return damage(bytearray(stream), draws)
+            return bytes([rng.randrange(256)]) + stream[1:]
+    return damage(bytearray(stream), rng)
 
 
 def attack_streams(count: int) -> list[Outcome]:
@@ -274,21 +274,21 @@ def attack_streams(count: int) -> list[Outcome]:
     streams, foreign = pipe.compress(images), other.compress(images)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in tqdm(range(count), desc="streams"):
-        draws = random.Random(number)
-        stream = damaged_stream(streams, foreign, draws)
-        num_levels = draws.choice([None, None, None, 1, 2, 3])
-        words, begun = f"stream {number} to level {num_levels}", time.perf_counter()
+        rng = random.Random(number)
+        stream = damaged_stream(streams, foreign, rng)
+        num_levels = rng.choice([None, None, None, 1, 2, 3])
+        words, begun = f"stream {number} to level {num_levels}", time.process_time()
         try:
             image = pipe.decompress(stream, num_levels)[0]
-            # The first levels alone cannot be verified; they are some picture.
+            # The first levels alone cannot be verified; any image will do.
             is_right = num_levels is not None or any(torch.equal(image, x) for x in images)
             outcome = (WELL, words) if is_right else (WRONG, f"{words}: another image")
         except ValueError as error:
-            is_ours = str(error).startswith("expected ")
-            outcome = (REFUSED, words) if is_ours else (WRONG, f"{words}: {error!r}")
+            is_clear = str(error).startswith("expected ")
+            outcome = (REFUSED, words) if is_clear else (WRONG, f"{words}: {error!r}")
         except BaseException as error:
             outcome = WRONG, f"{words}: {error!r}"
-        if (seconds := time.perf_counter() - begun) > 1:
+        if (seconds := time.process_time() - begun) > 1:
             outcome = WRONG, f"{outcome[1]} took {seconds:.1f} s"
         outcomes.append(outcome)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024

@@ -20,10 +20,10 @@ def codec_pipeline(size, num_classes=0, **kind):
     if kind.get("pixel_distribution") in GUIDED_DISTRIBUTIONS:
         finest["auxiliary_hidden_size"] = 8
     classes = {"num_classes": num_classes}
-    of_symbols = {k: v for k, v in kind.items() if k != "pixel_distribution"}
+    of_codes = {k: v for k, v in kind.items() if k != "pixel_distribution"}
     fsq = {"codebook_dim": 1} if kind.get("quantizer") == "fsq" else {}
     levels = [
-        tiny_level(1, num_symbols=4, downsample=8, codebook_size=4, **of_symbols, **fsq),
+        tiny_level(1, num_symbols=4, downsample=8, codebook_size=4, **of_codes, **fsq),
         tiny_level(2, num_channels=3, downsample=8, codebook_size=4, **finest, **fsq),
     ]
     grid_size = [-(-n // 64) for n in size]

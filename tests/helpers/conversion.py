@@ -31,7 +31,7 @@ VQMODELS = {
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights under which codes differ from place to place and pictures are within their range."""
+    """Weights under which codes differ from place to place and images are within their range."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

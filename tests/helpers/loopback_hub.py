@@ -62,7 +62,7 @@ class LoopbackHub:
     huggingface_hub is imported.
 
     `repos` holds what is there, Spaces as "spaces/you/name". While `fail_on` is a
-    regular expression, requests whose "METHOD /path" it is found in are answered with an error, and
+    regular expression, requests whose "METHOD /path" it matches are answered with an error, and
     `log` holds those that were not.
     """
 
@@ -94,19 +94,19 @@ class LoopbackHub:
 
     def create(self, request):
         request.need_token()
-        asked = request.json()
-        repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
+        body = request.json()
+        repo_id = f"{body.get('organization') or USER}/{body['name']}"
         if repo_id.split("/")[0] not in (USER, "org"):
             raise Refusal(403, "Forbidden", "you have no right to create this repository")
         answer = {"name": repo_id, "id": repo_id}
-        if asked.get("type") == "space":
-            if asked.get("sdk") not in ("gradio", "docker", "static"):
+        if body.get("type") == "space":
+            if body.get("sdk") not in ("gradio", "docker", "static"):
                 raise Refusal(400, "BadRequest", "a Space needs an sdk")
             repo_id = f"spaces/{repo_id}"
         answer["url"] = f"{self.url}/{repo_id}"
         if repo_id in self.repos:
             raise Refusal(409, "RepoExists", "You already created this repository", answer)
-        is_private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        is_private = bool(body.get("private")) or body.get("visibility") == "private"
         repo = self.repos[repo_id] = Repo(is_private)
         repo.refs["main"] = repo.add("initial commit", {".gitattributes": b"*.png -text\n"}).oid
         return answer
@@ -125,8 +125,8 @@ class LoopbackHub:
     def preupload(self, request, repo_id, revision):
         """Which files to send by LFS, and which the repository's `.gitignore` leaves out."""
         request.need_token()
-        asked, commit = request.json(), request.repo(repo_id).at(revision)
-        ignored = asked.get("gitIgnore", "").split()
+        body, commit = request.json(), request.repo(repo_id).at(revision)
+        ignored = body.get("gitIgnore", "").split()
         return {
             "commitOid": commit.oid,
             "files": [
@@ -136,18 +136,18 @@ class LoopbackHub:
                     "uploadMode": "lfs" if file["path"].endswith(LFS_ENDINGS) else "regular",
                     "shouldIgnore": any(_is_ignored(file["path"], line) for line in ignored),
                 }
-                for file in asked["files"]
+                for file in body["files"]
             ],
         }
 
     def lfs_batch(self, request, repo_id):
         objects = []
-        for asked in request.json()["objects"]:
-            known = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.lfs:
-                upload = {"href": f"{self.url}/lfs/{asked['oid']}", "header": {}}
-                known["actions"] = {"upload": upload}
-            objects.append(known)
+        for body in request.json()["objects"]:
+            answer = {"oid": body["oid"], "size": body["size"]}
+            if body["oid"] not in self.lfs:
+                upload = {"href": f"{self.url}/lfs/{body['oid']}", "header": {}}
+                answer["actions"] = {"upload": upload}
+            objects.append(answer)
         return {"transfer": "basic", "objects": objects}
 
     def lfs_upload(self, request, oid):
@@ -198,11 +198,11 @@ class LoopbackHub:
 
     def paths_info(self, request, repo_id, revision):
         files = request.repo(repo_id).at(revision).files
-        asked = request.json()["paths"]
-        return [_describe(name, files[name]) for name in asked if name in files]
+        body = request.json()["paths"]
+        return [_describe(name, files[name]) for name in body if name in files]
 
     def may_write(self, request, repo_id):
-        """Organisations other than ours are read by us, and written by others."""
+        """The user reads every organization, and writes to one."""
         request.need_token()
         request.repo(repo_id)
         if repo_id.removeprefix("spaces/").split("/")[0] not in (USER, "org"):
@@ -276,13 +276,13 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, answer in ROUTES:
             for name, form in (("{kind}", _KIND), ("{repo}", _REPO), ("{revision}", _REVISION)):
                 pattern = pattern.replace(name, form)
-            if method == self.command and (found := re.fullmatch(pattern, path)):
-                given = {name: value for name, value in found.groupdict().items() if value}
-                return self._send(200, json.dumps(answer(self.hub, self, **given)).encode(), {})
+            if method == self.command and (match := re.fullmatch(pattern, path)):
+                arguments = {name: value for name, value in match.groupdict().items() if value}
+                return self._send(200, json.dumps(answer(self.hub, self, **arguments)).encode(), {})
         if self.command in ("GET", "HEAD") and (
-            found := re.fullmatch(f"/{_REPO}/resolve/{_REVISION}/(?P<name>.+)", path)
+            match := re.fullmatch(f"/{_REPO}/resolve/{_REVISION}/(?P<name>.+)", path)
         ):
-            return self._resolve(**found.groupdict())
+            return self._resolve(**match.groupdict())
         raise Refusal(404, "NotImplemented", f"no route for {self.command} {path}")
 
     def _resolve(self, repo_id: str, revision: str, name: str):

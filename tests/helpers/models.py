@@ -97,7 +97,7 @@ def weights_of(pipe):
 
 
 def assert_same(pipe, other):
-    theirs = weights_of(other)
+    expected = weights_of(other)
     for name, value in weights_of(pipe).items():
-        assert torch.equal(value, theirs[name]), name
+        assert torch.equal(value, expected[name]), name
     assert type(other) is ProgressiveVAEPipeline and other.image_shape == pipe.image_shape
