@@ -424,8 +424,8 @@ class GroupDecoder(Decoder):
             by_channel = [x]  # (S, B, n, width) each
             for channel in range(channels - 1):
                 assert embedded is not None
-                known = _split_groups(embedded[:, channel, positions], len(run))
-                change = apply_each([x.colours[channel] for x in run], known, "unaligned")
+                values = _split_groups(embedded[:, channel, positions], len(run))
+                change = apply_each([x.colours[channel] for x in run], values, "unaligned")
                 by_channel.append(by_channel[-1] + change)
             x = F.silu(torch.stack(by_channel, 1)).flatten(0, 1)  # (S·C, B, n, width)
             heads = [head for stage in run for head in stage.heads]

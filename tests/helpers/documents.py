@@ -111,8 +111,8 @@ def sentences(page: Path) -> list[str]:
     text = re.sub(r"`[^`]*`", "code", text)
     text = re.sub(r"^(#|\|).*", "", text, flags=re.M)
     paragraphs = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text)
-    found = [re.split(r"(?<=[.!?;])[*_)\"]*\s+", " ".join(each.split())) for each in paragraphs]
-    return [sentence for paragraph in found for sentence in paragraph if sentence]
+    sentences = [re.split(r"(?<=[.!?;])[*_)\"]*\s+", " ".join(text.split())) for text in paragraphs]
+    return [sentence for paragraph in sentences for sentence in paragraph if sentence]
 
 
 def printed_statements(code: str) -> Iterator[tuple[ast.stmt, str]]:
