@@ -40,8 +40,8 @@ from progressive_vae.hub.repository import METRICS
 from progressive_vae.scripts import default_device, run_script
 from progressive_vae.serialization import read_json
 from progressive_vae.training import train
-from progressive_vae.training.recipe import read_yaml
 from progressive_vae.training.report import device_name
+from progressive_vae.training.yaml_files import read_yaml
 
 EXAMPLES = Path(__file__).parent
 MODEL = str(EXAMPLES / "fashion_mnist")

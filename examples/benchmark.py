@@ -301,6 +301,60 @@ def main(words: list[str]):
         compare(arguments)
 
 
+def measure(
+    arguments: Arguments,
+    metrics: SampleMetrics,
+    run: Run,
+    pipe: ProgressiveVAEPipeline,
+    baseline: VQVAETransformer,
+    baseline_costs: dict[str, float],
+    dtype: torch.dtype,
+) -> tuple[dict[str, dict], list[Callable[..., Tensor]]]:
+    """Return a column of metrics for each model, by its title, and functions that sample from the
+    models that were trained here."""
+    minutes = arguments.train_minutes
+    train_images = run.pixels["train"].sample(metrics.num_samples, arguments.seed)
+    images = run.pixels["test"].batch(slice(0, 250))[0].to(torch.uint8)
+    sample = partial(samples_of_pipeline, arguments, "progressive_vae", pipe)
+    sample_baseline = partial(
+        samples_of,
+        arguments,
+        "baseline",
+        [*baseline.parts().values()],
+        run.image_shape,
+        baseline.sample_labeled,
+    )
+    training_rate = read_json(run.output_dir / MATRIX_RATE, _REMEDY, float)
+    columns = {
+        f"progressive VAE, {minutes:g} minutes": {
+            **metrics.of_samples(sample),
+            **pipeline_speeds(pipe, images, run.phases(), dtype, training_rate),
+        },
+        f"baseline VQ-VAE, {minutes:g} minutes": {
+            **metrics.of_samples(sample_baseline),
+            **baseline_speeds(baseline, images, baseline_costs),
+        },
+        f"{len(train_images)} training images": metrics.of_images(
+            uint8_to_unit(part) for part in train_images.split(BATCH_SIZE)
+        ),
+    }
+    samplers = [sample, sample_baseline]
+    if pipe.stack.has_previews:  # expected images, as those of the baseline
+        sample_previews = partial(sample, preview=True)
+        samplers.insert(1, sample_previews)
+        columns["its previews"] = {
+            **metrics.of_samples(sample_previews),
+            **preview_speeds(pipe, len(images)),
+        }
+    if arguments.model is not None:
+        other = loaded(arguments.model, run.accelerator.device)
+        columns[Path(arguments.model).name] = {
+            **metrics.of_samples(partial(samples_of_pipeline, arguments, "model", other)),
+            **pipeline_speeds(other, images, {}),
+        }
+    return columns, samplers
+
+
 def compare(arguments: Arguments):
     """Train both models unless they are trained already, measure them, and write the results."""
     output_dir = Path(arguments.output_dir)
@@ -335,45 +389,7 @@ def compare(arguments: Arguments):
 
     # Measure: one column of the table for each model.
     metrics = SampleMetrics(arguments, classifier, pixels["test"])
-    train_images = pixels["train"].sample(metrics.num_samples, seed)
-    images = pixels["test"].batch(slice(0, 250))[0].to(torch.uint8)
-    sample = partial(samples_of_pipeline, arguments, "progressive_vae", pipe)
-    sample_baseline = partial(
-        samples_of,
-        arguments,
-        "baseline",
-        [*baseline.parts().values()],
-        run.image_shape,
-        baseline.sample_labeled,
-    )
-    training_rate = read_json(folder / MATRIX_RATE, _REMEDY, float)
-    columns = {
-        f"progressive VAE, {minutes:g} minutes": {
-            **metrics.of_samples(sample),
-            **pipeline_speeds(pipe, images, run.phases(), dtype, training_rate),
-        },
-        f"baseline VQ-VAE, {minutes:g} minutes": {
-            **metrics.of_samples(sample_baseline),
-            **baseline_speeds(baseline, images, baseline_costs),
-        },
-        f"{len(train_images)} training images": metrics.of_images(
-            uint8_to_unit(part) for part in train_images.split(BATCH_SIZE)
-        ),
-    }
-    samplers = [sample, sample_baseline]
-    if pipe.stack.has_previews:  # expected images, as those of the baseline
-        sample_previews = partial(sample, preview=True)
-        samplers.insert(1, sample_previews)
-        columns["its previews"] = {
-            **metrics.of_samples(sample_previews),
-            **preview_speeds(pipe, len(images)),
-        }
-    if arguments.model is not None:
-        other = loaded(arguments.model, device)
-        columns[Path(arguments.model).name] = {
-            **metrics.of_samples(partial(samples_of_pipeline, arguments, "model", other)),
-            **pipeline_speeds(other, images, {}),
-        }
+    columns, samplers = measure(arguments, metrics, run, pipe, baseline, baseline_costs, dtype)
 
     # Write.
     text = f"{table(columns)}\n\n{conditions(metrics, device, dtype)}\n"

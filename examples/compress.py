@@ -116,17 +116,7 @@ def pack(
     }
     check_settings(folder, settings)
 
-    # Compress part by part; parts that exist are of an interrupted call.
-    tables = []
-    with tqdm(total=len(images), desc="pack") as progress:
-        for start in range(0, len(images), pictures_per_part):
-            path = folder / f"{start:08d}.parquet"
-            part = images.select(range(start, min(start + pictures_per_part, len(images))))
-            if path.is_file():
-                progress.update(len(part))
-            else:
-                write_table(packed(pipe, part, arithmetic, progress), path)
-            tables.append(pq.read_table(path))
+    tables = packed_parts(pipe, images, folder, pictures_per_part, arithmetic)
     table = pa.concat_tables([part.replace_schema_metadata() for part in tables])
     if not len(table):
         raise ValueError(f"expected images of mode {mode_of(pipe)} in {source}, got none")
@@ -380,6 +370,28 @@ def join_tiles(tiles: Tensor, height: int, width: int) -> np.ndarray:
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+
+def packed_parts(
+    pipe: ProgressiveVAEPipeline,
+    images: datasets.Dataset,
+    folder: Path,
+    part_size: int,
+    arithmetic: str,
+) -> list[pa.Table]:
+    """Return tables of compressed images, which are also written to `folder`; the tables of an
+    interrupted call are read from there."""
+    tables = []
+    with tqdm(total=len(images), desc="pack") as progress:
+        for start in range(0, len(images), part_size):
+            path = folder / f"{start:08d}.parquet"
+            part = images.select(range(start, min(start + part_size, len(images))))
+            if path.is_file():
+                progress.update(len(part))
+            else:
+                write_table(packed(pipe, part, arithmetic, progress), path)
+            tables.append(pq.read_table(path))
+    return tables
 
 
 def packed(

@@ -81,46 +81,51 @@ def open_images(folder: Path, count: int) -> list[PIL.Image.Image]:
     return [PIL.Image.open(path) for path in paths]
 
 
-def main(words: list[str]):
-    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(
-        words, look_for_args_file=False
-    )[0]
+def make_generators(seed: int, count: int) -> list[torch.Generator]:
+    """Return one generator for each of `count` results."""
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def images_and_condition(
+    pipe: ProgressiveVAEPipeline, arguments: Arguments
+) -> tuple[list[PIL.Image.Image], dict[str, list[int]]]:
+    """Return the images to edit, and their class labels as keyword arguments, if there are any."""
     count = arguments.num_images
-    if count < 4:
-        raise ValueError(f"expected num_images >= 4, got {count}")
-    check_image_path(arguments.output, "output")
-    pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
-    pipe.to(default_device()).set_progress_bar_config(disable=True)
-
-    def generators(number: int) -> list[torch.Generator]:
-        return [torch.Generator().manual_seed(arguments.seed + i) for i in range(number)]
-
-    condition: dict = {}
     if arguments.images is not None:
-        images = open_images(Path(arguments.images), count)
-        count = len(images)
-    else:
-        if pipe.labels:
-            condition = {"class_labels": [i % len(pipe.labels) for i in range(count)]}
-        images = pipe(
-            **condition,
-            num_images_per_prompt=1 if condition else count,
-            generator=generators(count),
-        ).images
+        return open_images(Path(arguments.images), count), {}
+    condition = {}
+    if pipe.labels:
+        condition = {"class_labels": [i % len(pipe.labels) for i in range(count)]}
+    images = pipe(
+        **condition,
+        num_images_per_prompt=1 if condition else count,
+        generator=make_generators(arguments.seed, count),
+    ).images
+    return images, condition
+
+
+def edit(
+    pipe: ProgressiveVAEPipeline,
+    images: list[PIL.Image.Image],
+    condition: dict[str, list[int]],
+    arguments: Arguments,
+) -> list[PIL.Image.Image]:
+    """Return the rows of the grid, one result of each image in a row."""
+    count = len(images)
+    seed = arguments.seed
     # The images and the masked images.
-    start = time.perf_counter()
     pixel_values = torch.cat(list(pixel_value_batches(images, pipe.image_shape, count)))
     masks = make_masks(count, *pipe.image_shape[1:])
     rows = from_pixel_values(pixel_values, "pil")
     rows += from_pixel_values(pixel_values.masked_fill(masks[:, None], 0), "pil")
-    # The pipeline returns the results of each image together; a row has one result of each image.
+    # The pipeline returns the results of each image together.
     num_particles = arguments.num_candidates
     inpaintings = pipe.inpaint(
         images,
         masks,
         num_images_per_prompt=NUM_INPAINTINGS,
         num_particles=num_particles[0] if len(num_particles) == 1 else num_particles,
-        generator=generators(NUM_INPAINTINGS * count),
+        generator=make_generators(seed, NUM_INPAINTINGS * count),
         **condition,
     ).images
     for i in range(NUM_INPAINTINGS):
@@ -131,7 +136,7 @@ def main(words: list[str]):
             images,
             level,
             NUM_VARIATIONS,
-            generator=generators(NUM_VARIATIONS * count),
+            generator=make_generators(seed, NUM_VARIATIONS * count),
             temperature=arguments.temperature,
             **(condition if is_conditional else {}),
         ).images
@@ -142,9 +147,25 @@ def main(words: list[str]):
         images[:num_pairs],
         images[-num_pairs:],
         steps=count,
-        generator=generators(num_pairs),
+        generator=make_generators(seed, num_pairs),
         temperature=arguments.temperature,
     ).images
+    return rows
+
+
+def main(words: list[str]):
+    arguments = HfArgumentParser(Arguments).parse_args_into_dataclasses(
+        words, look_for_args_file=False
+    )[0]
+    if arguments.num_images < 4:
+        raise ValueError(f"expected num_images >= 4, got {arguments.num_images}")
+    check_image_path(arguments.output, "output")
+    pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
+    images, condition = images_and_condition(pipe, arguments)
+    count = len(images)
+    start = time.perf_counter()
+    rows = edit(pipe, images, condition, arguments)
     save_image(image_grid(rows, count), arguments.output)
     seconds = time.perf_counter() - start
     print(f"sampled {len(rows) // count - 2} rows of {count} in {seconds:.1f} s")

@@ -74,12 +74,9 @@ def push_space(
     repo_id = create_repository(repo_id, private, token, repo_type="space", space_sdk="gradio")
     files[CARD] = str(space_card(repo_id, model_repo, sdk_version, license)).encode()
     api = HfApi(token=token)
-    outdated = [
-        name
-        for name in api.list_repo_files(repo_id, repo_type="space")
-        if name.startswith(f"{MODEL_FOLDER}/") and name not in files
-    ]
-    operations: list[Any] = [CommitOperationDelete(name) for name in outdated]
+    names = api.list_repo_files(repo_id, repo_type="space")
+    old_names = [name for name in names if name.startswith(f"{MODEL_FOLDER}/")]
+    operations: list[Any] = [CommitOperationDelete(n) for n in old_names if n not in files]
     operations += [CommitOperationAdd(name, contents) for name, contents in files.items()]
     return api.create_commit(
         repo_id, operations, commit_message="Upload the page", repo_type="space"

@@ -16,13 +16,8 @@ import pytest
 
 pytest.importorskip("gradio", reason='pip install -e ".[demo,codec]"')
 from helpers.images import as_png, bomb, photograph  # noqa: E402
+from helpers.processes import free_port  # noqa: E402
 from helpers.scripts import ROOT  # noqa: E402
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def is_open(port: int) -> bool:

@@ -14,7 +14,7 @@ def test_at_size(name, count):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), {"images": 200, "streams": 200, "flags": 8, "pipelines": 60}.items()
+    ("name", "count"), {"images": 200, "streams": 100, "flags": 5, "pipelines": 24}.items()
 )
 def test_small(name, count):
     outcomes = attack.ATTACKS[name][1](count)

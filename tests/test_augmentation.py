@@ -39,7 +39,7 @@ def test_a_square_has_all_24_transforms(tmp_path):
     assert [row["label"] for row in rows] == 24 * list(range(5))
     assert all(torch.equal(rows[i]["grid"], grids[i]) for i in range(5))  # the identity
     expected = {
-        np.rot90(grids[3][list(order)], turns, (1, 2)).tobytes()
+        np.rot90(grids[3].byte()[list(order)], turns, (1, 2)).tobytes()
         for order in permutations(range(3)) for turns in range(4)
     }  # fmt: skip
     assert {row["grid"].numpy().tobytes() for row in rows[3::5]} == expected and len(expected) == 24

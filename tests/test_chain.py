@@ -29,10 +29,13 @@ def test_an_image_size_follows_from_the_prior():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: check_levels([FINEST, None, FINEST]), r"without a hole, got levels \[1, 3\]"),
+        (lambda: check_levels([FINEST, None, FINEST]), r"without a gap, got levels \[1, 3\]"),
         (lambda: check_levels([level(num_symbols=9), FINEST]), "level_1 with num_symbols=64"),
         (lambda: check_levels([level()]), "level_1, the finest, with num_channels"),
-        (lambda: check_image_size(None, [FINEST], None), "image_size=.H, W. where there is no"),
+        (
+            lambda: check_image_size(None, [FINEST], None),
+            "image_size=.H, W. of a pipeline without a prior",
+        ),
         (lambda: check_image_size([28], [FINEST], None), "image_size of two positive integers"),
         (lambda: check_image_size(7, [FINEST], None), "image_size of two positive integers, got 7"),
         (

@@ -27,7 +27,18 @@ def test_a_cache_holds_the_grids_and_labels_that_were_written(tmp_path):
     assert torch.equal(read[0], grids) and torch.equal(read[1], labels)
     rows = dataset.__getitems__([7, 3])
     assert torch.equal(rows[0]["grid"], grids[7]) and rows[1]["label"] == labels[3]
+    assert rows[0]["grid"].dtype == torch.int64
     assert [len(g) for g, _ in dataset.batches(8)] == [8, 8, 4]
+
+
+def test_pixels_of_training_examples_are_bytes(tmp_path):
+    pixels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    manifest = dataclasses.replace(MANIFEST, shape=(3, 4, 5), num_values=256)
+    write_cache(tmp_path / "cache", manifest, [(pixels, torch.zeros(2, dtype=torch.long))])
+    dataset = GridDataset(tmp_path / "cache")
+    example = dataset[1]["grid"]
+    assert example.dtype == torch.uint8 and torch.equal(example.long(), pixels[1])
+    assert dataset.batch([1])[0].dtype == torch.int64
 
 
 @pytest.mark.parametrize(

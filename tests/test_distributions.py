@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from helpers.op_count import count_ops
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 from progressive_vae.configuration.level import MANY_CODES
 from progressive_vae.models import distributions
@@ -66,6 +67,31 @@ def test_icdf_of_a_mixture_inverts_the_cumulative_distribution():
     assert ends.min() >= 0 and ends.max() <= 255
 
 
+def plain_icdf(distribution, u):
+    """Binary search, one midpoint after the other."""
+    values = torch.zeros(u.shape, dtype=torch.long)
+    for power in reversed(range(8)):
+        midpoints = values + 2**power
+        edges = midpoints.float() - 0.5
+        logistics = ((edges - distribution.means) * distribution.precisions).sigmoid()
+        mass_below = (distribution.weights[:-1] * logistics).sum(0)
+        mass_below = mass_below + distribution.weights[-1] / 256 * midpoints
+        values = torch.where(mass_below > u, values, midpoints)
+    return values
+
+
+@pytest.mark.parametrize(("is_small", "max_num_ops"), [(True, 31), (False, 120)])
+def test_searches_in_two_and_in_eight_rounds_agree(is_small, max_num_ops, monkeypatch):
+    monkeypatch.setattr(distributions, "MAX_POSITIONS_ON_CPU", 10**6 if is_small else 0)
+    distribution = random_mixture(20, 1000)
+    u = torch.rand(20, 1000, generator=torch.Generator().manual_seed(1))
+    values = distribution.icdf(u)
+    differing = (values != plain_icdf(distribution, u)).float().mean()
+    assert differing <= 5e-4  # after a rounding
+    count = count_ops(lambda: distribution.icdf(u))
+    assert sum(count.ops.values()) <= max_num_ops and not count.waits
+
+
 @pytest.mark.parametrize("kind", ["categorical", "mixture"])
 def test_icdf_of_evenly_spaced_numbers_has_the_frequencies_of_the_distribution(kind):
     u = (torch.arange(20_000) + 0.5).expand(1, -1) / 20_000
@@ -99,7 +125,9 @@ def test_categorical_log_prob_is_the_log_softmax():
 
 
 @pytest.mark.parametrize("num_values", [2, 3, 17, 256])
-def test_binary_search_reaches_every_value(num_values):
+@pytest.mark.parametrize("is_small", [True, False])
+def test_the_search_reaches_every_value(num_values, is_small, monkeypatch):
+    monkeypatch.setattr(distributions, "MAX_POSITIONS_ON_CPU", 10**6 if is_small else 0)
     weights = torch.tensor([0.0, 1.0]).view(2, 1, 1).expand(2, 1, num_values)
     ones = torch.ones(1, 1, num_values)
     uniform = DiscretizedLogisticMixture(weights, ones, ones, num_values)

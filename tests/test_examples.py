@@ -22,8 +22,8 @@ from progressive_vae.training.muon import has_bf16
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("digits")
-    flags = ["--report_to", "none", "--max_eval_samples", "50", "--output_dir", str(output_dir)]
-    load_script("train").main([*SMALL, *flags])
+    flags = ["--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "50"]
+    load_script("train").main([*SMALL, *flags, "--output_dir", str(output_dir)])
     return output_dir
 
 
@@ -72,12 +72,12 @@ def test_edit_writes_a_row_for_each_edit(trained, tmp_path, capsys):
 def test_evaluate_writes_every_metric(trained, tmp_path):
     script = load_script("evaluate")
     flags = ["--model", str(trained), "--dataset_name", "digits", "--output_dir", str(tmp_path)]
-    flags += ["--max_eval_samples", "100", "--num_drawn", "100", "--classifier_steps", "30"]
-    flags += ["--num_drawn_to_learn_from", "200", "--num_images_of_curve", "10"]
+    flags += ["--max_eval_samples", "50", "--num_drawn", "50", "--classifier_steps", "10"]
+    flags += ["--num_drawn_to_learn_from", "60", "--num_images_of_curve", "10"]
     script.main(flags)
     first = json.loads((tmp_path / "evaluation.json").read_text())
     bits = first["bits_per_dim"]
-    assert set(bits) == {"prior", "level_1", "level_2", "total"} and first["num_images"] == 100
+    assert set(bits) == {"prior", "level_1", "level_2", "total"} and first["num_images"] == 50
     assert list(first["distances"])[1:] == [
         "reconstructions from z_2",
         "reconstructions from z_1",
@@ -91,7 +91,7 @@ def test_evaluate_writes_every_metric(trained, tmp_path):
     for row in curve.values():
         assert row["mse_of_mean"] <= row["mse"]
     assert {"JPEG", "WebP"} <= set(first["curves"])
-    assert "trained on 200 samples" in first["accuracy"]
+    assert "trained on 60 samples" in first["accuracy"]
     assert first["lossless_files"]["WebP files of 10 images"] > bits["total"]  # headers are long
     assert PIL.Image.open(tmp_path / "rate_distortion.png").width > 500
     assert f"{bits['total']:.4f}" in (tmp_path / "evaluation.md").read_text()
@@ -211,6 +211,7 @@ def test_benchmark_compares_with_the_baseline(tmp_path, monkeypatch, capsys):
     script, output_dir = load_script("benchmark"), tmp_path / "out"
     monkeypatch.setattr(speed, "TIMED_SECONDS", 0.02)
     flags = ["--train_minutes", "0.02", "--num_drawn", "60", "--num_drawn_to_learn_from", "0"]
+    flags += ["--classifier_steps", "100"]
     flags += ["--config", str(recipe), "--output_dir", str(output_dir)]
     script.main(flags)
     ours, theirs, real = json.loads((output_dir / "benchmark.json").read_text()).values()

@@ -81,6 +81,18 @@ def fit_level(data, **settings):
     return level.state_dict()
 
 
+def test_batches_have_bytes_for_the_device_and_indices_for_the_host(data):
+    loader, order = fitting._make_loader(data, Accelerator(cpu=True), 6, RunSettings())
+    order.begin_at(1, 4)
+    (first, second) = loader
+    assert first["grid"].dtype == torch.uint8
+    indices = first["index"] + second["index"]
+    assert all(type(index) is int for index in indices)
+    assert indices == [*order]
+    assert torch.equal(second["grid"].long(), data.batch(second["index"])[0])
+    assert torch.equal(second["label"], torch.full((6,), -1))
+
+
 def test_without_max_grad_norm_nothing_is_clipped(data):
     before = tiny_level(num_channels=1).state_dict()
     unclipped, loose = (fit_level(data, max_grad_norm=norm) for norm in (None, 1e9))

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.hooks import CpuOffload
+from diffusers.pipelines import pipeline_loading_utils
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers import AutoConfig, AutoModel
@@ -124,10 +125,15 @@ def test_a_dtype_for_each_part(repository):
     assert loaded.level_3.dtype == torch.bfloat16 and loaded.level_2.dtype == torch.float32
 
 
-def test_offline_after_a_first_load(repository, tmp_path):
-    """In another process with HF_HUB_OFFLINE=1 and an unreachable Hub."""
+@pytest.mark.parametrize("is_offline", ["0", "1"])
+def test_an_unreachable_hub_after_a_first_load(repository, tmp_path, is_offline):
+    """In a new process, with and without HF_HUB_OFFLINE; with code in the repository, and not."""
+    tiny_pipeline().push_to_hub("org/cached", with_code=True)
+    for name, code in ((repository, False), ("org/cached", True)):
+        ProgressiveVAEPipeline.from_pretrained(
+            name, trust_remote_code=code, cache_dir=tmp_path / "hub"
+        )
     code = f"""
-import sys
 from diffusers import DiffusionPipeline
 from transformers import AutoModel
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
@@ -136,17 +142,14 @@ for _ in range(2):
     DiffusionPipeline.from_pretrained({repository!r})
     AutoModel.from_pretrained({repository!r}, subfolder="prior")
     ProgressiveVAELevel.from_pretrained({repository!r}, subfolder="level_1")
+for options in ({{}}, dict(trust_remote_code=True), dict(local_files_only=True)):
+    ProgressiveVAEPipeline.from_pretrained("org/cached", **options)
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
-
-    def run(**more):
-        return subprocess.run([sys.executable, "-c", code], env={**environment, **more},
-                              capture_output=True, text=True)  # fmt: skip
-
-    offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    assert run(**offline).returncode != 0  # nothing is cached
-    for done in (run(), run(**offline)):
-        assert done.returncode == 0, done.stderr
+    environment = {"HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+    environment |= {"HF_HUB_OFFLINE": is_offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_safetensors_offline_and_from_the_cache(repository, tmp_path):
@@ -242,19 +245,14 @@ def test_from_pipe_shares_the_parts(repository):
     assert other.image_shape == pipe.image_shape and other(output_type="np").images.ndim == 4
 
 
-def test_a_page_quotes_the_error_without_the_package(repository):
-    code = f"""
-import sys
-sys.modules["progressive_vae"] = None  # as if not installed
-from diffusers import DiffusionPipeline
-try:
-    DiffusionPipeline.from_pretrained({repository!r})
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    message = done.stdout.strip().replace(repository, "org/name")
-    assert re.search("is not a module in 'diffusers/pipelines'", message), done.stderr
+def test_a_page_quotes_the_error_without_the_package(repository, monkeypatch):
+    monkeypatch.setitem(sys.modules, "progressive_vae", None)  # as if not installed
+    monkeypatch.delattr(diffusers, "ProgressiveVAEPipeline")
+    monkeypatch.delattr(diffusers.pipelines, "progressive_vae")
+    monkeypatch.delitem(pipeline_loading_utils.LOADABLE_CLASSES, "progressive_vae")
+    with pytest.raises(ValueError, match="is not a module in 'diffusers/pipelines'") as raised:
+        diffusers.DiffusionPipeline.from_pretrained(repository)
+    message = str(raised.value).strip().replace(repository, "org/name")
     assert message in re.sub(r"\s+", " ", (ROOT / "examples/docs/hub.md").read_text())
     assert "pip install progressive-vae" in HUB.files(repository)["README.md"].decode()
 

@@ -17,6 +17,7 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from helpers.hub import HUB
 from helpers.loopback_hub import Repo
 from helpers.models import assert_same
+from helpers.processes import TRAIN, start
 from helpers.recipes import SMALL
 from progressive_vae import ProgressiveVAEPipeline
 
@@ -26,7 +27,7 @@ def trained(script, tmp_path_factory):
     """A run that pushes, into a private repository."""
     output_dir = tmp_path_factory.mktemp("runs") / "digits"
     flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/digits --hub_private_repo"
-    flags += " --level_2.refit.fit.max_train_steps 2 --max_train_samples 300 --max_eval_samples 40"
+    flags += " --level_2.refit.fit.max_train_steps 2 --max_train_samples 100 --max_eval_samples 40"
     script.main([*SMALL, *flags.split()])
     return output_dir
 
@@ -59,7 +60,7 @@ def test_training_goes_on_without_a_network(script, tmp_path, trained):
     output_dir = tmp_path / "digits"
     shutil.copytree(trained, output_dir)
     flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/later --hub_with_code"
-    flags += " --max_train_samples 300 --max_eval_samples 40 --phase"
+    flags += " --max_train_samples 100 --max_eval_samples 40 --phase"
     HUB.fail_on = ".*"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -115,15 +116,14 @@ def test_the_hf_command_carries_the_folder(trained, tmp_path):
     )
 
 
-def test_figures_go_to_trackio(script, tmp_path):
+def test_figures_go_to_trackio(tmp_path):
     """In another process, as trackio reads where it writes when it is imported."""
     pytest.importorskip("trackio", reason="pip install trackio")
-    flags = [*SMALL, "--output_dir", "run", "--report_to", "trackio", "--phase", "level_2"]
-    done = subprocess.run(
-        [sys.executable, script.__file__, *flags], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    flags = [*SMALL, "--output_dir", str(tmp_path / "run"), "--report_to", "trackio"]
+    flags += ["--max_train_samples", "100", "--phase", "level_2"]
+    process = start(TRAIN, *flags, log=tmp_path / "log", TRACKIO_DIR=str(tmp_path / "trackio"))
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
     with sqlite3.connect(tmp_path / "trackio" / "progressive_vae.db") as database:
         rows = database.execute("select step, metrics from metrics order by step").fetchall()
     assert [step for step, _ in rows if step in (2, 4, 6)] and "level_2/loss" in str(rows)

@@ -166,6 +166,7 @@ def test_a_missing_shard_is_named(prior):
 @pytest.mark.parametrize("make", [lambda: tiny_level(num_channels=1), tiny_prior])
 def test_load_save_without_tied_weights(make, tmp_path):
     model = make()
+    model.config.tie_word_embeddings = False
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     for name, value in model.state_dict().items():

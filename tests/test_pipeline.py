@@ -213,7 +213,7 @@ def test_image_size_follows_from_the_prior():
 @pytest.mark.parametrize(
     ("slots", "message"),
     [
-        (dict(level_2=None), "without a hole, got levels"),
+        (dict(level_2=None), "without a gap, got levels"),
         (dict(level_1=tiny_level(num_symbols=9)), "level_1 with num_symbols=4"),
         (dict(level_3=None, image_size=[3, 4]), "level_2, the finest, with num_channels"),
         (dict(prior=tiny_prior(grid_size=[2, 2])), "prior with .* to fit level_1"),

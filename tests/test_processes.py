@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from helpers.documents import commands
 from helpers.models import tiny_level
+from helpers.processes import ROOT, TRAIN, launch
 from helpers.recipes import SMALL
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.code_cache import GridDataset
 
-ROOT = Path(__file__).parents[1]
+FEW = [*SMALL, "--max_train_samples", "100", "--max_eval_samples", "20"]
+WITHOUT_LOGS = [*FEW, "--report_to", "none"]
 WORKER = """
 import sys
 
@@ -59,30 +60,6 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-
-SCRIPT = str(ROOT / "examples" / "train.py")
-
-
-def launch(*arguments, processes=2):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return run([*command, f"--nproc_per_node={processes}", *arguments])
-
-
-def run(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
-    errors = [line for line in done.stderr.splitlines() if "rror:" in line]
-    assert done.returncode == 0, "\n".join(errors)
-    return done.stdout
-
-
-def losses(folder):
-    """Of every phase, by step, as TensorBoard has them."""
-    reader = EventAccumulator(str(folder / "logs" / "progressive_vae")).Reload()
-    tags = [tag for tag in reader.Tags()["scalars"] if tag.endswith("/loss")]
-    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags}
-
-
 SIGNAL = """
 import runpy
 import sys
@@ -104,12 +81,19 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def losses(folder):
+    """Of every phase, by step, as TensorBoard has them."""
+    reader = EventAccumulator(str(folder / "logs" / "progressive_vae")).Reload()
+    tags = [tag for tag in reader.Tags()["scalars"] if tag.endswith("/loss")]
+    return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags}
+
+
 def test_the_codebook_of_two_processes_is_that_of_one(tmp_path):
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(8, 1, 8, 8, generator=generator) * 2 - 1
     torch.save(pixels, tmp_path / "pixels.pt")
     (tmp_path / "worker.py").write_text(WORKER)
-    launch(str(tmp_path / "worker.py"), str(tmp_path / "pixels.pt"), str(tmp_path))
+    launch(tmp_path / "worker.py", tmp_path / "pixels.pt", tmp_path)
     level = tiny_level(num_channels=1)
     level.quantizer.codebook[2] = 1e3
     for _ in range(3):
@@ -120,45 +104,60 @@ def test_the_codebook_of_two_processes_is_that_of_one(tmp_path):
             assert torch.allclose(value, level.quantizer.state_dict()[name], atol=1e-4), name
 
 
-def test_the_main_job_in_two_processes(tmp_path):
-    flags = (
-        "--levels.hidden_size 8 --levels.encoder_hidden_size 8 --levels.num_layers 1 "
-        "--levels.codebook_size 8 --levels.fit.max_train_steps 3 --prior.fit.max_train_steps 3 "
-        "--validation_steps 2 --max_eval_samples 20 --max_train_samples 200 "
-        "--level_1.ordering factorized --report_to none"
-    ).split()
-    printed = launch(SCRIPT, *flags, "--output_dir", str(tmp_path / "run"))
+def joined_batch(processes: int) -> list[str]:
+    """Noise of all kinds: Gumbel noise, dropped classes, noise on codes; 32 images in a batch."""
+    flags = ["--level_1.quantizer", "gumbel", "--level_1.class_conditional", "false"]
+    flags += ["--level_2.refit.fit.max_train_steps", "6", "--level_2.refit.code_noise", "0.3"]
+    for fit in ("levels.fit", "level_2.refit.fit", "prior.fit"):
+        flags += [f"--{fit}.train_batch_size", str(32 // processes)]
+    return flags
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of a run of two processes, and what they have printed."""
+    output_dir = tmp_path_factory.mktemp("two")
+    return output_dir, launch(TRAIN, *FEW, *joined_batch(2), "--output_dir", output_dir)
+
+
+def test_the_main_job_in_two_processes(two):
+    output_dir, printed = two
     assert printed.count("| total |") == 1  # one process evaluates
-    assert (tmp_path / "run" / "metrics.json").is_file()
-    assert not list((tmp_path / "run").rglob("*.incomplete"))
+    assert (output_dir / "metrics.json").is_file()
+    assert not list(output_dir.rglob("*.incomplete"))
     # Each has encoded its share, and together they have the codes of the saved pipeline.
-    cache = tmp_path / "run" / "cache"
+    cache = output_dir / "cache"
     contents = json.loads((cache / "level_1" / "train" / "manifest.json").read_text())
-    assert len(contents["shards"]) == 2 and contents["num_examples"] == 200
+    assert len(contents["shards"]) == 2 and contents["num_examples"] == 100
     pixels = GridDataset(cache / "pixels" / "train").batch(slice(None))[0]
-    pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path / "run")
+    pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     for i, codes in enumerate(pipe.encode(pixels.to(torch.uint8)), 1):
         assert torch.equal(codes, GridDataset(cache / f"level_{i}" / "train").batch(slice(None))[0])
 
 
+def test_two_processes_train_as_one_does_with_the_joined_batch(two, tmp_path):
+    """Losses, codebooks and weights."""
+    launch(TRAIN, *FEW, *joined_batch(1), "--output_dir", tmp_path, processes=1)
+    ours, theirs = losses(tmp_path), losses(two[0])
+    assert set(ours) == {f"{p}/loss" for p in ("level_2", "level_1", "prior", "refit_level_2")}
+    for phase, curve in ours.items():
+        assert len(curve) == 3
+        assert torch.allclose(torch.tensor(curve), torch.tensor(theirs[phase]), atol=2e-3), phase
+    for part in ("level_2", "level_1", "prior"):
+        one, other = (load_file(f / part / "model.safetensors") for f in (tmp_path, two[0]))
+        for name, value in one.items():
+            assert torch.allclose(value, other[name], atol=2e-3), (part, name)
+
+
 def test_two_processes_go_on_from_their_checkpoint(tmp_path):
-    flags = [
-        *SMALL,
-        "--report_to",
-        "none",
-        "--max_train_samples",
-        "200",
-        "--max_eval_samples",
-        "20",
-    ]
-    flags += ["--checkpointing_steps", "2", "--phase", "level_2"]
-    folders = (tmp_path / "whole", tmp_path / "parts")
-    launch(SCRIPT, *flags, "--output_dir", str(folders[0]))
+    flags = [*WITHOUT_LOGS, "--checkpointing_steps", "2", "--phase", "level_2"]
+    folders = (tmp_path / "undisturbed", tmp_path / "resumed")
+    launch(TRAIN, *flags, "--output_dir", folders[0])
     (tmp_path / "stops.py").write_text(STOPS)
-    launch(str(tmp_path / "stops.py"), SCRIPT, *flags, "--output_dir", str(folders[1]))
+    launch(tmp_path / "stops.py", TRAIN, *flags, "--output_dir", folders[1])
     assert (folders[1] / "checkpoint-level_2-00000004").is_dir()
     resume = ["--resume_from_checkpoint", "latest"]
-    launch(SCRIPT, *flags, "--output_dir", str(folders[1]), *resume)
+    launch(TRAIN, *flags, "--output_dir", folders[1], *resume)
     ours, theirs = ((f / "level_2" / "model.safetensors").read_bytes() for f in folders)
     assert ours == theirs
 
@@ -166,56 +165,24 @@ def test_two_processes_go_on_from_their_checkpoint(tmp_path):
 def test_a_signal_to_one_process_stops_all(tmp_path):
     """All processes stop at the next step that is logged."""
     (tmp_path / "signal_at_three.py").write_text(SIGNAL)
-    flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--phase", "level_2"]
-    flags += ["--output_dir", str(tmp_path / "run"), "--checkpointing_steps", "null"]
-    printed = launch(str(tmp_path / "signal_at_three.py"), SCRIPT, *flags)
+    flags = [*WITHOUT_LOGS, "--phase", "level_2", "--checkpointing_steps", "null"]
+    printed = launch(
+        tmp_path / "signal_at_three.py", TRAIN, *flags, "--output_dir", tmp_path / "run"
+    )
     assert "stopped in level_2 at step 4" in printed
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == [
         "checkpoint-level_2-00000004"
     ]
 
 
-def test_two_processes_train_as_one_does_with_the_joined_batch(tmp_path):
-    """Losses, codebooks and weights, with noise of all kinds: Gumbel, lost classes, wrong codes."""
-    flags = [*SMALL, "--max_train_samples", "300", "--max_eval_samples", "20"]
-    flags += ["--level_1.quantizer", "gumbel", "--level_1.class_conditional", "false"]
-    flags += ["--levels.fit.max_train_steps", "20", "--prior.fit.max_train_steps", "20"]
-    flags += ["--logging_steps", "5", "--level_2.refit.fit.max_train_steps", "20"]
-    flags += ["--level_2.refit.code_noise", "0.3"]
-    fits = ("levels.fit", "level_2.refit.fit", "prior.fit")
-    batch_sizes = [f"--{fit}.train_batch_size" for fit in fits]
-    for processes in (1, 2):
-        sizes = [x for name in batch_sizes for x in (name, str(32 // processes))]
-        folder = ["--output_dir", str(tmp_path / str(processes))]
-        launch(SCRIPT, *flags, *sizes, *folder, processes=processes)
-    ours, theirs = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert set(ours) == {f"{p}/loss" for p in ("level_2", "level_1", "prior", "refit_level_2")}
-    for phase, curve in ours.items():
-        assert len(curve) == 4
-        assert torch.allclose(torch.tensor(curve), torch.tensor(theirs[phase]), atol=2e-3), phase
-    for part in ("level_2", "level_1", "prior"):
-        one, two = (load_file(tmp_path / n / part / "model.safetensors") for n in "12")
-        for name, value in one.items():
-            assert torch.allclose(value, two[name], atol=2e-3), (part, name)
-
-
 def test_two_processes_learn_the_encoders_of_one(tmp_path):
     """Their codebooks, whose statistics weigh as one batch of all processes at first."""
-    flags = [
-        *SMALL,
-        "--max_train_samples",
-        "300",
-        "--max_eval_samples",
-        "20",
-        "--report_to",
-        "none",
-    ]
-    flags += ["--levels.auxiliary_hidden_size", "8", "--levels.encoder_fit.max_train_steps", "10"]
+    flags = ["--levels.auxiliary_hidden_size", "8", "--levels.encoder_fit.max_train_steps", "6"]
     flags += ["--phase", "encoder_2"]
     for processes in (1, 2):
         size = ["--levels.encoder_fit.train_batch_size", str(32 // processes)]
-        folder = ["--output_dir", str(tmp_path / str(processes))]
-        launch(SCRIPT, *flags, *size, *folder, processes=processes)
+        folder = ["--output_dir", tmp_path / str(processes)]
+        launch(TRAIN, *WITHOUT_LOGS, *flags, *size, *folder, processes=processes)
     one, two = (load_file(tmp_path / n / "level_2" / "model.safetensors") for n in "12")
     for name, value in one.items():
         assert torch.allclose(value, two[name], atol=2e-3), name
@@ -223,17 +190,16 @@ def test_two_processes_learn_the_encoders_of_one(tmp_path):
 
 def test_two_processes_agree_on_when_time_is_up(tmp_path):
     """Only one of them validates, and both have to leave time for it."""
-    flags = [*SMALL, "--report_to", "none", "--max_train_samples", "200", "--logging_steps", "5"]
-    flags += ["--max_eval_samples", "20", "--validation_steps", "20", "--max_train_minutes", "0.1"]
-    launch(SCRIPT, *flags, "--output_dir", str(tmp_path))
+    flags = ["--validation_steps", "20", "--logging_steps", "5", "--max_train_minutes", "0.03"]
+    launch(TRAIN, *WITHOUT_LOGS, *flags, "--output_dir", tmp_path)
     assert json.loads((tmp_path / "metrics.json").read_text())["bits_per_dim"]["total"] > 0
 
 
 def test_a_stream_in_two_processes(tmp_path):
-    flags = [*SMALL, "--streaming", "--report_to", "none", "--max_eval_samples", "30"]
-    launch(SCRIPT, *flags, "--output_dir", str(tmp_path))
-    assert len(GridDataset(tmp_path / "cache" / "level_1" / "train")) == 1437
-    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 30
+    flags = ["--streaming", "--max_train_samples", "101", "--output_dir", tmp_path]
+    launch(TRAIN, *WITHOUT_LOGS, *flags)
+    assert len(GridDataset(tmp_path / "cache" / "level_1" / "train")) == 101
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 20
 
 
 def launch_lines():
@@ -241,19 +207,17 @@ def launch_lines():
     return [line for line in commands(page) if "--num_processes" in line]
 
 
+def run(line: str, output_dir: Path):
+    """Run a command line in new Python processes."""
+    command = [*shlex.split(line), *WITHOUT_LOGS, "--output_dir", str(output_dir)]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.parametrize("line", [line for line in launch_lines() if "fsdp" not in line])
 def test_launch_lines_of_the_documents(line, tmp_path):
     """They start as many processes as they say."""
-    flags = [
-        *SMALL,
-        "--report_to",
-        "none",
-        "--max_train_samples",
-        "100",
-        "--max_eval_samples",
-        "20",
-    ]
-    run([*shlex.split(line), *flags, "--output_dir", str(tmp_path)])
+    run(line, tmp_path)
     expected = int(re.search(r"--num_processes (\d+)", line)[1])
     assert json.loads((tmp_path / "metrics.json").read_text())["machine"][:3] == f"{expected} ×"
     for part in ("level_2", "level_1", "prior"):
@@ -262,27 +226,25 @@ def test_launch_lines_of_the_documents(line, tmp_path):
     assert expected > 1 and launch_lines()
 
 
-def test_a_sharded_prior_is_that_of_two_copies(tmp_path):
+def test_a_sharded_prior_is_that_of_two_copies(two, tmp_path):
     """FSDP2 on two CPUs, interrupted and not, against DDP."""
-    flags = [*SMALL, "--report_to", "none", "--output_dir", str(tmp_path)]
-    launch(SCRIPT, *flags)
-    sharded, weights = (
-        str(ROOT / "tests" / "helpers" / "sharded.py"),
-        tmp_path / "prior" / "model.safetensors",
-    )
+    output_dir = tmp_path / "run"
+    shutil.copytree(two[0], output_dir)
+    sharded, weights = ROOT / "tests/helpers/sharded.py", output_dir / "prior" / "model.safetensors"
     wanted = weights.read_bytes()
-    flags += ["--phase", "prior", "--checkpointing_steps", "5"]
-    launch(sharded, SCRIPT, *flags)
-    (tmp_path / "stops.py").write_text(STOPS.replace("== 4", "== 5"))
+    flags = [*WITHOUT_LOGS, *joined_batch(2), "--output_dir", output_dir, "--phase", "prior"]
+    flags += ["--checkpointing_steps", "3"]
+    launch(sharded, TRAIN, *flags)
     assert weights.read_bytes() == wanted
-    shutil.rmtree(tmp_path / "prior")
-    launch(str(tmp_path / "stops.py"), sharded, SCRIPT, *flags)
-    (checkpoint,) = tmp_path.glob("checkpoint-prior-*")
+    (tmp_path / "stops.py").write_text(STOPS.replace("== 4", "== 3"))
+    shutil.rmtree(output_dir / "prior")
+    launch(tmp_path / "stops.py", sharded, TRAIN, *flags)
+    (checkpoint,) = output_dir.glob("checkpoint-prior-*")
     assert (checkpoint / "fit.pt").is_file() and (checkpoint / "fit_1.pt").is_file()
-    launch(sharded, SCRIPT, *flags, "--resume_from_checkpoint", "latest")
+    launch(sharded, TRAIN, *flags, "--resume_from_checkpoint", "latest")
     assert weights.read_bytes() == wanted
-    with pytest.raises(AssertionError, match="expected FSDP for the phase prior only"):
-        launch(sharded, SCRIPT, *flags, "--phase", "level_1")
+    with pytest.raises(RuntimeError, match="expected FSDP for the phase prior only"):
+        launch(sharded, TRAIN, *flags, "--phase", "level_1")
 
 
 @pytest.mark.gpu
@@ -291,7 +253,6 @@ def test_the_launch_line_of_a_sharded_prior(line, tmp_path):
     needed = int(re.search(r"--num_processes (\d+)", line)[1])
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs {needed} GPUs, found {torch.cuda.device_count()}")
-    flags = [*SMALL, "--report_to", "none", "--max_eval_samples", "20"]
-    launch(SCRIPT, *flags, "--output_dir", str(tmp_path))
-    run([*shlex.split(line), *flags, "--output_dir", str(tmp_path)])
+    run("accelerate launch --num_processes 2 examples/train.py", tmp_path)
+    run(line, tmp_path)
     assert ProgressiveVAEPipeline.from_pretrained(tmp_path).prior is not None

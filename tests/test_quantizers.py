@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from helpers.op_count import count_ops
 from progressive_vae import ProgressiveVAELevelConfig
 from progressive_vae.models.layers import add_dither
 from progressive_vae.models.quantizers import (
@@ -206,6 +207,55 @@ def test_restart_resets_the_running_statistics():
     assert not module.dead().any()
     module.update(torch.zeros(4), torch.zeros(4, 2))  # would undo a restart that forgot them
     assert torch.allclose(module.codebook[2], candidate[0])
+
+
+def plain_update(book, latents, codes):
+    """The update of `VectorQuantizer.update_from` with the control flow of the host."""
+    vectors = latents.movedim(1, -1).flatten(0, -2)
+    counts = torch.bincount(codes.flatten(), minlength=len(book["codebook"])).float()
+    sums = torch.zeros_like(book["codebook"]).index_add_(0, codes.flatten(), vectors)
+    book["ema_counts"].lerp_(counts, 1 - 0.9)
+    book["ema_sums"].lerp_(sums, 1 - 0.9)
+    used = book["ema_counts"] > 0
+    book["codebook"][used] = book["ema_sums"][used] / book["ema_counts"][used, None]
+    dead = book["ema_counts"] < 0.1 * book["ema_counts"].mean()
+    if dead.any():
+        step = max(1, len(vectors) // int(dead.sum()))
+        replacements = vectors[int(dead.nonzero()[0]) % step :: step]
+        rows = torch.arange(int(dead.sum())) % len(replacements)
+        count = book["ema_counts"][~dead].mean()
+        book["codebook"][dead] = replacements[rows]
+        book["ema_counts"][dead] = count
+        book["ema_sums"][dead] = replacements[rows] * count
+    return int(dead.sum())
+
+
+@pytest.mark.parametrize("num_latents", [3, 40])
+def test_an_update_is_that_of_plain_code_and_waits_for_nothing(num_latents):
+    """Over steps with dead codes and without."""
+    module = quantizer(12, 4)
+    module.codebook[[2, 7]] = 50.0  # far from all latents
+    book = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    numbers_of_dead = set()
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        latents = torch.randn(num_latents, 4, 2, 1, generator=generator) * (1 + step % 7)
+        codes = module.encode(latents)
+        numbers_of_dead.add(plain_update(book, latents, codes))
+        module.update_from(latents, codes, gather=lambda tensor: tensor)
+        for name, buffer in module.named_buffers():
+            scale = book[name].abs().max()
+            assert torch.allclose(buffer, book[name], rtol=0, atol=5e-7 * scale), (name, step)
+    assert {0} < numbers_of_dead
+    count = count_ops(lambda: module.update_from(latents, codes, lambda tensor: tensor))
+    assert not count.waits and sum(count.ops.values()) <= 50
+
+
+def test_all_codes_may_be_dead():
+    module = quantizer(3, 2)
+    module.restart(torch.ones(3, dtype=torch.bool), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert torch.equal(module.codebook, torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
+    assert torch.equal(module.ema_counts, torch.ones(3))
 
 
 def test_k_means_finds_clusters():

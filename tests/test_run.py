@@ -4,7 +4,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -262,14 +261,14 @@ def test_two_runs_in_one_folder_are_refused(script, tmp_path):
     output_dir.mkdir()
     other = start(output_dir)
     while not (output_dir / "cache").exists():
-        assert other.poll() is None
+        assert other.is_alive()
         time.sleep(0.01)
     flags = [*FLAGS, "--output_dir", str(output_dir)]
     with pytest.raises(ValueError, match=f"which process {other.pid} on .*train.py"):
         script.main(flags)
-    assert other.poll() is None
-    other.send_signal(signal.SIGKILL)
-    other.wait()
+    assert other.is_alive()
+    other.kill()
+    other.join()
     with pytest.raises(ValueError, match="expected num_levels"):  # the lock is gone
         script.main([*flags, "--num_levels", "0"])
     with locked(output_dir, PartialState()):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from progressive_vae.models import sampling
-from progressive_vae.models.distributions import LowRankCategorical
+from progressive_vae.models.distributions import Categorical, LowRankCategorical
 from progressive_vae.models.sampling import Sampler, as_generators, per_factor, uniform
 from progressive_vae.models.walk import WalkStep
 
@@ -55,6 +55,55 @@ def test_a_step_is_sampled_as_its_logits_are():
         samples = Sampler(2, generator(), **kwargs).step(distribution, step)
         expected = Sampler(2, generator(), **kwargs)(distribution.logits)
         assert torch.equal(samples, expected)
+
+
+def numbers_of_steps(sizes, generator, is_preloaded):
+    """The uniform numbers that the steps of a sampler use."""
+    sampler = Sampler(3, generator)
+    if is_preloaded:
+        sampler.preload([0, *sizes, 0], torch.device("cpu"))
+    numbers = [sampler._noise(torch.Size((3, size)), torch.device("cpu")) for size in sizes]
+    return torch.cat(numbers, 1)
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+@pytest.mark.parametrize("sizes", [[1] * 49, [1, 5, 16, 17, 300], [7]])
+def test_preloaded_noise_is_that_of_single_steps(sizes, is_list):
+    def make_generators():
+        return [generator(i) for i in range(3)] if is_list else generator()
+
+    expected_generators = make_generators()
+    expected = numbers_of_steps(sizes, expected_generators, is_preloaded=False)
+    generators = make_generators()
+    assert torch.equal(numbers_of_steps(sizes, generators, is_preloaded=True), expected)
+    states, expected_states = (
+        [g.get_state() for g in (made if is_list else [made])]
+        for made in (generators, expected_generators)
+    )
+    assert torch.equal(torch.stack(states), torch.stack(expected_states))
+
+
+def test_preloaded_noise_of_torchs_own_generator():
+    torch.manual_seed(0)
+    expected = numbers_of_steps([2, 30], None, is_preloaded=False)
+    torch.manual_seed(0)
+    assert torch.equal(numbers_of_steps([2, 30], None, is_preloaded=True), expected)
+
+
+def test_preloaded_steps():
+    sampler = Sampler(2, generator(), guidance_scale=2.0)
+    sampler.preload([1, 2], torch.device("cpu"))
+    expected = Sampler(2, generator(), guidance_scale=2.0)
+    for positions in (torch.arange(1), torch.arange(2)):
+        distribution = Categorical(torch.randn(4, len(positions), 5))
+        step = WalkStep(0, 0, positions)
+        assert torch.equal(sampler.step(distribution, step), expected.step(distribution, step))
+    sampler.preload([1], torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"step_sizes .*\(2, 1\) for a step of \(2, 2\)"):
+        sampler.step(distribution, step)
+    greedy = Sampler(2, temperature=0)
+    greedy.preload([2], torch.device("cpu"))
+    assert not greedy.step_noise
 
 
 def test_per_factor_arguments():

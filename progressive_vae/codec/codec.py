@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..arguments import as_integer
 from ..image_processor import Images, as_images, from_pixel_values, pixel_value_batches
+from ..models.causal_lm import transformers_steps
 from ..models.conditioning import ClassLabels, Conditioning
 from ..models.distributions import Distribution
 from ..models.fingerprint import original_names
@@ -344,8 +345,11 @@ def _reason(stack: LevelStack, header: Header) -> str:
 
 @contextmanager
 def _arithmetic_context(stack: LevelStack, is_fixed_point: bool) -> Iterator[None]:
-    """Networks inside compute without autocast, one thread at a time, in the given arithmetic."""
-    with _LOCK, torch.autocast(stack.device.type, enabled=False):
+    """Networks inside compute without autocast, one thread at a time, in the given arithmetic.
+
+    Causal language models round as in earlier versions, whose streams are decoded, too.
+    """
+    with _LOCK, torch.autocast(stack.device.type, enabled=False), transformers_steps():
         with fixed_point_arithmetic() if is_fixed_point else nullcontext():
             yield
 

@@ -13,10 +13,11 @@ from ..serialization import pop_version, read_json, version_fields
 MAX_CLASSES = 100_000  # a larger number is a damaged or a hostile file
 
 # Names that `PreTrainedConfig` accepts without declaring an attribute, and those that transformers
-# adds: its `Trainer` sets `use_cache`, its quantizers set `quantization_config`.
+# adds: its `Trainer` sets `use_cache`, its quantizers `quantization_config`, its
+# tests `tie_word_embeddings`.
 _INHERITED_NAMES = {"name_or_path", "num_labels", "torch_dtype", "attn_implementation",
                     "experts_implementation", "output_attentions", "per_layer_config",
-                    "use_cache", "quantization_config", "_commit_hash",
+                    "use_cache", "quantization_config", "tie_word_embeddings", "_commit_hash",
                     "_attn_implementation_internal",
                     "_experts_implementation_internal"}  # fmt: skip
 

@@ -28,7 +28,7 @@ from .decoders import (
 )
 from .quantizers import QUANTIZER_RULES, QuantizerRules
 from .renamed_fields import rename_fields, renamed_names, warn_about_names
-from .tokenizer import take_shape
+from .tokenizer import set_tokenizer_fields
 
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
 MANY_CODES = 2048  # beyond it logits are computed through a table, in parts
@@ -197,7 +197,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     def __post_init__(self, **kwargs):
         check_names(self, kwargs)
         if self.tokenizer_config is not None:
-            take_shape(self)
+            set_tokenizer_fields(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
                       num_channels=MAX_CHANNELS, num_layers=MAX_LAYERS,
                       encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
@@ -245,10 +245,11 @@ class ProgressiveVAELevelConfig(PartConfig):
                 "expected one of num_channels (finest level) and num_symbols (other levels), got "
                 f"num_channels={self.num_channels} and num_symbols={self.num_symbols}"
             )
-        if self.decoder_type == "causal_lm" and self.num_channels is not None:
+        types_of_codes = {*DECODER_TYPES} - {*PIXEL_DECODER_TYPES}
+        if self.decoder_type in types_of_codes and self.num_channels is not None:
             raise ValueError(
                 f"expected decoder_type in {PIXEL_DECODER_TYPES} on the finest level, got "
-                "'causal_lm', which is for codes"
+                f"{self.decoder_type!r}, which is for codes"
             )
 
     def validate_sizes(self):

@@ -1,4 +1,4 @@
-"""Configs of tokenizers that others have trained, and what they say of the level that holds one."""
+"""Configs of pretrained tokenizers, and the fields of a level that follow from them."""
 
 import inspect
 from dataclasses import dataclass
@@ -10,14 +10,16 @@ from transformers import JanusVQVAEConfig, PreTrainedConfig
 
 from .base import check_limits
 
-MAX_WIDTH, MAX_BLOCKS = 2**14, 1_000  # more is a damaged or a hostile file
+# A larger value is a damaged or a hostile file.
+MAX_WIDTH = 2**14
+MAX_BLOCKS = 1_000
 
 DALLE_DVAE = {"vocab_size": 8192, "n_hid": 256, "n_init": 128, "n_blk_per_group": 2,
               "num_channels": 3}  # fmt: skip
 
 
 class TokenizerShape(NamedTuple):
-    """The fields of a level that its tokenizer decides."""
+    """The fields of a level that its tokenizer determines."""
 
     num_channels: int
     codebook_size: int
@@ -27,7 +29,7 @@ class TokenizerShape(NamedTuple):
 
 @cache
 def _defaults(kind: str) -> dict[str, Any]:
-    """All fields of a kind of tokenizer, and their values by default."""
+    """The fields of a kind of tokenizer, and their defaults."""
     if kind == "vq_model":
         parameters = inspect.signature(VQModel.__init__).parameters.values()
         fields = {p.name: p.default for p in parameters if p.name != "self"}
@@ -44,17 +46,20 @@ def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
 
 
-def _of_vq_model(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+# Functions of a tokenizer's fields: the output channels, and the shape.
+
+
+def _vq_model_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     lists = [fields[n] for n in ("block_out_channels", "down_block_types", "up_block_types")]
     if len({len(values) for values in lists}) != 1:
-        raise ValueError(f"expected as many blocks down as up and as many widths, got {lists}")
+        raise ValueError(f"expected as many down blocks as up blocks and widths, got {lists}")
     dim = fields["vq_embed_dim"] or fields["latent_channels"]
     downsample = 2 ** (len(fields["block_out_channels"]) - 1)
     shape = TokenizerShape(fields["in_channels"], fields["num_vq_embeddings"], dim, downsample)
     return fields["out_channels"], shape
 
 
-def _of_janus_vqgan(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+def _janus_vqgan_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     if fields["double_latent"]:
         raise ValueError("expected double_latent=False of a 'janus_vqgan', got True")
     downsample = 2 ** (len(fields["channel_multiplier"]) - 1)
@@ -64,15 +69,15 @@ def _of_janus_vqgan(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     return fields["out_channels"], shape
 
 
-def _of_dalle_dvae(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+def _dalle_dvae_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     channels = fields["num_channels"]
     return channels, TokenizerShape(channels, fields["vocab_size"], fields["n_init"], 8)
 
 
 _SHAPES = {
-    "vq_model": _of_vq_model,
-    "janus_vqgan": _of_janus_vqgan,
-    "dalle_dvae": _of_dalle_dvae,
+    "vq_model": _vq_model_shape,
+    "janus_vqgan": _janus_vqgan_shape,
+    "dalle_dvae": _dalle_dvae_shape,
 }
 
 
@@ -83,9 +88,9 @@ class Tokenizer:
     Args:
         kind: `"vq_model"` (diffusers' `VQModel`), `"janus_vqgan"` (transformers' `JanusVQVAE`) or
             `"dalle_dvae"` (OpenAI's discrete VAE).
-        fields: all that the library's own config has, and of a `"vq_model"` `do_normalize`:
-            whether it sees images in [−1, 1], or as they are, in [0, 1].
-        shape: what it decides of a level.
+        fields: of the library's own config; of a `"vq_model"` also `do_normalize`, whether its
+            input is an image in [−1, 1] rather than [0, 1].
+        shape: the fields of the level.
     """
 
     kind: str
@@ -94,10 +99,13 @@ class Tokenizer:
 
 
 def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
-    """A tokenizer's fields with its `model_type`, as a level's config holds them.
+    """Check the `tokenizer_config` of a level.
+
+    Args:
+        config: fields of the tokenizer and its `model_type`; the others have their defaults.
 
     Raises:
-        ValueError: a kind or a name that is none, or values that say nothing of a network.
+        ValueError: an unknown `model_type` or field, or a value that no network can have.
     """
     arguments = _as_json(config)
     kind = arguments.pop("model_type", None)
@@ -118,7 +126,10 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
         if any(type(n) is int and n < minimum for n in [value, *widths]):
             raise ValueError(f"expected {name} >= {minimum} in tokenizer_config, got {value}")
         if any(isinstance(n, int) and n > MAX_WIDTH for n in widths) or len(widths) > 16:
-            raise ValueError(f"expected {name} of a network in tokenizer_config, got {value}")
+            raise ValueError(
+                f"expected {name} of at most 16 widths up to {MAX_WIDTH} in tokenizer_config, got "
+                f"{value}"
+            )
     fields = _as_json({**defaults, **arguments})
     try:
         channels_out, shape = _SHAPES[kind](fields)
@@ -128,21 +139,21 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
         raise ValueError(f"expected positive numbers in tokenizer_config, got {shape._asdict()}")
     if channels_out != shape.num_channels:
         raise ValueError(
-            f"expected a tokenizer that shows as many colors as it sees, got {channels_out} and "
+            f"expected a tokenizer with as many output as input channels, got {channels_out} and "
             f"{shape.num_channels}"
         )
     return Tokenizer(kind, fields, shape)
 
 
-def take_shape(config: PreTrainedConfig):
-    """Set the fields of a level's config that its tokenizer decides.
+def set_tokenizer_fields(config: PreTrainedConfig):
+    """Set the fields of a level's config that its tokenizer determines.
 
     Raises:
-        ValueError: they are said to be others.
+        ValueError: the config has other values, which are not its defaults.
     """
     for name, value in read_tokenizer(config.tokenizer_config).shape._asdict().items():
         if getattr(config, name) not in (value, getattr(type(config), name)):
             raise ValueError(
-                f"expected {name}={value}, as tokenizer_config has it, got {getattr(config, name)}"
+                f"expected {name}={value}, as tokenizer_config has, got {getattr(config, name)}"
             )
         setattr(config, name, value)

@@ -1,4 +1,4 @@
-"""What fits together: the grids of a chain of levels, and the checks of its parts."""
+"""Grid sizes of a stack of levels, and checks that its parts and codes fit together."""
 
 import itertools
 import math
@@ -15,10 +15,12 @@ MAX_LEVELS = 8
 def grid_sizes(
     configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """[(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, by ceiling division, then the image.
+    """Return [(H_1, W_1) … (H_N, W_N), (H, W)]: each level's codes, by ceiling division, then the
+    image.
 
     Args:
         configs: of [level_1 … level_N].
+        image_size: (H, W).
     """
     sizes = [(image_size[0], image_size[1])]
     for config in reversed(configs):
@@ -32,21 +34,30 @@ def check_parts(
     slots: list[ProgressiveVAELevelConfig | None],
     image_size: list[int] | tuple[int, ...] | None,
 ) -> list[int]:
-    """[H, W] of a pipeline of a prior and [level_1 … level_8], if they fit together."""
+    """Check that a prior and levels fit together, and return the image size [H, W].
+
+    Args:
+        prior: config of the prior, if there is one.
+        slots: configs of [level_1 … level_8], `None` for levels that are not there.
+        image_size: [H, W]; `None`: computed from the prior's grid.
+
+    Raises:
+        ValueError: the parts do not fit together or do not fit the image size.
+    """
     configs = check_levels(slots)
     check_classes([prior, *configs])
     return check_image_size(image_size, configs, prior)
 
 
 def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[ProgressiveVAELevelConfig]:
-    """The configs of [level_1 … level_N] out of those of [level_1 … level_8].
+    """Return the configs of [level_1 … level_N] out of those of [level_1 … level_8].
 
     Raises:
         ValueError: a level is missing between others, or does not fit the next.
     """
-    filled = [i for i, config in enumerate(slots, 1) if config is not None]
-    if filled != list(range(1, len(filled) + 1)) or not filled:
-        raise ValueError(f"expected levels 1 … N without a hole, got levels {filled}")
+    indices = [i for i, config in enumerate(slots, 1) if config is not None]
+    if not indices or indices != list(range(1, len(indices) + 1)):
+        raise ValueError(f"expected levels 1 … N without a gap, got levels {indices}")
     configs = [config for config in slots if config is not None]
     for i, (config, finer) in enumerate(itertools.pairwise(configs), 1):
         if config.num_symbols != finer.codebook_size:
@@ -56,7 +67,7 @@ def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[Progress
             )
     if not configs[-1].is_finest:
         raise ValueError(
-            f"expected level_{filled[-1]}, the finest, with num_channels, got a level whose "
+            f"expected level_{indices[-1]}, the finest, with num_channels, got a level whose "
             f"finer grid has num_symbols={configs[-1].num_symbols}"
         )
     return configs
@@ -65,7 +76,8 @@ def check_levels(slots: list[ProgressiveVAELevelConfig | None]) -> list[Progress
 def check_codes(
     codes: Tensor, codebook_size: int, size: tuple[int, ...] | None = None, name: str = "codes"
 ):
-    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1 (of the given H and W)."""
+    """Raise a `ValueError` unless codes are int64 (B, H, W) in 0 … K − 1, of `size` (H, W) if it
+    is not `None`."""
     expected = "(B, H, W)" if size is None else f"(B, {size[0]}, {size[1]})"
     if codes.ndim != 3 or not codes.numel() or (size and tuple(codes.shape[1:]) != tuple(size)):
         raise ValueError(f"expected {name} of shape {expected}, got {tuple(codes.shape)}")
@@ -81,7 +93,12 @@ def check_codes(
 def check_grids(
     codes: list[Tensor], configs: list[ProgressiveVAELevelConfig], sizes: list[tuple[int, int]]
 ):
-    """Raise a `ValueError` unless `codes` are grids [z_1 … z_k] of one number of examples."""
+    """Raise a `ValueError` unless `codes` are grids [z_1 … z_k] of one batch.
+
+    Args:
+        configs: of [level_1 … level_N].
+        sizes: [(H_1, W_1) … (H_N, W_N)]; further entries are ignored.
+    """
     if not 1 <= len(codes) <= len(configs):
         raise ValueError(f"expected codes of 1 … {len(configs)} levels, got {len(codes)}")
     for i, (z, config, size) in enumerate(zip(codes, configs, sizes, strict=False), 1):
@@ -94,7 +111,7 @@ def check_grids(
 
 
 def check_classes(configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig | None]):
-    """Raise a `ValueError` unless all parts that are class-conditional know the same classes."""
+    """Raise a `ValueError` unless all class-conditional parts have the same classes."""
     names = [config.id2label for config in configs if config is not None and config.num_classes]
     if any(other != names[0] for other in names):
         raise ValueError(f"expected one id2label in all class-conditional parts, got {names}")
@@ -105,16 +122,16 @@ def check_image_size(
     configs: list[ProgressiveVAELevelConfig],
     prior: ProgressiveVAEPriorConfig | None,
 ) -> list[int]:
-    """[H, W]: as given, or where it is not, of the prior's grid.
+    """Return the image size [H, W], computed from the prior's grid if `image_size` is `None`.
 
     Raises:
-        ValueError: no image size, or one that is none, a prior that is not of its z_1, a grid
-            that is too large for the raster order, or lattices much coarser than the grid,
-            which would be padded to their stride.
+        ValueError: neither an image size nor a prior; an image size that is not two positive
+            integers; a prior of another z_1; a grid that is too large for the raster ordering; or
+            a lattice much coarser than the grid, which would be padded to its stride.
     """
     if image_size is None:
         if prior is None:
-            raise ValueError("expected image_size=[H, W] where there is no prior, got None")
+            raise ValueError("expected image_size=[H, W] of a pipeline without a prior, got None")
         scale = math.prod(config.downsample for config in configs)
         image_size = [n * scale for n in prior.grid_size]
     is_pair = isinstance(image_size, (list, tuple)) and len(image_size) == 2

@@ -111,7 +111,8 @@ def write_cache(
 class GridDataset(torch.utils.data.Dataset):
     """A cache as a torch dataset: `dataset[i]` is {"grid": (*shape), "label": int, "index": i}.
 
-    A loader reads each batch with one access to the memory map (`__getitems__`).
+    The grid is uint8 for pixels and int64 for codes. A loader reads each batch with one access to
+    the memory map (`__getitems__`).
 
     Raises:
         ValueError: no cache in `folder`, or one whose manifest is not `expected`.
@@ -166,14 +167,18 @@ class GridDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: a grid whose checksum is wrong.
         """
+        values, labels = self._read(indices)
+        return torch.from_numpy(values.astype(np.int64)), labels
+
+    def _read(self, indices: slice | list[int]) -> tuple[np.ndarray, Tensor]:
+        """Return grids as they are stored (b, *shape), and labels int64 (b,)."""
         rows = self.table[indices]
         if [zlib.crc32(grid) for grid in rows["grid"]] != rows["crc"]:
             raise ValueError(
                 f"expected the grids that were written to {self.folder}, got others: {_REMEDY}"
             )
-        values = np.frombuffer(b"".join(rows["grid"]), self.manifest.dtype)
-        grids = torch.from_numpy(values.reshape(-1, *self.manifest.shape).astype(np.int64))
-        return grids, torch.tensor(rows["label"])
+        values = np.frombuffer(bytearray().join(rows["grid"]), self.manifest.dtype)
+        return values.reshape(-1, *self.manifest.shape), torch.tensor(rows["label"])
 
     def share(self, rank: int, world_size: int) -> "GridDataset":
         """Return the contiguous shard of process `rank`."""
@@ -198,7 +203,10 @@ class GridDataset(torch.utils.data.Dataset):
             yield self.batch(slice(start, start + batch_size))
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
-        grids, labels = self.batch(indices)
+        values, labels = self._read(indices)
+        # Pixels are copied to the device as bytes: int64 would be eight times as many.
+        is_pixels = len(self.manifest.shape) == 3
+        grids = torch.from_numpy(values if is_pixels else values.astype(np.int64))
         rows = zip(grids, labels, indices, strict=True)
         return [{"grid": g, "label": y, "index": i} for g, y, i in rows]
 

@@ -372,23 +372,36 @@ def read_images(
         except ValueError as error:
             skipped[str(error)].append(name)
             continue
-        if mode == "L" and not (may_drop_color or is_gray(image)):
-            raise ValueError(
-                f"expected gray images, as the first ones are, got one with color ({image.mode}): "
-                f'{name}; set --image_mode to "RGB" or "L"'
-            )
-        if arrays[0].shape != shape:
-            raise ValueError(
-                f"expected all images of (C, H, W) = {shape}, got {arrays[0].shape}: {name}; "
-                "resize them with --resolution and --center_crop"
-            )
-        if class_ids is not None:
-            label = class_ids.get(label, NO_LABEL)
-        elif label is None:
-            label = NO_LABEL
-        yield from ((array, label) for array in arrays)
+        if mode == "L" and not may_drop_color:
+            _check_gray(image, name)
+        _check_shape(arrays[0], shape, name)
+        class_id = _class_id(label, class_ids)
+        yield from ((array, class_id) for array in arrays)
     if skipped:
         warnings.warn(_summarize(skipped), stacklevel=2)
+
+
+def _check_gray(image: PIL.Image.Image, name: str):
+    if not is_gray(image):
+        raise ValueError(
+            f"expected gray images, as the first ones are, got one with color ({image.mode}): "
+            f'{name}; set --image_mode to "RGB" or "L"'
+        )
+
+
+def _check_shape(array: np.ndarray, shape: tuple[int, ...], name: str):
+    if array.shape != shape:
+        raise ValueError(
+            f"expected all images of (C, H, W) = {shape}, got {array.shape}: {name}; "
+            "resize them with --resolution and --center_crop"
+        )
+
+
+def _class_id(label: Any, class_ids: Mapping[Any, int] | None) -> int:
+    """Return the class id of a label; −1 for no label, and for labels that are no class."""
+    if class_ids is not None:
+        return class_ids.get(label, NO_LABEL)
+    return NO_LABEL if label is None else label
 
 
 def _summarize(skipped: Mapping[str, list[str]], limit: int = 20) -> str:

@@ -75,7 +75,7 @@ class PixelStream(torch.utils.data.IterableDataset):
 
     def random_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in torch.utils.data.DataLoader(self, batch_size):
-            yield batch["grid"], batch["label"]
+            yield batch["grid"].long(), batch["label"]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         return pixel_batches(read_images(self.table, **self.options), self.random_flip, batch_size)
@@ -93,7 +93,7 @@ class PixelStream(torch.utils.data.IterableDataset):
             table = self.table.shuffle(seed=epoch, buffer_size=self.buffer_size)
             for array, label in read_images(table, **self.options):
                 is_empty = False
-                grid = torch.from_numpy(array.astype(np.int64))
+                grid = torch.from_numpy(array.astype(np.uint8))
                 if len(transforms) > 1:
                     choice = int(torch.randint(len(transforms), (), generator=generator))
                     grid = augment(grid, transforms[choice])

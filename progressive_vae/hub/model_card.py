@@ -302,7 +302,8 @@ def _usage(repository: str, configs: Configs, variant: str | None, with_code: bo
     load = f"pipe = {pipeline}.from_pretrained({arguments})\n"
     if "prior" not in configs:
         return "import PIL.Image\n" + imports + load + _RECONSTRUCT
-    names = [config.id2label[0] for config in configs.values() if config.num_classes]
+    conditional = [config for config in configs.values() if config.num_classes]
+    names = [config.id2label[0] for config in conditional if config.id2label is not None]
     label = f"{json.dumps(names[:1], ensure_ascii=False)}, " if names else ""
     return imports + load + _SAMPLE.format(label=label)
 

@@ -6,16 +6,21 @@ a check compares the two.
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .distributions import Categorical, LowRankCategorical
+from .fused_steps import FusedSteps, can_fuse
 from .walk import StepFn, WalkStep, call_step_fn
 
 NUM_CHECKED_TOKENS = 8
+
+_needs_own_steps = ContextVar("_needs_own_steps", default=False)
 
 
 class CausalLMMixin:
@@ -41,11 +46,10 @@ class CausalLMMixin:
         """Run the autoregressive loop with a key-value cache: the tokens, int64 (B, length)."""
         positions = torch.arange(length, device=context.device)
         previous = positions.new_zeros(len(context), 0)
-        cache = None
+        run_step = _steps(self.backbone, length)
         tokens = []
         for t, position in enumerate(positions.split(1)):
-            output, cache = cached_step(self.backbone, cache, **self._inputs(context, previous, t))
-            distribution = self._distribution(output)
+            distribution = self._distribution(run_step(**self._inputs(context, previous, t)))
             step = WalkStep(t, 0, position)
             previous = call_step_fn(step_fn, distribution, step, len(context))  # (B, 1)
             tokens.append(previous)
@@ -71,11 +75,11 @@ class CausalLMMixin:
         """
         inputs = self._inputs(context, tokens[:, :-1], 0)
         expected = self.backbone(**inputs, use_cache=False)[0]  # (B, L, E)
-        cache = None
+        run_step = _steps(self.backbone, tokens.shape[1])
         outputs = []
         for t in range(tokens.shape[1]):
             step_inputs = {name: value[:, t : t + 1] for name, value in inputs.items()}
-            output, cache = cached_step(self.backbone, cache, **step_inputs)
+            output = run_step(**step_inputs)
             self._distribution(output)  # raises if the output lacks what is read from it
             outputs.append(output[0])
         difference = (torch.cat(outputs, 1) - expected).abs().max()
@@ -85,6 +89,30 @@ class CausalLMMixin:
                 f"{type(self.backbone.config).__name__}, whose outputs differ by "
                 f"{difference.item():.2g} when later codes are in the input"
             )
+
+
+@contextmanager
+def transformers_steps() -> Iterator[None]:
+    """Backbones run their own forward at each step inside, which rounds as in earlier versions."""
+    token = _needs_own_steps.set(True)
+    try:
+        yield
+    finally:
+        _needs_own_steps.reset(token)
+
+
+def _steps(backbone: nn.Module, length: int) -> Callable[..., ModelOutput]:
+    """The steps of one sequence of `length` tokens: inputs as of `cached_step` -> the output."""
+    if not _needs_own_steps.get() and can_fuse(backbone):
+        return FusedSteps(backbone, length)
+    cache = None
+
+    def run_step(**inputs: Tensor) -> ModelOutput:
+        nonlocal cache
+        output, cache = cached_step(backbone, cache, **inputs)
+        return output
+
+    return run_step
 
 
 @functools.cache

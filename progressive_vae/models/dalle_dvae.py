@@ -1,29 +1,34 @@
-"""The discrete VAE of DALL-E (Ramesh et al. 2021): its decoder, and how both its nets see pixels.
+"""The discrete VAE of DALL-E (Ramesh et al. 2021): its decoder, and the range of its pixels.
 
-Its encoder is transformers' `FlavaImageCodebook`; no library keeps the decoder.
+Its encoder is transformers' `FlavaImageCodebook`; no library has the decoder.
 """
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
-LOGIT_LAPLACE_EPS = 0.1  # of each end of [0, 1], which a logit does not reach
+LOGIT_LAPLACE_EPS = 0.1  # pixels are scaled to [ε, 1 − ε], as logits of 0 and 1 are infinite
 
 
-def to_unit(finer: Tensor) -> Tensor:
-    """Pixels in [−1, 1] as the encoder sees them, in [ε, 1 − ε]."""
-    return (finer + 1) / 2 * (1 - 2 * LOGIT_LAPLACE_EPS) + LOGIT_LAPLACE_EPS
+def to_logit_laplace(pixel_values: Tensor) -> Tensor:
+    """Scale pixels from [−1, 1] to the encoder's range [ε, 1 − ε]."""
+    return (pixel_values + 1) / 2 * (1 - 2 * LOGIT_LAPLACE_EPS) + LOGIT_LAPLACE_EPS
 
 
-def from_logits(parameters: Tensor) -> Tensor:
-    """Locations and log-scales of logit-Laplace distributions, (B, 2C, H, W), as an image in
-    [−1, 1] at their medians."""
+def logit_laplace_medians(parameters: Tensor) -> Tensor:
+    """Return the medians of logit-Laplace distributions, an image (B, C, H, W) in [−1, 1].
+
+    Args:
+        parameters: locations and log-scales, (B, 2C, H, W).
+    """
     unit = parameters.chunk(2, 1)[0].sigmoid()
     return (unit - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS) * 2 - 1
 
 
-def dalle_encoder(fields: dict) -> nn.Module:
+def dalle_encoder(fields: dict[str, Any]) -> nn.Module:
+    """Return the encoder: pixels (B, C, H, W) in [ε, 1 − ε] -> logits of codes (B, K, H/8, W/8)."""
     config = FlavaImageCodebookConfig(
         num_groups=4,
         input_channels=fields["num_channels"],
@@ -36,7 +41,7 @@ def dalle_encoder(fields: dict) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """A residual block whose branch has a gain that goes with the depth of the net."""
+    """A residual block with a gain on its branch, 1 / depth²; names are those of `dall_e`."""
 
     def __init__(self, width_in: int, width: int, depth: int):
         super().__init__()
@@ -61,17 +66,21 @@ class _Block(nn.Module):
         return self.id_path(x) + self.gain * self.res_path(x)
 
 
-def dalle_decoder(fields: dict) -> nn.Module:
-    """From vectors of codes, (B, n_init, h, w), to (B, 2C, 8h, 8w); names are those of `dall_e`."""
-    count, width_in = fields["n_blk_per_group"], fields["n_init"]
+def dalle_decoder(fields: dict[str, Any]) -> nn.Module:
+    """Return the decoder: code vectors (B, n_init, H/8, W/8) -> parameters (B, 2C, H, W).
+
+    Names of modules are those of `dall_e`.
+    """
+    num_blocks = fields["n_blk_per_group"]
+    width_in = fields["n_init"]
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, times in enumerate((8, 4, 2, 1), 1):
-        width = times * fields["n_hid"]
+    for number, factor in enumerate((8, 4, 2, 1), 1):
+        width = factor * fields["n_hid"]
         group: OrderedDict[str, nn.Module] = OrderedDict()
-        for i in range(1, count + 1):
-            group[f"block_{i}"] = _Block(width_in, width, 4 * count)
+        for i in range(1, num_blocks + 1):
+            group[f"block_{i}"] = _Block(width_in, width, 4 * num_blocks)
             width_in = width
-        if times > 1:
+        if factor > 1:
             group["upsample"] = nn.Upsample(scale_factor=2, mode="nearest")
         layers[f"group_{number}"] = nn.Sequential(group)
     out = nn.Conv2d(width_in, 2 * fields["num_channels"], 1)

@@ -26,6 +26,10 @@ from ..configuration.level import MANY_CODES
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the system at once
 POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
+# Up to so many positions a mixture's quantiles are searched in few rounds. A processor is soon busy
+# with arithmetic; on other devices memory is the limit.
+MAX_POSITIONS_ON_CPU = 256
+MAX_POSITIONS = 2**18
 OUTSIDE = 1e6  # an edge far beyond all pixel values
 
 
@@ -188,17 +192,28 @@ class DiscretizedLogisticMixture:
         return probs.unflatten(0, self.means.shape[1:])
 
     def icdf(self, u: Tensor) -> Tensor:
-        """Binary search: eight evaluations of the cumulative distribution for 256 values."""
-        weights = self.weights[:-1]
+        """A search that evaluates the cumulative distribution at several edges in each round.
+
+        At 15 edges, 256 values take two rounds, which are few operations. By halves they take
+        eight, which are less arithmetic.
+        """
+        is_on_cpu = u.device.type == "cpu"
+        is_small = u.numel() <= (MAX_POSITIONS_ON_CPU if is_on_cpu else MAX_POSITIONS)
+        bits_per_round = 4 if is_small else 1
         floor = self._floor
-        values = torch.zeros(u.shape, dtype=torch.long, device=u.device)
-        for power in reversed(range((self.num_values - 1).bit_length())):
-            midpoints = values + 2**power
-            logistics = ((midpoints.float() - 0.5 - self.means) * self.precisions).sigmoid()
-            mass_below = (weights * logistics).sum(0) + floor * midpoints
-            is_too_large = (mass_below > u) | (midpoints >= self.num_values)
-            values = torch.where(is_too_large, values, midpoints)
-        return values
+        values = torch.zeros_like(u, dtype=torch.long)
+        num_bits = (self.num_values - 1).bit_length()  # that are not decided
+        while num_bits:
+            num_new_bits = min(bits_per_round, num_bits)
+            num_bits -= num_new_bits
+            step = 2**num_bits
+            steps = torch.arange(step, step << num_new_bits, step, device=u.device)
+            midpoints = values + steps[:, None, None]  # (E, B, n)
+            # In place: (E, K, B, n) numbers are many.
+            logistics = ((midpoints.float() - 0.5)[:, None] - self.means).mul_(self.precisions)
+            mass_below = logistics.sigmoid_().mul_(self.weights[:-1]).sum(1).add_(floor * midpoints)
+            values = torch.add(values, (mass_below <= u).sum(0), alpha=step)
+        return values.clamp(max=self.num_values - 1)  # if V is not a power of two
 
     @property
     def _floor(self) -> Tensor:

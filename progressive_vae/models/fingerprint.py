@@ -1,4 +1,7 @@
-"""Which codes a part was trained on, so that parts that do not belong together are refused."""
+"""Fingerprints of the levels on whose codes a part was trained.
+
+A pipeline refuses parts whose codes differ from those of training.
+"""
 
 import hashlib
 
@@ -11,19 +14,21 @@ from .prior import ProgressiveVAEPrior
 
 
 def fingerprint(levels: list[ProgressiveVAELevel]) -> str:
-    """A hash of the encoders and codebooks of these levels: of all that decides the codes.
+    """Return a hash of the encoders and codebooks of levels, which determine the codes.
 
-    Of the weights only the signs count, and of the config the kind of quantizer, K and the dither.
-    Training flips some signs at every step, and rounding to any float type flips none: a
-    half-precision copy has the fingerprint of the original, whether it was rounded once or twice.
-    Decoders do not count, so a refit leaves it as it is.
+    It includes the signs of the weights, and of the config the quantizer, K and the dither.
+    Training flips some signs at every step; rounding to another float type flips none. So a
+    half-precision copy has the fingerprint of the original. A refit does not change it, as it
+    trains only the decoder.
+
+    Args:
+        levels: [level_i … level_N].
     """
-    return _joined([_digest(level) for level in levels])
+    return _hash_digests([_digest(level) for level in levels])
 
 
 def original_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a module by the names that they have without `torch.compile`, which puts a
-    compiled module one step deeper."""
+    """Return tensors by their names without the prefix that `torch.compile` adds to a module."""
     return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
 
 
@@ -41,15 +46,14 @@ def _digest(level: ProgressiveVAELevel) -> bytes:
     return digest.digest()
 
 
-def _joined(digests: list[bytes]) -> str:
+def _hash_digests(digests: list[bytes]) -> str:
     return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
 
 
 def check_fingerprints(prior: ProgressiveVAEPrior | None, levels: list[ProgressiveVAELevel]):
-    """Raise a `ValueError` if a part remembers finer levels other than those it is to join.
+    """Raise a `ValueError` if a part was trained on codes of other finer levels.
 
-    Weights that are not there yet (on the meta device) or not floats any more (quantized ones) are
-    not checked.
+    Levels on the meta device or with quantized weights are not checked, as their signs are unknown.
 
     Args:
         levels: [level_1 … level_N].
@@ -63,10 +67,10 @@ def check_fingerprints(prior: ProgressiveVAEPrior | None, levels: list[Progressi
     digests = [_digest(level) for level in levels]
     for i, (name, part) in enumerate(parts):
         expected = part.config.finer_fingerprint if part is not None else None
-        if expected is not None and (got := _joined(digests[i:])) != expected:
+        if expected is not None and (got := _hash_digests(digests[i:])) != expected:
             finer = [f"level_{j}" for j in range(i + 1, len(levels) + 1)]
             raise ValueError(
                 f"expected {finer} with the fingerprint {expected} of the levels on whose codes "
                 f"{name} was trained, got {got}. To combine them all the same, load {name} with "
-                "`from_pretrained(…, finer_fingerprint=None)`, and do not trust its bits"
+                "`from_pretrained(…, finer_fingerprint=None)`, and do not trust its likelihood"
             )

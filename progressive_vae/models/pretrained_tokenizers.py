@@ -16,7 +16,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.tokenizer import Tokenizer, read_tokenizer
 from .auxiliary_decoder import Auxiliary
-from .dalle_dvae import dalle_decoder, dalle_encoder, from_logits, to_unit
+from .dalle_dvae import dalle_decoder, dalle_encoder, logit_laplace_medians, to_logit_laplace
 from .layers import ZeroConv2d
 from .quantizer_base import Quantizer, QuantizerOutput
 from .sampling import Generators
@@ -248,9 +248,9 @@ def _parts(config, model, see, show, is_normalized=False, is_spatial=False):
 def _dalle_dvae(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
     fields = tokenizer.fields
     return (
-        TokenizerEncoder(to_unit, config.downsample, blocks=dalle_encoder(fields)),
+        TokenizerEncoder(to_logit_laplace, config.downsample, blocks=dalle_encoder(fields)),
         ArgmaxQuantizer(nn.Conv2d(fields["vocab_size"], fields["n_init"], 1)),
-        TokenizerDecoder(config, from_logits, decoder=dalle_decoder(fields)),
+        TokenizerDecoder(config, logit_laplace_medians, decoder=dalle_decoder(fields)),
     )
 
 

@@ -116,9 +116,10 @@ class VectorQuantizer(Quantizer):
     def statistics(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Counts (K,) and sums (K, D) of the latents (B, D, ...) by their codes, in fp32."""
         vectors = latents.detach().movedim(1, -1).flatten(0, -2).float()
-        codes = codes.flatten()
-        sums = torch.zeros_like(self.codebook, dtype=torch.float32).index_add_(0, codes, vectors)
-        return torch.bincount(codes, minlength=len(self.codebook)).float(), sums
+        vectors = F.pad(vectors, (0, 1), value=1.0)  # a column of ones: its sums are the counts
+        sums = vectors.new_zeros(len(self.codebook), vectors.shape[1])
+        sums.index_add_(0, codes.flatten(), vectors)
+        return sums[:, -1], sums[:, :-1]
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, decay: float | None = None):
@@ -127,24 +128,37 @@ class VectorQuantizer(Quantizer):
         self.ema_counts.lerp_(counts.to(self.ema_counts), 1 - decay)
         self.ema_sums.lerp_(sums.to(self.ema_sums), 1 - decay)
         used = self.ema_counts > 0
-        self.codebook[used] = (self.ema_sums[used] / self.ema_counts[used, None]).to(self.codebook)
+        means = (self.ema_sums / self.ema_counts[:, None]).to(self.codebook)
+        self.codebook.copy_(torch.where(used[:, None], means, self.codebook))
 
     def dead(self) -> Tensor:
         """bool (K,): codes whose running count is below a fraction of the mean count."""
         return self.ema_counts < self.restart_threshold * self.ema_counts.mean()
 
     @torch.no_grad()
-    def restart(self, dead: Tensor, replacements: Tensor):
-        """Move each dead code to a candidate (≥ 1, D), with the mean count of the other codes.
+    def restart(
+        self,
+        dead: Tensor,
+        replacements: Tensor,
+        start: int | Tensor = 0,
+        step: int | Tensor = 1,
+    ):
+        """Move the dead codes to rows start, start + step, ... of replacements (≥ 1, D), with the
+        mean count of the other codes.
 
-        Unless the statistics are reset, the next update undoes the move.
+        Unless the statistics are reset, the next update undoes the move. The host does not wait to
+        know whether any code is dead.
         """
-        if dead.any():
-            rows = torch.arange(int(dead.sum()), device=replacements.device) % len(replacements)
-            count = self.ema_counts[~dead].mean() if (~dead).any() else self.ema_counts.new_ones(())
-            self.codebook[dead] = replacements[rows].to(self.codebook)
-            self.ema_counts[dead] = count
-            self.ema_sums[dead] = replacements[rows].to(self.ema_sums) * count
+        num_rows = (len(replacements) - start + step - 1) // step
+        rank = (dead.cumsum(0) - 1).clamp(min=0)  # of each dead code among them
+        vectors = replacements.index_select(0, start + step * (rank % num_rows))
+        alive = ~dead
+        mean_count = (self.ema_counts * alive).sum() / alive.sum()
+        count = torch.where(alive.any(), mean_count, torch.ones_like(mean_count))
+        sums = vectors.to(self.ema_sums) * count
+        self.codebook.copy_(torch.where(dead[:, None], vectors.to(self.codebook), self.codebook))
+        self.ema_counts.copy_(torch.where(dead, count, self.ema_counts))
+        self.ema_sums.copy_(torch.where(dead[:, None], sums, self.ema_sums))
 
     @torch.no_grad()
     def initialize(
@@ -176,13 +190,11 @@ class VectorQuantizer(Quantizer):
         """Update the codebook from the latents of all processes, and restart its dead codes."""
         counts, sums = self.statistics(latents, codes)
         self.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
-        dead = self.dead()  # the same on every process
-        if dead.any():
-            vectors = gather(latents.detach().movedim(1, -1).flatten(0, -2).float())
-            # Replacements are spread over the batch; all processes compute the same start.
-            step = max(1, len(vectors) // int(dead.sum()))
-            start = int(dead.nonzero()[0]) % step
-            self.restart(dead, vectors[start::step])
+        dead = self.dead()
+        vectors = gather(latents.detach().movedim(1, -1).flatten(0, -2).float())
+        # Replacements are spread over the batch; all processes compute the same ones.
+        step = (len(vectors) // dead.sum().clamp(min=1)).clamp(min=1)
+        self.restart(dead, vectors, dead.int().argmax() % step, step)
 
 
 class FiniteScalarQuantizer(Quantizer):

@@ -1,5 +1,7 @@
 """Sampling from predictive distributions, with one generator for a batch or one per example."""
 
+from collections import deque
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -94,6 +96,7 @@ class Sampler:
         temperature = as_number("temperature", temperature, ">= 0", lambda x: x >= 0)
         self.is_greedy = temperature < MIN_TEMPERATURE
         self.guidance_scale = as_number("guidance_scale", guidance_scale, ">= 0", lambda x: x >= 0)
+        self.step_noise: deque[Tensor] = deque()  # of the next steps, (B, n)
         self.warpers = LogitsProcessorList()
         if not self.is_greedy and temperature != 1:
             self.warpers.append(TemperatureLogitsWarper(temperature))
@@ -107,6 +110,30 @@ class Sampler:
     @property
     def is_guided(self) -> bool:
         return self.guidance_scale != 1
+
+    def preload(self, step_sizes: Sequence[int], device: torch.device):
+        """Generate the noise of the next steps at once: the same numbers, in one copy to `device`.
+
+        Generators of a GPU would return other numbers. Their noise needs no copy, so it is
+        generated step by step.
+
+        Args:
+            step_sizes: the number of positions of each step.
+        """
+        generators = self.generator if isinstance(self.generator, list) else [self.generator]
+        sources = {device.type if g is None else g.device.type for g in generators}
+        if self.is_greedy or sources != {"cpu"}:
+            return
+        sizes = [size for size in step_sizes if size]  # a walk does not call empty steps
+        if isinstance(self.generator, list):
+            shape = torch.Size((self.batch_size, sum(sizes)))
+            self.step_noise.extend(uniform(shape, self.generator, device).split(sizes, 1))
+        else:
+            shape = torch.Size((self.batch_size * sum(sizes),))
+            parts = uniform(shape, self.generator, device).split(
+                [self.batch_size * n for n in sizes]
+            )
+            self.step_noise.extend(part.view(self.batch_size, -1) for part in parts)
 
     def __call__(self, logits: Tensor) -> Tensor:
         num_rows = len(logits) // 2 if self.is_guided else len(logits)
@@ -134,7 +161,15 @@ class Sampler:
 
     def _noise(self, shape: torch.Size, device: torch.device) -> Tensor | None:
         """Uniform numbers, or `None` for greedy decoding."""
-        return None if self.is_greedy else uniform(shape, self.generator, device)
+        if not self.step_noise:
+            return None if self.is_greedy else uniform(shape, self.generator, device)
+        noise = self.step_noise.popleft()
+        if noise.shape != shape:
+            raise ValueError(
+                f"expected step_sizes of preload to be those of the steps, got "
+                f"{tuple(noise.shape)} for a step of {tuple(shape)}"
+            )
+        return noise
 
     def _sample(self, logits: Tensor, u: Tensor | None) -> Tensor:
         logits = logits.float()

@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -87,7 +87,7 @@ class Fit:
 
     model: PreTrainedModel
     dataset: GridDataset | PairedDataset | AugmentedDataset | PixelStream
-    to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]]
+    to_inputs: Callable[[dict[str, Any]], dict[str, Any]]
     accelerator: Accelerator
     settings: FitSettings
     identity: dict[str, Any]
@@ -168,7 +168,7 @@ class Fit:
         )
         self.timer_start = time.perf_counter()
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
+    def _batches(self) -> Iterator[dict[str, Any]]:
         """Yield the batches of this process, epoch after epoch, from where the progress is."""
         progress = self.progress
         while True:
@@ -182,7 +182,7 @@ class Fit:
             progress.epoch += 1
             progress.batch = 0
 
-    def _accumulate_gradients(self, batch: dict[str, Tensor]) -> Any:
+    def _accumulate_gradients(self, batch: dict[str, Any]) -> Any:
         """Forward and backward pass, and a step of the optimizer if it is the last batch of one."""
         accelerator = self.accelerator
         noise = _generators(batch["index"], self.progress.epoch, self.run.seed)
@@ -351,6 +351,7 @@ def _make_loader(
         persistent_workers=run.dataloader_num_workers > 0,
         worker_init_fn=_ignore_signals,
         pin_memory=accelerator.device.type == "cuda",
+        collate_fn=_collate,
         generator=torch.Generator().manual_seed(run.seed),  # of the workers
     )
     if isinstance(dataset, PixelStream):
@@ -358,13 +359,25 @@ def _make_loader(
         loader = DataLoader(share, **options)
         # The stream is divided among processes already: Accelerate only moves its batches.
         loader = prepare_data_loader(
-            loader, accelerator.device, num_processes=1, process_index=0, put_on_device=True
+            loader,
+            accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=accelerator.non_blocking,
         )
         return loader, share
     order = ResumableSampler(len(dataset), run.seed)
     drop_last = len(dataset) >= batch_size * accelerator.num_processes
     loader = DataLoader(dataset, sampler=order, drop_last=drop_last, **options)
     return accelerator.prepare(loader), order
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a batch whose indices are a list: Accelerate leaves it on the host, which reads it."""
+    indices = [example["index"] for example in examples]
+    rest = [{k: v for k, v in example.items() if k != "index"} for example in examples]
+    return {**default_collate(rest), "index": indices}
 
 
 def _ignore_signals(worker: int):
@@ -393,7 +406,7 @@ def _reshard(model: torch.nn.Module):
             module.reshard()
 
 
-def _generators(indices: Tensor, epoch: int, seed: int) -> list[torch.Generator]:
+def _generators(indices: list[int], epoch: int, seed: int) -> list[torch.Generator]:
     """Return a generator for each example: its noise does not depend on process and batch."""
     start = (seed * 1_000_003 + epoch) * 1_000_003
-    return [torch.Generator().manual_seed((start + i) % 2**64) for i in indices.tolist()]
+    return [torch.Generator().manual_seed((start + i) % 2**64) for i in indices]

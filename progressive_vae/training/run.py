@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
+    DataLoaderConfiguration,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     parse_flag_from_env,
@@ -330,6 +331,8 @@ def make_accelerator(settings: RunSettings, cpu: bool = False) -> Accelerator:
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         # Others wait while the main process encodes, evaluates and pushes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
+        # Copies of pinned memory, which the loaders of a fit have on CUDA.
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         log_with=None if settings.report_to == "none" else settings.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(output_dir), logging_dir=str(output_dir / settings.logging_dir)

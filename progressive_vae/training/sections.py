@@ -6,6 +6,7 @@ A section has the fields of a config that a run may choose, with the config's ty
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -110,6 +111,12 @@ def parse_sections(sections: Mapping[str, Any], count: int) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, or a value of another type.
     """
+    parser = _sections_parser(count)
+    return parse_or_raise(lambda: parser.parse_object(dict(sections))).as_dict()
+
+
+@cache  # a parser takes a third of a second, and a run needs it twice
+def _sections_parser(count: int) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     add_sections(parser, [f"level_{i}" for i in range(1, count + 1)])
-    return parse_or_raise(lambda: parser.parse_object(dict(sections))).as_dict()
+    return parser

@@ -17,7 +17,6 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 from helpers.damage import FORMATS, damage, make_image_file, tamper
 from helpers.interruptions import disturb, finish, start, weights
 from helpers.models import tiny_pipeline
+from helpers.processes import SERVER
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.data.dataset import decode, prepare_image
@@ -66,7 +66,7 @@ def attack_images(count: int) -> list[Outcome]:
     """In processes of their own: a codec that crashes must not take this one along."""
     outcomes: list[Outcome] = []
     chunks = [range(i, min(i + 100, count)) for i in range(0, count, 100)]
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=SERVER) as pool:
         jobs = [pool.submit(try_images, chunk) for chunk in chunks]
         for chunk, job in zip(chunks, jobs, strict=True):
             try:
@@ -277,7 +277,7 @@ def attack_streams(count: int) -> list[Outcome]:
         rng = random.Random(number)
         stream = damaged_stream(streams, foreign, rng)
         num_levels = rng.choice([None, None, None, 1, 2, 3])
-        words, begun = f"stream {number} to level {num_levels}", time.perf_counter()
+        words, begun = f"stream {number} to level {num_levels}", time.process_time()
         try:
             image = pipe.decompress(stream, num_levels)[0]
             # The first levels alone cannot be verified; any image will do.
@@ -288,7 +288,7 @@ def attack_streams(count: int) -> list[Outcome]:
             outcome = (REFUSED, words) if is_clear else (WRONG, f"{words}: {error!r}")
         except BaseException as error:
             outcome = WRONG, f"{words}: {error!r}"
-        if (seconds := time.perf_counter() - begun) > 1:
+        if (seconds := time.process_time() - begun) > 1:
             outcome = WRONG, f"{outcome[1]} took {seconds:.1f} s"
         outcomes.append(outcome)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024

@@ -1,0 +1,49 @@
+"""Count the operations that would launch kernels on a GPU, and what would make the host wait."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FREE = set(
+    """
+    _reshape_alias _unsafe_view alias detach empty empty_like empty_strided lift_fresh new_empty
+    new_empty_strided set_ _record_function_enter_new _record_function_exit
+    """.split()
+)
+# They read numbers from the device, or return shapes that depend on values.
+WAITS = set("_local_scalar_dense _unique2 bincount equal is_nonzero masked_select nonzero".split())
+
+
+class OpCount(TorchDispatchMode):
+    """Counts on a CPU, by name: `ops` without views, and `waits`. A list of tensors counts once."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        returns = func._schema.returns
+        is_view = bool(returns) and all(
+            value.alias_info is not None and not value.alias_info.is_write for value in returns
+        )
+        is_masked = name in ("index", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if is_masked or name in WAITS:
+            self.waits[name] += 1
+        if not (is_view or name in FREE or name == "_local_scalar_dense"):
+            self.ops[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_ops(function: Callable[[], object], num_warmups: int = 1) -> OpCount:
+    """The operations of one call, after others that fill caches."""
+    for _ in range(num_warmups):
+        function()
+    with OpCount() as count:
+        function()
+    return count
