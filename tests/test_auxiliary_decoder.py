@@ -1,10 +1,6 @@
 """Auxiliary decoders: encoders that learn by them, previews, and decoders that come later."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ from helpers.images import random_images
 from helpers.interruptions import weights
 from helpers.models import AUXILIARY, AUXILIARY_ONLY, pipeline_of, tiny_level, tiny_prior
 from helpers.probabilities import all_grids
+from helpers.processes import TRAIN, start
 from helpers.recipes import FEW, RECIPE, SMALLER
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
@@ -23,7 +20,6 @@ from progressive_vae.models.preview_decoder import PreviewDecoder
 from progressive_vae.training import train
 
 pytestmark = pytest.mark.usefixtures("fresh_state")
-ROOT = Path(__file__).parents[1]
 
 
 def test_it_is_a_distribution():
@@ -219,15 +215,13 @@ def test_decoders_and_prior_side_by_side(tmp_path, script):
     flags += ["--output_dir", str(parts)]
     for phase in ("encoder_2", "encoder_1"):
         script.main([*flags, "--phase", phase])
-    command = [sys.executable, str(ROOT / "examples" / "train.py"), *flags, "--phase"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    phases = ("decoder_2", "decoder_1", "prior")
     beside = [
-        subprocess.Popen([*command, phase], env=environment, stderr=subprocess.PIPE, text=True)
-        for phase in phases
+        start(TRAIN, *flags, "--phase", phase, log=tmp_path / f"{phase}.log")
+        for phase in ("decoder_2", "decoder_1", "prior")
     ]
     for process in beside:
-        assert process.communicate()[1] is not None and process.returncode == 0
+        process.join()
+        assert process.exitcode == 0
     assert weights(parts) == weights(one_run)
     script.main([*flags, "--resume_from_checkpoint", "latest"])  # nothing is left but to measure
     costs = json.loads((parts / "metrics.json").read_text())["phases"]

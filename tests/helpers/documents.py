@@ -111,8 +111,10 @@ def sentences(page: Path) -> list[str]:
     text = re.sub(r"`[^`]*`", "code", text)
     text = re.sub(r"^(#|\|).*", "", text, flags=re.M)
     paragraphs = re.split(r"\n\s*\n|\n\s*(?:[-*]|\d+\.) ", text)
-    sentences = [re.split(r"(?<=[.!?;])[*_)\"]*\s+", " ".join(text.split())) for text in paragraphs]
-    return [sentence for paragraph in sentences for sentence in paragraph if sentence]
+    by_paragraph = [
+        re.split(r"(?<=[.!?;])[*_)\"]*\s+", " ".join(text.split())) for text in paragraphs
+    ]
+    return [sentence for paragraph in by_paragraph for sentence in paragraph if sentence]
 
 
 def printed_statements(code: str) -> Iterator[tuple[ast.stmt, str]]:
