@@ -95,10 +95,10 @@ $license
 ```
 """)
 
-_INSTALL = "Install the package with `pip install progressive-vae`."
+_INSTALL = "Install the package: `pip install .` in a clone of its repository."
 _WITHOUT_INSTALLATION = """\
 This repository contains its code, so these lines run without an installation. If the package is
-installed (`pip install progressive-vae`), it is used instead."""
+installed, it is used instead."""
 _SAMPLE = """\
 generator = torch.Generator().manual_seed(0)
 images = pipe({label}num_images_per_prompt=4, generator=generator).images
