@@ -195,6 +195,40 @@ def test_two_processes_agree_on_when_time_is_up(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["bits_per_dim"]["total"] > 0
 
 
+STREAM_READER = """
+import sys
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+from accelerate import Accelerator
+from progressive_vae.data.code_cache import Manifest
+from progressive_vae.data.streaming import PixelStream
+from progressive_vae.training.args import RunSettings
+from progressive_vae.training.fit import _make_loader
+
+accelerator = Accelerator(cpu=True)
+images = [PIL.Image.fromarray(np.full((2, 2), i, np.uint8)) for i in range(8)]
+table = datasets.Dataset.from_dict({"image": images}).to_iterable_dataset(num_shards=2)
+manifest = Manifest("", "eight images", "train", (1, 2, 2), 256)
+stream = PixelStream(table, manifest, image_column="image", label_column=None)
+loader, _ = _make_loader(stream, accelerator, 2, RunSettings())
+values = [int(grid[0, 0, 0]) for batch in islice(loader, 2) for grid in batch["grid"]]
+Path(sys.argv[1], str(accelerator.process_index)).write_text(" ".join(map(str, sorted(values))))
+accelerator.end_training()
+"""
+
+
+def test_each_process_trains_on_its_part_of_a_stream(tmp_path):
+    script = tmp_path / "reader.py"
+    script.write_text(STREAM_READER)
+    launch(script, tmp_path)
+    parts = [(tmp_path / rank).read_text().split() for rank in "01"]
+    assert sorted(parts[0] + parts[1]) == [*"01234567"] and len(parts[0]) == 4
+
+
 def test_a_stream_in_two_processes(tmp_path):
     flags = ["--streaming", "--max_train_samples", "101", "--output_dir", tmp_path]
     launch(TRAIN, *WITHOUT_LOGS, *flags)

@@ -366,6 +366,7 @@ def _make_loader(
             num_processes=1,
             process_index=0,
             put_on_device=True,
+            dispatch_batches=False,  # else the main process would read for all
             non_blocking=accelerator.non_blocking,
         )
         return loader, share
