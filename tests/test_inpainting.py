@@ -140,14 +140,14 @@ def test_many_particles_sample_from_the_posterior():
     with torch.no_grad():
         log_prob, grids = posterior_of(pipe, image[0, 0].long(), mask, observations[:2])
     distances = {}
-    for number in (1, 8, 64):
+    for number in (1, 24):
         codes = pipe.inpaint(
             image, mask, num_images_per_prompt=1000, num_particles=number,
             generator=torch.Generator().manual_seed(0), output_type="pt", batch_size=2**13,
         ).codes  # fmt: skip
         samples = torch.cat([z.flatten(1) for z in codes], 1)
         distances[number] = total_variation(log_prob, grids[:, None], samples[:, None])
-    assert distances[1] > 0.3 and distances[8] < 0.1 and distances[64] < 0.02
+    assert distances[1] > 0.3 and distances[24] < 0.05
 
 
 def test_without_a_prior(pipe, images):

@@ -262,7 +262,7 @@ def test_one_pass_for_all_groups_is_the_walk_with_teacher_forcing(
     level = level_of(order, downsample, num_groups, **kind)
     decoder = level.decoder
     parameters = [*decoder.parameters()]
-    for size in ((6, 8), (3, 9), (1, 3)):
+    for size in ((6, 8), (1, 3)):
         shape = (2, level.config.value_channels, *size)
         finer = torch.randint(level.config.num_values, shape)
         codes = torch.randint(3, (2, *level.codes_size(size)))
