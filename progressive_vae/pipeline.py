@@ -156,6 +156,18 @@ class ProgressiveVAEPipeline(HubPipeline):
         """Class ids of names, as in diffusers' DiT pipeline."""
         return self._stack_on(None).as_conditioning(label).class_ids.tolist()
 
+    def compile(self, **kwargs):
+        """Compile the prior and the levels, for training and sampling.
+
+        Streams do not change: `compress` and `decompress` run the factors without it.
+
+        Args:
+            kwargs: as of `torch.compile`.
+        """
+        for part in (self.prior, *self.levels):
+            if part is not None:
+                part.compile(**kwargs)
+
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""
         raise ValueError("expected enable_model_cpu_offload in place of the sequential one")

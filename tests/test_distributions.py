@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from helpers.op_count import count_ops
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 from progressive_vae.configuration.level import MANY_CODES
+from progressive_vae.evaluation.op_count import count_ops
 from progressive_vae.models import distributions
 from progressive_vae.models.distributions import (
     Categorical,

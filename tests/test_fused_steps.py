@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from helpers.models import generators, tiny_level, tiny_pipeline, tiny_prior
-from helpers.op_count import count_ops
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPrior
+from progressive_vae.evaluation.op_count import count_ops
 from progressive_vae.models import causal_lm
 from progressive_vae.models.causal_lm import transformers_steps
 from progressive_vae.models.fused_steps import FusedSteps, can_fuse

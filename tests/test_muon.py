@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from helpers.models import tiny_level
-from helpers.op_count import count_ops
 from progressive_vae import ProgressiveVAELevel
+from progressive_vae.evaluation.op_count import count_ops
 from progressive_vae.training import muon
 from progressive_vae.training.muon import (
     COEFFICIENTS,

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from helpers.op_count import count_ops
 from progressive_vae import ProgressiveVAELevelConfig
+from progressive_vae.evaluation.op_count import count_ops
 from progressive_vae.models.layers import add_dither
 from progressive_vae.models.quantizers import (
     QUANTIZERS,

@@ -103,7 +103,9 @@ def transformers_steps() -> Iterator[None]:
 
 def _steps(backbone: nn.Module, length: int) -> Callable[..., ModelOutput]:
     """The steps of one sequence of `length` tokens: inputs as of `cached_step` -> the output."""
-    if not _needs_own_steps.get() and can_fuse(backbone):
+    # Compiled graphs serve sampling only, and cannot read the variable.
+    needs_own_steps = not torch.compiler.is_compiling() and _needs_own_steps.get()
+    if not needs_own_steps and can_fuse(backbone):
         return FusedSteps(backbone, length)
     cache = None
 

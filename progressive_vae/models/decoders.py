@@ -182,10 +182,12 @@ class GroupDecoder(Decoder):
         if len(groups) > 1 or config.value_channels > 1:  # else no value is an input
             self.embedding = embedding(config.num_values, config.value_embed_dim)
         self.cell = max(config.downsample, groups[0].stride)
-        self.descents = nn.ModuleList(
-            Downsample(config.hidden_size, config.hidden_size)
-            for _ in range(int(math.log2(self.cell // config.downsample)))
-        )
+        # Accelerate compiles an empty list of modules into a module without an iterator.
+        self.descents: Iterable[nn.Module] = ()
+        if num_descents := int(math.log2(self.cell // config.downsample)):
+            self.descents = nn.ModuleList(
+                Downsample(config.hidden_size, config.hidden_size) for _ in range(num_descents)
+            )
         previous_strides = [self.cell, *(group.stride for group in groups)]
         self.stages = nn.ModuleList(
             Stage(

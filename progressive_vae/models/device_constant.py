@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec, TypeVar
+from operator import index
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -25,8 +26,18 @@ def device_constant(function: Callable[Arguments, Result]) -> Callable[Arguments
             return function(*arguments)
 
     @torch.compiler.assume_constant_result
-    @wraps(function)
-    def call(*arguments):
+    def constant(*arguments):
         return cached(*arguments)
 
+    @wraps(function)
+    def call(*arguments):
+        # In a graph for all sizes a size has no value: `index` reads it and compiles for this one.
+        return constant(*map(_as_constant, arguments))
+
     return call
+
+
+def _as_constant(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return tuple(map(_as_constant, argument))
+    return index(argument) if isinstance(argument, int) else argument

@@ -81,6 +81,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     base_model_prefix = "level"
     main_input_name = "finer"
     supports_gradient_checkpointing = True
+    _repeated_blocks = ["Stage"]  # for regional compilation
     # Attention is in the backbone of a causal-LM decoder, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True

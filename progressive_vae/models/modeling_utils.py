@@ -26,6 +26,7 @@ _PUSH_ARGUMENTS = (
     "revision",
 )
 _SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:]
+_COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters  # more in new versions of torch
 _HUB_ARGUMENTS = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 _ADVICE = "save the model again, or download it again"
 
@@ -55,6 +56,9 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         Args:
             args, kwargs: as of `torch.compile`.
         """
+        if "isolate_recompiles" in _COMPILE_ARGUMENTS:
+            # The parts of a pipeline share their code, and dynamo limits the graphs of one function.
+            kwargs.setdefault("isolate_recompiles", True)
         super().compile(*args, **kwargs)
         self._compiled_walk = torch.compile(self.walk, *args, **kwargs)
 
