@@ -1,10 +1,17 @@
 """Count the operations that would launch kernels on a GPU, and what would make the host wait."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..configuration import validation
+from ..configuration.level import MANY_CODES
+from ..models import conditioning, distributions, value_types
+from ..models.decoders import GroupDecoder
 
 FREE = set(
     """
@@ -23,6 +30,10 @@ class OpCount(TorchDispatchMode):
         super().__init__()
         self.ops: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
+
+    @property
+    def num_ops(self) -> int:
+        return self.ops.total()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -47,3 +58,23 @@ def count_ops(function: Callable[[], object], num_warmups: int = 1) -> OpCount:
     with OpCount() as count:
         function()
     return count
+
+
+@contextmanager
+def as_on_accelerator() -> Iterator[None]:
+    """Tensors on the CPU take the branches of those on an accelerator: likelihood in one pass for
+    all groups, samples of mixtures in few rounds, and no check that reads values."""
+    log_prob = GroupDecoder.log_prob
+
+    def log_prob_in_one_pass(decoder, condition, finer):
+        has_many_codes = decoder.config.num_values > MANY_CODES
+        one = log_prob if has_many_codes else GroupDecoder.log_prob_of_all_groups
+        return one(decoder, condition, finer)
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(GroupDecoder, "log_prob", log_prob_in_one_pass))
+        limit = distributions.MAX_POSITIONS
+        patches.enter_context(patch.object(distributions, "MAX_POSITIONS_ON_CPU", limit))
+        for module in (validation, value_types, conditioning):
+            patches.enter_context(patch.object(module, "has_readable_values", lambda tensor: False))
+        yield

@@ -57,7 +57,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
             args, kwargs: as of `torch.compile`.
         """
         if "isolate_recompiles" in _COMPILE_ARGUMENTS:
-            # The parts of a pipeline share their code, and dynamo limits the graphs of one function.
+            # The parts of a pipeline share their code; dynamo limits the graphs of each function.
             kwargs.setdefault("isolate_recompiles", True)
         super().compile(*args, **kwargs)
         self._compiled_walk = torch.compile(self.walk, *args, **kwargs)

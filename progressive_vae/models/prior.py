@@ -83,7 +83,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
         conditioning = self._conditioning(class_labels, len(codes), codes.device)
-        if self.training:
+        if self.config.num_classes and self.training:
             conditioning = conditioning.drop(self.config.class_dropout, generator)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

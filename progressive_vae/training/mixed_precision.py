@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import has_compiled_regions, is_compiled_module
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -49,9 +50,12 @@ class MixedPrecisionForward:
         self.wrapped = wrapped
         self.dtype = DTYPES.get(accelerator.mixed_precision)
         # With gradient checkpointing the backward pass reads the model's own weights again, and a
-        # sharded model gathers them as it needs them.
-        if is_sharded(accelerator) or any(
-            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        # sharded model gathers them as it needs them. A compiled model has fused casts.
+        is_compiled = is_compiled_module(wrapped) or has_compiled_regions(wrapped)
+        if (
+            is_compiled
+            or is_sharded(accelerator)
+            or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         ):
             self.dtype = None
         in_float32 = {

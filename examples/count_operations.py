@@ -1,0 +1,83 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["progressive-vae[train]"]
+#
+# [tool.uv.sources]
+# progressive-vae = { path = "..", editable = true }
+# ///
+"""Count the operations of a sample and of a training step, on the CPU, as an accelerator runs them.
+
+    python examples/count_operations.py --model examples/fashion_mnist
+
+Each operation starts about one kernel, so small batches on a GPU take time in proportion.
+"""
+
+from argparse import ArgumentParser
+
+import torch
+from accelerate import Accelerator
+
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.evaluation.op_count import OpCount, as_on_accelerator, count_ops
+from progressive_vae.scripts import run_script
+from progressive_vae.training.mixed_precision import MixedPrecisionForward
+from progressive_vae.training.muon import Muon, matrices_and_others
+
+
+@torch.no_grad()
+def sampling_ops(pipe: ProgressiveVAEPipeline, batch_size: int) -> dict[str, OpCount]:
+    """Return the operations of a sample of each factor."""
+    assert pipe.prior is not None
+    counts = {"prior": count_ops(lambda: pipe.prior.sample(batch_size))}
+    for i, level in enumerate(pipe.levels):
+        codes = torch.zeros(batch_size, *pipe.grid_sizes[i], dtype=torch.long)
+        size = pipe.grid_sizes[i + 1]
+        counts[f"level_{i + 1}"] = count_ops(
+            lambda level=level, codes=codes, size=size: level.sample(codes, finer_size=size)
+        )
+    return counts
+
+
+def training_ops(
+    level: ProgressiveVAELevel, size: tuple[int, int], batch_size: int
+) -> dict[str, OpCount]:
+    """Return the operations of a training step of a level's decoder in bf16, for a finer grid of
+    `size`."""
+    config = level.config
+    finer = torch.zeros(batch_size, config.value_channels, *size)
+    finer = finer if config.is_finest else finer[:, 0].long()
+    codes = level.encode(finer)
+    model = level.with_decoder().train().to(memory_format=torch.channels_last)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    forward = MixedPrecisionForward(model, accelerator.prepare(model), accelerator)
+    optimizer = Muon(*matrices_and_others(model), lr=1e-3, foreach=True)  # as on a GPU
+    losses = []
+    counts = {}
+    for _ in range(2):  # the first step fills caches
+        counts["forward"] = count_ops(
+            lambda: losses.append(forward(finer=finer, codes=codes).loss), num_warmups=0
+        )
+        counts["backward"] = count_ops(losses.pop().backward, num_warmups=0)
+        counts["optimizer"] = count_ops(optimizer.step, num_warmups=0)
+        optimizer.zero_grad()
+    return counts
+
+
+def main(words: list[str]):
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="examples/fashion_mnist", help="folder of a pipeline")
+    parser.add_argument("--batch_size", type=int, default=2)
+    arguments = parser.parse_args(words)
+    pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+    with as_on_accelerator():
+        table = {"sample": sampling_ops(pipe, arguments.batch_size)}
+        for i, level in enumerate(pipe.levels, 1):
+            counts = training_ops(level, pipe.grid_sizes[i], arguments.batch_size)
+            table[f"training step of level_{i}"] = counts
+    for title, counts in table.items():
+        totals = {name: count.num_ops for name, count in counts.items()}
+        print(f"{title}: {sum(totals.values())} operations, {totals}")
+
+
+if __name__ == "__main__":
+    run_script(main)
