@@ -27,12 +27,12 @@ def device_constant(function: Callable[Arguments, Result]) -> Callable[Arguments
 
     @torch.compiler.assume_constant_result
     def constant(*arguments):
-        return cached(*arguments)
+        return [cached(*arguments)]  # dynamo gives all tensors that are results the same name
 
     @wraps(function)
     def call(*arguments):
         # In a graph for all sizes a size has no value: `index` reads it and compiles for this one.
-        return constant(*map(_as_constant, arguments))
+        return constant(*map(_as_constant, arguments))[0]
 
     return call
 

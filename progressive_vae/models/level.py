@@ -82,6 +82,11 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     main_input_name = "finer"
     supports_gradient_checkpointing = True
     _repeated_blocks = ["Stage"]  # for regional compilation
+    # Their weights are read outside of their forward; the residual blocks hold most weights.
+    _skip_layerwise_casting_patterns = [
+        *("encoder", "auxiliary", "descents", "stem", "embedding"),
+        *("look", "head", "logits", "colours", "take_in"),
+    ]
     # Attention is in the backbone of a causal-LM decoder, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True

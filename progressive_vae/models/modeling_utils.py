@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.hooks import apply_layerwise_casting
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -46,6 +47,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
     config_class: type[PreTrainedConfig]
     walk: Callable[..., Tensor]
     _compiled_walk: Callable[..., Tensor] | None = None
+    _skip_layerwise_casting_patterns: list[str] = []  # regular expressions of module names
 
     def compile(self, *args, **kwargs):
         """Compile what training and sampling run: `forward`, and `walk` where `sample` calls it.
@@ -61,6 +63,29 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("isolate_recompiles", True)
         super().compile(*args, **kwargs)
         self._compiled_walk = torch.compile(self.walk, *args, **kwargs)
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ):
+        """Store weights in fewer bits, and cast those of a layer before it runs, as diffusers'
+        models do.
+
+        Weights that are read outside of their layer's forward keep their dtype.
+
+        Args:
+            compute_dtype: that of the layers; `None`: the model's.
+            non_blocking: copy weights asynchronously.
+        """
+        apply_layerwise_casting(
+            self,
+            storage_dtype,
+            self.dtype if compute_dtype is None else compute_dtype,
+            self._skip_layerwise_casting_patterns,
+            non_blocking=non_blocking,
+        )
 
     def __getstate__(self):
         state = super().__getstate__()

@@ -1,0 +1,243 @@
+"""What users of diffusers, transformers and Accelerate try on any pipeline."""
+
+import copy
+import importlib.util
+
+import pytest
+import torch
+from accelerate.utils import compile_regions
+from diffusers import PipelineQuantizationConfig
+from torch._dynamo.utils import counters
+
+from helpers.models import (
+    GUIDED,
+    LOGISTICS,
+    assert_same,
+    generators,
+    pipeline_of,
+    tiny_level,
+    tiny_pipeline,
+    tiny_prior,
+)
+from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
+
+WHOLE = {"backend": "eager", "fullgraph": True}
+BATCH_SIZES = [8, 5, 12, 33, 1, 2]
+MAX_GRAPHS = 4  # of these batch sizes: the first one, any other, and 1
+CODES = {"num_symbols": 6}
+KINDS = {
+    "lattice": CODES,
+    "masked, gumbel": {**CODES, "ordering": "masked", "quantizer": "gumbel"},
+    "raster": {**CODES, "ordering": "raster", "decoder_type": "causal_lm"},
+    "pixels, fsq": {"num_channels": 1, "quantizer": "fsq", "codebook_size": 15},
+    "mixture": {"num_channels": 3, **LOGISTICS},
+    "guided": {"num_channels": 3, **GUIDED},
+}
+
+
+@pytest.fixture(autouse=True)
+def dynamo():
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def num_graphs():
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def finer_of(level, batch_size):
+    """A random grid of 4×4, which a level encodes."""
+    config = level.config
+    if config.is_finest:
+        return torch.randint(256, (batch_size, config.value_channels, 4, 4)) / 127.5 - 1
+    return torch.randint(config.num_values, (batch_size, 4, 4))
+
+
+def samples(pipe, batch_size=2):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(num_images_per_prompt=batch_size, generator=generator, output_type="pt").images
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_pipeline(backend, tmp_path):
+    pipe = pipeline_of()
+    images = samples(pipe)
+    stream = pipe.compress(images)
+    log_prob = pipe.prior.log_prob(pipe.encode(images)[0])
+    pipe.compile(backend=backend, fullgraph=True)
+    assert torch.equal(samples(pipe), images) and num_graphs() == 3
+    assert pipe.compress(images) == stream
+    torch.testing.assert_close(pipe.prior(pipe.encode(images)[0]).log_prob, log_prob)
+
+    pipe.save_pretrained(tmp_path)
+    assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(samples(copy.deepcopy(pipe)), images)
+    assert samples(pipe.to(torch.bfloat16)).shape == images.shape
+
+
+def test_a_compiled_pipeline_without_a_prior():
+    pipe = tiny_pipeline()
+    levels = ProgressiveVAEPipeline.from_levels(None, pipe.levels, [5, 7])
+    levels.compile(**WHOLE)
+    finer = finer_of(pipe.level_1, 2)
+    expected = pipe.level_1(finer).loss
+    assert torch.equal(levels.level_1(finer).loss, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["log_prob", "encode", "sample"])
+def test_all_batch_sizes_need_few_graphs(method):
+    level = tiny_level(**CODES)
+    compiled = copy.deepcopy(level)
+    if method == "sample":
+        compiled.compile(**WHOLE)
+    else:
+        setattr(compiled, method, torch.compile(getattr(level, method), **WHOLE))
+    for batch_size in BATCH_SIZES:
+        finer = finer_of(level, batch_size)
+        codes = level.encode(finer)
+        inputs = {
+            "log_prob": {"finer": finer, "codes": codes},
+            "encode": {"finer": finer},
+            "sample": {"codes": codes},
+        }[method]
+        results = []
+        for model in (level, compiled):
+            options = {"generator": generators(batch_size)} if method == "sample" else {}
+            results.append(getattr(model, method)(**inputs, **options))
+        torch.testing.assert_close(*results)
+    assert num_graphs() <= MAX_GRAPHS
+
+
+def test_all_batch_sizes_of_a_prior_need_few_graphs():
+    prior = tiny_prior(num_classes=2)
+    compiled = copy.deepcopy(prior).train()
+    compiled.compile(**WHOLE)
+    for batch_size in BATCH_SIZES:
+        codes = prior.sample(batch_size)
+        log_prob = compiled(codes, [1] * batch_size).log_prob
+        assert log_prob.shape == (batch_size,)
+        log_prob.sum().backward()
+    assert num_graphs() <= MAX_GRAPHS
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_is_one_graph(name):
+    level = tiny_level(**KINDS[name]).train()
+    level.quantizer.is_initialized = True
+    compiled = copy.deepcopy(level)
+    compiled.compile(**WHOLE)
+    finer = finer_of(level, 3)
+    codes = level.encode(finer)
+    for inputs in ({"finer": finer}, {"finer": finer, "codes": codes}):
+        torch.manual_seed(0)  # of Gumbel noise
+        expected = level(**inputs).loss
+        torch.manual_seed(0)
+        loss = compiled(**inputs).loss
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+    assert num_graphs() == 2
+    with torch.no_grad():
+        assert torch.equal(
+            compiled.sample(codes, generator=generators(3)),
+            level.sample(codes, generator=generators(3)),
+        )
+    assert num_graphs() == 3
+
+
+def test_stages_compile_as_regions():
+    level = tiny_level(num_channels=3, num_layers=2)
+    finer = finer_of(level, 2)
+    codes = level.encode(finer)
+    expected = level(finer).loss, level.sample(codes, generator=generators(2))
+    in_place = copy.deepcopy(level)
+    for module in in_place.modules():  # diffusers' compile_repeated_blocks
+        if type(module).__name__ in level._repeated_blocks:
+            module.compile(**WHOLE)
+    for model in (compile_regions(copy.deepcopy(level), **WHOLE), in_place):
+        assert torch.equal(model.encode(finer), codes)
+        torch.testing.assert_close(model(finer).loss, expected[0])
+        assert torch.equal(model.sample(codes, generator=generators(2)), expected[1])
+        assert num_graphs() > 0
+        counters.clear()
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_stored_in_8_bits(dtype):
+    codes = tiny_prior().sample(2)
+    finer = finer_of(tiny_level(num_channels=3), 2)
+    for model, inputs in (
+        (tiny_prior(), [codes]),
+        (tiny_level(num_channels=3), [finer, codes]),
+        (tiny_level(**KINDS["raster"]), [finer_of(tiny_level(**CODES), 2), codes]),
+    ):
+        expected = model.log_prob(*inputs)
+        model.to(dtype).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+        assert any(weight.dtype == torch.float8_e4m3fn for weight in model.parameters())
+        torch.testing.assert_close(model.log_prob(*inputs).float(), expected, rtol=0.1, atol=0)
+
+
+@pytest.mark.unit
+def test_offloading():
+    expected = samples(pipeline_of())
+    for offload_type in ("leaf_level", "block_level"):
+        pipe = pipeline_of()
+        pipe.enable_group_offload(
+            torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1
+        )
+        assert torch.equal(samples(pipe), expected)
+    pipe = pipeline_of()
+    with pytest.raises(ValueError, match="streams"):
+        pipe.enable_group_offload(torch.device("cpu"), use_stream=True)
+    with pytest.raises(ValueError, match="enable_model_cpu_offload"):
+        pipe.enable_sequential_cpu_offload()
+    if not torch.accelerator.is_available():
+        with pytest.raises(RuntimeError, match="requires accelerator"):
+            pipe.enable_model_cpu_offload()
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(samples(pipe), expected)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    pipeline_of().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.unit
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attention_implementations(name, folder):
+    prior = ProgressiveVAEPrior.from_pretrained(folder / "prior", attn_implementation=name)
+    assert prior.backbone.config._attn_implementation == name
+    expected = tiny_prior().sample(2, generator=generators(2))
+    assert torch.equal(prior.sample(2, generator=generators(2)), expected)
+    prior.set_attn_implementation("sdpa" if name == "eager" else "eager")
+    assert torch.equal(prior.sample(2, generator=generators(2)), expected)
+
+
+@pytest.mark.unit
+def test_arguments_of_from_pretrained(folder):
+    load = ProgressiveVAEPipeline.from_pretrained
+    for argument in ("torch_dtype", "dtype"):
+        assert load(folder, **{argument: torch.bfloat16}).dtype == torch.bfloat16
+    mixed = load(folder, dtype={"prior": torch.bfloat16, "default": torch.float32})
+    assert (mixed.prior.dtype, mixed.level_1.dtype) == (torch.bfloat16, torch.float32)
+    assert load(folder, device_map="cpu").device.type == "cpu"
+    if not torch.cuda.is_available():
+        with pytest.raises(NotImplementedError, match="cuda not supported"):
+            load(folder, device_map="cuda")
+
+
+@pytest.mark.unit
+def test_quantization_needs_its_library(folder):
+    config = PipelineQuantizationConfig(
+        quant_backend="bitsandbytes_4bit",
+        quant_kwargs={"load_in_4bit": True},
+        components_to_quantize=["prior"],
+    )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ImportError, match="bitsandbytes"):
+            ProgressiveVAEPipeline.from_pretrained(folder, quantization_config=config)
