@@ -187,9 +187,7 @@ def test_stages_compile_as_regions():
     codes = level.encode(finer)
     expected = level(finer).loss, level.sample(codes, generator=generators(2))
     in_place = copy.deepcopy(level)
-    for module in in_place.modules():  # diffusers' compile_repeated_blocks
-        if type(module).__name__ in level._repeated_blocks:
-            module.compile(**WHOLE)
+    in_place.compile_repeated_blocks(**WHOLE)
     for model in (compile_regions(copy.deepcopy(level), **WHOLE), in_place):
         torch._dynamo.reset()
         assert torch.equal(model.encode(finer), codes)
@@ -197,6 +195,8 @@ def test_stages_compile_as_regions():
         assert torch.equal(model.sample(codes, generator=generators(2)), expected[1])
         assert num_graphs() > 0
         counters.clear()
+    with pytest.raises(ValueError, match="Prior"):
+        tiny_prior().compile_repeated_blocks()
 
 
 @pytest.mark.unit

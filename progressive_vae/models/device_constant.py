@@ -30,7 +30,7 @@ def device_constant(function: Callable[Arguments, Result]) -> Callable[Arguments
         return [cached(*arguments)]  # dynamo gives all tensors that are results the same name
 
     @wraps(function)
-    def call(*arguments):
+    def call(*arguments: Arguments.args, **_: Arguments.kwargs) -> Result:
         # In a graph for all sizes a size has no value: `index` reads it and compiles for this one.
         return constant(*map(_as_constant, arguments))[0]
 

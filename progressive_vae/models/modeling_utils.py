@@ -29,6 +29,7 @@ _PUSH_ARGUMENTS = (
 _SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:]
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters  # more in new versions of torch
 _HUB_ARGUMENTS = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
+MAX_BLOCK_GRAPHS = 64  # blocks share their code: those of other shapes and batch sizes add graphs
 _ADVICE = "save the model again, or download it again"
 
 # model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
@@ -47,6 +48,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
     config_class: type[PreTrainedConfig]
     walk: Callable[..., Tensor]
     _compiled_walk: Callable[..., Tensor] | None = None
+    _repeated_blocks: list[str] = []  # class names
     _skip_layerwise_casting_patterns: list[str] = []  # regular expressions of module names
 
     def compile(self, *args, **kwargs):
@@ -63,6 +65,24 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("isolate_recompiles", True)
         super().compile(*args, **kwargs)
         self._compiled_walk = torch.compile(self.walk, *args, **kwargs)
+
+    def compile_repeated_blocks(self, *args, **kwargs):
+        """Compile the modules of `_repeated_blocks` only, as diffusers' models do: a quick start.
+
+        Args:
+            args, kwargs: as of `torch.compile`.
+
+        Raises:
+            ValueError: a model without such modules.
+        """
+        names = self._repeated_blocks
+        blocks = [module for module in self.modules() if type(module).__name__ in names]
+        if not blocks:
+            raise ValueError(f"expected a model with blocks of {names}, got {type(self).__name__}")
+        if "recompile_limit" in _COMPILE_ARGUMENTS:
+            kwargs.setdefault("recompile_limit", MAX_BLOCK_GRAPHS)
+        for block in blocks:
+            block.compile(*args, **kwargs)
 
     def enable_layerwise_casting(
         self,
@@ -83,7 +103,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
             self,
             storage_dtype,
             self.dtype if compute_dtype is None else compute_dtype,
-            self._skip_layerwise_casting_patterns,
+            tuple(self._skip_layerwise_casting_patterns),
             non_blocking=non_blocking,
         )
 

@@ -287,6 +287,8 @@ class Fit:
             self.checkpoints.is_fitting = False
         self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         self.accelerator.free_memory()
+        if self.forward.is_compiled:  # later fits run the same functions, whose graphs are limited
+            torch.compiler.reset()
 
     def _synchronize(self, seconds: float) -> float:
         """Return the value of the main process, on all processes."""

@@ -51,9 +51,9 @@ class MixedPrecisionForward:
         self.dtype = DTYPES.get(accelerator.mixed_precision)
         # With gradient checkpointing the backward pass reads the model's own weights again, and a
         # sharded model gathers them as it needs them. A compiled model has fused casts.
-        is_compiled = is_compiled_module(wrapped) or has_compiled_regions(wrapped)
+        self.is_compiled = is_compiled_module(wrapped) or has_compiled_regions(wrapped)
         if (
-            is_compiled
+            self.is_compiled
             or is_sharded(accelerator)
             or any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         ):
