@@ -31,7 +31,7 @@ BATCH_SIZES = [8, 5, 12, 33, 1, 2]
 MAX_GRAPHS = 4  # of these batch sizes: the first one, any other, and 1
 CODES = {"num_symbols": 6}
 KINDS = {
-    "lattice": CODES,
+    "lattice": {**CODES, "code_noise": 0.3},
     "masked, gumbel": {**CODES, "ordering": "masked", "quantizer": "gumbel"},
     "raster": {**CODES, "ordering": "raster", "decoder_type": "causal_lm"},
     "pixels, fsq": {"num_channels": 1, "quantizer": "fsq", "codebook_size": 15, "codebook_dim": 2},

@@ -276,6 +276,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         sampler.preload(self.conditional.step_sizes(size), codes.device)
         conditioning = self._conditioning(class_labels, codes).for_guidance(sampler)
         inputs = torch.cat([codes, codes]) if sampler.is_guided else codes
+        code_noise = self._check_code_noise(code_noise)
         walk = self._compiled_walk or self.walk
         return walk(inputs, sampler.step, conditioning, code_noise, size)[: len(codes)]
 
@@ -313,9 +314,8 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         """
         check_codes(codes, self.config.codebook_size)
         size = self._finer_size(finer_size, codes)
-        limit = self.config.code_noise
-        text = f"in [0, {limit}], the code_noise of its config"
-        code_noise = as_number("code_noise", code_noise, text, lambda x: 0 <= x <= limit)
+        if not torch.compiler.is_compiling():  # `sample` has checked it before
+            code_noise = self._check_code_noise(code_noise)
         conditioning = self._conditioning(class_labels, codes)
         quantized = self.quantizer.lookup(codes)
         noise_level = quantized.new_full((len(codes),), code_noise) if code_noise else None
@@ -435,6 +435,11 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         if self.decoder is not None:
             quantized = self.quantizer.normalize(quantized)
         return Condition(quantized, conditioning, code_noise, image)
+
+    def _check_code_noise(self, code_noise: Any) -> float:
+        limit = self.config.code_noise
+        text = f"in [0, {limit}], the code_noise of its config"
+        return as_number("code_noise", code_noise, text, lambda x: 0 <= x <= limit)
 
     def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}); `None`: `downsample` times the grid of codes."""
