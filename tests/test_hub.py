@@ -254,7 +254,7 @@ def test_a_page_quotes_the_error_without_the_package(repository, monkeypatch):
         diffusers.DiffusionPipeline.from_pretrained(repository)
     message = str(raised.value).strip().replace(repository, "org/name")
     assert message in re.sub(r"\s+", " ", (ROOT / "examples/docs/hub.md").read_text())
-    assert "pip install progressive-vae" in HUB.files(repository)["README.md"].decode()
+    assert "`pip install .` in a clone" in HUB.files(repository)["README.md"].decode()
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -158,8 +158,8 @@ def test_save_pretrained_with_push_to_hub(tmp_path):
     assert "tester/mine" in HUB.repos and not HUB.repos["tester/mine"].private
     shutil.rmtree(folder / "level_2")
     with pytest.raises(ValueError, match="expected config.json and weights .*level_2, which"):
-        push_folder(folder, "org/never")
-    assert "org/never" not in HUB.repos
+        push_folder(folder, "org/damaged")
+    assert "org/damaged" not in HUB.repos
     with pytest.raises(ValueError, match="safe_serialization=True, got False"):
         pipe.save_pretrained(folder, safe_serialization=False)
 
