@@ -35,7 +35,9 @@ def test_killed_and_resumed_runs_have_the_same_weights(undisturbed, tmp_path):
     assert not list(output_dir.glob("checkpoint-*"))  # finished phases need none
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_signals_save_a_checkpoint(undisturbed, tmp_path, number):
     """The processes that load batches get the signal too."""
     output_dir = tmp_path / "run"
@@ -132,7 +134,7 @@ def test_a_new_run_ignores_old_checkpoints(stopped, undisturbed):
     assert not list(stopped.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("when", ["checkpoint", "level"])
+@pytest.mark.parametrize("when", ["checkpoint", pytest.param("level", marks=pytest.mark.slow)])
 def test_a_full_disk_loses_no_work(stopped, undisturbed, when, monkeypatch):
     script = load_script("train")
     flags = [*FLAGS, "--output_dir", str(stopped), *RESUME]

@@ -28,7 +28,7 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     rows = ["vq, pixels", "vq, codes", "prior", *recipe["distances"], "raster, codes"]
     flags = ["--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
-    flags += ["--config", str(path), "--cpu_minutes", "0.02"]
+    flags += ["--config", str(path), "--cpu_minutes", "0.01"]
     script.main([*flags, "--distances", "--trials", json.dumps(rows)])
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "run/results").iterdir()}
     assert results.keys() == set(rows)

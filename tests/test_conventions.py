@@ -77,7 +77,7 @@ def gray_pipeline():
     return pipe
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_a_compiled_pipeline(backend, tmp_path):
     pipe = gray_pipeline()
     images = samples(pipe)
@@ -159,7 +159,7 @@ def test_training_is_one_graph(name):
     assert num_graphs() == 2
 
 
-@pytest.mark.parametrize("use_regions", ["false", "true"])
+@pytest.mark.parametrize("use_regions", [pytest.param("false", marks=pytest.mark.slow), "true"])
 def test_training_compiles_with_accelerate(use_regions, tmp_path, monkeypatch):
     """As `accelerate launch --dynamo_backend eager` sets it."""
     write_images(tmp_path / "images")

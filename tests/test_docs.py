@@ -67,7 +67,7 @@ def test_the_tour(page_folder):
     outputs = []
     for code in cells:
         *lines, final = ast.parse(
-            code.replace("max_train_minutes=1", "max_train_minutes=0.05")
+            code.replace("max_train_minutes=1", "max_train_minutes=0.02")
         ).body
         if isinstance(final, ast.Expr):
             exec(compile(ast.Module(lines, []), "tour.ipynb", "exec"), names)

@@ -125,7 +125,7 @@ def test_a_dtype_for_each_part(repository):
     assert loaded.level_3.dtype == torch.bfloat16 and loaded.level_2.dtype == torch.float32
 
 
-@pytest.mark.parametrize("is_offline", ["0", "1"])
+@pytest.mark.parametrize("is_offline", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_an_unreachable_hub_after_a_first_load(repository, tmp_path, is_offline):
     """In a new process, with and without HF_HUB_OFFLINE; with code in the repository, and not."""
     tiny_pipeline().push_to_hub("org/cached", with_code=True)

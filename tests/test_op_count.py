@@ -3,12 +3,18 @@
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.evaluation.op_count import as_on_accelerator
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

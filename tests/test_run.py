@@ -4,21 +4,19 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from accelerate import PartialState
 
+from helpers import processes
 from helpers.interruptions import FLAGS, start, weights
 from helpers.recipes import SMALLER
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.training import report
 from progressive_vae.training.lock import LOCK, MOMENT, OWNER, locked
 
-ROOT = Path(__file__).parents[1]
 RESUME = ["--resume_from_checkpoint", "latest"]
 REFITTED = [
     *SMALLER,
@@ -192,11 +190,12 @@ def test_invalid_flags_fail_before_the_first_step(script, tmp_path, flags, words
 
 
 def test_error_of_a_flag_is_one_line(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "train.py"), "--num_levels", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: expected num_levels in 1 … 8, got 0"
-    assert "Traceback" not in done.stderr
+    process = processes.start(processes.TRAIN, "--num_levels", "0", log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == 1
+    log = (tmp_path / "log").read_text()
+    assert log.splitlines()[-1] == "error: expected num_levels in 1 … 8, got 0"
+    assert "Traceback" not in log
 
 
 def test_missing_metrics_are_named(script, tmp_path):
