@@ -166,6 +166,7 @@ def test_evaluate_compares_previews_with_image_files(tmp_path):
     assert f"| z_1 … z_2 | {row['codes']['bytes']:.1f}, {curve['psnr_of_preview']:.2f} | " in text
 
 
+@pytest.mark.slow
 def test_benchmark_of_color_images_and_auxiliary_decoders(tmp_path, monkeypatch):
     recipe, colored, out = tmp_path / "recipe.yaml", tmp_path / "colored", tmp_path / "out"
     write_colored(colored, 20)

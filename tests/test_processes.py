@@ -248,6 +248,7 @@ def run(line: str, output_dir: Path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow  # Accelerate's launcher and two processes import the libraries
 @pytest.mark.parametrize("line", [line for line in launch_lines() if "fsdp" not in line])
 def test_launch_lines_of_the_documents(line, tmp_path):
     """They start as many processes as they say."""

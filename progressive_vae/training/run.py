@@ -1,5 +1,6 @@
 """The files of a training run: trained parts, code caches, costs, validation images."""
 
+import copy
 import json
 import logging
 import math
@@ -73,7 +74,7 @@ class Run:
     checkpoints: Checkpoints | None = None
     logged_steps: int = 0
     # By index: when the levels were saved, and what `_saved_levels` returns.
-    _read: dict[int, tuple[list[int | None], tuple[list[ProgressiveVAELevelConfig], str]]] = field(
+    _loaded: dict[int, tuple[list[int], ProgressiveVAELevel]] = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -103,38 +104,43 @@ class Run:
         return channels, height, width
 
     def level(self, index: int) -> ProgressiveVAELevel:
-        """Return the saved level, frozen, in evaluation mode."""
-        folder = self.output_dir / f"level_{index}"
-        for patience in (0.2, 0.5, 0.0):  # another run may be replacing it
-            try:
-                if not (folder / "config.json").is_file():
-                    raise ValueError(
-                        f"expected a trained level in {folder}, got none: run its phase first"
-                    )
-                return ProgressiveVAELevel.from_pretrained(folder).requires_grad_(False).eval()
-            except ValueError:
-                if not patience:
-                    raise
-                time.sleep(patience)
-        raise AssertionError
+        """Return a copy of the saved level, frozen, in evaluation mode."""
+        return copy.deepcopy(self._load(index))
 
     def fingerprint(self, index: int) -> str | None:
         """Return the fingerprint of the saved levels `index` … N; `None` if there are none."""
         return self._saved_levels(index)[1] if index <= self.num_levels else None
 
     def _saved_levels(self, index: int) -> tuple[list[ProgressiveVAELevelConfig], str]:
-        """Return the configs and the fingerprint of the saved levels `index` … N.
+        """Return the configs and the fingerprint of the saved levels `index` … N."""
+        levels = [self._load(i) for i in range(index, self.num_levels + 1)]
+        return [level.config for level in levels], fingerprint(levels)
 
-        All phases and caches need them, so levels are loaded again only after a save.
+    def _load(self, index: int) -> ProgressiveVAELevel:
+        """Return the saved level, not to be changed.
+
+        All phases and caches need it, so it is loaded again only after a save.
         """
-        indices = range(index, self.num_levels + 1)
-        paths = [self.output_dir / f"level_{i}" / "config.json" for i in indices]
-        stamps = [path.stat().st_mtime_ns if path.is_file() else None for path in paths]
-        if None in stamps or index not in self._read or self._read[index][0] != stamps:
-            levels = [self.level(i) for i in indices]
-            configs = [level.config for level in levels]
-            self._read[index] = stamps, (configs, fingerprint(levels))
-        return self._read[index][1]
+        folder = self.output_dir / f"level_{index}"
+        for patience in (0.2, 0.5, 0.0):  # another run may be replacing it
+            try:
+                config = folder / "config.json"
+                if not config.is_file():
+                    raise ValueError(
+                        f"expected a trained level in {folder}, got none: run its phase first"
+                    )
+                times = [
+                    path.stat().st_mtime_ns for path in (config, *folder.glob("*.safetensors"))
+                ]
+                if index not in self._loaded or self._loaded[index][0] != times:
+                    level = ProgressiveVAELevel.from_pretrained(folder)
+                    self._loaded[index] = times, level.requires_grad_(False).eval()
+                return self._loaded[index][1]
+            except (ValueError, FileNotFoundError):
+                if not patience:
+                    raise
+                time.sleep(patience)
+        raise AssertionError
 
     def grids(self, split: str, index: int) -> GridDataset | PixelStream:
         """Return z_index of a split, or its pixels for index = N + 1; encode once, then cache.
