@@ -48,6 +48,7 @@ def test_codes_beside_image_files(script, photos, tmp_path, capsys, auxiliary_hi
     assert 0 < num_bytes[0] < num_bytes[1]
 
 
+@pytest.mark.slow
 def test_few_images(script, photos, tmp_path, capsys, monkeypatch):
     rows = {name: script.AUGMENTATIONS[name] for name in ("none", "flip, rotation")}
     monkeypatch.setattr(script, "AUGMENTATIONS", rows)

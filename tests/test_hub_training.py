@@ -26,14 +26,14 @@ from progressive_vae import ProgressiveVAEPipeline
 def trained(script, tmp_path_factory):
     """A run that pushes, into a private repository."""
     output_dir = tmp_path_factory.mktemp("runs") / "digits"
-    flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/digits --hub_private_repo"
+    flags = f"--output_dir {output_dir} --push_to_hub --hub_model_id org/trained --hub_private_repo"
     flags += " --level_2.refit.fit.max_train_steps 2 --max_train_samples 100 --max_eval_samples 40"
     script.main([*SMALL, *flags.split()])
     return output_dir
 
 
 def test_training_pushes_what_is_whole(trained):
-    repository = HUB.repos["org/digits"]
+    repository = HUB.repos["org/trained"]
     assert repository.private
     pushed = [commit for commit in repository.commits if "level_1/config.json" in commit.files]
     # After the prior, after the refit of level 2, and with the figures.
@@ -42,17 +42,17 @@ def test_training_pushes_what_is_whole(trained):
         False,
         True,
     ]
-    assert sorted(HUB.files("org/digits")) == sorted(
+    assert sorted(HUB.files("org/trained")) == sorted(
         ["README.md", "metrics.json", "model_index.json", "reconstructions.png", "samples.png"]
         + [f"{p}/{f}" for p in ("level_1", "level_2", "prior")
            for f in ("config.json", "model.safetensors")]
     )  # fmt: skip
-    card = HUB.files("org/digits")["README.md"].decode()
-    assert 'from_pretrained("org/digits")' in card and "](samples.png)" in card
+    card = HUB.files("org/trained")["README.md"].decode()
+    assert 'from_pretrained("org/trained")' in card and "](samples.png)" in card
     assert ModelCard(card).data.eval_results[0].metric_type == "bits_per_dim"
     assert_same(
         ProgressiveVAEPipeline.from_pretrained(trained),
-        diffusers.DiffusionPipeline.from_pretrained("org/digits"),
+        diffusers.DiffusionPipeline.from_pretrained("org/trained"),
     )
 
 

@@ -35,6 +35,7 @@ def test_a_pyramid_adds_up_to_its_image():
     assert torch.allclose(image, images, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_scale_measures_its_own_difference():
     real, others = smooth(40, 0), smooth(40, 1)
     same = distances(real, others)
