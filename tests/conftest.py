@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 # marked "unit". The longest come first, so that all workers end at about the same time.
 INTEGRATION = """
     test_processes test_training test_greedy test_run test_examples test_checkpoints test_docs
+    test_conventions
     test_auxiliary_decoder test_streaming test_hub_training test_codec test_remote_code test_app
     test_fixed_point test_hub test_tokenizers test_attack test_global_settings test_level
     test_compress test_conversion test_conversion_peers test_conversion_damage test_modeling_utils
