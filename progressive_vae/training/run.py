@@ -73,7 +73,7 @@ class Run:
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
     logged_steps: int = 0
-    # By index: when the levels were saved, and what `_saved_levels` returns.
+    # By index: the times of the level's files, and the level.
     _loaded: dict[int, tuple[list[int], ProgressiveVAELevel]] = field(
         default_factory=dict, init=False, repr=False
     )
