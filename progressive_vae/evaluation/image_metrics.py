@@ -20,6 +20,7 @@ from ..data.streaming import PixelStream
 from ..models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
+from ..pipeline_inputs import Sampling
 
 
 class Classifier(nn.Sequential):
@@ -218,11 +219,13 @@ def sample_labeled(
     seed: int = 0,
     batch_size: int = 250,
     preview: bool = False,
+    by_defaults: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Sample images with labels spread evenly over the classes, in batches for `write_cache`.
 
     Args:
         preview: sample codes only, and decode them with the auxiliary decoders.
+        by_defaults: sample by `config.sampling`, not from the exact distribution.
 
     Yields:
         uint8 (b, C, H, W), and class ids (b,), −1 for a model without classes.
@@ -232,9 +235,11 @@ def sample_labeled(
     for start in tqdm(range(0, num_images, batch_size), desc="sample"):
         indices = torch.arange(start, min(start + batch_size, num_images))
         labels = indices % num_classes if num_classes else torch.full_like(indices, NO_LABEL)
-        condition: dict[str, Any] = {"class_labels": labels.tolist()} if num_classes else {}
+        arguments: dict[str, Any] = {} if by_defaults else {"temperature": 1.0}
+        if num_classes:
+            arguments["class_labels"] = labels.tolist()
         output = pipe(
-            **condition,
+            **arguments,
             num_images_per_prompt=1 if num_classes else len(indices),
             generator=generator,
             output_type="pt",
@@ -251,21 +256,25 @@ def cached_samples(
     num_images: int,
     seed: int,
     batches: Iterable[tuple[Tensor, Tensor]],
+    sampling: Sampling | None = None,
 ) -> GridDataset:
     """Return samples and their labels from the cache `folder`, as sampling takes minutes.
 
-    If the cache is of other weights, seed or number of images, `batches` are written there first.
+    If the cache is of other weights, settings, seed or number of images, `batches` are written
+    there first.
 
     Args:
         models: all that samples depend on.
         shape: (C, H, W).
         batches: as `sample_labeled` yields them.
+        sampling: settings of the samples; `None`: the exact distribution.
     """
     digest = hashlib.sha256()
     for model in models:
         for value in model.state_dict().values():
             digest.update(value.float().cpu().numpy().tobytes())
-    manifest = Manifest(digest.hexdigest(), f"samples, seed {seed}", str(num_images), shape, 256)
+    name = f"samples, seed {seed}" if sampling is None else f"samples, seed {seed}, {sampling}"
+    manifest = Manifest(digest.hexdigest(), name, str(num_images), shape, 256)
     return cached(folder, manifest, batches)
 
 

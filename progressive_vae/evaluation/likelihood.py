@@ -108,7 +108,7 @@ def _reconstructions(
     levels = range(1, pipe.num_levels + 1)
     yield "images", uint8_to_unit(images)
     for i in levels:
-        yield f"level_{i}", pipe.decode(codes[:i], "pt", generator)
+        yield f"level_{i}", pipe.decode(codes[:i], "pt", generator, temperature=1.0)
     if pipe.stack.has_previews:
         for i in levels:
             yield f"preview_of_level_{i}", pipe.preview(codes, i, "pt")
@@ -147,7 +147,9 @@ def rate_distortion(
         rate = 0.0
         for k, factor in enumerate(pipe.factor_names[:-1], 1):  # the factor of z_k
             rate -= nats[factor].double().sum().item() / math.log(2)
-            samples = [pipe.decode(codes[:k], "pt", generator) for _ in range(num_samples)]
+            samples = [
+                pipe.decode(codes[:k], "pt", generator, temperature=1.0) for _ in range(num_samples)
+            ]
             decoded = {"": samples[0], "_of_mean": torch.stack(samples).mean(0)}
             if pipe.stack.has_previews:
                 decoded["_of_preview"] = pipe.preview(codes, k, "pt")
