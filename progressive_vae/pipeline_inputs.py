@@ -92,7 +92,8 @@ def check_sampling(sampling: Any, factor_names: list[str]) -> Sampling | None:
             rows = per_factor(factor_names, **{field: value})
             numbers = [as_number(field, row[field], "a number", lambda _: True) for row in rows]
             for number in numbers:
-                Sampler(1, **{field: number})
+                arguments: dict[str, Any] = {field: number}
+                Sampler(1, **arguments)
         except ValueError as error:
             raise ValueError(f"sampling: {error}") from error
         checked[field] = numbers if len(set(numbers)) > 1 else numbers[0]

@@ -20,9 +20,7 @@ def sampling_speed(pipe: ProgressiveVAEPipeline, num_images: int = 250) -> float
     """Return samples per second, in one batch of `num_images` after a small warm-up batch."""
     for count in (8, num_images):
         start = time.perf_counter()
-        pipe(
-            num_images_per_prompt=count, temperature=1.0, batch_size=num_images, output_type="pt"
-        )
+        pipe(num_images_per_prompt=count, temperature=1.0, batch_size=num_images, output_type="pt")
     return num_images / (time.perf_counter() - start)
 
 
