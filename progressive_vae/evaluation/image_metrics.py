@@ -1,7 +1,6 @@
 """Metrics of sample quality: classification accuracy, Fréchet distance, precision and recall."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,8 +15,7 @@ from tqdm.auto import tqdm
 
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, cached
-from ..data.streaming import PixelStream
-from ..models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
+from ..models.value_types import uint8_to_signed, unit_to_uint8
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 from ..pipeline_inputs import Sampling
@@ -74,17 +72,14 @@ def _color_layers(num_channels: int) -> list[nn.Module]:
 
 
 def train_classifier(
-    dataset: GridDataset | PixelStream,
+    dataset: GridDataset,
     num_classes: int,
     max_train_steps: int = 1000,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
     """Train a classifier on a training split in batches of 128, for at most 20 epochs."""
-    num_steps = max_train_steps
-    count = dataset.limit if isinstance(dataset, PixelStream) else dataset.num_examples
-    if count is not None:
-        num_steps = min(num_steps, 20 * max(1, count // 128))
+    num_steps = min(max_train_steps, 20 * max(1, len(dataset) // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes).to(device)
@@ -295,28 +290,3 @@ def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000
     if not num_labeled:
         raise ValueError(f"expected labels in {dataset.folder}, got none")
     return num_correct / num_labeled
-
-
-def distance_of_samples(
-    pipe: ProgressiveVAEPipeline,
-    classifier: Classifier,
-    dataset: GridDataset,
-    num_images: int,
-    seed: int = 0,
-    batch_size: int = 250,
-) -> float:
-    """Return the Fréchet distance between samples and held-out images.
-
-    Args:
-        classifier: whose features are compared.
-        dataset: of held-out images, of which the first `num_images` are used.
-        num_images: to sample, with labels spread evenly over the classes.
-    """
-    extractor = ClassifierFeatures(classifier)
-
-    def features(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        return features_of(extractor, (uint8_to_unit(images) for images, _ in batches))[:num_images]
-
-    num_batches = math.ceil(num_images / batch_size)
-    real = features(islice(dataset.batches(batch_size), num_batches))
-    return frechet_distance(real, features(sample_labeled(pipe, num_images, seed, batch_size)))

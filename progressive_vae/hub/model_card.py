@@ -214,7 +214,7 @@ def training_table(metrics: dict) -> str:
         ]
         lines.append(_row(cells))
     if "sampled_images_per_second" in metrics:
-        lines.append(f"| sample, batch of 250 | | | | {metrics['sampled_images_per_second']:.0f} |")
+        lines.append(f"| sample | | | | {metrics['sampled_images_per_second']:.0f} |")
     return "\n".join(lines)
 
 
@@ -257,12 +257,18 @@ def _summary(configs: Configs, image_size: Sequence[int], metrics: dict) -> str:
 def _image(path: str, configs: Configs) -> str:
     """An image with its caption."""
     name = path.rpartition("/")[2].partition(".")[0]
+    has_previews = all(config.has_auxiliary for config in _levels(configs))
     if name == "samples":
         has_classes = "prior" in configs and configs["prior"].num_classes
         caption = "Samples, one class in each row." if has_classes else "Samples."
+        if has_previews:
+            caption += (
+                " To the left of the samples: previews of their z₁, then of z₂, … by the auxiliary "
+                "decoders, which show the factor that spoils an image."
+            )
     else:
         previews = ""
-        if all(config.has_auxiliary for config in _levels(configs)):
+        if has_previews:
             previews = "previews of z₁ … z_N by the auxiliary decoders, "
         caption = (
             f"Held-out images. Rows from top to bottom: {previews}reconstructions sampled from z₁, "
@@ -337,8 +343,11 @@ def _sampling(sampling: Mapping[str, Any], configs: Configs, metrics: dict) -> s
 
 
 def _evaluation(metrics: dict) -> str:
+    count = f"{metrics['num_images']:,}"
+    if metrics.get("num_held_out", 0) > metrics["num_images"]:
+        count += f" of {metrics['num_held_out']:,}"
     text = (
-        f"On {metrics['num_images']:,} held-out images (`{metrics['dataset']}`, split "
+        f"On {count} held-out images (`{metrics['dataset']}`, split "
         f"`{metrics['split']}`), seed {metrics['seed']}, {metrics['machine']}:\n\n"
         f"{metrics_table(metrics)}\n\n{_EXPLANATION}"
     )

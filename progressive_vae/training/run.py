@@ -38,6 +38,7 @@ from ..models.level import ProgressiveVAELevel
 from ..paths import replacing
 from ..serialization import read_json, write_json
 from .args import RunSettings
+from .budget import TimeBudget
 from .checkpoints import Checkpoints, errors_of_writing, is_sharded
 from .identity import check_identity
 from .lock import exclusive
@@ -60,6 +61,7 @@ class Run:
         class_names: [] if there are no classes.
         augmentation: of the pixels, for the finest level.
         checkpoints: `None` for phases that cannot be resumed.
+        budget: of the run's time; the default has no limit.
         logged_steps: optimization steps of the finished phases: some trackers require steps that
             increase.
     """
@@ -72,6 +74,7 @@ class Run:
     augmentation: Augmentation = IDENTITY
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
+    budget: TimeBudget = field(default_factory=lambda: TimeBudget(None))
     logged_steps: int = 0
     # By index: the times of the level's files, and the level.
     _loaded: dict[int, tuple[list[int], ProgressiveVAELevel]] = field(

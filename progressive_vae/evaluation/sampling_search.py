@@ -1,0 +1,77 @@
+"""A search for the sampling settings of a pipeline whose samples are nearest to real images."""
+
+from collections.abc import Callable
+
+from ..pipeline import ProgressiveVAEPipeline
+from ..pipeline_inputs import Sampling
+
+MIN_STEP = 0.25  # of the first steps; smaller ones are below the noise of a distance
+FIRST_STEPS = {"temperature": -0.2, "guidance_scale": 0.4}
+
+
+def search_sampling(
+    pipe: ProgressiveVAEPipeline,
+    distance: Callable[[], float],
+    num_evaluations: int,
+) -> tuple[Sampling, list[tuple[Sampling, float]]]:
+    """Return the best settings, which are also those of `pipe.config` then, and all trials.
+
+    It is a compass search (Hooke & Jeeves 1961): it starts at the exact distribution and moves one
+    setting of one factor at a time, first towards lower temperatures and more guidance, else in the
+    other direction. If no move helps, steps are halved, down to a quarter.
+
+    Args:
+        distance: of samples by `config.sampling`; with the same noise at each call.
+        num_evaluations: the most calls of `distance`.
+    """
+    names = pipe.factor_names
+    best: Sampling = {name: [1.0] * len(names) for name in _coordinates(pipe)}
+    trials: list[tuple[Sampling, float]] = []
+
+    def evaluate(settings: Sampling) -> float:
+        pipe.register_to_config(sampling=settings)
+        trials.append((pipe.config["sampling"], distance()))
+        return trials[-1][1]
+
+    lowest = evaluate(best)
+    visited = [best]
+    directions: dict[tuple[str, int], float] = {}  # in which each coordinate was moved last
+    step = 1.0
+    while step >= MIN_STEP and len(trials) < num_evaluations:
+        has_moved = False
+        for field, factors in _coordinates(pipe).items():
+            for factor in factors:
+                first = directions.get((field, factor), 1.0)
+                for direction in (first, -first):
+                    change = direction * step * FIRST_STEPS[field]
+                    candidate = _moved(best, field, factor, change)
+                    if candidate in visited or len(trials) >= num_evaluations:
+                        continue
+                    visited.append(candidate)
+                    value = evaluate(candidate)
+                    if value < lowest:
+                        best = candidate
+                        lowest = value
+                        directions[field, factor] = direction
+                        has_moved = True
+                        break
+        if not has_moved:
+            step /= 2
+    pipe.register_to_config(sampling=best)
+    return pipe.config["sampling"], trials
+
+
+def _coordinates(pipe: ProgressiveVAEPipeline) -> dict[str, list[int]]:
+    """Return the factors that each setting has an effect on, the finest first."""
+    configs = [pipe.stack.require_prior().config, *pipe.stack.configs]
+    indices = [*reversed(range(len(configs)))]
+    conditional = [i for i in indices if configs[i].num_classes]
+    coordinates = {"temperature": indices}
+    return coordinates | ({"guidance_scale": conditional} if conditional else {})
+
+
+def _moved(settings: Sampling, field: str, factor: int, change: float) -> Sampling:
+    values = settings[field]
+    assert isinstance(values, list)
+    value = max(0.0, round(values[factor] + change, 4))
+    return settings | {field: [*values[:factor], value, *values[factor + 1 :]]}
