@@ -337,7 +337,7 @@ def _sampling(sampling: Mapping[str, Any], configs: Configs, metrics: dict) -> s
     lines += ["", *_header(["on held-out images", *tuning["held_out"]])]
     columns = tuning["held_out"].values()
     for name in next(iter(columns)):
-        lines.append(_row([name, *(column[name] for column in columns)]))
+        lines.append(_row([name, *(f"{column[name]:.4g}" for column in columns)]))
     lines += ["", f"{tuning['explanation']} Command: `{tuning['command']}`"]
     return "\n".join(lines)
 
