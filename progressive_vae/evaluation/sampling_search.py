@@ -5,8 +5,8 @@ from collections.abc import Callable
 from ..pipeline import ProgressiveVAEPipeline
 from ..pipeline_inputs import Sampling
 
-MIN_STEP = 0.25  # of the first steps; smaller ones are below the noise of a distance
-FIRST_STEPS = {"temperature": -0.2, "guidance_scale": 0.4}
+MIN_STEP = 0.5  # of the first steps; smaller ones are below the noise of a distance
+FIRST_STEPS = {"temperature": -0.1, "guidance_scale": 0.4}
 
 
 def search_sampling(
@@ -16,9 +16,9 @@ def search_sampling(
 ) -> tuple[Sampling, list[tuple[Sampling, float]]]:
     """Return the best settings, which are also those of `pipe.config` then, and all trials.
 
-    It is a compass search (Hooke & Jeeves 1961): it starts at the exact distribution and moves one
-    setting of one factor at a time, first towards lower temperatures and more guidance, else in the
-    other direction. If no move helps, steps are halved, down to a quarter.
+    It is a coordinate search: it starts at the exact distribution and moves one setting of one
+    factor at a time, as long as that helps, first towards lower temperatures and more guidance,
+    else in the other direction. If no move of any factor helps, steps are halved, once.
 
     Args:
         distance: of samples by `config.sampling`; with the same noise at each call.
@@ -44,14 +44,18 @@ def search_sampling(
                 first = directions.get((field, factor), 1.0)
                 for direction in (first, -first):
                     change = direction * step * FIRST_STEPS[field]
-                    candidate = _moved(best, field, factor, change)
-                    if candidate in visited or len(trials) >= num_evaluations:
-                        continue
-                    visited.append(candidate)
-                    value = evaluate(candidate)
-                    if value < lowest:
+                    start = best
+                    while len(trials) < num_evaluations:
+                        candidate = _moved(best, field, factor, change)
+                        if candidate in visited:
+                            break
+                        visited.append(candidate)
+                        value = evaluate(candidate)
+                        if value >= lowest:
+                            break
                         best = candidate
                         lowest = value
+                    if best is not start:
                         directions[field, factor] = direction
                         has_moved = True
                         break

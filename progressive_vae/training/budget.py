@@ -1,5 +1,6 @@
 """The time of a run with `max_train_minutes`: fits and report end when it is over."""
 
+import math
 import time
 from collections.abc import Callable
 
@@ -21,29 +22,24 @@ class TimeBudget:
     """
 
     def __init__(self, minutes: float | None, clock: Callable[[], float] = time.perf_counter):
-        self.seconds = None if minutes is None else 60 * minutes
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        self.report_seconds = min(REPORT_SHARE * self.seconds, MAX_REPORT_SECONDS)
+        self.fit_seconds = self.seconds - self.report_seconds
         self.clock = clock
         self.start = clock()
         self._planned_end = self.start  # of the phases so far
 
-    @property
-    def report_seconds(self) -> float | None:
-        """The time that is reserved for the report."""
-        return (
-            None if self.seconds is None else min(REPORT_SHARE * self.seconds, MAX_REPORT_SECONDS)
-        )
-
-    def begin_phase(self, share: float | None) -> tuple[float, float | None]:
+    def begin_phase(self, seconds: float | None) -> tuple[float, float | None]:
         """Return when the clock of the next phase starts, and its duration in seconds.
 
         Args:
-            share: the phase's part of the run's seconds, of which the report has its part too;
-                `None`: the phase is limited by its steps.
+            seconds: the phase's share of all seconds, a part of which is for the report; `None`:
+                the phase is limited by its steps.
         """
         now = self.clock()
-        if share is None or self.seconds is None or self.report_seconds is None:
-            return now, share
-        duration = share * (1 - self.report_seconds / self.seconds)
+        if seconds is None or math.isinf(self.seconds):
+            return now, seconds
+        duration = seconds * self.fit_seconds / self.seconds
         # A phase that a resumed run skips ends before its plan.
         start = min(now, max(self._planned_end, now - MAX_DELAY_SHARE * duration))
         self._planned_end = start + duration
@@ -52,7 +48,7 @@ class TimeBudget:
     def seconds_for_report(self) -> float | None:
         """Return the seconds that the report may take: those that are left, at least half and at
         most all of its reserve; `None` without a limit."""
-        if self.seconds is None or self.report_seconds is None:
+        if math.isinf(self.seconds):
             return None
         left = self.start + self.seconds - self.clock()
         return min(max(left, self.report_seconds / 2), self.report_seconds)
