@@ -15,9 +15,11 @@ from accelerate.state import AcceleratorState
 
 from helpers.models import tiny_pipeline
 from helpers.scripts import load_script
-from progressive_vae.evaluation import sliced_wasserstein
+from progressive_vae.evaluation import image_metrics, sliced_wasserstein
 
-sliced_wasserstein.NUM_DIRECTIONS = 32  # quick; its own tests have more
+# Quick, where a test does not set them.
+sliced_wasserstein.NUM_DIRECTIONS = 32
+image_metrics.MAX_EPOCHS = 4
 torch.set_num_threads(1)
 
 # Their tests train models, start processes or load from a Hub. The tests of all other files are
