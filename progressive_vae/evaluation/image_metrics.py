@@ -20,6 +20,8 @@ from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 from ..pipeline_inputs import Sampling
 
+MAX_EPOCHS = 20  # of a classifier
+
 
 class Classifier(nn.Sequential):
     """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1].
@@ -78,8 +80,8 @@ def train_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Train a classifier on a training split in batches of 128, for at most 20 epochs."""
-    num_steps = min(max_train_steps, 20 * max(1, len(dataset) // 128))
+    """Train a classifier on a training split in batches of 128, for at most `MAX_EPOCHS`."""
+    num_steps = min(max_train_steps, MAX_EPOCHS * max(1, len(dataset) // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes).to(device)
