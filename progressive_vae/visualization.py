@@ -33,18 +33,21 @@ def code_map(codes: Tensor) -> Image:
     return PIL.Image.merge("HSV", [*map(PIL.Image.fromarray, bands)]).convert("RGB")
 
 
-def num_sample_rows(pipe: ProgressiveVAEPipeline) -> int:
-    """A row for each class (at most 10), or 10 rows of an unconditional model."""
-    return min(pipe.stack.require_prior().config.num_classes, 10) or 10
+def sample_grid_size(pipe: ProgressiveVAEPipeline) -> tuple[int, int]:
+    """Rows and columns of `sample_grid`: a row for each class (at most 10), or 10 rows of an
+    unconditional model, of 10 samples, or of 5 with their previews."""
+    rows = min(pipe.stack.require_prior().config.num_classes, 10) or 10
+    return rows, 5 if pipe.stack.has_previews else 10
 
 
-def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
-    """`num_sample_rows` rows of samples, by the pipeline's sampling settings.
+def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int | None = None) -> Image:
+    """Rows of samples, by the pipeline's sampling settings.
 
     With auxiliary decoders a row starts with the previews of the samples' z_1, then of z_2 …, and
     ends with the samples: the first block that looks wrong shows which factor spoils an image.
     """
-    rows = num_sample_rows(pipe)
+    rows, default_columns = sample_grid_size(pipe)
+    columns = columns or default_columns
     generators = [torch.Generator().manual_seed(seed + i) for i in range(rows * columns)]
     if pipe.stack.require_prior().config.num_classes:
         output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)

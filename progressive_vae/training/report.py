@@ -23,14 +23,13 @@ from ..models.prior import ProgressiveVAEPrior
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 from ..serialization import __version__, read_json, write_json, write_text
-from ..visualization import num_sample_rows, reconstruction_grid, sample_grid
+from ..visualization import reconstruction_grid, sample_grid, sample_grid_size
 from .run import Run
 from .yaml_files import read_yaml
 
 RECIPE = "recipe.yaml"
 MAX_IMAGES = 2000  # held-out images that a run measures; examples/evaluate.py measures all
 NUM_RECONSTRUCTIONS = 10
-NUM_COLUMNS = 10  # of samples
 SAMPLES_SHARE = 0.2  # of the time of a report, for the speed of sampling and for samples each
 
 
@@ -157,12 +156,12 @@ def _save_images(
         max_samples: that there is time for; `None`: no limit.
     """
     seed = run.settings.seed
-    columns = NUM_COLUMNS
+    rows, columns = sample_grid_size(pipe)
     if max_samples is not None:
-        columns = int(max_samples / num_sample_rows(pipe))
+        columns = max(1, min(columns, int(max_samples / rows)))
     images = test.batch(slice(0, NUM_RECONSTRUCTIONS))[0].to(torch.uint8)
     grids = {
-        "samples.png": partial(sample_grid, pipe, seed, min(max(1, columns), NUM_COLUMNS)),
+        "samples.png": partial(sample_grid, pipe, seed, columns),
         "reconstructions.png": partial(reconstruction_grid, pipe, images, seed),
     }
     for name, make_grid in grids.items():
