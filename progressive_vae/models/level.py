@@ -81,11 +81,11 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     base_model_prefix = "level"
     main_input_name = "finer"
     supports_gradient_checkpointing = True
-    _repeated_blocks = ["Stage"]  # for regional compilation
+    _repeated_blocks = ["Stage", "TransformerLayer"]  # for regional compilation
     # Their weights are read outside of their forward; the residual blocks hold most weights.
     _skip_layerwise_casting_patterns = [
         *("encoder", "auxiliary", "descents", "stem", "embedding"),
-        *("look", "head", "logits", "colours", "take_in"),
+        *("look", "head", "logits", "colours", "take_in", "qkv"),
     ]
     # Attention is in the backbone of a causal-LM decoder, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
