@@ -615,8 +615,9 @@ class TransformerDecoder(Decoder):
                 f"decoder_type='transformer', got {height}×{width}"
             )
         state = self.upsample(self.embed_condition(condition))[..., :height, :width]
-        places = self.row_embedding.weight[:height, None] + self.column_embedding.weight[:width]
-        return (state.movedim(1, -1) + places).flatten(1, 2)
+        rows = self.row_embedding(torch.arange(height, device=state.device))
+        columns = self.column_embedding(torch.arange(width, device=state.device))
+        return (state.movedim(1, -1) + rows[:, None] + columns).flatten(1, 2)
 
     def _distribution(self, state: Tensor) -> Categorical | LowRankCategorical:
         return self.logits(self.norm(state))

@@ -85,7 +85,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     # Their weights are read outside of their forward; the residual blocks hold most weights.
     _skip_layerwise_casting_patterns = [
         *("encoder", "auxiliary", "descents", "stem", "embedding"),
-        *("look", "head", "logits", "colours", "take_in", "qkv"),
+        *("look", "head", "logits", "colours", "take_in"),
     ]
     # Attention is in the backbone of a causal-LM decoder, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True

@@ -21,6 +21,13 @@ from .orderings import group_positions
 MLP_RATIO = 2  # of the gated hidden layer's width to that of the states
 
 
+class SlicedLinear(nn.Linear):
+    """A linear map without bias, of which a call can leave out the first outputs."""
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        return F.linear(x, self.weight[start:])
+
+
 class TransformerLayer(GradientCheckpointingLayer):
     """Attention and a gated feed-forward network (SwiGLU, Shazeer 2020), each after a norm.
 
@@ -36,7 +43,7 @@ class TransformerLayer(GradientCheckpointingLayer):
         # About one head for 32 channels; their number has to divide the width.
         self.num_heads = max(n for n in range(1, width // 32 + 2) if width % n == 0)
         self.attention_norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = SlicedLinear(width, 3 * width, bias=False)
         self.output = ResidualLinear(width, width, bias=False)
         self.mlp_norm = nn.LayerNorm(width)
         self.gate_up = nn.Linear(width, 2 * MLP_RATIO * width, bias=False)
@@ -62,7 +69,7 @@ class TransformerLayer(GradientCheckpointingLayer):
     def project_decoded(self, state: Tensor, embedded: Tensor) -> Tensor:
         """Keys and values of decoded positions, (2, B, heads, n, D)."""
         x = self.attention_norm(state + embedded)
-        return self._split_heads(F.linear(x, self.qkv.weight[self.width :]))
+        return self._split_heads(self.qkv(x, start=self.width))  # without queries
 
     def attend(
         self, state: Tensor, queries: Tensor, keys_and_values: Tensor, mask: Tensor | None = None
