@@ -532,8 +532,8 @@ class RasterDecoder(CausalLMMixin, Decoder):
 class TransformerDecoder(Decoder):
     """A transformer over codes, whose attention is causal over groups.
 
-    The first states are the upsampled condition and embeddings of row and column. A position sees
-    the values of earlier groups, and the states of its own group.
+    The first state of a position is the upsampled condition there, plus embeddings of its row and
+    column. Its layers attend to z and to the positions of earlier groups, with their values.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -551,30 +551,28 @@ class TransformerDecoder(Decoder):
 
     def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
         """Run the autoregressive loop: one evaluation of the network for each group."""
-        context = self._context(condition, size)
+        z, context = self._embed(condition, size)
         groups = group_positions(*self._ordering, (size[0], size[1]), context.device)
         layers = self._layers
-        caches = [KeyValueCache(context.shape[1]) for _ in layers]
+        length = z.shape[1] + context.shape[1]
+        caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
         values = context.new_zeros(len(context), 0, dtype=torch.long)  # of the groups so far
         for i, positions in enumerate(groups):
-            start = values.shape[1]
-            if not len(positions):  # a small grid has no positions of some groups
+            if not len(positions):  # in a small grid some groups are empty
                 continue
             # 1. Evaluate the network at the group's positions.
             states = [context.index_select(1, positions)]  # before each layer, (B, n, E)
             for layer, cache in zip(layers, caches, strict=True):
-                queries, undecoded = layer.project(states[-1])
-                visible = cache.write(undecoded, start)
-                states.append(layer.attend(states[-1], queries, visible))
+                states.append(layer.attend(states[-1], cache.visible))
             # 2. Predict their values.
             step = WalkStep(i, 0, positions)
             new_values = call_step_fn(step_fn, self._distribution(states.pop()), step, len(context))
             values = torch.cat([values, new_values], 1)
-            # 3. Show the values to the groups that follow.
+            # 3. Make them visible to the groups that follow.
             if values.shape[1] < context.shape[1]:
                 embedded = self.embedding(new_values)
                 for layer, cache, state in zip(layers, caches, states, strict=True):
-                    cache.write(layer.project_decoded(state, embedded), start)
+                    cache.append(layer.project_visible(state + embedded))
         grid = torch.empty_like(values).index_copy(1, torch.cat(groups), values)
         return grid.unflatten(1, (1, *size))
 
@@ -586,11 +584,11 @@ class TransformerDecoder(Decoder):
         """One pass for all positions."""
         size = (finer.shape[-2], finer.shape[-1])
         values = finer.flatten(1)  # (B, L)
-        state = self._context(condition, size)
+        z, state = self._embed(condition, size)
         embedded = self.embedding(values)
-        mask = attention_mask(*self._ordering, size, finer.device)
+        mask = attention_mask(*self._ordering, size, z.shape[1], finer.device)
         for layer in self._layers:
-            state = layer(state, embedded, mask)
+            state = layer(state, embedded, z, mask)
         return self._distribution(state).log_prob(values).sum(1)
 
     def check_causal(self):
@@ -606,18 +604,19 @@ class TransformerDecoder(Decoder):
         assert self.config.ordering is not None  # the config sets it
         return self.config.ordering, self.config.num_groups or 1
 
-    def _context(self, condition: Condition, size: tuple[int, int]) -> Tensor:
-        """The states before the first layer, (B, H·W, E)."""
+    def _embed(self, condition: Condition, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E)."""
         height, width = size
         if max(size) > MAX_TRANSFORMER_SIDE:
             raise ValueError(
                 f"expected a finer grid of at most {MAX_TRANSFORMER_SIDE} rows and columns for "
                 f"decoder_type='transformer', got {height}×{width}"
             )
-        state = self.upsample(self.embed_condition(condition))[..., :height, :width]
-        rows = self.row_embedding(torch.arange(height, device=state.device))
-        columns = self.column_embedding(torch.arange(width, device=state.device))
-        return (state.movedim(1, -1) + rows[:, None] + columns).flatten(1, 2)
+        z = self.embed_condition(condition)
+        state = self.upsample(z)[..., :height, :width].movedim(1, -1)
+        rows = self.row_embedding(torch.arange(height, device=z.device))
+        columns = self.column_embedding(torch.arange(width, device=z.device))
+        return z.flatten(2).mT, (state + rows[:, None] + columns).flatten(1, 2)
 
     def _distribution(self, state: Tensor) -> Categorical | LowRankCategorical:
         return self.logits(self.norm(state))
