@@ -95,6 +95,14 @@ def test_a_deterministic_encoder_has_no_entropy(quantizer):
     assert torch.equal(level.encode(finer), level.encode(finer, torch.Generator()))
 
 
+def test_a_deeper_transformer_starts_as_the_same_function():
+    level = tiny_level(num_symbols=5, decoder_type="transformer")
+    finer = torch.randint(5, (3, 4, 6))
+    codes = level.encode(finer)
+    deeper = level.with_decoder(num_layers=3, num_classes=2)
+    assert torch.equal(deeper.log_prob(finer, codes, [0, 1, 0]), level.log_prob(finer, codes))
+
+
 def test_another_decoder_on_the_same_codes():
     level, finer = tiny_level(num_symbols=5), torch.randint(5, (3, 4, 6))
     codes = level.encode(finer)

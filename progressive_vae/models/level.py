@@ -386,7 +386,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         Args:
             from_scratch: initialize new weights. Otherwise the new decoder starts from the weights
                 of the old one, if `changes` are among `GROWABLE_FIELDS`; it may have more residual
-                blocks, which start as the identity (not with `"causal_lm"`).
+                blocks or layers, which start as the identity (not with `"causal_lm"`).
             changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
         level = ProgressiveVAELevel(self.config.with_decoder(**changes))
