@@ -62,8 +62,8 @@ def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert log_prob.std() > 0.1  # not the uniform distribution
     generator = torch.Generator().manual_seed(0)
-    samples = level.sample(codes.expand(40_000, -1, -1), generator=generator, finer_size=size)
-    assert total_variation(log_prob, grids, samples) < 0.03
+    samples = level.sample(codes.expand(10_000, -1, -1), generator=generator, finer_size=size)
+    assert total_variation(log_prob, grids, samples) < 0.06
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,11 @@ def test_probabilities_of_all_pixel_values_sum_to_one(order, downsample, num_gro
     with torch.no_grad():
         log_prob = level.log_prob(pixels, torch.zeros(256, 1, 1, dtype=torch.long))
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
-    samples = level.sample(torch.zeros(40_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
+    samples = level.sample(torch.zeros(10_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
     values = ((samples + 1) * 127.5).round().long()
     assert torch.equal(values / 127.5 - 1, samples)
     frequencies = torch.bincount(values.flatten(), minlength=256) / len(samples)
-    assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.04
+    assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.08
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "logistic_mixture"])
