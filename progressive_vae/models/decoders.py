@@ -212,7 +212,7 @@ class GroupDecoder(Decoder):
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Collect the decoded neighbors of the group's positions.
-            neighborhood = Neighborhood.gather(group, grid, size, preview)
+            neighborhood = Neighborhood.gather(group, valid.num_padded, grid, size, preview)
             means = stage.heads[0].component_means(neighborhood, grid.device)  # (G, B, C, n')
             # 2. Refine the state with them; z enters again at strides down to its own.
             neighbors = None
@@ -257,10 +257,11 @@ class GroupDecoder(Decoder):
         for channel, head in enumerate(stage.heads):
             means = component_means[:, :, channel]  # (G, B, n')
             step = WalkStep(group_index, channel, valid.positions)
-            values = grid.new_zeros(len(grid), 0)
             if len(step.positions):
                 distribution = head(F.silu(features), valid.select(means), previous_residuals)
                 values = call_step_fn(step_fn, distribution, step, len(grid))  # (B, n)
+            else:
+                values = grid.new_zeros(len(grid), 0)
             values = valid.scatter(values)  # (B, n')
             group.scatter_values(grid[:, channel], values)
             if is_final and channel + 1 == len(stage.logits):
