@@ -25,6 +25,8 @@ from helpers.models import (
 from helpers.recipes import RECIPE
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
 from progressive_vae.training import train
+from progressive_vae.training.args import RunSettings
+from progressive_vae.training.run import make_accelerator
 
 WHOLE = {"backend": "eager", "fullgraph": True}
 BATCH_SIZES = [8, 5, 12, 33, 1, 2]
@@ -159,9 +161,11 @@ def test_training_is_one_graph(name):
     assert num_graphs() == 2
 
 
-@pytest.mark.parametrize("use_regions", [pytest.param("false", marks=pytest.mark.slow), "true"])
-def test_training_compiles_with_accelerate(use_regions, tmp_path, monkeypatch):
-    """As `accelerate launch --dynamo_backend eager` sets it."""
+@pytest.mark.parametrize(
+    "compile", [pytest.param(False, marks=pytest.mark.slow), True], ids=["flags", "recipe"]
+)
+def test_training_compiles_with_accelerate(compile, tmp_path, monkeypatch):
+    """As `accelerate launch --dynamo_backend eager` sets it, and with `compile` in the recipe."""
     write_images(tmp_path / "images")
     recipe = {
         **RECIPE,
@@ -171,14 +175,46 @@ def test_training_compiles_with_accelerate(use_regions, tmp_path, monkeypatch):
     pipelines = []
     for backend in ("no", "eager"):
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
-        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", use_regions)
         AcceleratorState._reset_state(reset_partial_state=True)
         run = {**RECIPE["run"], "output_dir": str(tmp_path / backend)}
+        run["compile"] = compile and backend != "no"
         pipelines.append(train({**recipe, "run": run}))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert num_graphs() > 0
     for name, weight in weights_of(pipelines[0]).items():
         torch.testing.assert_close(weights_of(pipelines[1])[name], weight)
+
+
+@torch.no_grad()
+def test_stages_share_graphs():
+    """The first stage, those of the same stride, and those of another stride are three kinds."""
+    level = tiny_level(
+        num_channels=1, pixel_distribution="logistic_mixture", num_groups=7, downsample=4
+    )
+    compiled = copy.deepcopy(level)
+    compiled.compile_repeated_blocks(**WHOLE)
+    # PyTorch's convolutions on CPUs differ from 16 images on; a size of 1 has its own graphs.
+    for batch_size, max_num_graphs in ((3, 3), (12, 3), (33, 6), (1, 9)):
+        finer = torch.randint(256, (batch_size, 1, 8, 8)) / 127.5 - 1
+        codes = level.encode(finer)
+        log_prob = compiled.log_prob(finer, codes)
+        torch.testing.assert_close(log_prob, level.log_prob(finer, codes))
+        assert num_graphs() <= max_num_graphs
+
+
+@pytest.mark.unit
+def test_a_recipe_compiles(monkeypatch):
+    """With inductor, or with the backend that Accelerate is configured for."""
+    for backend in (None, "eager"):
+        if backend:
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        for is_compiled in (True, False):
+            settings = RunSettings(compile=is_compiled, report_to="none")
+            plugin = make_accelerator(settings, cpu=True).state.dynamo_plugin
+            expected = backend or ("inductor" if is_compiled else "no")
+            assert plugin.backend.value.lower() == expected
+            assert plugin.use_regional_compilation == is_compiled
+            assert ("dynamic" in plugin.to_kwargs()) == is_compiled
 
 
 def test_stages_compile_as_regions():

@@ -29,7 +29,11 @@ _PUSH_ARGUMENTS = (
 _SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:]
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters  # more in new versions of torch
 _HUB_ARGUMENTS = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
-MAX_BLOCK_GRAPHS = 64  # blocks share their code: those of other shapes and batch sizes add graphs
+# Arguments of `torch.compile` for blocks, which share their code: graphs for all sizes, and as many
+# as there are kinds of blocks, with and without gradients.
+BLOCK_GRAPHS: dict[str, Any] = {"dynamic": True, "recompile_limit": 64}
+if "recompile_limit" not in _COMPILE_ARGUMENTS:
+    del BLOCK_GRAPHS["recompile_limit"]
 _ADVICE = "save the model again, or download it again"
 
 # model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
@@ -79,8 +83,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         blocks = [module for module in self.modules() if type(module).__name__ in names]
         if not blocks:
             raise ValueError(f"expected a model with blocks of {names}, got {type(self).__name__}")
-        if "recompile_limit" in _COMPILE_ARGUMENTS:
-            kwargs.setdefault("recompile_limit", MAX_BLOCK_GRAPHS)
+        kwargs = {**BLOCK_GRAPHS, **kwargs}
         for block in blocks:
             block.compile(*args, **kwargs)
 
