@@ -24,6 +24,7 @@ from helpers.models import (
 )
 from helpers.recipes import RECIPE
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
+from progressive_vae.evaluation.op_count import OpCount
 from progressive_vae.training import train
 from progressive_vae.training.args import RunSettings
 from progressive_vae.training.run import make_accelerator
@@ -66,9 +67,13 @@ def write_images(folder):
         PIL.Image.fromarray(np.full((4, 4), 10 * i, np.uint8)).save(folder / f"{i}.png")
 
 
-def samples(pipe, batch_size=2):
-    generator = torch.Generator().manual_seed(0)
-    return pipe(num_images_per_prompt=batch_size, generator=generator, output_type="pt").images
+def samples(pipe, batch_size=2, temperature=1.0, seed=0):
+    return pipe(
+        num_images_per_prompt=batch_size,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    ).images
 
 
 def gray_pipeline():
@@ -95,6 +100,55 @@ def test_a_compiled_pipeline(backend, tmp_path):
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(tmp_path))
     torch.testing.assert_close(samples(copy.deepcopy(pipe)), images)
     assert samples(pipe.to(torch.bfloat16)).shape == images.shape
+
+
+def replayed(graph, inputs):
+    """A backend with what a CUDA graph has: results in the same memory at each call, and operations
+    that neither wait nor generate noise."""
+    memory = {}
+
+    def run(*arguments):
+        with OpCount() as count:
+            results = graph(*arguments)
+        assert not count.waits and not {"rand", "uniform_", "random_"} & {*count.ops}
+        static = memory.setdefault(tuple(result.shape for result in results), results)
+        for kept, result in zip(static, results, strict=True):
+            kept.copy_(result)
+        return static
+
+    return run
+
+
+def test_samples_of_graphs_that_write_into_the_same_memory():
+    pipe = gray_pipeline()
+
+    def three_batches():
+        generator = torch.Generator().manual_seed(0)
+        output = pipe(num_images_per_prompt=6, batch_size=2, generator=generator, output_type="pt")
+        return [*output.codes, output.images]
+
+    expected = three_batches()
+    with pytest.raises(ValueError, match="CUDA device.*one on cpu"):
+        pipe.enable_cuda_graph()
+    assert all(map(torch.equal, three_batches(), expected)) and not num_graphs()
+    pipe.compile(backend=replayed, fullgraph=True)
+    assert all(map(torch.equal, three_batches(), expected)) and num_graphs() == 3
+
+
+@pytest.mark.gpu
+def test_samples_of_cuda_graphs():
+    """Of several batch sizes, temperatures and weights, in an order that replays old graphs."""
+    pipe = gray_pipeline().to("cuda")
+    with_graphs = copy.deepcopy(pipe)
+    with_graphs.enable_cuda_graph()
+    results = []
+    for weight in (1.0, 1.5):
+        for one in (pipe, with_graphs):
+            one.level_2.decoder.stem.weight.data.mul_(weight)
+        for batch_size, temperature in ((2, 1.0), (5, 1.0), (2, 0.5), (2, 1.0)):
+            results.append([samples(one, batch_size, temperature) for one in (pipe, with_graphs)])
+    for expected, images in results:
+        assert torch.equal(images, expected)
 
 
 def test_a_compiled_pipeline_without_a_prior():
