@@ -15,6 +15,10 @@ from helpers.models import (
 from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 
+TRANSFORMER_ORDERS = [
+    ("factorized", 2, None), ("lattice", 2, 7), ("masked", 2, 3), ("raster", 2, None),
+]  # fmt: skip
+
 
 def initial_bits_per_dim(pixels, **config):
     """Bits per dimension of pixels (3, 32, 32) under an untrained logistic mixture."""
@@ -42,11 +46,15 @@ def test_an_untrained_logistic_mixture_predicts_smooth_images():
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
-@pytest.mark.parametrize(ORDER_NAMES, CODE_ORDERS)
+@pytest.mark.parametrize(
+    (*ORDER_NAMES.split(", "), "kind"),
+    [(*order, {}) for order in CODE_ORDERS]
+    + [(*order, {"decoder_type": "transformer"}) for order in TRANSFORMER_ORDERS],
+)
 def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
-    order, downsample, num_groups, size
+    order, downsample, num_groups, kind, size
 ):
-    level = level_of(order, downsample, num_groups, num_symbols=3)
+    level = level_of(order, downsample, num_groups, num_symbols=3, **kind)
     grids = all_grids(3, *size)
     codes = torch.ones(1, *level.codes_size(size), dtype=torch.long)
     with torch.no_grad():
@@ -111,8 +119,15 @@ def test_a_raster_decoder_refuses_large_grids():
         level.sample(codes)
 
 
-def test_a_factorized_decoder_is_conditioned_on_codes_only():
-    level = tiny_level(num_symbols=3, ordering="factorized")
+def test_a_transformer_refuses_large_grids():
+    level = tiny_level(num_symbols=3, decoder_type="transformer", downsample=8)
+    with pytest.raises(ValueError, match="at most 64 rows and columns .*got 8×72"):
+        level.sample(torch.zeros(1, 1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("decoder_type", ["conv", "transformer"])
+def test_a_factorized_decoder_is_conditioned_on_codes_only(decoder_type):
+    level = tiny_level(num_symbols=3, ordering="factorized", decoder_type=decoder_type)
     codes = torch.zeros(9, 1, 1, dtype=torch.long)
     grids = all_grids(3, 1, 2)
     with torch.no_grad():
@@ -120,8 +135,10 @@ def test_a_factorized_decoder_is_conditioned_on_codes_only():
     assert torch.allclose(joint, joint.sum(1, keepdim=True) * joint.sum(0), atol=1e-5)
 
 
-def test_an_untrained_decoder_is_uniform():
-    level = ProgressiveVAELevel(ProgressiveVAELevelConfig(num_symbols=3, hidden_size=8))
+@pytest.mark.parametrize("decoder_type", ["conv", "causal_lm", "transformer"])
+def test_an_untrained_decoder_is_uniform(decoder_type):
+    config = ProgressiveVAELevelConfig(num_symbols=3, hidden_size=8, decoder_type=decoder_type)
+    level = ProgressiveVAELevel(config)
     with torch.no_grad():
         log_prob = level.log_prob(all_grids(3, 2, 2), torch.zeros(81, 1, 1, dtype=torch.long))
     assert torch.allclose(log_prob, torch.full((81,), -4 * math.log(3)))
