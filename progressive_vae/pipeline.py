@@ -92,7 +92,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         level_7: ProgressiveVAELevel | None = None,
         level_8: ProgressiveVAELevel | None = None,
         image_size: list[int] | tuple[int, ...] | None = None,
-        sampling: Sampling | None = None,
+        sampling: dict | None = None,  # diffusers checks values only by plain types
     ):
         super().__init__()
         self._call_states: dict[int, CallState] = {}  # of each thread the current or last call

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from helpers.hub import HUB
 from helpers.models import generators, tiny_level, tiny_pipeline, tiny_prior
@@ -107,8 +108,13 @@ def test_bad_settings(sampling, message, tmp_path):
         ProgressiveVAEPipeline.from_pretrained(tmp_path)
 
 
-def test_settings_are_saved_and_loaded(tuned, tmp_path):
+def test_settings_are_saved_and_loaded(tuned, tmp_path, caplog):
     tuned.save_pretrained(tmp_path)
+    logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        ProgressiveVAEPipeline.from_pretrained(tmp_path)
+    logging.disable_propagation()
+    assert "sampling" not in caplog.text
     assert json.loads((tmp_path / "model_index.json").read_text())["sampling"] == SETTINGS
     loaded = ProgressiveVAEPipeline.from_pretrained(tmp_path)
     assert loaded.config.sampling == SETTINGS
