@@ -206,10 +206,10 @@ class DiscretizedLogisticMixture:
         while step > 1:
             interval = step
             step = max(1, interval >> bits_per_round)
-            candidates = _candidates(step, interval, u.device)  # (2, E, 1, 1)
+            points = _search_points(step, interval, u.device)  # (2, E, 1, 1)
             if values is not None:
-                candidates = torch.add(candidates, values, alpha=interval)  # (2, E, B, n)
-            edges, midpoints = candidates
+                points = torch.add(points, values, alpha=interval)  # (2, E, B, n)
+            edges, midpoints = points
             # In place: (E, K, B, n) numbers are many.
             logistics = (edges[:, None] - self.means).mul_(self.precisions)
             mass_below = logistics.sigmoid_().mul_(self.weights[:-1]).sum(1)
@@ -228,7 +228,7 @@ class DiscretizedLogisticMixture:
 
 
 @device_constant
-def _candidates(step: int, interval: int, device: torch.device) -> Tensor:
+def _search_points(step: int, interval: int, device: torch.device) -> Tensor:
     """The E multiples of `step` below `interval`, and before them their lower edges: float32
     (2, E, 1, 1)."""
     values = torch.arange(step, interval, step, dtype=torch.float32).view(-1, 1, 1)
