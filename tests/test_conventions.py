@@ -38,6 +38,7 @@ KINDS = {
     "lattice": {**CODES, "code_noise": 0.3},
     "masked, gumbel": {**CODES, "ordering": "masked", "quantizer": "gumbel"},
     "raster": {**CODES, "ordering": "raster", "decoder_type": "causal_lm"},
+    "transformer": {**CODES, "decoder_type": "transformer"},
     "pixels, fsq": {"num_channels": 1, "quantizer": "fsq", "codebook_size": 15, "codebook_dim": 2},
     "guided": {"num_channels": 3, **GUIDED},
 }
@@ -186,6 +187,15 @@ def test_all_batch_sizes_need_few_graphs(method):
     assert num_graphs() <= MAX_GRAPHS
 
 
+def test_sampling_of_a_transformer_is_one_graph():
+    level = tiny_level(**KINDS["transformer"])
+    compiled = copy.deepcopy(level)
+    compiled.compile(**WHOLE)
+    codes = level.encode(finer_of(level, 3))
+    samples = [model.sample(codes, generator=generators(3)) for model in (level, compiled)]
+    assert torch.equal(*samples) and num_graphs() == 1
+
+
 def test_all_batch_sizes_of_a_prior_need_few_graphs():
     prior = tiny_prior(num_classes=2)
     compiled = copy.deepcopy(prior).train()
@@ -299,7 +309,10 @@ def test_weights_are_stored_in_8_bits(dtype):
     for model, inputs in (
         (tiny_prior(), [codes]),
         (tiny_level(num_channels=3), [finer, codes]),
-        (tiny_level(**KINDS["raster"]), [finer_of(tiny_level(**CODES), 2), codes]),
+        *(
+            (tiny_level(**KINDS[kind]), [finer_of(tiny_level(**CODES), 2), codes])
+            for kind in ("raster", "transformer")
+        ),
     ):
         expected = model.log_prob(*inputs)
         model.to(dtype).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)

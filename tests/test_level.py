@@ -13,6 +13,7 @@ from progressive_vae.models import distributions
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.models.layers import ResidualBlock
 from progressive_vae.models.level import ProgressiveVAELevelOutput
+from progressive_vae.models.transformer import TransformerLayer
 
 
 def identity(tensor):
@@ -53,7 +54,7 @@ def test_forward_is_the_loss_under_the_uniform_prior(order):
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq", "gumbel"])
-@pytest.mark.parametrize("order", ["factorized", "lattice", "masked", "raster"])
+@pytest.mark.parametrize("order", ["factorized", "lattice", "masked", "raster", "transformer"])
 def test_saved_and_loaded_alike(order, quantizer, tmp_path):
     level = tiny_level(
         num_symbols=5, codebook_dim=None, downsample=4, quantizer=quantizer, num_classes=2,
@@ -94,6 +95,14 @@ def test_a_deterministic_encoder_has_no_entropy(quantizer):
     finer = torch.randint(5, (3, 4, 6))
     assert level.encoder_entropy(finer).tolist() == [0, 0, 0]
     assert torch.equal(level.encode(finer), level.encode(finer, torch.Generator()))
+
+
+def test_a_deeper_transformer_starts_as_the_same_function():
+    level = tiny_level(num_symbols=5, decoder_type="transformer")
+    finer = torch.randint(5, (3, 4, 6))
+    codes = level.encode(finer)
+    deeper = level.with_decoder(num_layers=3, num_classes=2)
+    assert torch.equal(deeper.log_prob(finer, codes, [0, 1, 0]), level.log_prob(finer, codes))
 
 
 def test_another_decoder_on_the_same_codes():
@@ -166,7 +175,7 @@ def test_code_noise_is_only_for_training():
         tiny_level(num_symbols=5).sample(codes, code_noise=0.1)
 
 
-@pytest.mark.parametrize("order", ["lattice", "raster"])
+@pytest.mark.parametrize("order", ["lattice", "raster", "transformer"])
 def test_a_class_conditional_decoder(order):
     level = tiny_level(num_symbols=3, num_classes=2, **decoder_fields(order))
     grids = all_grids(3, 2, 2)
@@ -307,7 +316,7 @@ def test_output_has_the_loss_in_front():
 
 
 @pytest.mark.parametrize("rank", [None, 0, 3])
-@pytest.mark.parametrize("order", ["lattice", "raster", "auxiliary"])
+@pytest.mark.parametrize("order", ["lattice", "raster", "transformer", "auxiliary"])
 def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch):
     monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 4096 * 6)  # several parts
     level = tiny_level(
@@ -482,6 +491,7 @@ def test_the_trainer_of_transformers_trains_a_level(tmp_path):
     [
         dict(auxiliary_hidden_size=8),
         dict(num_channels=None, num_symbols=5, decoder_type="causal_lm"),
+        dict(num_channels=None, num_symbols=5, decoder_type="transformer"),
     ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(config):
@@ -490,7 +500,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         finer = torch.randint(5, (8, 8, 8), generator=torch.Generator().manual_seed(0))
 
     def gradients(is_enabled) -> tuple[list[torch.Tensor], int]:
-        """And how often a residual block was computed."""
+        """And how often a residual block, or layer of a transformer, was computed."""
         level, calls = randomize(small_level(**config)).train(), []
         level.gradient_checkpointing_enable()
         if not is_enabled:
@@ -499,6 +509,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         for block in level.modules():
             if isinstance(block, ResidualBlock):
                 block.conv1.register_forward_hook(lambda *_: calls.append(1))
+            if isinstance(block, TransformerLayer):
+                block.output.register_forward_hook(lambda *_: calls.append(1))
         level(finer).loss.backward()
         return [parameter.grad for parameter in level.parameters()], len(calls)
 

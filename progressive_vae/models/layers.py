@@ -56,6 +56,13 @@ class ZeroLinear(nn.Linear):
     """A linear map whose weights start at zero."""
 
 
+class ResidualLinear(nn.Linear):
+    """The last linear map of a residual branch, whose weights start at zero.
+
+    It is a hidden layer, where `ZeroLinear` is an output layer: Muon trains only hidden ones.
+    """
+
+
 class AlignedLinear(nn.Linear):
     """A linear map whose input is padded to a multiple of 16 features.
 
@@ -169,7 +176,7 @@ def init_weights(module: nn.Module):
 
     transformers calls it for leaves first, once for each module; loaded weights stay unchanged.
     """
-    if isinstance(module, (ZeroConv2d, ZeroLinear, ZeroEmbedding)):
+    if isinstance(module, (ZeroConv2d, ZeroLinear, ResidualLinear, ZeroEmbedding)):
         for parameter in module.parameters():
             init.zeros_(parameter)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):
