@@ -68,9 +68,9 @@ def test_streams_of_earlier_versions_are_decoded_in_their_batch_size(monkeypatch
     assert older[0][3] != newer[0][3]  # the header's byte for arithmetic
 
     class Watched(codec.EntropyDecoder):
-        def __init__(self, streams, batch_size, numbers, may_end):
-            super().__init__(streams, batch_size, numbers, may_end)
-            sizes.append((len(numbers), batch_size))
+        def __init__(self, streams, batch_size, may_end):
+            super().__init__(streams, batch_size, may_end)
+            sizes.append((len(streams), batch_size))
 
     monkeypatch.setattr(codec, "EntropyDecoder", Watched)
     mixed = [*older[:66], *newer[66:]]
