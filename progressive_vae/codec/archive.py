@@ -52,6 +52,7 @@ PART_TILES = 1024
 PART_BYTES = 2**23
 PART_FILES = 4096
 CHECKSUM_SIZE = 4
+TEMPORARY = ".unpack.incomplete"  # the file that is being written
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 Progress = Callable[[int], None]  # is called with the number of bytes that are done
@@ -65,6 +66,7 @@ class Entry(NamedTuple):
         method: one of `METHODS`.
         length: in the archive, in bytes.
         size: of the file or the chunk, in bytes.
+        start: of the chunk in the file.
         remaining: chunks of the same file behind this one.
         permissions: the bits of `chmod`.
         modified: milliseconds since 1970, or `None`.
@@ -75,6 +77,7 @@ class Entry(NamedTuple):
     method: str
     length: int
     size: int
+    start: int
     remaining: int
     permissions: int
     modified: int | None
@@ -84,9 +87,6 @@ class Entry(NamedTuple):
     def target(self) -> str:
         """The name of the file that `unpack` writes."""
         return f"{self.name}.png" if self.method == TO_PNG else self.name
-
-
-_TYPES = (str, str, int, int, int, int, (int, type(None)), str)
 
 
 def to_table(entries: list[Entry]) -> list[list]:
@@ -104,27 +104,33 @@ def from_table(table: Any, data_length: int) -> list[Entry]:
     except TypeError as error:
         raise ValueError("expected a table of files in the archive, got another") from error
     for row in rows:
-        is_typed = (
-            all(isinstance(x, kind) for x, kind in zip(row, _TYPES, strict=True))
+        is_row = (
+            all(isinstance(text, str) for text in (row.name, row.method, row.reason))
+            and all(isinstance(number, int) and number >= 0 for number in row[2:7])
+            and isinstance(row.modified, int | None)
             and row.method in METHODS
         )
-        if not is_typed or min(row.length, row.size, row.remaining) < 0:
-            raise ValueError("expected a table of files in the archive, got other values")
+        if not is_row:
+            raise ValueError(f"expected a row of a table of files in the archive, got {row!r:.200}")
     if sum(row.length for row in rows) > data_length:
         raise ValueError("expected files inside the part of an archive, got longer ones")
     return rows
 
 
 class Journal:
-    """Results by keys of 16 bytes, in a file that is read again after a kill."""
+    """Results by keys of 16 bytes, in a file that is read again after a kill.
+
+    Args:
+        path: `None`: without a file.
+    """
 
     _HEAD = struct.Struct("<16sII")
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path | None):
         self.path = path
         self.results = dict[bytes, bytes]()
         self.file: BinaryIO | None = None
-        if path.is_file():
+        if path is not None and path.is_file():
             self._read(path.read_bytes())
 
     def _read(self, data: bytes):
@@ -138,8 +144,10 @@ class Journal:
             place += self._HEAD.size + length
 
     def add(self, results: dict[bytes, bytes]):
+        if self.path is None:
+            self.results |= results
+            return
         if self.file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "wb")  # noqa: SIM115
             results = self.results | results
         self.results |= results
@@ -154,7 +162,8 @@ class Journal:
         if self.file is not None:
             self.file.close()
             self.file = None
-        self.path.unlink(missing_ok=True)
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
 
 
 class TileCoder:
@@ -237,7 +246,8 @@ class Item:
 
     source: Source
     contents: bytes
-    remaining: int = 0
+    start: int = 0  # of the chunk in the file
+    remaining: int = 0  # chunks behind it
     reason: str = ""
     stored: list[tuple[str, bytes]] = field(default_factory=list)  # method and bytes of each chunk
     image: ExactImage | None = None
@@ -256,13 +266,13 @@ class Item:
         rest = (permissions, modified, self.reason)
         if self.image is not None:
             data = tiles.image_to_bytes(self.image, self.codes)
-            yield Entry(name, self.method, len(data), len(self.contents), 0, *rest), data
+            yield Entry(name, self.method, len(data), len(self.contents), 0, 0, *rest), data
             return
         starts = range(0, max(1, len(self.contents)), CHUNK)
         for k, (start, (method, data)) in enumerate(zip(starts, self.stored, strict=True)):
             size = len(self.contents[start : start + CHUNK])
             remaining = self.remaining + len(self.stored) - k - 1
-            yield Entry(name, method, len(data), size, remaining, *rest), data
+            yield Entry(name, method, len(data), size, self.start + start, remaining, *rest), data
 
 
 class Packing(NamedTuple):
@@ -415,7 +425,7 @@ def _chunk_items(source: Source, file: BinaryIO, first_chunk: int) -> Iterator[I
         if len(contents) < stop - start:
             raise OSError(errno.EIO, "it became shorter while it was read")
         remaining = -(-(source.size - stop) // CHUNK)
-        yield Item(source, contents, remaining, "a large file", _stored(contents))
+        yield Item(source, contents, start, remaining, "a large file", _stored(contents))
 
 
 def _stored(contents: bytes) -> list[tuple[str, bytes]]:
@@ -563,12 +573,13 @@ class Restoring:
     def __init__(self, folder: Path | None, result: Unpacking):
         self.folder = folder
         self.result = result
+        self.temporary = folder / TEMPORARY if folder else None
         self.path: Path | None = None
         self.file: BinaryIO | None = None
-        self.name: str | None = None  # of the file whose next chunk is expected
         self.is_comparison = False
         self.is_same = True
-        self.temporary = folder / f".unpack-{os.getpid()}" if folder else None
+        self.name: str | None = None  # of the file of which a chunk came last
+        self.position = 0  # where its next chunk begins
 
     def target(self, row: Entry) -> Path:
         """
@@ -579,18 +590,31 @@ class Restoring:
         if self.folder is None:
             return Path(name)
         path = self.folder / name
-        if not is_inside(path, self.folder):
-            raise ValueError("expected a name inside the folder, got one behind a link")
+        if not is_inside(path, self.folder) or path == self.temporary:
+            raise ValueError(
+                "expected a name inside the folder, got one behind a link, or of an incomplete file"
+            )
         return path
 
-    def fail(self, name: str, reason: str):
+    def fail(self, row: Entry, reason: str):
+        """Give up a file; further chunks of it do not count."""
+        if self.name != row.name or self.position >= 0:
+            self.result.failed.append((row.name, reason))
         self.close()
-        self.result.failed.append((name, reason))
+        self.name = row.name
+        self.position = -1
 
     def chunk(self, row: Entry, contents: bytes):
-        """Write or compare the next chunk of a file."""
-        if self.name != row.name:
+        """Write or compare the next chunk of a file.
+
+        Raises:
+            ValueError: it is not the next one.
+        """
+        if row.start == 0:
             self._begin(row)
+        elif self.name != row.name or self.position != row.start:
+            raise ValueError("a chunk is missing")
+        self.position = row.start + len(contents)
         if self.is_comparison and self.file is not None:
             self.is_same = self.is_same and self.file.read(len(contents)) == contents
         elif self.file is not None:
@@ -601,6 +625,7 @@ class Restoring:
     def _begin(self, row: Entry):
         self.close()
         self.name = row.name
+        self.position = 0
         if self.folder is None:
             return
         self.path = self.target(row)
@@ -683,16 +708,18 @@ def unpack(
         is_fixed_point = check_model(stack, reader.header, path)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(Path(f"{folder or path}.journal"))
+        journal = Journal(None if folder is None else Path(f"{folder}.journal"))
         coder = TileCoder(stack, is_fixed_point, journal)
         restoring = Restoring(folder, result)
         advice = "" if is_fixed_point else _float_advice(stack, reader.header)
         for files in stored_files(reader):
             selected = [x for x in files if only is None or is_selected(x.row.name, only)]
             _unpack_part(reader, selected, coder, restoring, num_levels, advice)
-            journal.clear()
+            if journal.file is not None:  # else the part had been restored before
+                journal.clear()
             progress(sum(x.row.length for x in files))
         restoring.close()
+        journal.clear()
     if reader.problem is not None:
         result.failed.append((str(path), reader.problem))
     return result
@@ -745,7 +772,7 @@ def _unpack_part(
                 if not _is_there(image, restoring, num_levels is not None):
                     images[file.start] = image
             except (ValueError, OSError) as error:
-                restoring.fail(file.row.name, _reason(error))
+                restoring.fail(file.row, _reason(error))
     streams = (
         code.body for image in images.values() for code in image.codes if code.kind == tiles.STREAM
     )
@@ -773,11 +800,11 @@ def _unpack_part(
             else:
                 restoring.chunk(row, _contents(row, reader.read(start, row.length)))
         except KeyError:
-            restoring.fail(row.name, f"a stream is damaged{advice}")
+            restoring.fail(row, f"a stream is damaged{advice}")
         except (ValueError, OSError) as error:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise
-            restoring.fail(row.name, _reason(error))
+            restoring.fail(row, _reason(error))
 
 
 def _reason(error: Exception) -> str:
