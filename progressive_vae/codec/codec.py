@@ -418,7 +418,8 @@ def _arithmetic_context(stack: LevelStack, is_fixed_point: bool) -> Iterator[Non
     Causal language models round as in earlier versions, whose streams are decoded, too.
     """
     with _LOCK, torch.autocast(stack.device.type, enabled=False), transformers_steps():
-        with fixed_point_arithmetic() if is_fixed_point else nullcontext():
+        models = [stack.factor(index) for index in range(stack.num_levels + 1)]
+        with fixed_point_arithmetic(*models) if is_fixed_point else nullcontext():
             yield
 
 
