@@ -27,6 +27,7 @@ def parse(words: list[str]) -> dict[str, int]:
     """Return the number of trials of each attack."""
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
+    sizes |= {"archives": 2000, "archive_kills": 40}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     return vars(parser.parse_args(words))

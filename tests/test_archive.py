@@ -1,8 +1,10 @@
 """Archives: every file comes back, in any order of damage, interruption and odd names."""
 
+import filecmp
 import json
 import os
 import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 from helpers.archives import differences, pack_folder, stored, unpack_folder, write_samples
 from helpers.models import AUXILIARY, pipeline_of, tiny_pipeline
 from helpers.odd_files import image, write_odd_folder
+from helpers.processes import SERVER
 from progressive_vae.codec import archive, tiles
 from progressive_vae.codec.container import ArchiveReader, ArchiveWriter
 from progressive_vae.codec.exact_image import ExactImage, read_exact_image
@@ -340,6 +343,38 @@ def test_one_name_and_previews(tmp_path):
     )
     assert original.shape == preview.shape and not np.array_equal(original, preview)
     assert archive.unpack(stack, tmp_path / "archive", None).written == 4  # decoded, not written
+
+
+def pack_large_file(place: Path):
+    """In a process of its own, whose memory is measured."""
+    stack = tiny_pipeline().stack
+    for function, source, target in (
+        (pack_folder, "folder", "archive"), (unpack_folder, "archive", "back"),
+    ):  # fmt: skip
+        function(stack, place / source, place / target)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (place / "memory").write_text(f"{memory / 2**20} GiB")
+
+
+@pytest.mark.slow
+def test_archives_of_more_than_two_gib_in_less_than_one(tmp_path):
+    folder = tmp_path / "folder"
+    write_samples(folder, 2)
+    with open(folder / "0_random", "wb") as file:
+        for _ in range(2200):
+            file.write(os.urandom(2**20))
+    with open(folder / "0_sparse", "wb") as file:
+        file.truncate(3 * 2**30)
+    process = SERVER.Process(target=pack_large_file, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert (tmp_path / "archive").stat().st_size > 2**31
+    memory = (tmp_path / "memory").read_text()
+    assert float(memory.split()[0]) < 1, memory
+    names = sorted(path.name for path in folder.iterdir())
+    _, wrong, missing = filecmp.cmpfiles(folder, tmp_path / "back", names, shallow=False)
+    assert wrong == ["0.png", "1.png"] and not missing  # the bytes of PNG files differ
+    print(memory)
 
 
 # ---- names ---------------------------------------------------------------------------------------

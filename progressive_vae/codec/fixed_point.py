@@ -84,35 +84,34 @@ class _FixedPointMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_EXPONENTS = range(-1074, 1024)
-_POWERS = torch.tensor([2.0**exponent for exponent in _EXPONENTS], dtype=torch.float64)
+_POWERS = torch.tensor([2.0**exponent for exponent in range(-1022, 1024)], dtype=torch.float64)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2ᵉ for e in −1022 … 1023, in float64."""
     powers = _POWERS.to(exponent.device)
-    return powers[exponent.long().clamp_(-1022, 1023).sub_(_EXPONENTS.start)]
+    return powers[exponent.long().clamp_(-1022, 1023).add_(1022)]
 
 
-def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> tuple[Tensor, Tensor]:
-    """x as integers of `bits` bits, and their scale, a power of two that all numbers along `dims`
-    share."""
+def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+    """x in float64, rounded to multiples of a power of two that all numbers along `dims` share, so
+    that the highest has `bits` bits."""
     highest = torch.maximum(x.amax(dims, keepdim=True), x.amin(dims, keepdim=True).neg_())
     exponent = torch.frexp(highest)[1]
-    integers = x.double() if x.dtype != torch.float64 else x.clone()
-    integers.mul_(_power_of_two(bits - exponent)).round_()
-    return integers, _power_of_two(exponent - bits)
+    # Numbers of this size have no smaller bits: the sum is rounded, and the difference is exact.
+    large = _power_of_two(exponent + (EXACT_BITS - 1 - bits)).mul_(1.5)
+    return x.to(torch.float64, copy=True).add_(large).sub_(large)
 
 
 class _Constants:
-    """Fixed-point forms of parameters."""
+    """Parameters in fixed point."""
 
     def __init__(self, models: Iterable[torch.nn.Module]):
         parameters = [parameter for model in models for parameter in model.parameters()]
         self.storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self.forms = dict[tuple, tuple[Tensor, Tensor]]()
+        self.forms = dict[tuple, Tensor]()
 
-    def to_fixed_point(self, x: Tensor, dims: int | list[int], bits: int) -> tuple[Tensor, Tensor]:
+    def to_fixed_point(self, x: Tensor, dims: int | list[int], bits: int) -> Tensor:
         storage = x.untyped_storage().data_ptr()
         if storage not in self.storages:
             return _to_fixed_point(x, dims, bits)
@@ -136,9 +135,8 @@ def _factor_bits(count: int) -> int:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of (…, m, k) and (…, k, n), in float64."""
     bits = _factor_bits(a.shape[-1])
-    rows, row_scale = _CONSTANTS.get().to_fixed_point(a, -1, bits)
-    columns, column_scale = _CONSTANTS.get().to_fixed_point(b, -2, bits)
-    return (rows @ columns).mul_(row_scale * column_scale)
+    constants = _CONSTANTS.get()
+    return constants.to_fixed_point(a, -1, bits) @ constants.to_fixed_point(b, -2, bits)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -147,11 +145,12 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
     result = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
-    scaled_bias = bias.double() * beta
+    biases = (bias.double() * beta).expand_as(result)
     num_rows = max(1, CHUNK_SIZE // max(b.shape))  # few enough for a processor's cache
-    biases = scaled_bias.expand_as(result).split(num_rows)
-    for part, added, output in zip(a.split(num_rows), biases, result.split(num_rows), strict=True):
-        output.copy_(_product(part, b).mul_(alpha).add_(added))
+    parts = (tensor.split(num_rows) for tensor in (a, biases, result))
+    for part, added, output in zip(*parts, strict=True):
+        product = _product(part, b)
+        output.copy_((product if alpha == 1 else product.mul_(alpha)).add_(added))
     return result
 
 
@@ -170,9 +169,8 @@ def _convolution(
     if transposed or groups != 1 or weight.ndim != 4:
         raise ValueError("expected plain 2-D convolutions in fixed-point arithmetic, got others")
     bits = _factor_bits(weight[0].numel())
-    images, image_scale = _to_fixed_point(x, [1, 2, 3], bits)
-    kernels, kernel_scale = _CONSTANTS.get().to_fixed_point(weight, [1, 2, 3], bits)
-    images = images.permute(0, 2, 3, 1)  # (B, H, W, C)
+    kernels = _CONSTANTS.get().to_fixed_point(weight, [1, 2, 3], bits)
+    images = _to_fixed_point(x, [1, 2, 3], bits).permute(0, 2, 3, 1)  # (B, H, W, C)
     images = pad(images, [0, 0, padding[1], padding[1], padding[0], padding[0]])
     size = [
         (length - step * (kernel - 1) - 1) // stride_step + 1
@@ -186,14 +184,13 @@ def _convolution(
         patch = rows[:, : size[0], : size[1]].reshape(-1, x.shape[1])
         total.addmm_(patch, kernels[:, :, i, j].t())
     result = total.view(len(x), *size, len(weight))
-    result.mul_(image_scale * kernel_scale.view(1, 1, 1, -1))
     if bias is not None:
         result.add_(bias.double())
     return result.to(x.dtype).permute(0, 3, 1, 2)  # channels last
 
 
-def _terms(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """x as integers whose sum along `dims` is exact, and their scale."""
+def _terms(x: Tensor, dims: list[int]) -> Tensor:
+    """x in fixed point, so that the sum along `dims` is exact."""
     count = math.prod(x.shape[dim] for dim in dims)
     return _to_fixed_point(x, dims, min(EXACT_BITS - 18, EXACT_BITS - count.bit_length()))
 
@@ -203,9 +200,7 @@ def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None =
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not x.is_floating_point():
         return x.sum(dims, keepdim, dtype=dtype)
-    terms, scale = _terms(x, dims)
-    total = terms.sum(dims, keepdim=True) * scale
-    return (total if keepdim else total.squeeze(dims)).to(dtype or x.dtype)
+    return _terms(x, dims).sum(dims, keepdim).to(dtype or x.dtype)
 
 
 def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -217,16 +212,16 @@ def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None 
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     if not x.is_floating_point():
         return x.cumsum(dim, dtype=dtype)
-    terms, scale = _terms(x, [dim])
-    return (terms.cumsum(dim) * scale).to(dtype or x.dtype)
+    return _terms(x, [dim]).cumsum(dim).to(dtype or x.dtype)
 
 
 def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(-len(shape), 0))
-    mean = _mean(x.double(), dims, True)
-    result = x.double() - mean
+    result = x.to(torch.float64, copy=True)
+    mean = _mean(result, dims, True)
+    result.sub_(mean)
     inverse = 1 / (_mean(result * result, dims, True) + eps).sqrt()
     result.mul_(inverse)
     result = result if weight is None else result.mul_(weight)
