@@ -186,7 +186,7 @@ def sources_of(source: str, split: str | None, file: Path) -> list[Source]:
         return dataset_sources(str(path) if path.exists() else source, split)
     if path.is_dir():
         suffixes = ("", ".partial", ".partial.lock", ".journal")
-        own_files = {file.absolute().with_name(file.name + suffix) for suffix in suffixes}
+        own_files = {file.resolve().with_name(file.name + suffix) for suffix in suffixes}
         return [*sources_of_folder(path.absolute(), own_files)]
     if path.exists():
         return [source_of_file(path, path.name)]

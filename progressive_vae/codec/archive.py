@@ -52,7 +52,9 @@ PART_TILES = 1024
 PART_BYTES = 2**23
 PART_FILES = 4096
 CHECKSUM_SIZE = 4
-TEMPORARY = ".unpack.incomplete"  # the file that is being written
+# Files of `unpack` in its folder: the one that is being written, and the journal.
+TEMPORARY = ".unpack.incomplete"
+JOURNAL = ".unpack.journal"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 Progress = Callable[[int], None]  # is called with the number of bytes that are done
@@ -342,6 +344,8 @@ def pack(
         items = _items(sources[first:], chunk, stack, taken)
         for group in _groups(items):
             _encode_images(group, coder, verify)
+            if verify:
+                _check_images(group, stack.image_shape)
             pairs = [pair for item in group for pair in item.rows()]
             entries = [entry for entry, _ in pairs]
             data = b"".join(data for _, data in pairs)
@@ -510,6 +514,30 @@ def _encode_images(group: list[Item], coder: TileCoder, verify: bool):
             item.reason = "streams are shorter than its file"
 
 
+def _check_images(group: list[Item], shape: tuple[int, int, int]):
+    """Read each image of a part from its bytes; one that does not come back is stored as a file.
+
+    Its streams have been decoded before.
+    """
+    for item in group:
+        if item.image is None:
+            continue
+        checksum, header, codes = tiles.image_from_bytes(
+            tiles.image_to_bytes(item.image, item.codes), shape[1:]
+        )
+        decoded = {
+            code.body: tiles.tile_at(item.image.pixels, k, shape).permute(1, 2, 0).numpy()
+            for k, code in enumerate(codes)
+            if code.kind == tiles.STREAM
+        }
+        pixels = tiles.join_tiles(header, codes, decoded, shape)
+        restored = read_exact_image(ExactImage(pixels, header.before, header.after).to_png())
+        is_same = np.array_equal(restored.pixels, item.image.pixels)
+        if not is_same or restored[1:] != item.image[1:] or header.checksum(pixels) != checksum:
+            item.image = None
+            item.reason = "it does not come back from its streams"
+
+
 def _encode_batch(batch: list[tuple[Item, int, Tensor]], coder: TileCoder, verify: bool):
     keys = [coder.key(tile.numpy().tobytes()) for _, _, tile in batch]
     new = {key: tile for key, (_, _, tile) in zip(keys, batch, strict=True)}
@@ -590,10 +618,10 @@ class Restoring:
         if self.folder is None:
             return Path(name)
         path = self.folder / name
-        if not is_inside(path, self.folder) or path == self.temporary:
-            raise ValueError(
-                "expected a name inside the folder, got one behind a link, or of an incomplete file"
-            )
+        if not is_inside(path, self.folder):
+            raise ValueError("expected a name inside the folder, got one behind a link")
+        if name in (TEMPORARY, JOURNAL):
+            raise ValueError("expected another name than that of a file of `unpack`")
         return path
 
     def fail(self, row: Entry, reason: str):
@@ -708,7 +736,7 @@ def unpack(
         is_fixed_point = check_model(stack, reader.header, path)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-        journal = Journal(None if folder is None else Path(f"{folder}.journal"))
+        journal = Journal(None if folder is None else folder / JOURNAL)
         coder = TileCoder(stack, is_fixed_point, journal)
         restoring = Restoring(folder, result)
         advice = "" if is_fixed_point else _float_advice(stack, reader.header)

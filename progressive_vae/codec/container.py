@@ -90,26 +90,34 @@ class ArchiveWriter:
         except filelock.Timeout as error:
             raise ValueError(f"expected no other process that writes {path}, got one") from error
         self.file: BinaryIO = open(self.partial, "r+b" if self.partial.exists() else "w+b")
+        self.header = header
+        self.parts: list[Part] = []
+        try:
+            self._continue(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _continue(self, identity: tuple[str, ...]):
+        """Read the parts that are complete, and cut off the rest of the file."""
         parts = list(_consecutive_parts(self.file))
-        if parts:
-            previous = parts[0].table
-            for name in identity:
-                if not isinstance(previous, dict) or previous.get(name) != header[name]:
-                    raise ValueError(
-                        f"expected {self.partial} with {name} {header[name]!r}, got "
-                        f"{previous.get(name)!r}: delete it to start again"
-                    )
-            self.parts = parts[1:]
-            self.header = previous
-            self.file.truncate(parts[-1].stop)
-            self.file.seek(0, os.SEEK_END)
-        else:
-            self.parts = []
-            self.header = header
+        if not parts:
             self.file.truncate(0)
             self.file.seek(0)
             self.file.write(MAGIC)
-            self._write(header, b"")
+            self._write(self.header, b"")
+            return
+        previous = parts[0].table
+        for name in identity:
+            if not isinstance(previous, dict) or previous.get(name) != self.header[name]:
+                raise ValueError(
+                    f"expected {self.partial} with {name} {self.header[name]!r}, got one with "
+                    f"{previous!r}: delete it to start again"
+                )
+        self.header = previous
+        self.parts = parts[1:]
+        self.file.truncate(parts[-1].stop)
+        self.file.seek(0, os.SEEK_END)
 
     def append(self, table: Any, data: bytes):
         """Write a part, and read its data back from the file.

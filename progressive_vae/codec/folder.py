@@ -59,7 +59,7 @@ def sources_of_folder(folder: Path, excluded: set[Path]) -> Iterator[Source]:
     too.
 
     Args:
-        excluded: paths of files that are passed over.
+        excluded: resolved paths of files that are passed over.
     """
     yield from _walk(folder, "", excluded, frozenset())
 
@@ -78,10 +78,11 @@ def _walk(
         return
     if prefix and not entries:
         yield Source(prefix, is_folder=True)
+    names = {path.name for path in excluded}
     for entry in entries:
         name = f"{prefix}/{entry.name}" if prefix else entry.name
         path = folder / entry.name
-        if path in excluded:
+        if entry.name in names and path.resolve() in excluded:
             continue
         if path.is_dir():
             yield from _walk(path, name, excluded, ancestors | {real})

@@ -337,7 +337,8 @@ def attack_archives(count: int) -> list[Outcome]:
         for number in tqdm(range(count), desc="archives"):
             rng = random.Random(number)
             (place / "damaged").write_bytes(damage(bytearray(contents), rng))
-            (place / "back.journal").write_bytes(journal)
+            (place / "back").mkdir()
+            (place / "back" / archive.JOURNAL).write_bytes(journal)
             words = f"archive {number}"
             try:
                 result = archive.unpack(stack, place / "damaged", place / "back")
@@ -393,7 +394,7 @@ def attack_archives_by_kills(count: int, seed: int = 0) -> list[Outcome]:
                 process.join()
             is_same = (place / "archive").read_bytes() == expected
             lines = differences(place / "folder", place / "back")
-            rest = [path for path in place.iterdir() if path.name.count(".")]
+            rest = [path for path in place.glob("*.*")] + [*(place / "back").glob(".*")]
             outcome = WELL if is_same and not lines and not rest else WRONG
             outcomes += [(outcome, f"{kills} kills: {is_same}, {lines}, {rest}")] * max(1, kills)
     return outcomes
@@ -403,7 +404,7 @@ def _kill_later(process, place: Path, rng: random.Random):
     """Kill a process some time after it has written something new."""
 
     def state():
-        paths = [*place.glob("archive*"), *place.glob("back*"), *place.glob("back/*")]
+        paths = [*place.glob("archive*"), *place.glob("back/*")]
         return sum(path.stat().st_size for path in paths if path.exists())
 
     before = state()
