@@ -26,6 +26,7 @@ _LOSSY = ("JPEG", "MPO")
 # Of an image and how it is stored, and what a PNG file also has: resolution and profile.
 _TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317,
               322, 323, 324, 325, 339, 34675}  # fmt: skip
+_BITS, _ORIENTATION, _PLANES = 258, 274, 284
 _MODES = {
     "1": "one bit a pixel",
     "P": "a palette",
@@ -129,10 +130,12 @@ def _checked_chunks(image: PIL.ImageFile.ImageFile, contents: bytes) -> tuple[by
 
 
 def _check_tiff(image: PIL.ImageFile.ImageFile):
-    tags = {*image.tag_v2}  # type: ignore[attr-defined]
-    if others := sorted(tags - _TIFF_TAGS):
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if others := sorted({*tags} - _TIFF_TAGS):
         raise _Reason(f"TIFF with tags that a PNG file would lose: {others[:5]}")
-    if image.getexif().get(274, 1) != 1 or _raw_mode(image) not in ("L", "RGB"):
+    bits = {*tags.get(_BITS, (1,))}
+    is_plain = bits == {8} and tags.get(_PLANES, 1) == tags.get(_ORIENTATION, 1) == 1
+    if not is_plain or _raw_mode(image) not in ("L", "RGB"):
         raise _Reason("TIFF of other than 8 bits a channel, or turned, or in planes")
 
 
