@@ -8,6 +8,7 @@ sum, product or quotient of two numbers and a square root are the same everywher
 sines are made of these.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -84,13 +85,15 @@ class _FixedPointMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_POWERS = torch.tensor([2.0**exponent for exponent in range(-1022, 1024)], dtype=torch.float64)
+@functools.cache
+def _powers_of_two(device: torch.device) -> Tensor:
+    powers = [2.0**exponent for exponent in range(-1022, 1024)]
+    return torch.tensor(powers, dtype=torch.float64, device=device)
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2ᵉ for e in −1022 … 1023, in float64."""
-    powers = _POWERS.to(exponent.device)
-    return powers[exponent.long().clamp_(-1022, 1023).add_(1022)]
+    return _powers_of_two(exponent.device)[exponent.long().clamp_(-1022, 1023).add_(1022)]
 
 
 def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> Tensor:

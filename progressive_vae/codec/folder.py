@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -16,7 +16,7 @@ class Source(NamedTuple):
 
     Args:
         name: relative, with slashes; bytes that are not UTF-8 are surrogates, as in `os.fsdecode`.
-        contents: of a file that is not on the disk.
+        load: returns the contents of a file that is not on the disk.
         size: in bytes.
         permissions: the bits of `chmod`.
         modified: in milliseconds, or `None`.
@@ -26,7 +26,7 @@ class Source(NamedTuple):
     """
 
     name: str
-    contents: bytes | None = None
+    load: Callable[[], bytes] | None = None
     size: int = 0
     permissions: int = 0o644
     modified: int | None = None
@@ -39,7 +39,9 @@ class Source(NamedTuple):
         Raises:
             OSError: a file that must not be read.
         """
-        return BytesIO(self.contents or b"") if self.path is None else open(self.path, "rb")
+        if self.path is not None:
+            return open(self.path, "rb")
+        return BytesIO(b"" if self.load is None else self.load())
 
 
 def source_of_file(path: Path, name: str) -> Source:

@@ -12,6 +12,7 @@ import math
 import random
 import resource
 import shutil
+import signal
 import tempfile
 import time
 import warnings
@@ -376,28 +377,39 @@ def attack_archives_by_kills(count: int, seed: int = 0) -> list[Outcome]:
     outcomes: list[Outcome] = []
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name) / "undisturbed"
+        place = Path(name) / "place"
         write_folder(place / "folder", 12, 8)
-        pack_and_unpack(place)
+        _disturb(place, 0, rng)
         expected = (place / "archive").read_bytes()
         while len(outcomes) < count:
-            shutil.rmtree(place / "back", ignore_errors=True)
-            (place / "archive").unlink(missing_ok=True)
-            kills = 0
-            process = None
-            while process is None or process.exitcode:
-                process = SERVER.Process(target=pack_and_unpack, args=(place,))
-                process.start()
-                if kills < 5:
-                    _kill_later(process, place, rng)
-                    kills += process.exitcode != 0
-                process.join()
-            is_same = (place / "archive").read_bytes() == expected
-            lines = differences(place / "folder", place / "back")
-            rest = [path for path in place.glob("*.*")] + [*(place / "back").glob(".*")]
-            outcome = WELL if is_same and not lines and not rest else WRONG
-            outcomes += [(outcome, f"{kills} kills: {is_same}, {lines}, {rest}")] * max(1, kills)
+            shutil.rmtree(place / "back")
+            (place / "archive").unlink()
+            kills, exit_code = _disturb(place, 5, rng)
+            words = f"{kills} kills, exit code {exit_code}"
+            is_right = (
+                exit_code == 0
+                and (place / "archive").read_bytes() == expected
+                and differences(place / "folder", place / "back") == []
+                and not [*place.glob("*.*"), *(place / "back").glob(".*")]
+            )
+            outcomes += [(WELL if is_right else WRONG, words)] * max(1, kills)
+            if exit_code:
+                break
     return outcomes
+
+
+def _disturb(place: Path, max_kills: int, rng: random.Random) -> tuple[int, int]:
+    """The number of kills until a process ended by itself, and its exit code."""
+    kills = 0
+    while True:
+        process = SERVER.Process(target=pack_and_unpack, args=(place,))
+        process.start()
+        if kills < max_kills:
+            _kill_later(process, place, rng)
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            return kills, process.exitcode
+        kills += 1
 
 
 def _kill_later(process, place: Path, rng: random.Random):
