@@ -112,7 +112,8 @@ def unpack(
     """
     path = Path(expand_home(file, "file"))
     folder = Path(expand_home(output_dir, "output_dir"))
-    report(restored(path, folder, model, only, preview), f"to {output_dir}")
+    result = restored(path, folder, model, only, preview)
+    report(result, f"wrote {result.written} files to {output_dir}")
 
 
 def verify(file: str, model: str = MODEL):
@@ -122,7 +123,8 @@ def verify(file: str, model: str = MODEL):
         file: of `pack`.
         model: the pipeline that compressed the images.
     """
-    report(restored(Path(expand_home(file, "file")), None, model), "nowhere")
+    result = restored(Path(expand_home(file, "file")), None, model)
+    report(result, f"decoded {result.written} files")
 
 
 def contents(file: str):
@@ -243,13 +245,16 @@ def restored(
         return archive.unpack(pipe.stack, path, folder, only, preview, bar.update)
 
 
-def report(result: archive.Unpacking, place: str):
+def report(result: archive.Unpacking, summary: str):
     """Print what happened to the files.
+
+    Args:
+        summary: the first words.
 
     Raises:
         ValueError: some were not restored.
     """
-    print(f"wrote {result.written} files {place}, {result.unchanged} were there already")
+    print(f"{summary}, {result.unchanged} were there already")
     if result.skipped:
         print(f"{result.skipped} files have no preview")
     for name in result.differing:

@@ -690,7 +690,7 @@ class Restoring:
             self.result.differing.append(name)
 
     def close(self):
-        """End with the current file, which is not kept unless it is complete."""
+        """End with the current file, which is deleted unless it is complete."""
         if self.file is not None:
             self.file.close()
         if self.temporary is not None:

@@ -2,7 +2,7 @@
 
 These are images of 8-bit gray or color, without alpha, in one of four formats. All that a PNG file
 has besides its pixels is in its other chunks (color profile, EXIF with the orientation, text),
-which are kept as they are. For other formats they are made here.
+which stay as they are. For other formats they are made here.
 """
 
 import re

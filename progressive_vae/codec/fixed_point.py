@@ -50,7 +50,7 @@ def fixed_point_arithmetic(*models: torch.nn.Module) -> Iterator[None]:
     """Torch's operations inside are exact, or replaced by exact ones, or raise a `ValueError`.
 
     Args:
-        models: whose parameters do not change inside: their fixed-point forms are computed once.
+        models: whose parameters do not change inside: they are rounded once.
     """
     token = _CONSTANTS.set(_Constants(models))
     try:
@@ -112,16 +112,16 @@ class _Constants:
     def __init__(self, models: Iterable[torch.nn.Module]):
         parameters = [parameter for model in models for parameter in model.parameters()]
         self.storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-        self.forms = dict[tuple, Tensor]()
+        self.converted = dict[tuple, Tensor]()
 
     def to_fixed_point(self, x: Tensor, dims: int | list[int], bits: int) -> Tensor:
         storage = x.untyped_storage().data_ptr()
         if storage not in self.storages:
             return _to_fixed_point(x, dims, bits)
         key = (storage, x.storage_offset(), x.shape, x.stride(), str(dims), bits)
-        if key not in self.forms:
-            self.forms[key] = _to_fixed_point(x, dims, bits)
-        return self.forms[key]
+        if key not in self.converted:
+            self.converted[key] = _to_fixed_point(x, dims, bits)
+        return self.converted[key]
 
 
 _CONSTANTS: ContextVar[_Constants] = ContextVar("constants")
