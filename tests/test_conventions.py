@@ -25,6 +25,7 @@ from helpers.models import (
 from helpers.recipes import RECIPE
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
 from progressive_vae.evaluation.op_count import OpCount
+from progressive_vae.models.modeling_utils import BLOCK_GRAPHS
 from progressive_vae.training import train
 from progressive_vae.training.args import RunSettings
 from progressive_vae.training.run import make_accelerator
@@ -278,7 +279,8 @@ def test_a_recipe_compiles(monkeypatch):
             expected = backend or ("inductor" if is_compiled else "no")
             assert plugin.backend.value.lower() == expected
             assert plugin.use_regional_compilation == is_compiled
-            assert ("dynamic" in plugin.to_kwargs()) == is_compiled
+            limit = plugin.to_kwargs().get("recompile_limit")
+            assert limit == (BLOCK_GRAPHS.get("recompile_limit") if is_compiled else None)
 
 
 def test_stages_compile_as_regions():

@@ -397,9 +397,7 @@ def _dynamo_plugin(settings: RunSettings) -> TorchDynamoPlugin:
         if plugin.backend == DynamoBackend.NO:
             plugin.backend = DynamoBackend.INDUCTOR
     if plugin.use_regional_compilation:
-        for name, value in BLOCK_GRAPHS.items():
-            if getattr(plugin, name) is None:
-                setattr(plugin, name, value)
+        plugin.recompile_limit = BLOCK_GRAPHS.get("recompile_limit")
     return plugin
 
 

@@ -271,6 +271,8 @@ def tiny_flags(script: str, flags: list[str]) -> list[str]:
     tiny = shlex.split(TINY.get(script, ""))
     if "--resolution" in flags:
         tiny += ["--resolution", "16"]
+    if "--compile" in flags:
+        tiny += ["--compile", "false"]  # it takes minutes
     refits = {flag.split(".")[0] for flag in flags if ".refit." in flag}
     for level in sorted(refits):
         tiny += [f"{level}.refit.fit.max_train_steps", "2"]
