@@ -600,7 +600,7 @@ class TransformerDecoder(Decoder):
 
     @property
     def _ordering(self) -> tuple[str, int]:
-        """The ordering and its number of groups; a raster has as many as positions."""
+        """The ordering and its number of groups, which some orderings do not read."""
         assert self.config.ordering is not None  # the config sets it
         return self.config.ordering, self.config.num_groups or 1
 
