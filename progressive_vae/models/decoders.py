@@ -556,7 +556,8 @@ class TransformerDecoder(Decoder):
         layers = self._layers
         length = z.shape[1] + context.shape[1]
         caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
-        values = context.new_zeros(len(context), 0, dtype=torch.long)  # of the groups so far
+        values: list[Tensor] = []  # of each group, int64 (B, n)
+        num_left = context.shape[1]
         for i, positions in enumerate(groups):
             if not len(positions):  # in a small grid some groups are empty
                 continue
@@ -566,14 +567,16 @@ class TransformerDecoder(Decoder):
                 states.append(layer.attend(states[-1], cache.visible))
             # 2. Predict their values.
             step = WalkStep(i, 0, positions)
-            new_values = call_step_fn(step_fn, self._distribution(states.pop()), step, len(context))
-            values = torch.cat([values, new_values], 1)
+            distribution = self._distribution(states.pop())
+            values.append(call_step_fn(step_fn, distribution, step, len(context)))
             # 3. Make them visible to the groups that follow.
-            if values.shape[1] < context.shape[1]:
-                embedded = self.embedding(new_values)
+            num_left -= len(positions)
+            if num_left:
+                embedded = self.embedding(values[-1])
                 for layer, cache, state in zip(layers, caches, states, strict=True):
                     cache.append(layer.project_visible(state + embedded))
-        grid = torch.empty_like(values).index_copy(1, torch.cat(groups), values)
+        in_sequence = torch.cat(values, 1)
+        grid = torch.empty_like(in_sequence).index_copy(1, torch.cat(groups), in_sequence)
         return grid.unflatten(1, (1, *size))
 
     def step_sizes(self, size: tuple[int, int]) -> list[int]:
