@@ -608,7 +608,10 @@ class TransformerDecoder(Decoder):
         return self.config.ordering, self.config.num_groups or 1
 
     def _embed(self, condition: Condition, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E)."""
+        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E).
+
+        A code of z has the place of its first position in the finer grid.
+        """
         height, width = size
         if max(size) > MAX_TRANSFORMER_SIDE:
             raise ValueError(
@@ -619,7 +622,10 @@ class TransformerDecoder(Decoder):
         state = self.upsample(z)[..., :height, :width].movedim(1, -1)
         rows = self.row_embedding(torch.arange(height, device=z.device))
         columns = self.column_embedding(torch.arange(width, device=z.device))
-        return z.flatten(2).mT, (state + rows[:, None] + columns).flatten(1, 2)
+        places = rows[:, None] + columns  # (H, W, E)
+        stride = self.config.downsample
+        z_state = z.movedim(1, -1) + places[::stride, ::stride]
+        return z_state.flatten(1, 2), (state + places).flatten(1, 2)
 
     def _distribution(self, state: Tensor) -> Categorical | LowRankCategorical:
         return self.logits(self.norm(state))
