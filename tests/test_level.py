@@ -1,4 +1,6 @@
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -220,18 +222,37 @@ def test_a_dead_code_comes_back_to_life():
     assert torch.cdist(level.quantizer.codebook[3:4], latents).min() < 1e-3
 
 
-def test_gathered_halves_move_the_codebook_like_the_whole():
-    pixels = torch.rand(4, 1, 8, 8) * 2 - 1
-    whole, halves = tiny_level(num_channels=1), tiny_level(num_channels=1)
+@pytest.mark.parametrize("num_dead", [0, 3, 30])
+def test_gathered_halves_move_the_codebook_like_the_whole(num_dead):
+    """Two threads as processes; neither sends more than a vector for each code at a time."""
+    pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = tiny_level(num_channels=1, codebook_size=32)
+    whole.quantizer.is_initialized = True
+    whole.quantizer.ema_counts.fill_(1.0)
+    whole.quantizer.codebook[:num_dead] = 1e3  # far from every latent
+    whole.quantizer.ema_counts[:num_dead] = 0
+    halves = [copy.deepcopy(whole) for _ in range(2)]
     whole.after_step(whole(pixels), identity)
-    outputs = [halves(pixels[:2]), halves(pixels[2:])]
-    parts = [halves.quantizer.statistics(o.latents, o.codes) for o in outputs]
-    gathered = iter(
-        [torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])]
-        + [torch.cat([o.latents.movedim(1, -1).flatten(0, -2) for o in outputs])]
-    )
-    halves.after_step(outputs[0], lambda tensor: next(gathered))
-    assert torch.allclose(whole.quantizer.codebook, halves.quantizer.codebook, atol=1e-5)
+    sent = [None, None]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def run(rank):
+        def gather(tensor):
+            assert tensor[0].numel() <= 32 * (1 + whole.config.codebook_dim)
+            sent[rank] = tensor
+            barrier.wait()
+            joined = torch.cat(sent)
+            barrier.wait()
+            return joined
+
+        halves[rank].after_step(halves[rank](pixels[4 * rank : 4 * rank + 4]), gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    for half in halves:
+        for name, value in half.quantizer.state_dict().items():
+            torch.testing.assert_close(value, whole.quantizer.state_dict()[name])
+    assert num_dead == 0 or whole.quantizer.codebook.abs().max() < 100
 
 
 def test_initialization_is_the_one_asked_for():

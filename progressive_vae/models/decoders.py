@@ -150,20 +150,23 @@ class Stage(nn.Module):
         return cast("Sequence[Head]", self.logits)
 
     def forward(
-        self, state: Tensor, group: Group, coarse_state: Tensor | None, neighbors: Tensor | None
+        self, state: Tensor, coarse_state: Tensor | None, neighbors: Tensor | None
     ) -> Tensor:
         """Refine the state before the group is predicted.
+
+        It has no argument that differs from group to group but in its shape: stages share graphs.
 
         Args:
             state: (B, width, h, w), at the previous group's stride.
             coarse_state: the embedded z at this group's stride, if it enters again.
-            neighbors: `look` of the embedded neighbors of the group's positions, (B, n', width).
+            neighbors: `look` of the embedded neighbors of the group's positions, as a map of the
+                refined state's size.
         """
         state = self.upsample(state)
         if coarse_state is not None:
             state = state + coarse_state
         if neighbors is not None:
-            state = state + group.scatter_features(neighbors, (state.shape[-2], state.shape[-1]))
+            state = state + neighbors
         return self.blocks(state)
 
 
@@ -220,14 +223,15 @@ class GroupDecoder(Decoder):
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Collect the decoded neighbors of the group's positions.
-            neighborhood = Neighborhood.gather(group, grid, size, preview)
+            neighborhood = Neighborhood.gather(group, valid.num_padded, grid, size, preview)
             means = stage.heads[0].component_means(neighborhood, grid.device)  # (G, B, C, n')
             # 2. Refine the state with them; z enters again at strides down to its own.
             neighbors = None
             if stage.look is not None:
                 neighbors = stage.look(stage.heads[0].embed_neighbors(means).to(state))
+                neighbors = group.scatter_features(neighbors, _state_size(group, padded_size))
             coarse_state = states.pop() if len(stage.upsample) and states else None
-            state = stage(state, group, coarse_state, neighbors)
+            state = stage(state, coarse_state, neighbors)
             # 3. Predict the group's values and write them into the grid.
             embedded = self._walk_group(i, group, valid, stage, state, means, grid, step_fn)
             # 4. Add the values to the state, for the groups that follow.
@@ -265,10 +269,11 @@ class GroupDecoder(Decoder):
         for channel, head in enumerate(stage.heads):
             means = component_means[:, :, channel]  # (G, B, n')
             step = WalkStep(group_index, channel, valid.positions)
-            values = grid.new_zeros(len(grid), 0)
             if len(step.positions):
                 distribution = head(F.silu(features), valid.select(means), previous_residuals)
                 values = call_step_fn(step_fn, distribution, step, len(grid))  # (B, n)
+            else:
+                values = grid.new_zeros(len(grid), 0)
             values = valid.scatter(values)  # (B, n')
             group.scatter_values(grid[:, channel], values)
             if is_final and channel + 1 == len(stage.logits):
@@ -356,7 +361,10 @@ class GroupDecoder(Decoder):
             stages, self._schedule(size, finer.device), inputs, neighbors, strict=True
         ):
             coarse_state = states.pop() if len(stage.upsample) and states else None
-            state = stage(state, group, coarse_state, group_neighbors)
+            if group_neighbors is not None:
+                state_size = _state_size(group, padded_size)
+                group_neighbors = group.scatter_features(group_neighbors, state_size)
+            state = stage(state, coarse_state, group_neighbors)
             features.append(group.gather_features(state))
             if group_inputs is not None and stage is not stages[-1]:
                 state = state + stage.take_in(
@@ -445,6 +453,11 @@ class GroupDecoder(Decoder):
 
     def check_causal(self):
         """Passes: `log_prob` is a walk, in which later values do not exist yet."""
+
+
+def _state_size(group: Group, padded_size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of the padded grid -> that of the group's state."""
+    return padded_size[0] // group.stride, padded_size[1] // group.stride
 
 
 def _split_groups(x: Tensor, num_groups: int) -> Tensor:

@@ -16,12 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .device_constant import device_constant
 
 
-@device_constant
-def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A float32 tensor that stays on the device: a new copy at each call would synchronize."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
 def add_dither(x: Tensor, scale: float) -> Tensor:
     """Add a fixed pattern of period 4×4 and root mean square `scale` to (B, D, H, W).
 
