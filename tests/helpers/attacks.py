@@ -117,7 +117,7 @@ FLAGS: dict[str, list[str]] = {
     "levels.gumbel_temperature": ["[1,0.5]", "[0.5,1]", "1", "[1,0.5,0.2]", "x"],
     "levels.class_conditional": ["true", "false", "x", ""],
     "levels.decoder_type": ["conv", "causal_lm", "transformer", "auxiliary", "spiral"],
-    "levels.ordering": ["lattice", "factorized", "masked", "raster", "spiral"],
+    "levels.ordering": ["lattice", "factorized", "masked", "raster", "diagonal", "spiral"],
     "level_1.ordering": ["raster", "masked"],
     "level_1.refit.decoder_type": ["conv", "causal_lm", "transformer"],
     "level_1.refit.ordering": ["masked", "raster", "spiral", "factorized"],
