@@ -44,7 +44,7 @@ from progressive_vae.scripts import default_device, run_script
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
 PRICE = {
-    "integer": "any CPU reads it; packing and unpacking take about five times as long as with "
+    "integer": "any CPU reads it; packing and unpacking take about six times as long as with "
     "--arithmetic float",
     "float": "only machines of the same kind read it, with the same version of torch",
 }
