@@ -16,7 +16,7 @@ def test_at_size(name, count):
 
 @pytest.mark.parametrize(
     ("name", "count"),
-    {"images": 200, "streams": 100, "archives": 60, "flags": 5, "pipelines": 24}.items(),
+    {"images": 100, "streams": 100, "archives": 60, "flags": 3, "pipelines": 24}.items(),
 )
 def test_small(name, count):
     outcomes = attack.ATTACKS[name][1](count)

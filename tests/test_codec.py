@@ -140,7 +140,7 @@ def test_other_streams_raise_an_error(monkeypatch):
     with pytest.raises(ValueError, match="checksum of stream 1, got others: .* ends too early"):
         pipe.decompress([stream, second[:-4]])
     with pytest.raises(ValueError, match=r"preview: decompress\(stream, num_levels=1\)"):
-        pipe.decompress(stream[:-4])
+        pipe.decompress(second[:-4])
     for data in ([], "text", [stream, 3], None, 5):
         with pytest.raises(ValueError, match="expected data of bytes"):
             pipe.decompress(data)

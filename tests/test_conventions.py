@@ -44,6 +44,11 @@ KINDS = {
 }
 
 
+def slow_but(names, quick):
+    """Parameters, of which all but the quick ones are marked `slow`: compilation takes seconds."""
+    return [pytest.param(x, marks=[] if x in quick else pytest.mark.slow) for x in names]
+
+
 @pytest.fixture(autouse=True)
 def dynamo():
     torch._dynamo.reset()
@@ -163,7 +168,7 @@ def test_a_compiled_pipeline_without_a_prior():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["log_prob", "encode", "sample"])
+@pytest.mark.parametrize("method", slow_but(["log_prob", "encode", "sample"], ["encode", "sample"]))
 def test_all_batch_sizes_need_few_graphs(method):
     level = tiny_level(**CODES)
     compiled = copy.deepcopy(level)
@@ -208,7 +213,9 @@ def test_all_batch_sizes_of_a_prior_need_few_graphs():
     assert num_graphs() <= MAX_GRAPHS
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", slow_but(KINDS, ["raster", "pixels, fsq", "guided", "transformer"])
+)
 def test_training_is_one_graph(name):
     level = tiny_level(**KINDS[name]).train()
     level.quantizer.is_initialized = True
