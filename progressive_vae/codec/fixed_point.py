@@ -27,15 +27,17 @@ EXACT_BITS = 53  # of integers in float64
 EXACT_OPERATIONS = set(
     """
     _local_scalar_dense _to_copy _unsafe_view abs add alias all amax amin any arange argmax
-    as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_xor cat ceil clamp
+    as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
+    bitwise_xor cat ceil clamp
     clamp_max clamp_min clone constant_pad_nd copy detach div embedding empty empty_like eq
     equal expand eye fill flip floor full full_like gather ge gt index index_copy index_put
     index_select is_same_size isfinite isnan le lift lift_fresh logical_and logical_not
     logical_or logical_xor lt masked_fill masked_select max maximum min minimum mul ne neg
     new_empty new_full new_ones new_zeros nonzero ones ones_like permute pixel_shuffle
     pixel_unshuffle reciprocal relu remainder repeat roll round rsub scalar_tensor scatter
-    select sign slice split split_with_sizes sqrt squeeze stack sub t transpose
+    select sign slice sort split split_with_sizes sqrt squeeze stack sub t topk transpose
     tril triu trunc unbind unfold unsqueeze view where zero zeros zeros_like
+    __and__ __lshift__ __or__ __rshift__
     """.split()
 )
 
