@@ -164,6 +164,23 @@ def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     return (terms.cumsum(dim) * scale).to(dtype or x.dtype)
 
 
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """x plus sums of numbers of the source, whose destinations can be the same."""
+    if not x.is_floating_point():
+        return x.scatter_add(dim, index, source)
+    terms, scale = _terms(source, [dim])
+    zeros = torch.zeros(x.shape, dtype=terms.dtype, device=x.device)
+    return (x.double() + zeros.scatter_add(dim, index, terms) * scale).to(x.dtype)
+
+
+def _negative_log_likelihood(
+    log_probs: Tensor, values: Tensor, weight: Tensor | None, reduction: int, ignored: int
+) -> tuple[Tensor, Tensor]:
+    if weight is not None or reduction != 0:
+        raise ValueError("expected no weight and reduction='none' in fixed-point arithmetic")
+    return -log_probs.gather(1, values[:, None])[:, 0], log_probs.new_zeros(())
+
+
 def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -288,6 +305,8 @@ REPLACEMENTS: dict[str, Callable] = {
     "sum": _sum,
     "mean": _mean,
     "cumsum": _cumsum,
+    "scatter_add": _scatter_add,
+    "nll_loss_forward": _negative_log_likelihood,
     "native_layer_norm": _layer_norm,
     "_softmax": _softmax,
     "_safe_softmax": _safe_softmax,

@@ -352,8 +352,9 @@ class GroupDecoder(Decoder):
         whose caches hold the tables of a single group, the walk with teacher forcing. Whole colors
         are compared in one operation, where a walk compares channel after channel.
         """
-        is_on_cpu = finer.device.type == "cpu"
-        if self.config.num_values > MANY_CODES or (is_on_cpu and not self.config.copies_colors):
+        is_copying = self.config.copies_colors and not torch.compiler.is_compiling()
+        is_on_cpu = finer.device.type == "cpu" and not is_copying
+        if is_on_cpu or self.config.num_values > MANY_CODES:
             teacher = TeacherForcing(finer)
             self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
             return teacher.log_prob()
