@@ -8,7 +8,7 @@
 """Make a data set of 32×32 pixel art from the tiles of Dungeon Crawl Stone Soup.
 
     python examples/prepare_sprites.py sprites
-    accelerate launch examples/train.py --config examples/configs/sprites.yaml --dataset_name sprites
+    accelerate launch examples/train.py --config examples/configs/sprites.yaml
 
 The folder `sprites` gets train and test as parquet files, with the columns image, label and name,
 and a card. The tiles are those of Debian's source package crawl 0.28, which the script downloads

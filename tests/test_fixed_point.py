@@ -82,7 +82,8 @@ def test_a_sum_does_not_depend_on_its_order():
 def test_inexact_operations_raise_an_error():
     x, image, places = numbers(3), numbers(1, 1, 3, 3), torch.tensor([0, 1, 0])
     for call in (lambda: torch.erf(x), lambda: x.pow(0.5), lambda: torch.add(x, x, alpha=2),
-                 lambda: torch.rsub(x, 1.0, 2), lambda: 2**x, lambda: x.scatter_reduce(0, places, x, "sum"),
+                 lambda: torch.rsub(x, 1.0, 2), lambda: 2**x,
+                 lambda: x.scatter_reduce(0, places, x, "sum"),
                  lambda: x.index_put((places,), x, accumulate=True),
                  lambda: F.conv_transpose2d(image, image)):  # fmt: skip
         with fixed_point_arithmetic(), pytest.raises(ValueError, match="fixed-point arithmetic"):

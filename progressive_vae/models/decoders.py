@@ -43,7 +43,7 @@ from .orderings import (
     group_schedule,
     positions_of_all_groups,
 )
-from .palette import ColorKeys, ColorPointer, Palette, pack_colors, NO_COLOR
+from .palette import NO_COLOR, ColorKeys, ColorPointer, ColorSources, Palette, pack_colors
 from .walk import StepFn, TeacherForcing, WalkStep, call_step_fn
 
 
@@ -227,9 +227,13 @@ class GroupDecoder(Decoder):
             coarse_state = states.pop() if len(stage.upsample) and states else None
             state = stage(state, group, coarse_state, neighbors)
             # 3. Predict the group's values and write them into the grid.
-            nearest = neighborhood.neighbors
+            sources = None
+            if stage.pointer is not None and neighborhood.neighbors is not None:
+                sources = self._color_sources(
+                    valid.select(neighborhood.neighbors), torch.cat(colors, 1)
+                )
             embedded = self._walk_group(
-                i, group, valid, stage, state, means, nearest, colors, grid, step_fn
+                i, group, valid, stage, state, means, sources, grid, step_fn
             )
             # 4. Add the values to the state, for the groups that follow.
             if embedded is not None:
@@ -246,8 +250,7 @@ class GroupDecoder(Decoder):
         stage: Stage,
         state: Tensor,
         component_means: Tensor,
-        nearest: Tensor | None,
-        colors: Sequence[Tensor],
+        sources: ColorSources | None,
         grid: Tensor,
         step_fn: StepFn,
     ) -> Tensor | None:
@@ -258,8 +261,7 @@ class GroupDecoder(Decoder):
         Args:
             state: (B, width, h, w).
             component_means: (G, B, C, n').
-            nearest: the nearest decoded values, (4, B, C, n').
-            colors: packed, of the pixels of each earlier group, (B, n) each.
+            sources: the colors that the n pixels can copy.
             grid: int64 (B, C, H, W).
 
         Returns:
@@ -269,19 +271,18 @@ class GroupDecoder(Decoder):
         features = stage.head(valid.select(group.gather_features(state), 1))  # (B, n, width)
         embedded: list[Tensor] = []
         previous_residuals = None
-        copies = log_weights = None
-        if stage.pointer is not None and nearest is not None and len(valid.positions):
-            copies, log_weights = self._copies(
-                stage.pointer, F.silu(features), torch.cat([*colors], 1), valid.select(nearest)
-            )
+        log_weights = None
+        if stage.pointer is not None and sources is not None:
+            log_weights = self._copy_weights(stage.pointer, features, sources)
         for channel, head in enumerate(stage.heads):
             means = component_means[:, :, channel]  # (G, B, n')
             step = WalkStep(group_index, channel, valid.positions)
             values = grid.new_zeros(len(grid), 0)
             if len(step.positions):
                 distribution = head(F.silu(features), valid.select(means), previous_residuals)
-                if copies is not None and log_weights is not None:
-                    distribution = CopyMixture(log_weights, copies[:, channel], distribution)
+                if sources is not None and log_weights is not None:
+                    copies = sources.colors[:, channel]
+                    distribution = CopyMixture(log_weights, copies, distribution)
                 values = call_step_fn(step_fn, distribution, step, len(grid))  # (B, n)
                 if isinstance(distribution, CopyMixture):
                     log_weights = distribution.posterior(values)
@@ -298,24 +299,22 @@ class GroupDecoder(Decoder):
                 previous_residuals = valid.select(residuals)
         return torch.cat(embedded, -1)
 
-    def _copies(
-        self, pointer: ColorPointer, features: Tensor, colors: Tensor, nearest: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The colors that n pixels can copy, and the log-weights of a `CopyMixture`.
+    def _color_sources(self, nearest: Tensor, packed: Tensor) -> ColorSources:
+        """The colors that pixels of a group can copy.
 
         Args:
-            features: (B, n, width).
-            colors: packed, of all pixels of earlier groups, (B, n'').
             nearest: the nearest decoded values, (4, B, C, n).
-
-        Returns:
-            int64 (B, C, n, K) and float32 (B, n, K + 1).
+            packed: the colors of all pixels of earlier groups, (B, n').
         """
-        palette = Palette.of_pixels(colors, self.config.value_channels, self.config.palette_size)
-        log_weights = pointer(features, self.color_keys(self.embedding(palette.colors)), palette)
-        count = features.shape[1]
-        shared = palette.colors[:, :, None].expand(-1, -1, count, -1)  # (B, C, n, M)
-        return torch.cat([nearest.long().movedim(0, -1), shared], -1), log_weights
+        palette = Palette.of_pixels(packed, self.config.value_channels, self.config.palette_size)
+        return ColorSources(nearest.long(), palette)
+
+    def _copy_weights(
+        self, pointer: ColorPointer, features: Tensor, sources: ColorSources
+    ) -> Tensor:
+        """The log-weights of a `CopyMixture`, from features of the first channel (B, n, width)."""
+        keys = self.color_keys(self.embedding(sources.palette.colors))
+        return pointer(F.silu(features), keys, sources.palette)
 
     def pyramid(self, condition: Condition, padded_size: tuple[int, int]) -> list[Tensor]:
         """The embedded condition at z's own stride, then at each coarser stride of lattices."""
@@ -438,13 +437,11 @@ class GroupDecoder(Decoder):
             start = stop
             stop += count
             assert stage.pointer is not None
-            copies, log_weights = self._copies(
-                stage.pointer,
-                F.silu(features),
-                colors[:, :start],
-                nearest[..., start - first : stop - first],
+            sources = self._color_sources(
+                nearest[..., start - first : stop - first], colors[:, :start]
             )
-            is_copy = pack_colors(copies) == packed[:, start:stop, None]
+            log_weights = self._copy_weights(stage.pointer, features, sources)
+            is_copy = pack_colors(sources.colors) == packed[:, start:stop, None]
             joint = joint_log_prob(log_weights, is_copy, base_nats[:, start:stop])
             nats.append(joint.logsumexp(-1))
         return torch.cat(nats, 1)

@@ -250,7 +250,7 @@ class CopyMixture:
     `posterior` has the weights of the next channel.
 
     Args:
-        log_weights: log w_1 … log w_K and log w_0, normalized; −∞ for no such source: (B, n, K + 1).
+        log_weights: log w_1 … log w_K and log w_0, normalized, (B, n, K + 1); −∞ for no source.
         copies: c, int64 (B, n, K).
         base: P_0.
     """

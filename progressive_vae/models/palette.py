@@ -47,6 +47,25 @@ class Palette(NamedTuple):
         return cls(unpack_colors(keys & (2**COLOR_BITS - 1), num_channels), frequencies.log())
 
 
+class ColorSources(NamedTuple):
+    """The colors that n pixels can copy.
+
+    Args:
+        nearest: the nearest values of earlier groups, int64 (4, B, C, n).
+        palette: of the earlier groups.
+    """
+
+    nearest: Tensor
+    palette: Palette
+
+    @property
+    def colors(self) -> Tensor:
+        """Those of the nearest pixels, then the palette's: int64 (B, C, n, 4 + M)."""
+        nearest = self.nearest.movedim(0, -1)
+        palette = self.palette.colors[:, :, None].expand(-1, -1, nearest.shape[2], -1)
+        return torch.cat([nearest, palette], -1)
+
+
 class ColorPointer(nn.Module):
     """Log-weights of a `CopyMixture`: pointers to the nearest pixels and to a palette.
 
@@ -62,7 +81,9 @@ class ColorPointer(nn.Module):
 
     def forward(self, features: Tensor, keys: Tensor, palette: Palette) -> Tensor:
         """Features (B, n, width), keys (B, M, `KEY_DIM`) -> float32 (B, n, 4 + M + 1)."""
-        nearest, base, offset, slope = self.scores(features).float().split([NUM_NEAREST, 1, 1, 1], -1)
+        nearest, base, offset, slope = (
+            self.scores(features).float().split([NUM_NEAREST, 1, 1, 1], -1)
+        )
         logits = (self.query(features) @ keys.mT).float() * KEY_DIM**-0.5
         is_missing = (palette.log_frequencies == -torch.inf)[:, None]
         frequencies = palette.log_frequencies[:, None].masked_fill(is_missing, 0.0)
@@ -72,7 +93,7 @@ class ColorPointer(nn.Module):
 
 
 class ColorKeys(nn.Module):
-    """The keys of colors, from the embeddings of their channels: (B, C, M, E) -> (B, M, KEY_DIM)."""
+    """The keys of colors, from embeddings of their channels: (B, C, M, E) -> (B, M, `KEY_DIM`)."""
 
     def __init__(self, num_channels: int, embed_dim: int):
         super().__init__()
