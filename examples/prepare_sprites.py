@@ -33,10 +33,12 @@ import datasets
 import numpy as np
 import PIL.Image
 
+from progressive_vae.scripts import run_script
+
 SOURCE = "http://deb.debian.org/debian/pool/main/c/crawl/crawl_0.28.0.orig.tar.xz"
 TEST_NAMES = Path(__file__).parent / "sprites" / "test_names.txt"
 SIZE = (32, 32)
-MIN_PIXELS = 64  # that are not white
+MIN_PIXELS = 64
 # The class of the tiles below a folder; the first folder that contains a tile decides.
 CLASSES = {
     "mon/tentacles": None,
@@ -79,15 +81,6 @@ see <https://github.com/crawl/tiles>.
 """
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--tiles", type=Path, help="folder rltiles; by default it is downloaded")
-    return parser.parse_args()
-
-
 def download(folder: Path) -> Path:
     """Download and unpack the tiles; return their folder."""
     archive, _ = urllib.request.urlretrieve(SOURCE, folder / "crawl.tar.xz")
@@ -115,8 +108,8 @@ def read_sprite(path: Path) -> PIL.Image.Image | None:
         sprite = PIL.Image.new("RGBA", SIZE, "white")
         sprite.alpha_composite(image.convert("RGBA"))
     sprite = sprite.convert("RGB")
-    is_drawn = (np.asarray(sprite) < 255).any(-1)
-    return sprite if is_drawn.sum() >= MIN_PIXELS else None
+    num_pixels = (np.asarray(sprite) < 255).any(-1).sum()  # that are not white
+    return sprite if num_pixels >= MIN_PIXELS else None
 
 
 def sprites(tiles: Path) -> Iterator[dict]:
@@ -134,10 +127,8 @@ def sprites(tiles: Path) -> Iterator[dict]:
         yield {"image": sprite, "label": label, "name": name_of(relative)}
 
 
-def main():
-    args = parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        examples = [*sprites(args.tiles or download(Path(folder)))]
+def write_splits(examples: list[dict], output_dir: Path):
+    """Write the data set, and print how many sprites each class has."""
     test_names = {*TEST_NAMES.read_text().splitlines()}
     parts: dict[str, list[dict]] = {"train": [], "test": []}
     for example in examples:
@@ -148,16 +139,28 @@ def main():
         label=datasets.ClassLabel(names=NAMES),
         name=datasets.Value("string"),
     )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     for split, part in parts.items():
         dataset = datasets.Dataset.from_list(part, features=features)
-        dataset.to_parquet(args.output_dir / f"{split}.parquet")
+        dataset.to_parquet(output_dir / f"{split}.parquet")
         counts = Counter(example["label"] for example in part)
         print(f"{split}: {len(part)} ({', '.join(f'{x} {counts[x]}' for x in NAMES)})")
     counts = ", ".join(f"{len(part):,} {split}" for split, part in parts.items())
     card = CARD.format(classes=", ".join(NAMES), counts=counts)
-    (args.output_dir / "README.md").write_text(card)
+    (output_dir / "README.md").write_text(card)
+
+
+def main(words: list[str]):
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--tiles", type=Path, help="folder rltiles; by default it is downloaded")
+    arguments = parser.parse_args(words)
+    if arguments.tiles is not None:
+        write_splits([*sprites(arguments.tiles)], arguments.output_dir)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_splits([*sprites(download(Path(folder)))], arguments.output_dir)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
