@@ -8,20 +8,39 @@
 """Count the operations of a sample and of a training step, on the CPU, as an accelerator runs them.
 
     python examples/count_operations.py --model examples/fashion_mnist
+    python examples/count_operations.py --config examples/configs/cifar10.yaml --num_classes 10
 
 Each operation starts about one kernel, so small batches on a GPU take time in proportion.
 """
 
 from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, ProgressiveVAEPrior
 from progressive_vae.evaluation.op_count import OpCount, as_on_accelerator, count_ops
 from progressive_vae.scripts import run_script
 from progressive_vae.training.mixed_precision import MixedPrecisionForward
 from progressive_vae.training.muon import Muon, matrices_and_others
+from progressive_vae.training.recipe import read_recipe
+
+
+def untrained_pipeline(
+    recipe: str | Path,
+    image_shape: tuple[int, int, int],
+    num_classes: int,
+    overrides: dict[str, Any] | None = None,
+) -> ProgressiveVAEPipeline:
+    """Return the pipeline of a recipe, with random weights, for images of (C, H, W)."""
+    read = read_recipe(recipe, overrides)
+    class_names = [str(i) for i in range(num_classes)]
+    configs = read.level_configs(image_shape[0], class_names, pretrained={})
+    prior = ProgressiveVAEPrior(read.prior_config(configs, image_shape[1:], class_names))
+    levels = [ProgressiveVAELevel(config).eval() for config in configs]
+    return ProgressiveVAEPipeline.from_levels(prior.eval(), levels)
 
 
 @torch.no_grad()
@@ -66,9 +85,16 @@ def training_ops(
 def main(words: list[str]):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="examples/fashion_mnist", help="folder of a pipeline")
+    parser.add_argument("--config", help="recipe of a pipeline with random weights, in its place")
+    parser.add_argument("--image_shape", type=int, nargs=3, default=[3, 32, 32])
+    parser.add_argument("--num_classes", type=int, default=0, help="of the data of the recipe")
     parser.add_argument("--batch_size", type=int, default=2)
     arguments = parser.parse_args(words)
-    pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
+    if arguments.config:
+        shape = tuple(arguments.image_shape)
+        pipe = untrained_pipeline(arguments.config, shape, arguments.num_classes)
+    else:
+        pipe = ProgressiveVAEPipeline.from_pretrained(arguments.model)
     with as_on_accelerator():
         table = {"sample": sampling_ops(pipe, arguments.batch_size)}
         for i, level in enumerate(pipe.levels, 1):

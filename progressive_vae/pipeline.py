@@ -168,6 +168,16 @@ class ProgressiveVAEPipeline(HubPipeline):
             if part is not None:
                 part.compile(**kwargs)
 
+    def enable_cuda_graph(self):
+        """Sample each factor as one CUDA graph for each batch size, with the same results.
+
+        Raises:
+            ValueError: a factor is not on a CUDA device.
+        """
+        for part in (self.prior, *self.levels):
+            if part is not None:
+                part.enable_cuda_graph()
+
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""
         raise ValueError("expected enable_model_cpu_offload in place of the sequential one")

@@ -2,7 +2,6 @@
 
 # ruff: noqa: E402, I001
 import gc
-from functools import cache
 
 import pytest
 
@@ -16,7 +15,11 @@ from accelerate.state import AcceleratorState
 
 from helpers.models import tiny_pipeline
 from helpers.scripts import load_script
+from progressive_vae.evaluation import image_metrics, sliced_wasserstein
 
+# Quick, where a test does not set them.
+sliced_wasserstein.NUM_DIRECTIONS = 32
+image_metrics.MAX_EPOCHS = 4
 torch.set_num_threads(1)
 
 # Their tests train models, start processes or load from a Hub. The tests of all other files are
@@ -48,9 +51,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="session")
 def script():
-    module = load_script("train")
-    module.make_parser = cache(module.make_parser)  # its flags of eight levels take half a second
-    return module
+    return load_script("train")
 
 
 @pytest.fixture

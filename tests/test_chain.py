@@ -47,6 +47,10 @@ def test_an_image_size_follows_from_the_prior():
             "level_1 to have a finer grid of at most 256 positions .*got 20×16",
         ),
         (
+            lambda: check_image_size([264, 32], [level(decoder_type="transformer"), FINEST], None),
+            "level_1 to have a finer grid of at most 64 rows and columns .*got 66×8",
+        ),
+        (
             lambda: check_classes([level(num_classes=2), None, level(num_classes=3)]),
             "one id2label in all class-conditional parts",
         ),

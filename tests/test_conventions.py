@@ -24,7 +24,10 @@ from helpers.models import (
 )
 from helpers.recipes import RECIPE
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
+from progressive_vae.evaluation.op_count import OpCount
 from progressive_vae.training import train
+from progressive_vae.training.args import RunSettings
+from progressive_vae.training.run import make_accelerator
 
 WHOLE = {"backend": "eager", "fullgraph": True}
 BATCH_SIZES = [8, 5, 12, 33, 1, 2]
@@ -34,6 +37,7 @@ KINDS = {
     "lattice": {**CODES, "code_noise": 0.3},
     "masked, gumbel": {**CODES, "ordering": "masked", "quantizer": "gumbel"},
     "raster": {**CODES, "ordering": "raster", "decoder_type": "causal_lm"},
+    "transformer": {**CODES, "decoder_type": "transformer"},
     "pixels, fsq": {"num_channels": 1, "quantizer": "fsq", "codebook_size": 15, "codebook_dim": 2},
     "guided": {"num_channels": 3, **GUIDED},
 }
@@ -64,9 +68,13 @@ def write_images(folder):
         PIL.Image.fromarray(np.full((4, 4), 10 * i, np.uint8)).save(folder / f"{i}.png")
 
 
-def samples(pipe, batch_size=2):
-    generator = torch.Generator().manual_seed(0)
-    return pipe(num_images_per_prompt=batch_size, generator=generator, output_type="pt").images
+def samples(pipe, batch_size=2, temperature=1.0, seed=0):
+    return pipe(
+        num_images_per_prompt=batch_size,
+        temperature=temperature,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="pt",
+    ).images
 
 
 def gray_pipeline():
@@ -93,6 +101,55 @@ def test_a_compiled_pipeline(backend, tmp_path):
     assert_same(pipe, ProgressiveVAEPipeline.from_pretrained(tmp_path))
     torch.testing.assert_close(samples(copy.deepcopy(pipe)), images)
     assert samples(pipe.to(torch.bfloat16)).shape == images.shape
+
+
+def replayed(graph, inputs):
+    """A backend with what a CUDA graph has: results in the same memory at each call, and operations
+    that neither wait nor generate noise."""
+    memory = {}
+
+    def run(*arguments):
+        with OpCount() as count:
+            results = graph(*arguments)
+        assert not count.waits and not {"rand", "uniform_", "random_"} & {*count.ops}
+        static = memory.setdefault(tuple(result.shape for result in results), results)
+        for kept, result in zip(static, results, strict=True):
+            kept.copy_(result)
+        return static
+
+    return run
+
+
+def test_samples_of_graphs_that_write_into_the_same_memory():
+    pipe = gray_pipeline()
+
+    def three_batches():
+        generator = torch.Generator().manual_seed(0)
+        output = pipe(num_images_per_prompt=6, batch_size=2, generator=generator, output_type="pt")
+        return [*output.codes, output.images]
+
+    expected = three_batches()
+    with pytest.raises(ValueError, match="CUDA device.*one on cpu"):
+        pipe.enable_cuda_graph()
+    assert all(map(torch.equal, three_batches(), expected)) and not num_graphs()
+    pipe.compile(backend=replayed, fullgraph=True)
+    assert all(map(torch.equal, three_batches(), expected)) and num_graphs() == 3
+
+
+@pytest.mark.gpu
+def test_samples_of_cuda_graphs():
+    """Of several batch sizes, temperatures and weights, in an order that replays old graphs."""
+    pipe = gray_pipeline().to("cuda")
+    with_graphs = copy.deepcopy(pipe)
+    with_graphs.enable_cuda_graph()
+    results = []
+    for weight in (1.0, 1.5):
+        for one in (pipe, with_graphs):
+            one.level_2.decoder.stem.weight.data.mul_(weight)
+        for batch_size, temperature in ((2, 1.0), (5, 1.0), (2, 0.5), (2, 1.0)):
+            results.append([samples(one, batch_size, temperature) for one in (pipe, with_graphs)])
+    for expected, images in results:
+        assert torch.equal(images, expected)
 
 
 def test_a_compiled_pipeline_without_a_prior():
@@ -129,6 +186,15 @@ def test_all_batch_sizes_need_few_graphs(method):
     assert num_graphs() <= MAX_GRAPHS
 
 
+def test_sampling_of_a_transformer_is_one_graph():
+    level = tiny_level(**KINDS["transformer"])
+    compiled = copy.deepcopy(level)
+    compiled.compile(**WHOLE)
+    codes = level.encode(finer_of(level, 3))
+    samples = [model.sample(codes, generator=generators(3)) for model in (level, compiled)]
+    assert torch.equal(*samples) and num_graphs() == 1
+
+
 def test_all_batch_sizes_of_a_prior_need_few_graphs():
     prior = tiny_prior(num_classes=2)
     compiled = copy.deepcopy(prior).train()
@@ -159,9 +225,11 @@ def test_training_is_one_graph(name):
     assert num_graphs() == 2
 
 
-@pytest.mark.parametrize("use_regions", [pytest.param("false", marks=pytest.mark.slow), "true"])
-def test_training_compiles_with_accelerate(use_regions, tmp_path, monkeypatch):
-    """As `accelerate launch --dynamo_backend eager` sets it."""
+@pytest.mark.parametrize(
+    "compile", [pytest.param(False, marks=pytest.mark.slow), True], ids=["flags", "recipe"]
+)
+def test_training_compiles_with_accelerate(compile, tmp_path, monkeypatch):
+    """As `accelerate launch --dynamo_backend eager` sets it, and with `compile` in the recipe."""
     write_images(tmp_path / "images")
     recipe = {
         **RECIPE,
@@ -171,14 +239,46 @@ def test_training_compiles_with_accelerate(use_regions, tmp_path, monkeypatch):
     pipelines = []
     for backend in ("no", "eager"):
         monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
-        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", use_regions)
         AcceleratorState._reset_state(reset_partial_state=True)
         run = {**RECIPE["run"], "output_dir": str(tmp_path / backend)}
+        run["compile"] = compile and backend != "no"
         pipelines.append(train({**recipe, "run": run}))
     AcceleratorState._reset_state(reset_partial_state=True)
     assert num_graphs() > 0
     for name, weight in weights_of(pipelines[0]).items():
         torch.testing.assert_close(weights_of(pipelines[1])[name], weight)
+
+
+@torch.no_grad()
+def test_stages_share_graphs():
+    """The first stage, those of the same stride, and those of another stride are three kinds."""
+    level = tiny_level(
+        num_channels=1, pixel_distribution="logistic_mixture", num_groups=7, downsample=4
+    )
+    compiled = copy.deepcopy(level)
+    compiled.compile_repeated_blocks(**WHOLE)
+    # PyTorch's convolutions on CPUs differ from 16 images on; a size of 1 has its own graphs.
+    for batch_size, max_num_graphs in ((3, 3), (12, 3), (33, 6), (1, 9)):
+        finer = torch.randint(256, (batch_size, 1, 8, 8)) / 127.5 - 1
+        codes = level.encode(finer)
+        log_prob = compiled.log_prob(finer, codes)
+        torch.testing.assert_close(log_prob, level.log_prob(finer, codes))
+        assert num_graphs() <= max_num_graphs
+
+
+@pytest.mark.unit
+def test_a_recipe_compiles(monkeypatch):
+    """With inductor, or with the backend that Accelerate is configured for."""
+    for backend in (None, "eager"):
+        if backend:
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+        for is_compiled in (True, False):
+            settings = RunSettings(compile=is_compiled, report_to="none")
+            plugin = make_accelerator(settings, cpu=True).state.dynamo_plugin
+            expected = backend or ("inductor" if is_compiled else "no")
+            assert plugin.backend.value.lower() == expected
+            assert plugin.use_regional_compilation == is_compiled
+            assert ("dynamic" in plugin.to_kwargs()) == is_compiled
 
 
 def test_stages_compile_as_regions():
@@ -207,7 +307,10 @@ def test_weights_are_stored_in_8_bits(dtype):
     for model, inputs in (
         (tiny_prior(), [codes]),
         (tiny_level(num_channels=3), [finer, codes]),
-        (tiny_level(**KINDS["raster"]), [finer_of(tiny_level(**CODES), 2), codes]),
+        *(
+            (tiny_level(**KINDS[kind]), [finer_of(tiny_level(**CODES), 2), codes])
+            for kind in ("raster", "transformer")
+        ),
     ):
         expected = model.log_prob(*inputs)
         model.to(dtype).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)

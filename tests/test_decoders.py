@@ -15,6 +15,10 @@ from helpers.models import (
 from helpers.probabilities import all_grids, total_variation
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 
+TRANSFORMER_ORDERS = [
+    ("factorized", 2, None), ("lattice", 2, 7), ("masked", 2, 3), ("raster", 2, None),
+]  # fmt: skip
+
 
 def initial_bits_per_dim(pixels, **config):
     """Bits per dimension of pixels (3, 32, 32) under an untrained logistic mixture."""
@@ -42,11 +46,15 @@ def test_an_untrained_logistic_mixture_predicts_smooth_images():
 
 
 @pytest.mark.parametrize("size", [(2, 2), (1, 3)])
-@pytest.mark.parametrize(ORDER_NAMES, CODE_ORDERS)
+@pytest.mark.parametrize(
+    (*ORDER_NAMES.split(", "), "kind"),
+    [(*order, {}) for order in CODE_ORDERS]
+    + [(*order, {"decoder_type": "transformer"}) for order in TRANSFORMER_ORDERS],
+)
 def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
-    order, downsample, num_groups, size
+    order, downsample, num_groups, kind, size
 ):
-    level = level_of(order, downsample, num_groups, num_symbols=3)
+    level = level_of(order, downsample, num_groups, num_symbols=3, **kind)
     grids = all_grids(3, *size)
     codes = torch.ones(1, *level.codes_size(size), dtype=torch.long)
     with torch.no_grad():
@@ -54,8 +62,8 @@ def test_probabilities_of_all_code_grids_sum_to_one_and_samples_follow(
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
     assert log_prob.std() > 0.1  # not the uniform distribution
     generator = torch.Generator().manual_seed(0)
-    samples = level.sample(codes.expand(40_000, -1, -1), generator=generator, finer_size=size)
-    assert total_variation(log_prob, grids, samples) < 0.03
+    samples = level.sample(codes.expand(10_000, -1, -1), generator=generator, finer_size=size)
+    assert total_variation(log_prob, grids, samples) < 0.06
 
 
 @pytest.mark.parametrize(
@@ -72,11 +80,11 @@ def test_probabilities_of_all_pixel_values_sum_to_one(order, downsample, num_gro
     with torch.no_grad():
         log_prob = level.log_prob(pixels, torch.zeros(256, 1, 1, dtype=torch.long))
     assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-4)
-    samples = level.sample(torch.zeros(40_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
+    samples = level.sample(torch.zeros(10_000, 1, 1, dtype=torch.long), finer_size=(1, 1))
     values = ((samples + 1) * 127.5).round().long()
     assert torch.equal(values / 127.5 - 1, samples)
     frequencies = torch.bincount(values.flatten(), minlength=256) / len(samples)
-    assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.04
+    assert (frequencies - log_prob.exp()).abs().sum() / 2 < 0.08
 
 
 @pytest.mark.parametrize("distribution", ["categorical", "logistic_mixture"])
@@ -111,8 +119,15 @@ def test_a_raster_decoder_refuses_large_grids():
         level.sample(codes)
 
 
-def test_a_factorized_decoder_is_conditioned_on_codes_only():
-    level = tiny_level(num_symbols=3, ordering="factorized")
+def test_a_transformer_refuses_large_grids():
+    level = tiny_level(num_symbols=3, decoder_type="transformer", downsample=8)
+    with pytest.raises(ValueError, match="at most 64 rows and columns .*got 8×72"):
+        level.sample(torch.zeros(1, 1, 9, dtype=torch.long))
+
+
+@pytest.mark.parametrize("decoder_type", ["conv", "transformer"])
+def test_a_factorized_decoder_is_conditioned_on_codes_only(decoder_type):
+    level = tiny_level(num_symbols=3, ordering="factorized", decoder_type=decoder_type)
     codes = torch.zeros(9, 1, 1, dtype=torch.long)
     grids = all_grids(3, 1, 2)
     with torch.no_grad():
@@ -120,8 +135,10 @@ def test_a_factorized_decoder_is_conditioned_on_codes_only():
     assert torch.allclose(joint, joint.sum(1, keepdim=True) * joint.sum(0), atol=1e-5)
 
 
-def test_an_untrained_decoder_is_uniform():
-    level = ProgressiveVAELevel(ProgressiveVAELevelConfig(num_symbols=3, hidden_size=8))
+@pytest.mark.parametrize("decoder_type", ["conv", "causal_lm", "transformer"])
+def test_an_untrained_decoder_is_uniform(decoder_type):
+    config = ProgressiveVAELevelConfig(num_symbols=3, hidden_size=8, decoder_type=decoder_type)
+    level = ProgressiveVAELevel(config)
     with torch.no_grad():
         log_prob = level.log_prob(all_grids(3, 2, 2), torch.zeros(81, 1, 1, dtype=torch.long))
     assert torch.allclose(log_prob, torch.full((81,), -4 * math.log(3)))

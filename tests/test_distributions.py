@@ -80,7 +80,7 @@ def plain_icdf(distribution, u):
     return values
 
 
-@pytest.mark.parametrize(("is_small", "max_num_ops"), [(True, 31), (False, 120)])
+@pytest.mark.parametrize(("is_small", "max_num_ops"), [(True, 21), (False, 90)])
 def test_searches_in_two_and_in_eight_rounds_agree(is_small, max_num_ops, monkeypatch):
     monkeypatch.setattr(distributions, "MAX_POSITIONS_ON_CPU", 10**6 if is_small else 0)
     distribution = random_mixture(20, 1000)

@@ -85,9 +85,9 @@ def test_the_tour(page_folder):
     assert not any(cell.get("outputs") for cell in notebook["cells"])
 
 
-def test_the_diagram(tmp_path):
+def test_the_diagram(tmp_path, monkeypatch):
     script = load_script("plot_architecture", "examples/docs")
-    script.OUTPUT = tmp_path / "architecture.png"
+    monkeypatch.setattr(script, "OUTPUT", tmp_path / "architecture.png")
     script.main([])
     with PIL.Image.open(ROOT / "examples" / "docs" / "architecture.png") as committed:
         assert PIL.Image.open(script.OUTPUT).size == committed.size

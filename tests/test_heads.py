@@ -49,7 +49,7 @@ def test_make_head(config, head_type, distribution_type):
     assert type(head) is head_type
     grid = torch.randint(config.num_values, (2, config.value_channels, 4, 6))
     preview = torch.rand(2, config.value_channels, 4, 6) * 255
-    means = head.component_means(Neighborhood.gather(DIAGONAL, grid, (4, 6), preview), CPU)
+    means = head.component_means(Neighborhood.gather(DIAGONAL, 6, grid, (4, 6), preview), CPU)
     assert means.shape == (NUM_COMPONENTS.get(head_type, 0), 2, config.value_channels, 6)
     distribution = head(torch.randn(2, 6, 8), means[:, :, 0], None)
     assert type(distribution) is distribution_type
@@ -75,10 +75,10 @@ def test_neighbor_conditioning_has_its_state_dict_keys(config, head_type, _):
 def test_component_means_are_the_neighbors_and_their_mean():
     head = LogisticMixtureHead(8, 256)
     grid = torch.arange(16).view(1, 1, 4, 4) * 10
-    means = head.component_means(Neighborhood.gather(DIAGONAL, grid, (4, 4)), CPU)
+    means = head.component_means(Neighborhood.gather(DIAGONAL, 4, grid, (4, 4)), CPU)
     assert means[:, 0, 0, 0].tolist() == [0, 20, 80, 100] + 4 * [50]
     first_means = head.component_means(
-        Neighborhood.gather(Lattice(2), grid, (4, 4)), CPU
+        Neighborhood.gather(Lattice(2), 4, grid, (4, 4)), CPU
     )  # without neighbors
     assert first_means[:, 0, 0, 0].tolist() == list(range(16, 256, 32))
 
@@ -88,9 +88,10 @@ def test_guided_component_means_add_the_preview_and_its_correction():
     grid = torch.arange(16).view(1, 1, 4, 4) * 10
     # The preview's error is +5 in even columns and −5 in odd ones.
     preview = grid + torch.tensor([5.0, -5.0]).repeat(2).view(1, 1, 1, 4)
-    means = head.component_means(Neighborhood.gather(DIAGONAL, grid, (4, 4), preview), CPU)
+    means = head.component_means(Neighborhood.gather(DIAGONAL, 4, grid, (4, 4), preview), CPU)
     assert means[:, 0, 0, 0].tolist() == [0, 20, 80, 100] + 4 * [50] + [45, 40]
-    first_means = head.component_means(Neighborhood.gather(Lattice(2), grid, (4, 4), preview), CPU)
+    first = Neighborhood.gather(Lattice(2), 4, grid, (4, 4), preview)
+    first_means = head.component_means(first, CPU)
     assert (first_means - Lattice(2).gather_values(preview)).abs().max() <= 36
     # No two components start with equal parameters, or they would stay equal.
     distribution = head(torch.zeros(1, 4, 8), first_means[:, :, 0])

@@ -13,6 +13,7 @@ from progressive_vae.inpainting import fill_masked_region, observe
 KINDS = [
     ("lattice", dict(ordering="lattice", num_channels=3)),
     ("raster", dict(ordering="masked", num_groups=3, num_channels=1)),
+    ("transformer", dict(num_channels=1)),
     ("masked", dict(ordering="factorized", num_channels=3)),
     ("factorized", dict(num_channels=1, pixel_distribution="logistic_mixture")),
     ("auxiliary", dict(decoder_type="auxiliary", auxiliary_hidden_size=8, num_channels=3)),

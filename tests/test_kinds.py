@@ -7,6 +7,7 @@ from helpers.models import decoder_fields
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
 from progressive_vae.configuration.decoders import (
     COMPONENT_MEANS_DISTRIBUTIONS,
+    DECODER_TYPES,
     GUIDED_DISTRIBUTIONS,
     PIXEL_DISTRIBUTIONS,
 )
@@ -22,6 +23,10 @@ KINDS = [
     {"auxiliary_hidden_size": 8, "num_channels": 3},
     {"auxiliary_hidden_size": 8, "num_channels": 3, "dither": 1.0},
     *({"dither": 1.0, "num_symbols": 5, **decoder_fields(order)} for order in ORDERS),
+    *(
+        {"decoder_type": "transformer", "ordering": ordering, "num_symbols": 5}
+        for ordering in DECODER_TYPES["transformer"]
+    ),
     *({"quantizer": kind, "num_channels": 1} for kind in QUANTIZERS),
     *({"pixel_distribution": kind, "num_channels": 3} for kind in PIXEL_DISTRIBUTIONS),
     *(

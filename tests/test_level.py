@@ -1,4 +1,6 @@
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from progressive_vae.models import distributions
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.models.layers import ResidualBlock
 from progressive_vae.models.level import ProgressiveVAELevelOutput
+from progressive_vae.models.transformer import TransformerLayer
 
 
 def identity(tensor):
@@ -51,7 +54,7 @@ def test_forward_is_the_loss_under_the_uniform_prior(order):
 
 
 @pytest.mark.parametrize("quantizer", ["vq", "fsq", "gumbel"])
-@pytest.mark.parametrize("order", ["factorized", "lattice", "masked", "raster"])
+@pytest.mark.parametrize("order", ["factorized", "lattice", "masked", "raster", "transformer"])
 def test_saved_and_loaded_alike(order, quantizer, tmp_path):
     level = tiny_level(
         num_symbols=5, codebook_dim=None, downsample=4, quantizer=quantizer, num_classes=2,
@@ -92,6 +95,14 @@ def test_a_deterministic_encoder_has_no_entropy(quantizer):
     finer = torch.randint(5, (3, 4, 6))
     assert level.encoder_entropy(finer).tolist() == [0, 0, 0]
     assert torch.equal(level.encode(finer), level.encode(finer, torch.Generator()))
+
+
+def test_a_deeper_transformer_starts_as_the_same_function():
+    level = tiny_level(num_symbols=5, decoder_type="transformer")
+    finer = torch.randint(5, (3, 4, 6))
+    codes = level.encode(finer)
+    deeper = level.with_decoder(num_layers=3, num_classes=2)
+    assert torch.equal(deeper.log_prob(finer, codes, [0, 1, 0]), level.log_prob(finer, codes))
 
 
 def test_another_decoder_on_the_same_codes():
@@ -164,7 +175,7 @@ def test_code_noise_is_only_for_training():
         tiny_level(num_symbols=5).sample(codes, code_noise=0.1)
 
 
-@pytest.mark.parametrize("order", ["lattice", "raster"])
+@pytest.mark.parametrize("order", ["lattice", "raster", "transformer"])
 def test_a_class_conditional_decoder(order):
     level = tiny_level(num_symbols=3, num_classes=2, **decoder_fields(order))
     grids = all_grids(3, 2, 2)
@@ -211,18 +222,37 @@ def test_a_dead_code_comes_back_to_life():
     assert torch.cdist(level.quantizer.codebook[3:4], latents).min() < 1e-3
 
 
-def test_gathered_halves_move_the_codebook_like_the_whole():
-    pixels = torch.rand(4, 1, 8, 8) * 2 - 1
-    whole, halves = tiny_level(num_channels=1), tiny_level(num_channels=1)
+@pytest.mark.parametrize("num_dead", [0, 3, 30])
+def test_gathered_halves_move_the_codebook_like_the_whole(num_dead):
+    """Two threads as processes; neither sends more than a vector for each code at a time."""
+    pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = tiny_level(num_channels=1, codebook_size=32)
+    whole.quantizer.is_initialized = True
+    whole.quantizer.ema_counts.fill_(1.0)
+    whole.quantizer.codebook[:num_dead] = 1e3  # far from every latent
+    whole.quantizer.ema_counts[:num_dead] = 0
+    halves = [copy.deepcopy(whole) for _ in range(2)]
     whole.after_step(whole(pixels), identity)
-    outputs = [halves(pixels[:2]), halves(pixels[2:])]
-    parts = [halves.quantizer.statistics(o.latents, o.codes) for o in outputs]
-    gathered = iter(
-        [torch.stack([p[0] for p in parts]), torch.stack([p[1] for p in parts])]
-        + [torch.cat([o.latents.movedim(1, -1).flatten(0, -2) for o in outputs])]
-    )
-    halves.after_step(outputs[0], lambda tensor: next(gathered))
-    assert torch.allclose(whole.quantizer.codebook, halves.quantizer.codebook, atol=1e-5)
+    sent = [None, None]
+    barrier = threading.Barrier(2, timeout=60)
+
+    def run(rank):
+        def gather(tensor):
+            assert tensor[0].numel() <= 32 * (1 + whole.config.codebook_dim)
+            sent[rank] = tensor
+            barrier.wait()
+            joined = torch.cat(sent)
+            barrier.wait()
+            return joined
+
+        halves[rank].after_step(halves[rank](pixels[4 * rank : 4 * rank + 4]), gather)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
+    for half in halves:
+        for name, value in half.quantizer.state_dict().items():
+            torch.testing.assert_close(value, whole.quantizer.state_dict()[name])
+    assert num_dead == 0 or whole.quantizer.codebook.abs().max() < 100
 
 
 def test_initialization_is_the_one_asked_for():
@@ -286,7 +316,7 @@ def test_output_has_the_loss_in_front():
 
 
 @pytest.mark.parametrize("rank", [None, 0, 3])
-@pytest.mark.parametrize("order", ["lattice", "raster", "auxiliary"])
+@pytest.mark.parametrize("order", ["lattice", "raster", "transformer", "auxiliary"])
 def test_many_symbols_trained_saved_and_drawn(order, rank, tmp_path, monkeypatch):
     monkeypatch.setattr(distributions, "LOGITS_PER_CHUNK", 4096 * 6)  # several parts
     level = tiny_level(
@@ -461,6 +491,7 @@ def test_the_trainer_of_transformers_trains_a_level(tmp_path):
     [
         dict(auxiliary_hidden_size=8),
         dict(num_channels=None, num_symbols=5, decoder_type="causal_lm"),
+        dict(num_channels=None, num_symbols=5, decoder_type="transformer"),
     ],
 )
 def test_gradient_checkpointing_gives_the_same_gradients(config):
@@ -469,7 +500,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         finer = torch.randint(5, (8, 8, 8), generator=torch.Generator().manual_seed(0))
 
     def gradients(is_enabled) -> tuple[list[torch.Tensor], int]:
-        """And how often a residual block was computed."""
+        """And how often a residual block, or layer of a transformer, was computed."""
         level, calls = randomize(small_level(**config)).train(), []
         level.gradient_checkpointing_enable()
         if not is_enabled:
@@ -478,6 +509,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(config):
         for block in level.modules():
             if isinstance(block, ResidualBlock):
                 block.conv1.register_forward_hook(lambda *_: calls.append(1))
+            if isinstance(block, TransformerLayer):
+                block.output.register_forward_hook(lambda *_: calls.append(1))
         level(finer).loss.backward()
         return [parameter.grad for parameter in level.parameters()], len(calls)
 

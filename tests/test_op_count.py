@@ -22,15 +22,25 @@ def script():
     return load_script("count_operations")
 
 
-@pytest.fixture(scope="module", params=["color_64", "fashion_mnist"])
-def model(request):
-    return request.param, ProgressiveVAEPipeline.from_pretrained(EXAMPLES / request.param)
+@pytest.fixture(scope="module", params=["color_64", "fashion_mnist", "cifar10"])
+def model(request, script):
+    name = request.param
+    if name != "cifar10":
+        return name, ProgressiveVAEPipeline.from_pretrained(EXAMPLES / name)
+    # The number of operations does not depend on the width.
+    narrow = {"levels": {"hidden_size": 16}, "level_1": {"hidden_size": 64}}
+    recipe = EXAMPLES / "configs" / "cifar10.yaml"
+    return name, script.untrained_pipeline(recipe, (3, 32, 32), 10, narrow)
 
 
-# A CPU takes six operations for a root mean square norm: 400 more than a GPU for the prior of
-# color_64. Each of the 49 codes of Fashion-MNIST's level_1 is a step of a language model.
-SAMPLING_LIMITS = {"color_64": 3900, "fashion_mnist": 2650}
-TRAINING_LIMITS = {("color_64", 3): 1000, ("fashion_mnist", 2): 400}
+# Each code of level_1 of Fashion-MNIST and CIFAR-10 is a step of a language model: 49 and 64 codes.
+SAMPLING_LIMITS = {"color_64": 3000, "fashion_mnist": 2400, "cifar10": 4700}
+TRAINING_LIMITS = {
+    ("color_64", 3): 1000,
+    ("fashion_mnist", 2): 400,
+    ("cifar10", 1): 350,
+    ("cifar10", 2): 700,
+}
 
 
 @pytest.mark.unit

@@ -4,6 +4,7 @@ import torch
 from helpers.models import ORDER_NAMES, PIXEL_ORDERS, level_of
 from progressive_vae.models.orderings import (
     ORDERINGS,
+    group_positions,
     group_schedule,
     index_grid,
     lattice_ordering,
@@ -26,6 +27,18 @@ def test_an_ordering_covers_each_position_once(order, downsample, num_groups):
     assert (
         len(groups) == len(ORDERINGS[order](config.num_groups, (16, 16), CPU)) == config.num_groups
     )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 7)])
+@pytest.mark.parametrize(
+    ("ordering", "num_groups"),
+    [("factorized", 1), ("lattice", 10), ("masked", 3), ("masked", 200), ("raster", 1)],
+)
+def test_groups_without_padding_cover_each_position_once(ordering, num_groups, size):
+    groups = group_positions(ordering, num_groups, size, CPU)
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(size[0] * size[1]))
+    assert len(groups) == (size[0] * size[1] if ordering == "raster" else num_groups)
+    assert all(torch.equal(group, group.sort().values) for group in groups)
 
 
 @pytest.mark.parametrize(ORDER_NAMES, PIXEL_ORDERS)

@@ -203,7 +203,7 @@ def test_restart_resets_the_running_statistics():
     module.update(torch.tensor([5.0, 5.0, 0.0, 5.0]), torch.ones(4, 2))
     assert module.dead().tolist() == [False, False, True, False]
     candidate = torch.tensor([[7.0, 7.0]])
-    module.restart(module.dead(), candidate)
+    module.restart(module.dead(), candidate.expand(4, -1))
     assert not module.dead().any()
     module.update(torch.zeros(4), torch.zeros(4, 2))  # would undo a restart that forgot them
     assert torch.allclose(module.codebook[2], candidate[0])
@@ -253,8 +253,9 @@ def test_an_update_is_that_of_plain_code_and_waits_for_nothing(num_latents):
 
 def test_all_codes_may_be_dead():
     module = quantizer(3, 2)
-    module.restart(torch.ones(3, dtype=torch.bool), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    assert torch.equal(module.codebook, torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
+    replacements = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]])
+    module.restart(torch.ones(3, dtype=torch.bool), replacements)
+    assert torch.equal(module.codebook, replacements)
     assert torch.equal(module.ema_counts, torch.ones(3))
 
 

@@ -4,11 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from progressive_vae.evaluation import sliced_wasserstein as metric
 from progressive_vae.evaluation.sliced_wasserstein import (
     laplacian_pyramid,
     patches_of,
     sliced_wasserstein,
 )
+
+
+@pytest.fixture(autouse=True)
+def all_directions(monkeypatch):
+    monkeypatch.setattr(metric, "NUM_DIRECTIONS", 512)
 
 
 def smooth(count: int, seed: int, shape: tuple[int, int] = (5, 5)) -> torch.Tensor:

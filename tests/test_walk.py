@@ -83,6 +83,7 @@ def check_walk(walk, size, channels, group_indices):
         dict(num_channels=3, **GUIDED),
         dict(num_channels=3, **PALETTE),
         dict(num_symbols=5),
+        dict(num_symbols=5, decoder_type="transformer"),
     ],
 )
 @pytest.mark.parametrize(ORDER_NAMES, CODE_ORDERS)
@@ -122,7 +123,7 @@ def test_a_prior_has_one_step_for_each_code(size):
         assert torch.allclose(nats, prior.log_prob(codes, labels), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("order", ["lattice", "raster"])
+@pytest.mark.parametrize("order", ["lattice", "raster", "transformer"])
 def test_sampling_is_a_walk(order):
     level = tiny_level(num_symbols=5, num_classes=2, code_noise=0.2, **decoder_fields(order))
     codes = torch.randint(3, (3, 3, 4))
@@ -141,12 +142,17 @@ def test_sampling_is_a_walk(order):
     assert torch.equal(samples, prior.sample(3, labels, generator=generator()))
 
 
-def test_a_walk_has_gradients():
-    level = tiny_level(num_symbols=5)
-    teacher = TeacherForcing(torch.zeros(2, 1, 4, 4, dtype=torch.long))
-    level.walk(torch.zeros(2, 2, 2, dtype=torch.long), teacher)
-    teacher.log_prob().sum().backward()
-    assert all(p.grad is not None for p in level.decoder.parameters())
+@pytest.mark.parametrize("order", ["lattice", "transformer"])
+def test_a_walk_has_the_gradients_of_log_prob(order):
+    level = tiny_level(num_symbols=5, **decoder_fields(order))
+    finer = torch.randint(5, (2, 4, 4))
+    codes = level.encode(finer)
+    teacher = TeacherForcing(finer[:, None])
+    level.walk(codes, teacher)
+    parameters = [*level.decoder.parameters()]
+    gradients = torch.autograd.grad(teacher.log_prob().sum(), parameters)
+    expected = torch.autograd.grad(level.log_prob(finer, codes).sum(), parameters)
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +169,7 @@ def test_values_of_another_shape_or_dtype_are_refused(values, message):
         lambda step_fn: tiny_level(num_symbols=5).walk(codes, step_fn),
         lambda step_fn: tiny_level(num_channels=1).walk(codes, step_fn),
         lambda step_fn: tiny_level(num_symbols=5, decoder_type="causal_lm").walk(codes, step_fn),
+        lambda step_fn: tiny_level(num_symbols=5, decoder_type="transformer").walk(codes, step_fn),
         lambda step_fn: tiny_prior().walk(2, step_fn),
     ):
         with pytest.raises(ValueError, match=message):
@@ -193,7 +200,7 @@ def test_invalid_arguments_are_refused(call, message):
         call(tiny_level(num_symbols=5))
 
 
-@pytest.mark.parametrize("downsample", [8, 16, 32, 64])
+@pytest.mark.parametrize("downsample", [8, 64])
 @pytest.mark.parametrize(
     "kind",
     [
@@ -204,11 +211,13 @@ def test_invalid_arguments_are_refused(call, message):
         dict(num_channels=1, ordering="masked"),
         dict(num_symbols=5),
         dict(num_symbols=5, decoder_type="causal_lm"),
+        dict(num_symbols=5, decoder_type="transformer"),
     ],
 )
 def test_a_level_with_a_large_downsampling_factor(kind, downsample):
     level = tiny_level(downsample=downsample, **kind)
-    size = (11, 13) if level.config.ordering == "raster" else (65, 70)
+    has_small_grids = level.config.decoder_type in ("causal_lm", "transformer")
+    size = (11, 13) if has_small_grids else (65, 70)
     codes_size = tuple(-(-n // downsample) for n in size)
     if level.config.is_finest:
         finer = torch.randint(256, (2, kind["num_channels"], *size)) / 127.5 - 1

@@ -7,6 +7,7 @@ from collections.abc import Callable
 DECODER_TYPES: dict[str, tuple[str, ...]] = {
     "conv": ("lattice", "factorized", "masked"),
     "causal_lm": ("raster",),
+    "transformer": ("lattice", "factorized", "masked", "raster"),
     "auxiliary": ("factorized",),  # the auxiliary decoder, without a stronger one
 }
 PIXEL_DECODER_TYPES = ("conv", "auxiliary")

@@ -33,6 +33,7 @@ from .tokenizer import set_tokenizer_fields
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
 MANY_CODES = 2048  # beyond it logits are computed through a table, in parts
 MAX_RASTER_POSITIONS = 256  # of the finer grid, for ordering="raster"
+MAX_TRANSFORMER_SIDE = 64  # of the finer grid, for decoder_type="transformer"
 
 # A larger value is a damaged or a hostile file, which would fill the memory.
 MAX_CODES = 2**20
@@ -74,7 +75,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         downsample: 2, 4, 8 … 64, the linear factor between this level's grid and the finer one.
         hidden_size: width of the decoder.
         num_layers: residual blocks of the decoder before each group; of `"causal_lm"` those on z,
-            and the layers of its language model.
+            and the layers of its language model; layers of `"transformer"`.
         encoder_hidden_size: width of the encoder; `None`: `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
@@ -94,13 +95,15 @@ class ProgressiveVAELevelConfig(PartConfig):
             auxiliary decoder too; 0: a free logit for every code; `None`: 64 beyond 2,048 codes
             and 0 else.
         decoder_type: the architecture of the decoder. `"conv"`: a convolution net that carries a
-            state through the groups. `"causal_lm"`: a causal language model of transformers, on
-            grids of up to 256 codes. `"auxiliary"`: only the auxiliary decoder.
+            state through the groups. `"transformer"`: a transformer over codes, on grids of up to
+            64×64, whose attention is causal over the groups. `"causal_lm"`: a causal language model
+            of transformers, on grids of up to 256 codes. `"auxiliary"`: only the auxiliary decoder.
         ordering: the split of the finer grid into groups, predicted in sequence. `"factorized"`:
             one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`: a fixed random
             order, few positions first. `"raster"`: one code at a time. `None`: `"lattice"` for
-            `"conv"`, `"raster"` for `"causal_lm"`, `"factorized"` for `"auxiliary"`; `"conv"` has
-            all but `"raster"`, the others have only their own.
+            `"conv"` and `"transformer"`, `"raster"` for `"causal_lm"`, `"factorized"` for
+            `"auxiliary"`; `"conv"` has all but `"raster"`, `"transformer"` has all, the others have
+            only their own.
         num_groups: groups of the decoder: 1 of `"factorized"`; 1 + 3k of `"lattice"`, whose
             coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
             `"raster"`, which has as many as positions. `None`: the only number, the stride

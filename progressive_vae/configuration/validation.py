@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor
 
-from .level import MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from .level import MAX_RASTER_POSITIONS, MAX_TRANSFORMER_SIDE, ProgressiveVAELevelConfig
 from .prior import ProgressiveVAEPriorConfig
 
 MAX_LEVELS = 8
@@ -142,8 +142,8 @@ def check_image_size(
 
     Raises:
         ValueError: neither an image size nor a prior; an image size that is not two positive
-            integers; a prior of another z_1; a grid that is too large for the raster ordering; or
-            a lattice much coarser than the grid, which would be padded to its stride.
+            integers; a prior of another z_1; a grid that is too large for its decoder; or a
+            lattice much coarser than the grid, which would be padded to its stride.
     """
     if image_size is None:
         if prior is None:
@@ -160,6 +160,11 @@ def check_image_size(
             raise ValueError(
                 f"expected level_{i} to have a finer grid of at most {MAX_RASTER_POSITIONS} "
                 f"positions for ordering='raster', got {finer[0]}×{finer[1]}"
+            )
+        if config.decoder_type == "transformer" and max(finer) > MAX_TRANSFORMER_SIDE:
+            raise ValueError(
+                f"expected level_{i} to have a finer grid of at most {MAX_TRANSFORMER_SIDE} rows "
+                f"and columns for decoder_type='transformer', got {finer[0]}×{finer[1]}"
             )
         padded_size = max(config.downsample, 2 ** math.ceil(math.log2(max(finer))))
         if config.ordering == "lattice" and 2 ** ((config.num_groups or 1) // 3) > padded_size:

@@ -6,7 +6,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -43,11 +43,8 @@ Images: TypeAlias = (
 )
 
 
-def load_digits() -> datasets.DatasetDict:
-    """Return scikit-learn's 1,797 digits, 8×8 with 17 gray values, as a dataset of images.
-
-    The held-out split is stratified by class: 360 digits.
-    """
+@cache  # encoding the images takes half a second
+def _digits() -> datasets.DatasetDict:
     from sklearn.datasets import load_digits as sklearn_digits
 
     digits = sklearn_digits()
@@ -59,6 +56,14 @@ def load_digits() -> datasets.DatasetDict:
         {"image": images, "label": digits.target.tolist()}, features=features
     )
     return table.train_test_split(test_size=360, seed=0, stratify_by_column="label")
+
+
+def load_digits() -> datasets.DatasetDict:
+    """Return scikit-learn's 1,797 digits, 8×8 with 17 gray values, as a dataset of images.
+
+    The held-out split is stratified by class: 360 digits.
+    """
+    return datasets.DatasetDict(_digits())
 
 
 @dataclass

@@ -21,6 +21,8 @@ from ..models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
 
+MAX_EPOCHS = 20  # of a classifier
+
 
 class Classifier(nn.Sequential):
     """A small convolutional classifier of pixel values (B, C, H, W) in [−1, 1].
@@ -79,11 +81,11 @@ def train_classifier(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
-    """Train a classifier on a training split in batches of 128, for at most 20 epochs."""
+    """Train a classifier on a training split in batches of 128, for at most `MAX_EPOCHS`."""
     num_steps = max_train_steps
     count = dataset.limit if isinstance(dataset, PixelStream) else dataset.num_examples
     if count is not None:
-        num_steps = min(num_steps, 20 * max(1, count // 128))
+        num_steps = min(num_steps, MAX_EPOCHS * max(1, count // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes).to(device)

@@ -5,8 +5,9 @@ Within a group positions are independent given z and all earlier groups; the col
 pixel are predicted one after the other.
 
 Sampling, coding and likelihood run the same `walk` with different step functions. A value becomes
-visible to the network only after its step, so `GroupDecoder` is causal by construction. The raster
-decoder computes the likelihood in one pass of a causal language model instead.
+visible to the network only after its step, so `GroupDecoder` is causal by construction. The other
+decoders compute the likelihood in one pass: `TransformerDecoder` with a mask over the groups,
+`RasterDecoder` with a causal language model.
 """
 
 import math
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..configuration.level import MANY_CODES, MAX_RASTER_POSITIONS, ProgressiveVAELevelConfig
+from ..configuration.level import (
+    MANY_CODES,
+    MAX_RASTER_POSITIONS,
+    MAX_TRANSFORMER_SIDE,
+    ProgressiveVAELevelConfig,
+)
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
 from .conditioning import Conditioning
 from .distributions import Categorical, CopyMixture, LowRankCategorical, joint_log_prob
@@ -40,10 +46,12 @@ from .orderings import (
     Group,
     PositionsOfAllGroups,
     ValidPositions,
+    group_positions,
     group_schedule,
     positions_of_all_groups,
 )
 from .palette import NO_COLOR, ColorKeys, ColorPointer, ColorSources, Palette, pack_colors
+from .transformer import KeyValueCache, TransformerLayer, attention_mask
 from .walk import StepFn, TeacherForcing, WalkStep, call_step_fn
 
 
@@ -145,20 +153,23 @@ class Stage(nn.Module):
         return cast("Sequence[Head]", self.logits)
 
     def forward(
-        self, state: Tensor, group: Group, coarse_state: Tensor | None, neighbors: Tensor | None
+        self, state: Tensor, coarse_state: Tensor | None, neighbors: Tensor | None
     ) -> Tensor:
         """Refine the state before the group is predicted.
+
+        It has no argument that differs from group to group but in its shape: stages share graphs.
 
         Args:
             state: (B, width, h, w), at the previous group's stride.
             coarse_state: the embedded z at this group's stride, if it enters again.
-            neighbors: `look` of the embedded neighbors of the group's positions, (B, n', width).
+            neighbors: `look` of the embedded neighbors of the group's positions, as a map of the
+                refined state's size.
         """
         state = self.upsample(state)
         if coarse_state is not None:
             state = state + coarse_state
         if neighbors is not None:
-            state = state + group.scatter_features(neighbors, (state.shape[-2], state.shape[-1]))
+            state = state + neighbors
         return self.blocks(state)
 
 
@@ -218,14 +229,15 @@ class GroupDecoder(Decoder):
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Collect the decoded neighbors of the group's positions.
-            neighborhood = Neighborhood.gather(group, grid, size, preview)
+            neighborhood = Neighborhood.gather(group, valid.num_padded, grid, size, preview)
             means = stage.heads[0].component_means(neighborhood, grid.device)  # (G, B, C, n')
             # 2. Refine the state with them; z enters again at strides down to its own.
             neighbors = None
             if stage.look is not None:
                 neighbors = stage.look(stage.heads[0].embed_neighbors(means).to(state))
+                neighbors = group.scatter_features(neighbors, _state_size(group, padded_size))
             coarse_state = states.pop() if len(stage.upsample) and states else None
-            state = stage(state, group, coarse_state, neighbors)
+            state = stage(state, coarse_state, neighbors)
             # 3. Predict the group's values and write them into the grid.
             sources = None
             if stage.pointer is not None and neighborhood.neighbors is not None:
@@ -277,7 +289,6 @@ class GroupDecoder(Decoder):
         for channel, head in enumerate(stage.heads):
             means = component_means[:, :, channel]  # (G, B, n')
             step = WalkStep(group_index, channel, valid.positions)
-            values = grid.new_zeros(len(grid), 0)
             if len(step.positions):
                 distribution = head(F.silu(features), valid.select(means), previous_residuals)
                 if sources is not None and log_weights is not None:
@@ -286,6 +297,8 @@ class GroupDecoder(Decoder):
                 values = call_step_fn(step_fn, distribution, step, len(grid))  # (B, n)
                 if isinstance(distribution, CopyMixture):
                     log_weights = distribution.posterior(values)
+            else:
+                values = grid.new_zeros(len(grid), 0)
             values = valid.scatter(values)  # (B, n')
             group.scatter_values(grid[:, channel], values)
             if is_final and channel + 1 == len(stage.logits):
@@ -393,7 +406,10 @@ class GroupDecoder(Decoder):
             stages, self._schedule(size, finer.device), inputs, neighbors, strict=True
         ):
             coarse_state = states.pop() if len(stage.upsample) and states else None
-            state = stage(state, group, coarse_state, group_neighbors)
+            if group_neighbors is not None:
+                state_size = _state_size(group, padded_size)
+                group_neighbors = group.scatter_features(group_neighbors, state_size)
+            state = stage(state, coarse_state, group_neighbors)
             features.append(group.gather_features(state))
             if group_inputs is not None and stage is not stages[-1]:
                 state = state + stage.take_in(
@@ -532,6 +548,11 @@ class GroupDecoder(Decoder):
         """Passes: `log_prob` is a walk, in which later values do not exist yet."""
 
 
+def _state_size(group: Group, padded_size: tuple[int, int]) -> tuple[int, int]:
+    """(H, W) of the padded grid -> that of the group's state."""
+    return padded_size[0] // group.stride, padded_size[1] // group.stride
+
+
 def _split_groups(x: Tensor, num_groups: int) -> Tensor:
     """Positions of groups of equal size, (B, S·n, E) -> (S, B, n, E)."""
     return x.unflatten(1, (num_groups, -1)).movedim(1, 0)
@@ -614,7 +635,107 @@ class RasterDecoder(CausalLMMixin, Decoder):
         return self.logits(output["last_hidden_state"])
 
 
+class TransformerDecoder(Decoder):
+    """A transformer over codes, whose attention is causal over groups.
+
+    The first state of a position is the upsampled condition there, plus embeddings of its row and
+    column. Its layers attend to z and to the positions of earlier groups, with their values.
+    """
+
+    def __init__(self, config: ProgressiveVAELevelConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.upsample = nn.Sequential(
+            *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
+        )
+        self.row_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
+        self.column_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
+        self.embedding = nn.Embedding(config.num_values, width)
+        self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(width)
+        self.logits = make_categorical_head(config, width)
+
+    def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
+        """Run the autoregressive loop: one evaluation of the network for each group."""
+        z, context = self._embed(condition, size)
+        groups = group_positions(*self._ordering, (size[0], size[1]), context.device)
+        layers = self._layers
+        length = z.shape[1] + context.shape[1]
+        caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
+        values = context.new_zeros(len(context), 0, dtype=torch.long)  # of the groups so far
+        for i, positions in enumerate(groups):
+            if not len(positions):  # in a small grid some groups are empty
+                continue
+            # 1. Evaluate the network at the group's positions.
+            states = [context.index_select(1, positions)]  # before each layer, (B, n, E)
+            for layer, cache in zip(layers, caches, strict=True):
+                states.append(layer.attend(states[-1], cache.visible))
+            # 2. Predict their values.
+            step = WalkStep(i, 0, positions)
+            new_values = call_step_fn(step_fn, self._distribution(states.pop()), step, len(context))
+            values = torch.cat([values, new_values], 1)
+            # 3. Make them visible to the groups that follow.
+            if values.shape[1] < context.shape[1]:
+                embedded = self.embedding(new_values)
+                for layer, cache, state in zip(layers, caches, states, strict=True):
+                    cache.append(layer.project_visible(state + embedded))
+        grid = torch.empty_like(values).index_copy(1, torch.cat(groups), values)
+        return grid.unflatten(1, (1, *size))
+
+    def step_sizes(self, size: tuple[int, int]) -> list[int]:
+        groups = group_positions(*self._ordering, (size[0], size[1]), torch.device("cpu"))
+        return [len(positions) for positions in groups]
+
+    def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
+        """One pass for all positions."""
+        size = (finer.shape[-2], finer.shape[-1])
+        values = finer.flatten(1)  # (B, L)
+        z, state = self._embed(condition, size)
+        embedded = self.embedding(values)
+        mask = attention_mask(*self._ordering, size, z.shape[1], finer.device)
+        for layer in self._layers:
+            state = layer(state, embedded, z, mask)
+        return self._distribution(state).log_prob(values).sum(1)
+
+    def check_causal(self):
+        """Passes: the mask hides later groups."""
+
+    @property
+    def _layers(self) -> Sequence[TransformerLayer]:
+        return cast("Sequence[TransformerLayer]", self.layers)
+
+    @property
+    def _ordering(self) -> tuple[str, int]:
+        """The ordering and its number of groups; a raster has as many as positions."""
+        assert self.config.ordering is not None  # the config sets it
+        return self.config.ordering, self.config.num_groups or 1
+
+    def _embed(self, condition: Condition, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E)."""
+        height, width = size
+        if max(size) > MAX_TRANSFORMER_SIDE:
+            raise ValueError(
+                f"expected a finer grid of at most {MAX_TRANSFORMER_SIDE} rows and columns for "
+                f"decoder_type='transformer', got {height}×{width}"
+            )
+        z = self.embed_condition(condition)
+        state = self.upsample(z)[..., :height, :width].movedim(1, -1)
+        rows = self.row_embedding(torch.arange(height, device=z.device))
+        columns = self.column_embedding(torch.arange(width, device=z.device))
+        return z.flatten(2).mT, (state + rows[:, None] + columns).flatten(1, 2)
+
+    def _distribution(self, state: Tensor) -> Categorical | LowRankCategorical:
+        return self.logits(self.norm(state))
+
+
+# The decoder of each type; "auxiliary" has none beside the auxiliary decoder.
+DECODERS: dict[str, type[Decoder]] = {
+    "conv": GroupDecoder,
+    "causal_lm": RasterDecoder,
+    "transformer": TransformerDecoder,
+}
+
+
 def make_decoder(config: ProgressiveVAELevelConfig) -> Decoder | None:
-    if config.decoder_type == "auxiliary":
-        return None
-    return (RasterDecoder if config.decoder_type == "causal_lm" else GroupDecoder)(config)
+    decoder = DECODERS.get(config.decoder_type)
+    return None if decoder is None else decoder(config)

@@ -6,6 +6,7 @@ from operator import index
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -35,6 +36,12 @@ def device_constant(function: Callable[Arguments, Result]) -> Callable[Arguments
         return constant(*map(_as_constant, arguments))[0]
 
     return call
+
+
+@device_constant
+def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A float32 tensor that stays on the device: a new copy at each call would synchronize."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _as_constant(argument: Any) -> Any:

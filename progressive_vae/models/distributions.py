@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..configuration.level import MANY_CODES
+from .device_constant import cached_constant, device_constant
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the system at once
 POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
@@ -55,9 +56,9 @@ class Categorical:
 
     def icdf(self, u: Tensor) -> Tensor:
         cumulative = self.probs().cumsum(-1)
-        total = cumulative[..., -1]
         # A threshold rounded up to the total would return the last value, whatever its probability.
-        threshold = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+        zero = cached_constant((0.0,), cumulative.device)
+        threshold = u * torch.nextafter(cumulative[..., -1], zero)
         return torch.searchsorted(cumulative, threshold[..., None], right=True)[..., 0]
 
 
@@ -201,25 +202,38 @@ class DiscretizedLogisticMixture:
         is_on_cpu = u.device.type == "cpu"
         is_small = u.numel() <= (MAX_POSITIONS_ON_CPU if is_on_cpu else MAX_POSITIONS)
         bits_per_round = 4 if is_small else 1
-        floor = self._floor
-        values = torch.zeros_like(u, dtype=torch.long)
-        num_bits = (self.num_values - 1).bit_length()  # that are not decided
-        while num_bits:
-            num_new_bits = min(bits_per_round, num_bits)
-            num_bits -= num_new_bits
-            step = 2**num_bits
-            steps = torch.arange(step, step << num_new_bits, step, device=u.device)
-            midpoints = values + steps[:, None, None]  # (E, B, n)
+        values: Tensor | None = None  # as multiples of `step`
+        step = num_searched = 2 ** (self.num_values - 1).bit_length()
+        while step > 1:
+            interval = step
+            step = max(1, interval >> bits_per_round)
+            points = _search_points(step, interval, u.device)  # (2, E, 1, 1)
+            if values is not None:
+                points = torch.add(points, values, alpha=interval)  # (2, E, B, n)
+            edges, midpoints = points
             # In place: (E, K, B, n) numbers are many.
-            logistics = ((midpoints.float() - 0.5)[:, None] - self.means).mul_(self.precisions)
-            mass_below = logistics.sigmoid_().mul_(self.weights[:-1]).sum(1).add_(floor * midpoints)
-            values = torch.add(values, (mass_below <= u).sum(0), alpha=step)
-        return values.clamp(max=self.num_values - 1)  # if V is not a power of two
+            logistics = (edges[:, None] - self.means).mul_(self.precisions)
+            mass_below = logistics.sigmoid_().mul_(self.weights[:-1]).sum(1)
+            mass_below.add_(self.weights[-1] * midpoints, alpha=1 / self.num_values)
+            count = (mass_below <= u).sum(0)
+            values = count if values is None else count.add(values, alpha=interval // step)
+        assert values is not None  # V is at least 2
+        if self.num_values == num_searched:
+            return values
+        return values.clamp(max=self.num_values - 1)
 
     @property
     def _floor(self) -> Tensor:
         """The uniform distribution's mass of one value, w_u / V: (B, n)."""
         return self.weights[-1] / self.num_values
+
+
+@device_constant
+def _search_points(step: int, interval: int, device: torch.device) -> Tensor:
+    """The E multiples of `step` below `interval`, and before them their lower edges: float32
+    (2, E, 1, 1)."""
+    values = torch.arange(step, interval, step, dtype=torch.float32).view(-1, 1, 1)
+    return torch.stack([values - 0.5, values]).to(device)
 
 
 def _lower_edges(start: int, stop: int, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """Steps of a small causal language model of transformers in few operations: OPT and Llama.
 
 A step computes what the model's own forward does with a key-value cache, up to rounding. Queries,
-keys and values come from one product, and the cache is allocated once for all steps.
+keys and values come from one product, and are written where the cache keeps them.
 """
 
 from collections.abc import Callable
@@ -56,9 +56,9 @@ class FusedSteps:
             self.layers = [_llama_layer(layer) for layer in model.layers]
             self.positions = None
             position_ids = torch.arange(length, device=self.embed.weight.device)[None]
-            self.rotary = model.rotary_emb(self.embed.weight, position_ids)  # cos, sin (1, L, D)
+            self.rotary = _rotary_tables(*model.rotary_emb(self.embed.weight, position_ids))
             self.norm = _rms_norm(model.norm)
-        self.caches: list[Tensor] = []  # of each layer, (2, B, heads, L, D)
+        self.caches: list[Tensor] = []  # q, k and v of each layer, (L, B, 3, heads, D)
         self.step = 0
 
     def __call__(
@@ -70,17 +70,25 @@ class FusedSteps:
         if self.positions is not None:
             state = state + self.positions[t]
         for i, layer in enumerate(self.layers):
-            qkv = F.linear(layer.norm(state), *layer.qkv).unflatten(-1, (3, layer.num_heads, -1))
-            qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, heads, 1, D)
-            if self.rotary is not None:
-                cos, sin = (table[:, t] for table in self.rotary)
-                qkv = torch.cat([_rotate(qkv[:2], cos, sin), qkv[2:]])
+            x = layer.norm(state)[:, 0]  # (B, width)
+            weight, bias = layer.qkv
             if i == len(self.caches):
-                _, *rows, _, dim = qkv.shape
-                self.caches.append(qkv.new_empty(2, *rows, self.length, dim))
-            self.caches[i][..., t : t + 1, :] = qkv[1:]
-            keys, values = self.caches[i][..., : t + 1, :]
-            mixed = F.scaled_dot_product_attention(qkv[0], keys, values, scale=layer.scale)
+                dim = len(weight) // (3 * layer.num_heads)
+                self.caches.append(x.new_empty(self.length, len(x), 3, layer.num_heads, dim))
+            qkv = self.caches[i][t]  # (B, 3, heads, D)
+            if self.rotary is not None:
+                straight = F.linear(x, weight, bias).view_as(qkv)
+                cos, sin = (table[t] for table in self.rotary)
+                torch.addcmul(straight * cos, _swap_halves(straight), sin, out=qkv)
+            elif bias is not None:
+                torch.addmm(bias, x, weight.T, out=qkv.flatten(1))
+            else:
+                torch.mm(x, weight.T, out=qkv.flatten(1))
+            # (B, heads, t + 1, D) each
+            queries, keys, values = self.caches[i][: t + 1].permute(2, 1, 3, 0, 4)
+            mixed = F.scaled_dot_product_attention(
+                queries[..., t:, :], keys, values, scale=layer.scale
+            )
             state = state + layer.output(mixed.transpose(1, 2).flatten(2))
             state = state + layer.mlp(layer.mlp_norm(state))
         state = self.norm(state)
@@ -162,7 +170,16 @@ def _rms_norm(norm: Any) -> Callable[[Tensor], Tensor]:
     )
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of (..., D), whose halves are the coordinates of each plane."""
+def _rotary_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of qkv and of qkv with swapped halves, (L, 3, 1, D) each, from cos and sin
+    (1, L, D): the halves are the coordinates of each plane, and values do not rotate."""
+    first, second = sin.chunk(2, -1)
+    sin = torch.cat([-first, second], -1)
+    cos = torch.cat([cos, cos, torch.ones_like(cos)])  # (3, L, D)
+    sin = torch.cat([sin, sin, torch.zeros_like(sin)])
+    return cos.movedim(0, 1)[:, :, None], sin.movedim(0, 1)[:, :, None]
+
+
+def _swap_halves(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
-    return torch.addcmul(x * cos, torch.cat([-second, first], -1), sin)
+    return torch.cat([second, first], -1)

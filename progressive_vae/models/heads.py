@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from ..configuration.level import ProgressiveVAELevelConfig
+from .device_constant import cached_constant
 from .distributions import (
     Categorical,
     DiscretizedLogisticMixture,
@@ -31,7 +32,7 @@ from .distributions import (
     LowRankCategorical,
     categorical_from_features,
 )
-from .layers import PixelEmbedding, ZeroLinear, cached_constant
+from .layers import PixelEmbedding, ZeroLinear
 from .orderings import Group
 
 
@@ -53,17 +54,23 @@ class Neighborhood(NamedTuple):
 
     @classmethod
     def gather(
-        cls, group: Group, grid: Tensor, size: tuple[int, int], preview: Tensor | None = None
+        cls,
+        group: Group,
+        num_positions: int,
+        grid: Tensor,
+        size: tuple[int, int],
+        preview: Tensor | None = None,
     ) -> "Neighborhood":
         """That of a group whose earlier groups are in the padded grid, int64 (B, C, H', W').
 
         Args:
+            num_positions: n, of the group.
             size: (H, W) of the true grid.
             preview: the mean image, padded as the grid.
         """
         neighbors = group.neighbors(grid, size)
         return cls(
-            group.gather_values(grid).shape,
+            torch.Size((*grid.shape[:2], num_positions)),
             None if neighbors is None else neighbors.float(),
             None if preview is None else group.gather_values(preview),
             None if preview is None else group.neighbors(preview, size),
@@ -220,9 +227,9 @@ class LogisticMixtureHead(Head):
         means = component_means + offsets.clamp(-6, 6).sinh()
         if residuals is not None:
             means = means + (1 + slopes) * residuals
-        initial = cached_constant(self.INITIAL_LOG_SCALES, params.device)
-        log_scales = log_scales + initial.view(-1, *[1] * (params.ndim - 1))
-        precisions = (-log_scales.clamp(-3, 5)).exp()
+        initial = cached_constant(tuple(-x for x in self.INITIAL_LOG_SCALES), params.device)
+        initial = initial.view(-1, *[1] * (params.ndim - 1))
+        precisions = (initial - log_scales).clamp(-5, 3).exp()  # of log-scales in [−3, 5]
         return DiscretizedLogisticMixture(weights.softmax(0), means, precisions, self.num_values)
 
     def component_means(self, neighborhood: Neighborhood, device: torch.device) -> Tensor:

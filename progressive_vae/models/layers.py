@@ -16,12 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .device_constant import device_constant
 
 
-@device_constant
-def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """A float32 tensor that stays on the device: a new copy at each call would synchronize."""
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
 def add_dither(x: Tensor, scale: float) -> Tensor:
     """Add a fixed pattern of period 4×4 and root mean square `scale` to (B, D, H, W).
 
@@ -60,6 +54,13 @@ class ZeroConv2d(nn.Conv2d):
 
 class ZeroLinear(nn.Linear):
     """A linear map whose weights start at zero."""
+
+
+class ResidualLinear(nn.Linear):
+    """The last linear map of a residual branch, whose weights start at zero.
+
+    It is a hidden layer, where `ZeroLinear` is an output layer: Muon trains only hidden ones.
+    """
 
 
 class AlignedLinear(nn.Linear):
@@ -175,7 +176,7 @@ def init_weights(module: nn.Module):
 
     transformers calls it for leaves first, once for each module; loaded weights stay unchanged.
     """
-    if isinstance(module, (ZeroConv2d, ZeroLinear, ZeroEmbedding)):
+    if isinstance(module, (ZeroConv2d, ZeroLinear, ResidualLinear, ZeroEmbedding)):
         for parameter in module.parameters():
             init.zeros_(parameter)
     elif isinstance(module, (nn.Linear, nn.Conv2d)):

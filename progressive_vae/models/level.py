@@ -81,7 +81,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     base_model_prefix = "level"
     main_input_name = "finer"
     supports_gradient_checkpointing = True
-    _repeated_blocks = ["Stage"]  # for regional compilation
+    _repeated_blocks = ["Stage", "TransformerLayer"]  # for regional compilation
     # Their weights are read outside of their forward; the residual blocks hold most weights.
     _skip_layerwise_casting_patterns = [
         *("encoder", "auxiliary", "descents", "stem", "embedding"),
@@ -386,7 +386,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         Args:
             from_scratch: initialize new weights. Otherwise the new decoder starts from the weights
                 of the old one, if `changes` are among `GROWABLE_FIELDS`; it may have more residual
-                blocks, which start as the identity (not with `"causal_lm"`).
+                blocks or layers, which start as the identity (not with `"causal_lm"`).
             changes: fields of the config that belong to the decoder (`DECODER_FIELDS`).
         """
         level = ProgressiveVAELevel(self.config.with_decoder(**changes))

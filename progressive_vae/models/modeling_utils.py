@@ -29,7 +29,13 @@ _PUSH_ARGUMENTS = (
 _SAVE_ARGUMENTS = [*inspect.signature(PreTrainedModel.save_pretrained).parameters][2:]
 _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters  # more in new versions of torch
 _HUB_ARGUMENTS = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
-MAX_BLOCK_GRAPHS = 64  # blocks share their code: those of other shapes and batch sizes add graphs
+# The parts of a pipeline share their code; dynamo limits the graphs of each function.
+PART_GRAPHS = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
+# Arguments of `torch.compile` for blocks, which share their code: graphs for all sizes, and as many
+# as there are kinds of blocks, with and without gradients.
+BLOCK_GRAPHS: dict[str, Any] = {"dynamic": True, "recompile_limit": 64}
+if "recompile_limit" not in _COMPILE_ARGUMENTS:
+    del BLOCK_GRAPHS["recompile_limit"]
 _ADVICE = "save the model again, or download it again"
 
 # model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
@@ -60,11 +66,35 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         Args:
             args, kwargs: as of `torch.compile`.
         """
-        if "isolate_recompiles" in _COMPILE_ARGUMENTS:
-            # The parts of a pipeline share their code; dynamo limits the graphs of each function.
-            kwargs.setdefault("isolate_recompiles", True)
+        kwargs = {**PART_GRAPHS, **kwargs}
         super().compile(*args, **kwargs)
-        self._compiled_walk = torch.compile(self.walk, *args, **kwargs)
+        self._compile_walk(*args, **kwargs)
+
+    def enable_cuda_graph(self):
+        """Run `sample` as one CUDA graph for each batch size, of the same operations as without.
+
+        Noise is generated outside of the graph. Other sampling arguments and replaced weights need
+        another graph. What torch cannot record runs as without, with a warning.
+
+        Raises:
+            ValueError: the model is on another device.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(
+                f"expected a {type(self).__name__} on a CUDA device for CUDA graphs, got one on "
+                f"{self.device}"
+            )
+        self._compile_walk(backend="cudagraphs", **PART_GRAPHS)
+
+    def _compile_walk(self, *args, **kwargs):
+        compiled = torch.compile(self.walk, *args, **kwargs)
+
+        def walk(*arguments):
+            # A CUDA graph writes its results into the same memory at each call.
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*arguments).clone()
+
+        self._compiled_walk = walk
 
     def compile_repeated_blocks(self, *args, **kwargs):
         """Compile the modules of `_repeated_blocks` only, as diffusers' models do: a quick start.
@@ -79,8 +109,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         blocks = [module for module in self.modules() if type(module).__name__ in names]
         if not blocks:
             raise ValueError(f"expected a model with blocks of {names}, got {type(self).__name__}")
-        if "recompile_limit" in _COMPILE_ARGUMENTS:
-            kwargs.setdefault("recompile_limit", MAX_BLOCK_GRAPHS)
+        kwargs = {**BLOCK_GRAPHS, **kwargs}
         for block in blocks:
             block.compile(*args, **kwargs)
 

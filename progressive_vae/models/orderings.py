@@ -213,12 +213,18 @@ def _masked_positions(num_groups: int, count: int, device: torch.device) -> tupl
     return tuple(torch.from_numpy(chunk).to(device) for chunk in chunks)
 
 
+def raster_ordering(num_groups: int, size: tuple[int, int], device: torch.device) -> list[Group]:
+    """Each position is a group, in row-major order."""
+    return [*map(IndexGroup, torch.arange(math.prod(size), device=device).split(1))]
+
+
 # (num_groups, padded size (H, W), device) -> the groups in sequence. Strides are powers of two and
 # never increase. The config lists the same names, with the numbers of groups that each can have.
 ORDERINGS: dict[str, Callable[[int, tuple[int, int], torch.device], list[Group]]] = {
     "factorized": factorized_ordering,
     "lattice": lattice_ordering,
     "masked": masked_ordering,
+    "raster": raster_ordering,
 }
 
 
@@ -233,6 +239,14 @@ def group_schedule(
     groups = ORDERINGS[ordering](num_groups, padded_size, device)
     valid = _valid_positions(ordering, num_groups, size, padded_size, device)
     return [(group, ValidPositions(*x)) for group, x in zip(groups, valid, strict=True)]
+
+
+def group_positions(
+    ordering: str, num_groups: int, size: tuple[int, int], device: torch.device
+) -> list[Tensor]:
+    """The positions of each group in a grid without padding: row-major indices, int64 (n,)."""
+    valid = _valid_positions(ordering, num_groups, size, size, device)
+    return [positions for _, positions, _ in valid]
 
 
 @device_constant

@@ -118,11 +118,14 @@ class VectorQuantizer(Quantizer):
     @torch.no_grad()
     def statistics(self, latents: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Counts (K,) and sums (K, D) of the latents (B, D, ...) by their codes, in fp32."""
-        vectors = latents.detach().movedim(1, -1).flatten(0, -2).float()
-        vectors = F.pad(vectors, (0, 1), value=1.0)  # a column of ones: its sums are the counts
+        sums = self._counts_and_sums(latents, codes)
+        return sums[:, 0], sums[:, 1:]
+
+    def _counts_and_sums(self, latents: Tensor, codes: Tensor) -> Tensor:
+        """`statistics` in one tensor, (K, 1 + D)."""
+        vectors = F.pad(_as_rows(latents), (1, 0), value=1.0)  # a column of ones counts
         sums = vectors.new_zeros(len(self.codebook), vectors.shape[1])
-        sums.index_add_(0, codes.flatten(), vectors)
-        return sums[:, -1], sums[:, :-1]
+        return sums.index_add_(0, codes.flatten(), vectors)
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, decay: float | None = None):
@@ -139,27 +142,22 @@ class VectorQuantizer(Quantizer):
         return self.ema_counts < self.restart_threshold * self.ema_counts.mean()
 
     @torch.no_grad()
-    def restart(
-        self,
-        dead: Tensor,
-        replacements: Tensor,
-        start: int | Tensor = 0,
-        step: int | Tensor = 1,
-    ):
-        """Move the dead codes to rows start, start + step, ... of replacements (≥ 1, D), with the
-        mean count of the other codes.
+    def restart(self, dead: Tensor, replacements: Tensor):
+        """Move the dead codes to their replacements, with the mean count of the other codes.
+
+        Args:
+            dead: bool (K,).
+            replacements: (K, D), whose rows of dead codes are used.
 
         Unless the statistics are reset, the next update undoes the move. The host does not wait to
         know whether any code is dead.
         """
-        num_rows = (len(replacements) - start + step - 1) // step
-        rank = (dead.cumsum(0) - 1).clamp(min=0)  # of each dead code among them
-        vectors = replacements.index_select(0, start + step * (rank % num_rows))
         alive = ~dead
         mean_count = (self.ema_counts * alive).sum() / alive.sum()
         count = torch.where(alive.any(), mean_count, torch.ones_like(mean_count))
-        sums = vectors.to(self.ema_sums) * count
-        self.codebook.copy_(torch.where(dead[:, None], vectors.to(self.codebook), self.codebook))
+        sums = replacements.to(self.ema_sums) * count
+        vectors = replacements.to(self.codebook)
+        self.codebook.copy_(torch.where(dead[:, None], vectors, self.codebook))
         self.ema_counts.copy_(torch.where(dead, count, self.ema_counts))
         self.ema_sums.copy_(torch.where(dead[:, None], sums, self.ema_sums))
 
@@ -182,7 +180,8 @@ class VectorQuantizer(Quantizer):
         for iteration in range(num_iterations):
             self.update(*self.statistics(vectors, self.encode(vectors)), decay=0.0)
             shuffled = vectors[order.roll(-size * (iteration + 1))]
-            self.restart(self.ema_counts == 0, shuffled)
+            empty = self.ema_counts == 0
+            self.restart(empty, shuffled[_rank(empty) % len(shuffled)])
         if weight is not None:
             share = weight / self.ema_counts.sum()
             self.ema_counts.mul_(share)
@@ -190,14 +189,35 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def update_from(self, latents: Tensor, codes: Tensor, gather: Callable[[Tensor], Tensor]):
-        """Update the codebook from the latents of all processes, and restart its dead codes."""
-        counts, sums = self.statistics(latents, codes)
-        self.update(gather(counts[None]).sum(0), gather(sums[None]).sum(0))
+        """Update the codebook from the latents of all processes, and restart its dead codes.
+
+        A process sends K sums and K latents, however many latents it has: the host does not know
+        how many codes are dead.
+        """
+        joined = gather(self._counts_and_sums(latents, codes)[None])  # (processes, K, 1 + D)
+        sums = joined.sum(0)
+        self.update(sums[:, 0], sums[:, 1:])
         dead = self.dead()
-        vectors = gather(latents.detach().movedim(1, -1).flatten(0, -2).float())
-        # Replacements are spread over the batch; all processes compute the same ones.
-        step = (len(vectors) // dead.sum().clamp(min=1)).clamp(min=1)
-        self.restart(dead, vectors, dead.int().argmax() % step, step)
+        # Replacements are spread over the latents of all processes.
+        vectors = _as_rows(latents)
+        num_vectors = len(joined) * len(vectors)
+        step = (num_vectors // dead.sum().clamp(min=1)).clamp(min=1)
+        start = dead.int().argmax() % step
+        num_replacements = 1 + (num_vectors - 1 - start) // step
+        rows = start + step * (_rank(dead) % num_replacements)  # (K,)
+        sent = gather(vectors[rows % len(vectors)][None])  # (processes, K, D)
+        process = (rows // len(vectors))[:, None].expand_as(sent[0])
+        self.restart(dead, sent.gather(0, process[None])[0])
+
+
+def _as_rows(latents: Tensor) -> Tensor:
+    """(B, D, ...) -> (n, D) in fp32."""
+    return latents.detach().movedim(1, -1).flatten(0, -2).float()
+
+
+def _rank(mask: Tensor) -> Tensor:
+    """The number of true entries before each true one, int64 (n,)."""
+    return (mask.cumsum(0) - 1).clamp(min=0)
 
 
 class FiniteScalarQuantizer(Quantizer):

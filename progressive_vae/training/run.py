@@ -19,8 +19,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DataLoaderConfiguration,
+    DynamoBackend,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    TorchDynamoPlugin,
     parse_flag_from_env,
 )
 from PIL.Image import Image
@@ -35,6 +37,7 @@ from ..data.code_cache import GridDataset, Manifest, write_cache
 from ..data.streaming import PixelStream
 from ..models.fingerprint import fingerprint
 from ..models.level import ProgressiveVAELevel
+from ..models.modeling_utils import BLOCK_GRAPHS
 from ..paths import replacing
 from ..serialization import read_json, write_json
 from .args import RunSettings
@@ -46,6 +49,13 @@ from .muon import has_bf16
 HISTORY = "history.json"
 PHASES = "phases.json"
 REPLACED = ".replaced"
+
+
+@dataclass
+class DynamoPlugin(TorchDynamoPlugin):
+    """Accelerate's settings of compilation, with one more argument of `torch.compile`."""
+
+    recompile_limit: int | None = None
 
 
 @dataclass
@@ -344,6 +354,7 @@ def make_accelerator(settings: RunSettings, cpu: bool = False) -> Accelerator:
             project_dir=str(output_dir), logging_dir=str(output_dir / settings.logging_dir)
         ),
     )
+    accelerator.state.dynamo_plugin = _dynamo_plugin(settings)
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError(
             f"expected {os.environ['WORLD_SIZE']} processes, got {accelerator.num_processes}"
@@ -375,6 +386,21 @@ def _precision(precision: str | None, on_cpu: bool) -> str | None:
             f"{precision!r}: Accelerate cannot change it, start another process"
         )
     return supported
+
+
+def _dynamo_plugin(settings: RunSettings) -> TorchDynamoPlugin:
+    """Return how Accelerate compiles models: as it is configured, and by regions for
+    `compile=True`."""
+    plugin = DynamoPlugin()
+    if settings.compile:
+        plugin.use_regional_compilation = True
+        if plugin.backend == DynamoBackend.NO:
+            plugin.backend = DynamoBackend.INDUCTOR
+    if plugin.use_regional_compilation:
+        for name, value in BLOCK_GRAPHS.items():
+            if getattr(plugin, name) is None:
+                setattr(plugin, name, value)
+    return plugin
 
 
 def _is_cost(cost: Any) -> bool:

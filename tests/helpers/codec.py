@@ -6,7 +6,10 @@ from progressive_vae.configuration.decoders import GUIDED_DISTRIBUTIONS, PIXEL_D
 from progressive_vae.models.quantizers import QUANTIZERS
 
 KINDS = [
-    *(decoder_fields(order) for order in ("factorized", "lattice", "masked", "raster")),
+    *(
+        decoder_fields(order)
+        for order in ("factorized", "lattice", "masked", "raster", "transformer")
+    ),
     AUXILIARY_ONLY,
     *({"quantizer": kind} for kind in QUANTIZERS),
     *({"pixel_distribution": kind} for kind in PIXEL_DISTRIBUTIONS),
@@ -16,8 +19,8 @@ KINDS = [
 
 def codec_pipeline(size, num_classes=0, **kind):
     """N = 2, colored images; z_1 is small enough for a prior and z_2 for the raster order."""
-    raster = {"decoder_type": "causal_lm"} if kind.get("ordering") == "raster" else {}
-    finest = {**kind, **(decoder_fields("lattice") if raster else {})}
+    models_codes_only = kind.get("decoder_type") in ("causal_lm", "transformer")
+    finest = {**kind, **(decoder_fields("lattice") if models_codes_only else {})}
     if kind.get("pixel_distribution") in GUIDED_DISTRIBUTIONS:
         finest["auxiliary_hidden_size"] = 8
     classes = {"num_classes": num_classes}

@@ -291,8 +291,10 @@ def parse(module: ModuleType, flags: list[str]):
             patch.setattr(module.Arguments, "__post_init__", stop)
         elif hasattr(module, "auto_cli"):
             auto_cli = module.auto_cli
-            module.auto_cli = lambda functions, args: auto_cli(
-                [only_parsed(function) for function in functions], args=args
+            patch.setattr(
+                module,
+                "auto_cli",
+                lambda functions, args: auto_cli([only_parsed(f) for f in functions], args=args),
             )
         else:
             module.parse(flags)

@@ -43,15 +43,15 @@ def tiny_level(seed: int = 0, **config) -> ProgressiveVAELevel:
 
 
 def decoder_fields(name: str) -> dict[str, str]:
-    """The config's fields of the decoder with an ordering, or with no decoder of its own."""
-    if name == "auxiliary":
-        return {"decoder_type": "auxiliary"}
+    """The config's fields of the decoder with an ordering, or of a decoder type."""
+    if name in ("auxiliary", "transformer"):
+        return {"decoder_type": name}
     return {"ordering": name, "decoder_type": "causal_lm" if name == "raster" else "conv"}
 
 
 def level_of(order, downsample, num_groups, **config):
     fields = {"downsample": downsample, "num_groups": num_groups, **decoder_fields(order)}
-    return tiny_level(**fields, **config)
+    return tiny_level(**{**fields, **config})
 
 
 def tiny_prior(seed: int = 0, **config) -> ProgressiveVAEPrior:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from functools import cache
 from pathlib import Path
 
 from accelerate.state import AcceleratorState
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 ROOT = Path(__file__).parents[2]
 
 
+@cache
 def load_script(name: str, folder: str = "examples"):
     """A script as a module; each `main` starts as a new process would."""
     path = ROOT / folder / f"{name}.py"
@@ -28,4 +30,6 @@ def load_script(name: str, folder: str = "examples"):
         main(arguments)
 
     module.main = fresh_main
+    if hasattr(module, "make_parser"):
+        module.make_parser = cache(module.make_parser)  # flags of eight levels: half a second
     return module
