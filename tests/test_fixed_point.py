@@ -42,6 +42,7 @@ def test_sums_and_products():
     x, weight, bias = numbers(3, 5, 6, 7), numbers(4, 5, 3, 3), numbers(4)
     q, k = numbers(2, 3, 5, 8), numbers(2, 3, 9, 8).flip(0)
     matrix, row = numbers(4, 7), numbers(7)
+    places = torch.tensor([3, 0, 3, 3, 1, 0, 3]).expand(x.shape)
 
     def functions():
         yield F.conv2d(x, weight, bias, stride=2, padding=1)
@@ -56,6 +57,8 @@ def test_sums_and_products():
         yield x.pow(2).mean() * torch.rsqrt(x.abs() + 1)
         yield x.cumsum(2) + torch.arange(7).cumsum(0)
         yield torch.addcmul(x, x, x)
+        yield x.scatter_add(-1, places, x) + places.scatter_add(-1, places, places)
+        yield F.cross_entropy(matrix, torch.arange(4), reduction="none")
 
     expected = [*functions()]
     with fixed_point_arithmetic():
@@ -79,7 +82,8 @@ def test_a_sum_does_not_depend_on_its_order():
 def test_inexact_operations_raise_an_error():
     x, image, places = numbers(3), numbers(1, 1, 3, 3), torch.tensor([0, 1, 0])
     for call in (lambda: torch.erf(x), lambda: x.pow(0.5), lambda: torch.add(x, x, alpha=2),
-                 lambda: torch.rsub(x, 1.0, 2), lambda: 2**x, lambda: x.scatter_add(0, places, x),
+                 lambda: torch.rsub(x, 1.0, 2), lambda: 2**x,
+                 lambda: x.scatter_reduce(0, places, x, "sum"),
                  lambda: x.index_put((places,), x, accumulate=True),
                  lambda: F.conv_transpose2d(image, image)):  # fmt: skip
         with fixed_point_arithmetic(), pytest.raises(ValueError, match="fixed-point arithmetic"):

@@ -30,6 +30,10 @@ KINDS = [
     *({"quantizer": kind, "num_channels": 1} for kind in QUANTIZERS),
     *({"pixel_distribution": kind, "num_channels": 3} for kind in PIXEL_DISTRIBUTIONS),
     *(
+        {"palette_size": 3, "pixel_distribution": kind, "num_channels": 3}
+        for kind in PIXEL_DISTRIBUTIONS
+    ),
+    *(
         {"pixel_distribution": kind, **decoder_fields(order), "num_channels": 1}
         for kind in PIXEL_DISTRIBUTIONS
         for order in PIXEL_ORDERS

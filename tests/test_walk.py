@@ -8,6 +8,7 @@ from helpers.models import (
     GUIDED,
     LOGISTICS,
     ORDER_NAMES,
+    PALETTE,
     PIXEL_ORDERS,
     decoder_fields,
     level_of,
@@ -80,6 +81,7 @@ def check_walk(walk, size, channels, group_indices):
         dict(num_channels=1, **LOGISTICS),
         dict(num_channels=3, **LOGISTICS),
         dict(num_channels=3, **GUIDED),
+        dict(num_channels=3, **PALETTE),
         dict(num_symbols=5),
         dict(num_symbols=5, decoder_type="transformer"),
     ],
@@ -260,6 +262,8 @@ ALL_GROUPS_KINDS = [
     dict(num_channels=2, pixel_logit_rank=0),
     dict(num_channels=3, **LOGISTICS),
     dict(num_channels=1, **GUIDED),
+    dict(num_channels=3, **PALETTE),
+    dict(num_channels=2, **PALETTE, **LOGISTICS),
 ]
 
 
@@ -268,18 +272,25 @@ ALL_GROUPS_KINDS = [
 def test_one_pass_for_all_groups_is_the_walk_with_teacher_forcing(
     order, downsample, num_groups, kind
 ):
-    if "pixel_distribution" in kind and order != "lattice":
+    if {"pixel_distribution", "palette_size"} & {*kind} and order != "lattice":
         return  # the config refuses it
     level = level_of(order, downsample, num_groups, **kind)
     decoder = level.decoder
+
+    def walk_log_prob(condition, finer):
+        teacher = TeacherForcing(finer)
+        decoder.walk(condition, finer.shape[-2:], teacher)
+        return teacher.log_prob()
+
     parameters = [*decoder.parameters()]
     torch.manual_seed(0)
     for size in ((6, 8), (1, 3)):
         shape = (2, level.config.value_channels, *size)
-        finer = torch.randint(level.config.num_values, shape)
+        num_values = 2 if "palette_size" in kind else level.config.num_values  # equal colors
+        finer = torch.randint(num_values, shape)
         codes = torch.randint(3, (2, *level.codes_size(size)))
         results = []
-        for log_prob in (decoder.log_prob, decoder.log_prob_of_all_groups):
+        for log_prob in (walk_log_prob, decoder.log_prob_of_all_groups):
             condition = level._condition(level.quantizer.lookup(codes), size, None)
             decoder.zero_grad()
             nats = log_prob(condition, finer)

@@ -32,15 +32,17 @@ EXACT_BITS = 53  # of integers in float64
 EXACT_OPERATIONS = set(
     """
     _local_scalar_dense _to_copy _unsafe_view abs add alias all amax amin any arange argmax
-    as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_xor cat ceil clamp
+    as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
+    bitwise_xor cat ceil clamp
     clamp_max clamp_min clone constant_pad_nd copy detach div embedding empty empty_like eq
     equal expand eye fill flip floor full full_like gather ge gt index index_copy index_put
     index_select is_same_size isfinite isnan le lift lift_fresh logical_and logical_not
     logical_or logical_xor lt masked_fill masked_select max maximum min minimum mul ne neg
     new_empty new_full new_ones new_zeros nonzero ones ones_like permute pixel_shuffle
     pixel_unshuffle reciprocal relu remainder repeat roll round rsub scalar_tensor scatter
-    select sign slice split split_with_sizes sqrt squeeze stack sub t transpose
+    select sign slice sort split split_with_sizes sqrt squeeze stack sub t topk transpose
     tril triu trunc unbind unfold unsqueeze view where zero zeros zeros_like
+    __and__ __lshift__ __or__ __rshift__
     """.split()
 )
 
@@ -218,6 +220,23 @@ def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     return _terms(x, [dim]).cumsum(dim).to(dtype or x.dtype)
 
 
+def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
+    """x plus sums of numbers of the source, whose destinations can be the same."""
+    if not x.is_floating_point():
+        return x.scatter_add(dim, index, source)
+    terms, scale = _terms(source, [dim])
+    zeros = torch.zeros(x.shape, dtype=terms.dtype, device=x.device)
+    return (x.double() + zeros.scatter_add(dim, index, terms) * scale).to(x.dtype)
+
+
+def _negative_log_likelihood(
+    log_probs: Tensor, values: Tensor, weight: Tensor | None, reduction: int, ignored: int
+) -> tuple[Tensor, Tensor]:
+    if weight is not None or reduction != 0:
+        raise ValueError("expected no weight and reduction='none' in fixed-point arithmetic")
+    return -log_probs.gather(1, values[:, None])[:, 0], log_probs.new_zeros(())
+
+
 def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,6 +405,8 @@ REPLACEMENTS: dict[str, Callable] = {
     "sum": _sum,
     "mean": _mean,
     "cumsum": _cumsum,
+    "scatter_add": _scatter_add,
+    "nll_loss_forward": _negative_log_likelihood,
     "native_layer_norm": _layer_norm,
     "_softmax": _softmax,
     "_safe_softmax": _safe_softmax,

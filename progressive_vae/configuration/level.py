@@ -38,6 +38,7 @@ MAX_TRANSFORMER_SIDE = 64  # of the finer grid, for decoder_type="transformer"
 # A larger value is a damaged or a hostile file, which would fill the memory.
 MAX_CODES = 2**20
 MAX_CHANNELS = 256
+MAX_PALETTE_CHANNELS = 3  # whose values are packed into one integer
 
 # The fields that a refit may change; the others decide the codes.
 DECODER_FIELDS = (
@@ -45,6 +46,7 @@ DECODER_FIELDS = (
     "num_layers",
     "pixel_distribution",
     "pixel_logit_rank",
+    "palette_size",
     "decoder_type",
     "ordering",
     "num_groups",
@@ -86,6 +88,9 @@ class ProgressiveVAELevelConfig(PartConfig):
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table that computes the
             logits of pixels, so that near values learn together; 0: a free logit for every value,
             which is better for few images of few gray values.
+        palette_size: with `ordering="lattice"`, a pixel may also copy the whole color of one of the
+            four nearest pixels of earlier groups, or one of so many colors that are frequent in
+            these groups: for images of few colors, such as pixel art; 0: pixels copy nothing.
         symbol_logit_rank: of codes, the rank of the table that computes their logits, those of the
             auxiliary decoder too; 0: a free logit for every code; `None`: 64 beyond 2,048 codes
             and 0 else.
@@ -156,6 +161,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     value_embed_dim: int = 16
     pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
+    palette_size: int = 0
     symbol_logit_rank: int | None = None
     decoder_type: str = "conv"
     ordering: str | None = None
@@ -258,7 +264,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     def validate_sizes(self):
         check_range(self, num_channels=1, num_symbols=1, codebook_size=1, codebook_dim=1,
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
-                     value_embed_dim=1, pixel_logit_rank=0, symbol_logit_rank=0,
+                     value_embed_dim=1, pixel_logit_rank=0, palette_size=0, symbol_logit_rank=0,
                      auxiliary_hidden_size=1, auxiliary_num_layers=0, reconstruction_weight=0,
                      commitment_weight=0, codebook_decay=0, restart_threshold=0,
                      dither=0)  # fmt: skip
@@ -286,6 +292,16 @@ class ProgressiveVAELevelConfig(PartConfig):
             raise ValueError(
                 "expected ordering='lattice' for pixel_distribution="
                 f"{self.pixel_distribution!r}, got {self.ordering!r}"
+            )
+        if self.copies_colors and self.ordering != "lattice":
+            raise ValueError(
+                f"expected ordering='lattice' for palette_size={self.palette_size}, got "
+                f"{self.ordering!r}"
+            )
+        if self.copies_colors and self.value_channels > MAX_PALETTE_CHANNELS:
+            raise ValueError(
+                f"expected num_channels of up to {MAX_PALETTE_CHANNELS} for "
+                f"palette_size={self.palette_size}, got {self.num_channels}"
             )
         if self.is_guided and not self.has_auxiliary:
             raise ValueError(
@@ -361,6 +377,11 @@ class ProgressiveVAELevelConfig(PartConfig):
         """Whether the decoder predicts pixels by a mixture of logistics around component means."""
         has_pixels = self.is_finest and self.decoder_type != "auxiliary"
         return has_pixels and self.pixel_distribution in COMPONENT_MEANS_DISTRIBUTIONS
+
+    @property
+    def copies_colors(self) -> bool:
+        """Whether pixels may copy the colors of pixels of earlier groups."""
+        return self.is_finest and self.decoder_type != "auxiliary" and self.palette_size > 0
 
     @property
     def is_guided(self) -> bool:

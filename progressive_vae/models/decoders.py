@@ -28,7 +28,7 @@ from ..configuration.level import (
 )
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
 from .conditioning import Conditioning
-from .distributions import Categorical, LowRankCategorical
+from .distributions import Categorical, CopyMixture, LowRankCategorical, joint_log_prob
 from .heads import Head, Neighborhood, make_categorical_head, make_head
 from .layers import (
     AlignedLinear,
@@ -50,6 +50,7 @@ from .orderings import (
     group_schedule,
     positions_of_all_groups,
 )
+from .palette import NO_COLOR, ColorKeys, ColorPointer, ColorSources, Palette, pack_colors
 from .transformer import KeyValueCache, TransformerLayer, attention_mask
 from .walk import StepFn, TeacherForcing, WalkStep, call_step_fn
 
@@ -140,6 +141,8 @@ class Stage(nn.Module):
         self.logits = nn.ModuleList(heads)
         # `colours` conditions each later channel on the previous one of the same pixel.
         self.colours = nn.ModuleList(AlignedLinear(embed_dim, width) for _ in range(channels - 1))
+        # The first group has no colors to copy.
+        self.pointer = None if is_first or not config.copies_colors else ColorPointer(width)
         if not is_final:
             # `take_in` adds the group's values to the state.
             self.take_in = nn.Conv2d(channels * embed_dim, width, 3, padding=1)
@@ -192,6 +195,8 @@ class GroupDecoder(Decoder):
         embedding = PixelEmbedding if config.is_finest else nn.Embedding
         if len(groups) > 1 or config.value_channels > 1:  # else no value is an input
             self.embedding = embedding(config.num_values, config.value_embed_dim)
+        if config.copies_colors:
+            self.color_keys = ColorKeys(config.value_channels, config.value_embed_dim)
         self.cell = max(config.downsample, groups[0].stride)
         # Accelerate compiles an empty list of modules into a module without an iterator.
         self.descents: Iterable[nn.Module] = ()
@@ -220,6 +225,7 @@ class GroupDecoder(Decoder):
         )
         preview = _pad(condition.preview, padded_size)
         schedule = self._schedule(size, grid.device)
+        colors: list[Tensor] = []  # packed, of the pixels of each earlier group, (B, n)
         stages = cast("Iterable[Stage]", self.stages)
         for i, ((group, valid), stage) in enumerate(zip(schedule, stages, strict=True)):
             # 1. Collect the decoded neighbors of the group's positions.
@@ -233,10 +239,19 @@ class GroupDecoder(Decoder):
             coarse_state = states.pop() if len(stage.upsample) and states else None
             state = stage(state, coarse_state, neighbors)
             # 3. Predict the group's values and write them into the grid.
-            embedded = self._walk_group(i, group, valid, stage, state, means, grid, step_fn)
+            sources = None
+            if stage.pointer is not None and neighborhood.neighbors is not None:
+                sources = self._color_sources(
+                    valid.select(neighborhood.neighbors), torch.cat(colors, 1)
+                )
+            embedded = self._walk_group(
+                i, group, valid, stage, state, means, sources, grid, step_fn
+            )
             # 4. Add the values to the state, for the groups that follow.
             if embedded is not None:
                 state = state + stage.take_in(group.scatter_features(embedded, state.shape[-2:]))
+            if self.config.copies_colors:
+                colors.append(valid.select(pack_colors(group.gather_values(grid))))
         return grid[..., : size[0], : size[1]]
 
     def _walk_group(
@@ -247,6 +262,7 @@ class GroupDecoder(Decoder):
         stage: Stage,
         state: Tensor,
         component_means: Tensor,
+        sources: ColorSources | None,
         grid: Tensor,
         step_fn: StepFn,
     ) -> Tensor | None:
@@ -257,6 +273,7 @@ class GroupDecoder(Decoder):
         Args:
             state: (B, width, h, w).
             component_means: (G, B, C, n').
+            sources: the colors that the n pixels can copy.
             grid: int64 (B, C, H, W).
 
         Returns:
@@ -266,12 +283,20 @@ class GroupDecoder(Decoder):
         features = stage.head(valid.select(group.gather_features(state), 1))  # (B, n, width)
         embedded: list[Tensor] = []
         previous_residuals = None
+        log_weights = None
+        if stage.pointer is not None and sources is not None:
+            log_weights = self._copy_weights(stage.pointer, features, sources)
         for channel, head in enumerate(stage.heads):
             means = component_means[:, :, channel]  # (G, B, n')
             step = WalkStep(group_index, channel, valid.positions)
             if len(step.positions):
                 distribution = head(F.silu(features), valid.select(means), previous_residuals)
+                if sources is not None and log_weights is not None:
+                    copies = sources.colors[:, channel]
+                    distribution = CopyMixture(log_weights, copies, distribution)
                 values = call_step_fn(step_fn, distribution, step, len(grid))  # (B, n)
+                if isinstance(distribution, CopyMixture):
+                    log_weights = distribution.posterior(values)
             else:
                 values = grid.new_zeros(len(grid), 0)
             values = valid.scatter(values)  # (B, n')
@@ -286,6 +311,23 @@ class GroupDecoder(Decoder):
                 features = features + stage.colours[channel](channel_embedding)
                 previous_residuals = valid.select(residuals)
         return torch.cat(embedded, -1)
+
+    def _color_sources(self, nearest: Tensor, packed: Tensor) -> ColorSources:
+        """The colors that pixels of a group can copy.
+
+        Args:
+            nearest: the nearest decoded values, (4, B, C, n).
+            packed: the colors of all pixels of earlier groups, (B, n').
+        """
+        palette = Palette.of_pixels(packed, self.config.value_channels, self.config.palette_size)
+        return ColorSources(nearest.long(), palette)
+
+    def _copy_weights(
+        self, pointer: ColorPointer, features: Tensor, sources: ColorSources
+    ) -> Tensor:
+        """The log-weights of a `CopyMixture`, from features of the first channel (B, n, width)."""
+        keys = self.color_keys(self.embedding(sources.palette.colors))
+        return pointer(F.silu(features), keys, sources.palette)
 
     def pyramid(self, condition: Condition, padded_size: tuple[int, int]) -> list[Tensor]:
         """The embedded condition at z's own stride, then at each coarser stride of lattices."""
@@ -319,9 +361,12 @@ class GroupDecoder(Decoder):
         """log P_Θ(finer | z) in nats, (B,).
 
         On accelerators, where each operation has a price, one pass for all groups; on processors,
-        whose caches hold the tables of a single group, the walk with teacher forcing.
+        whose caches hold the tables of a single group, the walk with teacher forcing. Whole colors
+        are compared in one operation, where a walk compares channel after channel.
         """
-        if finer.device.type == "cpu" or self.config.num_values > MANY_CODES:
+        is_copying = self.config.copies_colors and not torch.compiler.is_compiling()
+        is_on_cpu = finer.device.type == "cpu" and not is_copying
+        if is_on_cpu or self.config.num_values > MANY_CODES:
             teacher = TeacherForcing(finer)
             self.walk(condition, (finer.shape[-2], finer.shape[-1]), teacher)
             return teacher.log_prob()
@@ -371,12 +416,51 @@ class GroupDecoder(Decoder):
                     group.scatter_features(group_inputs, (state.shape[-2], state.shape[-1]))
                 )
         # 3. The heads, and the distribution of all values.
-        params = self._params_of_all_groups(joined, stages, features, embedded)  # (B, C, N, P)
+        hidden = self._hidden_of_all_groups(joined, stages, features)
+        params = self._params_of_all_groups(joined, stages, hidden, embedded)  # (B, C, N, P)
         previous = F.pad(residuals, (0, 0, 1, 0))[:, :, :-1]  # the first channel has none
-        nats = head.distribution(params, means, previous).log_prob(values)
+        nats = head.distribution(params, means, previous).log_prob(values).sum(1)  # (B, N)
+        if self.config.copies_colors:
+            nats = self._mix_copies(joined, stages, hidden, grid, values, nats)
         if joined.is_valid is not None:
             nats = nats * joined.is_valid
-        return nats.sum((1, 2))
+        return nats.sum(1)
+
+    def _mix_copies(
+        self,
+        joined: PositionsOfAllGroups,
+        stages: Sequence[Stage],
+        hidden: Sequence[Tensor],
+        grid: Tensor,
+        values: Tensor,
+        base_nats: Tensor,
+    ) -> Tensor:
+        """The nats of whole colors under a `CopyMixture`, (B, N).
+
+        Args:
+            hidden: of `_hidden_of_all_groups`.
+            values: (B, C, N).
+            base_nats: of whole colors, (B, N).
+        """
+        nearest = joined.mask_undecoded(joined.gather_neighbors(grid))  # (4, B, C, N')
+        packed = pack_colors(values)  # (B, N)
+        colors = packed
+        if joined.is_valid is not None:
+            colors = packed.masked_fill(~joined.is_valid, NO_COLOR)
+        first = stop = joined.counts[0]
+        nats = [base_nats[:, :first]]
+        for stage, features, count in zip(stages[1:], hidden[1:], joined.counts[1:], strict=True):
+            start = stop
+            stop += count
+            assert stage.pointer is not None
+            sources = self._color_sources(
+                nearest[..., start - first : stop - first], colors[:, :start]
+            )
+            log_weights = self._copy_weights(stage.pointer, features, sources)
+            is_copy = pack_colors(sources.colors) == packed[:, start:stop, None]
+            joint = joint_log_prob(log_weights, is_copy, base_nats[:, start:stop])
+            nats.append(joint.logsumexp(-1))
+        return torch.cat(nats, 1)
 
     def _component_means(
         self, joined: PositionsOfAllGroups, grid: Tensor, preview: Tensor | None
@@ -421,25 +505,34 @@ class GroupDecoder(Decoder):
             looks += apply_each(run, inputs, "unaligned").unbind()
         return looks
 
+    def _hidden_of_all_groups(
+        self, joined: PositionsOfAllGroups, stages: Sequence[Stage], features: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """`head` of the state at each group's positions, (B, n', width) each."""
+        hidden: list[Tensor] = []
+        for groups, _ in joined.runs():
+            heads = [stage.head for stage in stages[groups]]
+            hidden += apply_each(heads, torch.stack([*features[groups]])).unbind()
+        return hidden
+
     def _params_of_all_groups(
         self,
         joined: PositionsOfAllGroups,
         stages: Sequence[Stage],
-        features: Sequence[Tensor],
+        hidden: Sequence[Tensor],
         embedded: Tensor | None,
     ) -> Tensor:
         """The parameters of all distributions, (B, C, N, P), with few matrix products.
 
         Args:
-            features: the state at each group's positions, (B, n', width) each.
+            hidden: of `_hidden_of_all_groups`.
             embedded: the embedded values, (B, C, N, E).
         """
         channels = self.config.value_channels
         params = []
         for groups, positions in joined.runs():
             run = stages[groups]
-            x = apply_each([stage.head for stage in run], torch.stack([*features[groups]]))
-            by_channel = [x]  # (S, B, n, width) each
+            by_channel = [torch.stack([*hidden[groups]])]  # (S, B, n, width) each
             for channel in range(channels - 1):
                 assert embedded is not None
                 values = _split_groups(embedded[:, channel, positions], len(run))

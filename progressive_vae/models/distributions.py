@@ -14,6 +14,7 @@ The categorical distributions also have `expected_embedding(table)`: for one vec
 (V, D), the expected vector, (B, n, D).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -277,4 +278,63 @@ def _logistic_mass(edges: Tensor) -> Tensor:
     return torch.where(contains_zero, 1 - lower - upper, (lower - upper).abs())
 
 
-Distribution = Categorical | LowRankCategorical | DiscretizedLogisticMixture
+@dataclass(frozen=True)
+class CopyMixture:
+    """A mixture of K values that can be copied and a distribution of all values.
+
+    P(x) = Σ_k w_k [x = c_k] + w_0 P_0(x); a pointer sentinel mixture (Merity et al. 2016).
+
+    A pixel copies all channels from one source. Once the value of a channel is known, the
+    `posterior` has the weights of the next channel.
+
+    Args:
+        log_weights: log w_1 … log w_K and log w_0, normalized, (B, n, K + 1); −∞ for no source.
+        copies: c, int64 (B, n, K).
+        base: P_0.
+    """
+
+    log_weights: Tensor
+    copies: Tensor
+    base: "Distribution"
+
+    def log_prob(self, values: Tensor) -> Tensor:
+        return self._joint(values).logsumexp(-1)
+
+    def posterior(self, values: Tensor) -> Tensor:
+        """The log-probability of each source given the value, (B, n, K + 1)."""
+        return self._joint(values).log_softmax(-1)
+
+    def _joint(self, values: Tensor) -> Tensor:
+        is_copy = self.copies == values[..., None]
+        return joint_log_prob(self.log_weights, is_copy, self.base.log_prob(values))
+
+    def chunks(self) -> "list[CopyMixture]":
+        return [self]
+
+    @property
+    def logits(self) -> Tensor:
+        # The difference of two logits of guidance has to be a number.
+        return self.probs().clamp(min=torch.finfo(torch.float32).tiny).log()
+
+    def probs(self) -> Tensor:
+        weights = self.log_weights.exp()
+        base = weights[..., -1:] * self.base.probs()
+        return base.scatter_add(-1, self.copies, weights[..., :-1])
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return Categorical(self.logits).icdf(u)
+
+
+def joint_log_prob(log_weights: Tensor, is_copy: Tensor, base_log_prob: Tensor) -> Tensor:
+    """log P(source, value) of a `CopyMixture` for each source, (B, n, K + 1).
+
+    Args:
+        is_copy: whether the source has the value, bool (B, n, K).
+        base_log_prob: nats of the value under the base, (B, n).
+    """
+    copied = log_weights[..., :-1].masked_fill(~is_copy, -math.inf)
+    base = log_weights[..., -1] + base_log_prob
+    return torch.cat([copied, base[..., None]], -1)
+
+
+Distribution = Categorical | LowRankCategorical | DiscretizedLogisticMixture | CopyMixture

@@ -30,6 +30,7 @@ class RefitSection:
     num_layers: int | None = None
     pixel_distribution: str | None = None
     pixel_logit_rank: int | None = None
+    palette_size: int | None = None
     decoder_type: str | None = None
     ordering: str | None = None
     num_groups: int | None = None
@@ -59,6 +60,7 @@ class LevelSection:
     value_embed_dim: int = 16
     pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
+    palette_size: int = 0
     symbol_logit_rank: int | None = None
     decoder_type: str = "conv"
     ordering: str | None = None

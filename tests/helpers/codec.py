@@ -1,6 +1,6 @@
 """Pipelines of each kind of level, for the codec."""
 
-from helpers.models import AUXILIARY_ONLY, decoder_fields, tiny_level, tiny_prior
+from helpers.models import AUXILIARY_ONLY, PALETTE, decoder_fields, tiny_level, tiny_prior
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.configuration.decoders import GUIDED_DISTRIBUTIONS, PIXEL_DISTRIBUTIONS
 from progressive_vae.models.quantizers import QUANTIZERS
@@ -13,6 +13,7 @@ KINDS = [
     AUXILIARY_ONLY,
     *({"quantizer": kind} for kind in QUANTIZERS),
     *({"pixel_distribution": kind} for kind in PIXEL_DISTRIBUTIONS),
+    PALETTE,
 ]
 
 

@@ -21,6 +21,7 @@ CODE_ORDERS = [
 ORDER_NAMES = "order, downsample, num_groups"
 LOGISTICS = {"pixel_distribution": "logistic_mixture"}
 GUIDED = {"pixel_distribution": "guided_logistic_mixture", "auxiliary_hidden_size": 8}
+PALETTE = {"palette_size": 3}
 AUXILIARY = {"auxiliary_hidden_size": 8}
 AUXILIARY_ONLY = {**AUXILIARY, "decoder_type": "auxiliary"}
 
