@@ -39,6 +39,7 @@ from progressive_vae.codec.progressive import progressive_previews
 from progressive_vae.evaluation.image_codecs import LOSSLESS, codec_roundtrip
 from progressive_vae.image_files import open_image
 from progressive_vae.image_processor import from_pixel_values, resize_and_convert
+from progressive_vae.models.sampling import per_factor
 from progressive_vae.models.value_types import uint8_to_signed
 from progressive_vae.paths import expand_home
 from progressive_vae.scripts import default_device, run_script
@@ -154,6 +155,9 @@ class Page:
         self.max_images = max(1, min(MAX_IMAGES, MAX_SAMPLED_PIXELS // (height * width)))
         self.has_previews = pipe.stack.has_previews
         self.tile_size = max(96, min(width, 256))
+        settings = {"temperature": 1.0, "top_p": 1.0, "guidance_scale": 1.0}
+        settings |= pipe.config["sampling"] or {}
+        self.settings = per_factor(pipe.factor_names, **settings)  # at first, of each factor
 
     def name(self, i: int) -> str:
         """Return the name of the variable of factor i."""
@@ -198,6 +202,7 @@ class Page:
                 conditioning,
                 noise,
                 temperature=controls[i],
+                top_p=1.0 if controls[i] == 1 else self.settings[i]["top_p"],
                 guidance_scale=controls[num_factors + i],
             )
             grids.append(grid)
@@ -371,14 +376,19 @@ def sample_tab(page: Page, demo: gr.Blocks, queue: dict):
             with gr.Accordion("Temperature of each factor", open=False):
                 gr.Markdown("1 is the model's distribution; 0 takes the most probable values.")
                 temperature = [
-                    gr.Slider(0, 2, 1, step=0.05, label=name) for name, _ in page.factors
+                    gr.Slider(0, 2, settings["temperature"], step=0.05, label=name)
+                    for settings, (name, _) in zip(page.settings, page.factors, strict=True)
                 ]
             has_guidance = any(is_conditional for _, is_conditional in page.factors)
             with gr.Accordion("Classifier-free guidance", open=False, visible=has_guidance):
                 gr.Markdown("Scales above 1 strengthen the class of class-conditional factors.")
                 guidance = [
-                    gr.Slider(1, 5, 1, step=0.1, label=name, visible=is_conditional)
-                    for name, is_conditional in page.factors
+                    gr.Slider(
+                        0, 5, settings["guidance_scale"], step=0.1, label=name, visible=is_visible
+                    )
+                    for settings, (name, is_visible) in zip(
+                        page.settings, page.factors, strict=True
+                    )
                 ]
         with gr.Column(scale=3):
             samples = gr.HTML(elem_id="samples")

@@ -67,6 +67,7 @@ from progressive_vae.paths import expand_home, make_folder
 from progressive_vae.scripts import run_script, save_image
 from progressive_vae.serialization import read_json, write_json, write_text
 from progressive_vae.training import train
+from progressive_vae.training.budget import TimeBudget
 from progressive_vae.training.cli import read_flags
 from progressive_vae.training.lock import locked
 from progressive_vae.training.muon import has_bf16
@@ -89,7 +90,7 @@ class Arguments:
             numbers of steps are ignored.
         dataset_name: replaces that of the recipe.
         train_data_dir: replaces that of the recipe.
-        train_minutes: for each of the two models.
+        train_minutes: for each of the two models, of which the same part is for metrics.
         num_drawn: number of samples for each metric.
         num_drawn_to_learn_from: samples to train a classifier on; 0: none.
         classifier_steps: for each classifier.
@@ -129,7 +130,7 @@ def trained_baseline(
         for name, part in model.parts().items():
             part.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return model, read_json(folder / "costs.json", _REMEDY)
-    costs = model.fit(run.pixels["train"], 60 * minutes, dtype)
+    costs = model.fit(run.pixels["train"], TimeBudget(minutes).fit_seconds, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in model.parts().items():
         state = {key: value.contiguous().clone() for key, value in part.state_dict().items()}

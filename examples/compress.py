@@ -5,186 +5,142 @@
 # [tool.uv.sources]
 # progressive-vae = { path = "..", editable = true }
 # ///
-"""Lossless compression of a folder of images, or of a dataset, into one file.
+"""Lossless compression of a folder, or of a dataset of images, into one archive.
 
-    python examples/compress.py pack photos photos.parquet --model you/photos
-    python examples/compress.py unpack photos.parquet restored --model you/photos
+    python examples/compress.py pack photos photos.pvae --model you/photos
+    python examples/compress.py contents photos.pvae
+    python examples/compress.py unpack photos.pvae restored --model you/photos
     python examples/compress.py grow photo.png progressive.png --model you/photos
 
-Images of any size are cut into tiles of the model's size. The file is a table with a row for each
-image: its name, its size, its color profile, and the streams of `pipe.compress`, one for each tile.
-The same command resumes after an interruption. Images that cannot be read, or not converted to the
-model's mode without loss, are left out and listed with the reason.
+Every file of the folder is in the archive: images as streams of the model where these lose nothing
+and are shorter than the file, all else as it is. The same command continues after an interruption.
 """
 
-import glob
-import hashlib
-import json
-import math
-import os
-import shutil
-import zlib
+import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.codec import archive
+from progressive_vae.codec.container import ArchiveReader
+from progressive_vae.codec.exact_image import read_exact_image
+from progressive_vae.codec.folder import Source, printable, source_of_file, sources_of_folder
 from progressive_vae.codec.progressive import progressive_previews
-from progressive_vae.data.dataset import decode
 from progressive_vae.evaluation.image_codecs import LOSSLESS, LOSSY, codec_roundtrip
 from progressive_vae.evaluation.likelihood import psnr_of
-from progressive_vae.image_files import (
-    MODES,
-    convert_image,
-    image_array,
-    is_utf8,
-    list_files,
-    printable,
-)
-from progressive_vae.paths import expand_home, replacing
+from progressive_vae.image_files import MODES, convert_image, image_array, open_image
+from progressive_vae.paths import expand_home
 from progressive_vae.scripts import default_device, run_script
-from progressive_vae.serialization import read_json, write_json
 
 MODEL = str(Path(__file__).parent / "fashion_mnist")
-COLOR_SPACES = {"L": b"GRAY", "RGB": b"RGB "}  # of ICC profiles, in bytes 16 to 20
-SCHEMA = pa.schema(
-    {
-        "name": pa.string(),
-        "height": pa.int32(),
-        "width": pa.int32(),
-        "crc": pa.uint32(),  # of the pixels
-        "tiles": pa.list_(pa.binary()),
-        "icc_profile": pa.binary(),
-    }
-)
-# Files of versions that stored no color profiles.
-SCHEMA_WITHOUT_PROFILES = pa.schema([field for field in SCHEMA if field.name != "icc_profile"])
-LEFT_OUT = b"left_out"  # metadata key of a part: names and reasons
-BATCH_SIZE = 256  # tiles that are in memory together
+PRICE = {
+    "integer": "any CPU reads it; packing and unpacking take about six times as long as with "
+    "--arithmetic float",
+    "float": "only machines of the same kind read it, with the same version of torch",
+}
 
 
 def pack(
     source: str,
     file: str,
     model: str = MODEL,
-    split: str = "test",
-    max_pictures: int | None = None,
-    pictures_per_part: int = 1024,
-    arithmetic: str = "float",
+    split: str | None = None,
+    max_files: int | None = None,
+    arithmetic: str = "integer",
+    verify: bool = True,
     beside_files: bool = True,
 ):
-    """Compress images into one file, and print its size beside those of PNG, WebP and JPEG-XL.
+    """Compress a folder into one archive, and print its size beside those of PNG, WebP and JPEG-XL.
 
     Args:
-        source: a folder of images, one image, or a dataset: its name, or a folder that has only
-            parquet files.
-        file: parquet file to write.
+        source: a folder or a file; with `split`, a dataset: its name or its folder.
+        file: archive to write.
         model: a pipeline's folder, or its repository on the Hub.
         split: of a dataset.
-        max_pictures: compress at most this many images.
-        pictures_per_part: images that are compressed again at most after an interruption.
-        arithmetic: "float", decoded on the same kind of machine only, or "integer", several times
-            slower and portable between machines.
-        beside_files: encode all images in the other formats, which takes longest.
+        max_files: pack at most so many files.
+        arithmetic: "integer", which any CPU reads, or "float", faster and for the same kind of
+            machine.
+        verify: decode all streams before the archive is complete.
+        beside_files: also encode all images in the other formats.
     """
-    file = expand_home(file, "file")
-    if Path(file).exists():
-        raise ValueError(f"expected file that does not exist yet, got {file}")
-    folder = Path(f"{file}.parts")
+    path = Path(expand_home(file, "file"))
+    sources = sources_of(source, split, path)[:max_files]
+    if not sources:
+        raise ValueError(f"expected files in {source}, got none")
     pipe = loaded(model)
-    own_files = [folder, Path(f"{file}.incomplete")]
-    images, left_out = named_images(source, split, max_pictures, own_files)
-    names = hashlib.sha256("\n".join(targets(images["name"])).encode()).hexdigest()
-    settings = {
-        "source": source,
-        "split": split,
-        "model": pipe.stream_id(arithmetic),
-        "names": names,
-        "pictures_per_part": pictures_per_part,
-    }
-    check_settings(folder, settings)
-
-    tables = packed_parts(pipe, images, folder, pictures_per_part, arithmetic)
-    table = pa.concat_tables([part.replace_schema_metadata() for part in tables])
-    if not len(table):
-        raise ValueError(f"expected images of mode {mode_of(pipe)} in {source}, got none")
-    write_table(table, Path(file))
-    shutil.rmtree(folder)
-
-    for part in tables:
-        left_out += json.loads(part.schema.metadata[LEFT_OUT])
-    for name in left_out:
-        print(f"left out {name}")
-    print(sizes(pipe, table, Path(file), images if beside_files else None))
+    begun = time.perf_counter()
+    print(f"arithmetic {arithmetic}: {PRICE.get(arithmetic, '')}")
+    with progress_bar("pack", sum(item.size for item in sources)) as bar:
+        result = archive.pack(pipe.stack, sources, path, model, arithmetic, verify, bar.update)
+    seconds = time.perf_counter() - begun
+    for (method, reason), count in result.counts.most_common():
+        print(f"{count} as {method}: {reason}")
+    if result.num_wrong:
+        print(f"{result.num_wrong} tiles were not decoded to their pixels and are stored as pixels")
+    for name in result.changed:
+        print(f"changed after it was packed: {printable(name)}")
+    for name, reason in result.absent:
+        print(f"not in the archive: {printable(name)}: {reason}")
+    print(sizes(sources, path, seconds, beside_files))
 
 
-def check_settings(folder: Path, settings: dict):
-    """Write the settings of the parts in `folder`.
-
-    Raises:
-        ValueError: it holds parts of other settings.
-    """
-    path = folder / "settings.json"
-    if path.is_file() and (previous := read_json(path, "delete its folder")) != settings:
-        raise ValueError(
-            f"expected parts of {settings} in {folder}, got those of {previous}: delete them"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-
-
-def unpack(file: str, output_dir: str, model: str = MODEL):
-    """Restore the images of a file as PNG files; files that exist are not overwritten.
+def unpack(
+    file: str,
+    output_dir: str,
+    model: str = MODEL,
+    only: str | None = None,
+    preview: int | None = None,
+):
+    """Restore the files of an archive; files that exist are not overwritten.
 
     Args:
         file: of `pack`.
         output_dir: folder to write to.
         model: the pipeline that compressed the images.
+        only: a name, a folder, or a pattern with * and ?.
+        preview: k: only previews of images, from the codes z_1 … z_k.
     """
-    pipe = loaded(model)
-    table = pq.read_table(expand_home(file, "file"))
-    if not (table.schema.equals(SCHEMA) or table.schema.equals(SCHEMA_WITHOUT_PROFILES)):
-        raise ValueError(
-            f"expected {file} of compressed images, got a table of {table.schema.names}"
-        )
+    path = Path(expand_home(file, "file"))
     folder = Path(expand_home(output_dir, "output_dir"))
-    all_rows = table.to_pylist()
-    # Earlier versions wrote names on Windows with backslashes.
-    names = [name.replace("\\", "/") for name in table["name"].to_pylist()]
-    for row, target in zip(all_rows, targets(names), strict=True):
-        row["path"] = folder / target
-        if not row["path"].resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"expected names inside a folder in {file}, got {row['name']!r}")
-        sides = zip((row["height"], row["width"]), pipe.image_shape[1:], strict=True)
-        if math.prod(-(-n // side) for n, side in sides) != len(row["tiles"]) or not row["tiles"]:
-            raise ValueError(
-                f"expected {row['name']!r} in tiles of {pipe.image_shape[1:]}, got "
-                f"{len(row['tiles'])} of {row['height']}×{row['width']}"
-            )
-    rows = [row for row in all_rows if not row["path"].is_file()]
-    with tqdm(total=len(table), initial=len(table) - len(rows), desc="unpack") as progress:
-        for group in batches_of(rows):
-            tiles = pipe.decompress([tile for row in group for tile in row["tiles"]])
-            counts = [len(row["tiles"]) for row in group]
-            for row, part in zip(group, tiles.split(counts), strict=True):
-                image = join_tiles(part, row["height"], row["width"])
-                if (crc := zlib.crc32(image.tobytes())) != row["crc"]:
-                    raise ValueError(f"expected the CRC {row['crc']} of {row['name']!r}, got {crc}")
-                save(image, row["path"], row.get("icc_profile"))
-            progress.update(len(group))
-    print(f"wrote {len(table)} images to {output_dir}")
+    result = restored(path, folder, model, only, preview)
+    report(result, f"wrote {result.written} files to {output_dir}")
+
+
+def verify(file: str, model: str = MODEL):
+    """Decode all files of an archive, and compare them with their checksums.
+
+    Args:
+        file: of `pack`.
+        model: the pipeline that compressed the images.
+    """
+    result = restored(Path(expand_home(file, "file")), None, model)
+    report(result, f"decoded {result.written} files")
+
+
+def contents(file: str):
+    """Print how an archive was made, and how and why each file is stored.
+
+    Args:
+        file: of `pack`.
+    """
+    with ArchiveReader(Path(expand_home(file, "file"))) as reader:
+        print(", ".join(f"{name} {value}" for name, value in reader.header.items()))
+        if reader.problem:
+            print(reader.problem)
+        for files in archive.stored_files(reader):
+            for row, _ in files:
+                name = printable(row.name)
+                print(f"{row.length} of {row.size} bytes, {row.method}: {name}: {row.reason}")
 
 
 def grow(image: str, file: str, model: str = MODEL):
@@ -196,11 +152,13 @@ def grow(image: str, file: str, model: str = MODEL):
         model: a pipeline's folder, or its repository on the Hub.
     """
     pipe = loaded(model)
-    image = expand_home(image, "image")
+    path = expand_home(image, "image")
+    mode = MODES[pipe.image_shape[0]]
     try:
-        array, _ = pixels_of({"bytes": None, "path": image}, pipe.image_shape[0])
+        conversion = convert_image(open_image(Path(path).read_bytes()).image, mode)
     except ValueError as error:
-        raise ValueError(f"expected image of mode {mode_of(pipe)}, got {image}: {error}") from error
+        raise ValueError(f"expected image of mode {mode}, got {path}: {error}") from error
+    array = image_array(conversion.image).transpose(1, 2, 0)
     stream = pipe.compress(array[None])[0]
     decoded = dict[str, np.ndarray]()
     for k, (length, preview) in enumerate(progressive_previews(pipe.stack, array[None], stream), 1):
@@ -211,8 +169,8 @@ def grow(image: str, file: str, model: str = MODEL):
         with suppress(ImportError):  # imagecodecs is not installed
             options = ({"distance" if name == "JPEG-XL" else "quality": q} for q in qualities)
             files = [codec_roundtrip(name, array.squeeze(), option) for option in options]
-            contents, pixels = min(files, key=lambda pair: len(pair[0]))
-            decoded[f"{name}: {len(contents)} bytes"] = pixels.reshape(array.shape)
+            data, pixels = min(files, key=lambda pair: len(pair[0]))
+            decoded[f"{name}: {len(data)} bytes"] = pixels.reshape(array.shape)
     captioned = {}
     for name, pixels in decoded.items():
         error = np.square(pixels - array.astype(float)).mean()
@@ -221,106 +179,138 @@ def grow(image: str, file: str, model: str = MODEL):
     print("\n".join(captioned))
 
 
-# ---- images --------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
-def named_images(
-    source: str, split: str, max_images: int | None, own_files: list[Path]
-) -> tuple[datasets.Dataset, list[str]]:
-    """Return rows of "name" and "image", whose files are not read yet, and a message for each name
-    that cannot be stored.
+def sources_of(source: str, split: str | None, file: Path) -> list[Source]:
+    """Return the files of a folder or of a dataset, without the archive's own ones."""
+    path = Path(expand_home(source, "source"))
+    if split is not None:
+        return dataset_sources(str(path) if path.exists() else source, split)
+    if path.is_dir():
+        suffixes = ("", ".partial", ".partial.lock", ".journal")
+        own_files = {file.resolve().with_name(file.name + suffix) for suffix in suffixes}
+        return [*sources_of_folder(path.absolute(), own_files)]
+    if path.exists():
+        return [source_of_file(path, path.name)]
+    raise ValueError(
+        f"expected source to be a folder or a file, got {source!r}, which does not exist; "
+        "--split is for datasets"
+    )
+
+
+def dataset_sources(name: str, split: str) -> list[Source]:
+    """Return the image files of a dataset."""
+    table = datasets.load_dataset(name, split=split)
+    columns = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    if not columns:
+        raise ValueError(f"expected a dataset of images, got columns {table.column_names}")
+    images = table.cast_column(columns[0], datasets.Image(decode=False))[columns[0]]
+    sources = []
+    for i, image in enumerate(images):
+        name = f"{i:08d}{Path(image['path'] or '').suffix}"
+        if image["bytes"] is None:
+            sources.append(source_of_file(Path(image["path"]), name))
+        else:
+            load = partial(bytes_of, images, i)  # read again when it is packed
+            sources.append(Source(name, load, len(image["bytes"])))
+    return sources
+
+
+def bytes_of(images: datasets.Dataset, i: int) -> bytes:
+    return images[i]["bytes"]
+
+
+def loaded(model: str) -> ProgressiveVAEPipeline:
+    pipe = ProgressiveVAEPipeline.from_pretrained(model)
+    pipe.to(default_device()).set_progress_bar_config(disable=True)
+    return pipe
+
+
+def progress_bar(name: str, size: int) -> tqdm:
+    return tqdm(total=size, desc=name, unit="B", unit_scale=True)
+
+
+def restored(
+    path: Path,
+    folder: Path | None,
+    model: str,
+    only: str | None = None,
+    preview: int | None = None,
+) -> archive.Unpacking:
+    with ArchiveReader(path):  # the error of another file, before a model is loaded
+        pass
+    pipe = loaded(model)
+    with progress_bar("unpack", path.stat().st_size) as bar:
+        return archive.unpack(pipe.stack, path, folder, only, preview, bar.update)
+
+
+def report(result: archive.Unpacking, summary: str):
+    """Print what happened to the files.
 
     Args:
-        own_files: files and folders of this script, which may be inside the source.
-    """
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"expected max_pictures >= 1, got {max_images}")
-    path = Path(expand_home(source, "source"))
-    folder = path
-    files = list[Path]()
-    if path.is_file():
-        folder = path.parent
-        files = [path]
-    elif path.is_dir():
-        files = [f for f in list_files(path, hidden=True) if not {f, *f.parents} & {*own_files}]
-    elif path.is_absolute() or source.startswith((".", "~")):
-        raise ValueError(
-            f"expected source to be a folder, an image or a dataset, got {source!r}, which does "
-            "not exist"
-        )
-    left_out = list[str]()
-    if path.is_dir() and not files:
-        raise ValueError(f"expected images in {source}, got none")
-    if any(file.suffix != ".parquet" for file in files):
-        reasons = {file: unusable_name(file.relative_to(folder)) for file in files}
-        left_out = [
-            f"{printable(file.relative_to(folder))}: {reason}"
-            for file, reason in reasons.items()
-            if reason
-        ]
-        files = [file for file in files if not reasons[file]]
-        columns = {
-            "name": [file.relative_to(folder).as_posix() for file in files],
-            "image": [{"bytes": None, "path": str(file)} for file in files],
-        }
-        table = datasets.Dataset.from_dict(columns)
-    else:
-        table = open_table(glob.escape(str(path)) if files else source, split)
-    if not len(table):
-        raise ValueError(f"expected images in {source}, got none")
-    return table.select(range(min(len(table), max_images or len(table)))), left_out
-
-
-def unusable_name(name: Path) -> str | None:
-    """Return the reason why a name cannot be stored, if there is one."""
-    if not is_utf8(name):
-        return "its name is not UTF-8"
-    if os.sep == "/" and "\\" in str(name):
-        return "its name has a backslash, which separates folders elsewhere"
-    return None
-
-
-def open_table(name: str, split: str) -> datasets.Dataset:
-    """Return the images of a dataset as rows of "name" and "image"."""
-    table = datasets.load_dataset(name, split=split)
-    images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
-    if not images:
-        raise ValueError(f"expected a dataset of images, got columns {table.column_names}")
-    table = table.select_columns(images[:1])
-    if images[0] != "image":
-        table = table.rename_column(images[0], "image")
-    table = table.cast_column("image", datasets.Image(decode=False))
-    return table.add_column("name", [f"{i:08d}" for i in range(len(table))])
-
-
-def mode_of(pipe: ProgressiveVAEPipeline) -> str:
-    return MODES[pipe.image_shape[0]]
-
-
-def targets(names: list[str]) -> list[str]:
-    """Return the names of the PNG files that `unpack` writes."""
-    targets = [name if name.endswith(".png") else f"{name}.png" for name in names]
-    if duplicates := [name for name, count in Counter(targets).items() if count > 1]:
-        raise ValueError(f"expected names that differ as PNG files, got {duplicates[:5]} twice")
-    return targets
-
-
-def pixels_of(image: dict, num_channels: int) -> tuple[np.ndarray, bytes | None]:
-    """Return the pixels of an image file, uint8 (H, W, C), and its color profile.
+        summary: the first words.
 
     Raises:
-        ValueError: it cannot be read, or not without loss; the message is the reason.
+        ValueError: some were not restored.
     """
-    opened = decode(image)
-    mode = MODES[num_channels]
-    conversion = convert_image(opened.image, mode)
-    if opened.omissions or not conversion.is_lossless:
-        losses = [*opened.omissions, *conversion.steps]
-        raise ValueError(f"not without loss: {', '.join(losses)}")
-    profile = opened.image.info.get("icc_profile") or None
-    if profile is not None and profile[16:20] != COLOR_SPACES[mode]:
-        raise ValueError(f"its color profile is not for pixels of mode {mode}")
-    return image_array(conversion.image).transpose(1, 2, 0), profile
+    print(f"{summary}, {result.unchanged} were there already")
+    if result.skipped:
+        print(f"{result.skipped} files have no preview")
+    for name in result.differing:
+        print(f"another file of this name exists: {printable(name)}")
+    for name, reason in result.absent:
+        print(f"not in the archive: {printable(name)}: {reason}")
+    for name, reason in result.failed:
+        print(f"not restored: {printable(name)}: {reason}")
+    if result.failed:
+        names = ", ".join(printable(name) for name, _ in result.failed[:5])
+        raise ValueError(
+            f"expected to restore all files, got {len(result.failed)} that failed: {names}"
+        )
+
+
+def sizes(sources: list[Source], path: Path, seconds: float, beside_files: bool) -> str:
+    """Return a table of bytes and seconds of the folder, of other formats, and of the archive.
+
+    In the other formats, an image that is not smaller remains the file that it is.
+    """
+    num_bytes = Counter({"the folder": sum(source.size for source in sources)})
+    times = Counter[str]()
+    for source in sources if beside_files else []:
+        array = pixels_of(source)
+        for name, options in LOSSLESS.items():
+            with suppress(ImportError):  # imagecodecs is not installed
+                length = source.size
+                if array is not None:
+                    begun = time.perf_counter()
+                    length = min(length, len(codec_roundtrip(name, array, options)[0]))
+                    times[name] += time.perf_counter() - begun
+                num_bytes[name] += length
+    num_bytes[path.name] = path.stat().st_size
+    times[path.name] = seconds
+    folder_size = max(1, num_bytes["the folder"])
+    lines = [
+        f"| {name} | {size} | {size / folder_size:.3f} | {times[name]:.1f} |"
+        for name, size in num_bytes.items()
+    ]
+    title = f"| {len(sources)} files | bytes | share | seconds |"
+    return "\n".join([title, "|---|---|---|---|", *lines])
+
+
+def pixels_of(source: Source) -> np.ndarray | None:
+    """Return the pixels of an image that the archive may hold as streams."""
+    if source.problem or source.is_folder or source.size > archive.MAX_IMAGE_FILE:
+        return None
+    try:
+        with source.open() as file:
+            pixels = read_exact_image(file.read()).pixels
+    except (ValueError, OSError):
+        return None
+    return pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels
+
+
+# ---- images --------------------------------------------------------------------------------------
 
 
 def as_array(image: Tensor) -> np.ndarray:
@@ -329,12 +319,6 @@ def as_array(image: Tensor) -> np.ndarray:
 
 def as_pil(array: np.ndarray) -> PIL.Image.Image:
     return PIL.Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-
-
-def save(array: np.ndarray, path: Path, profile: bytes | None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        as_pil(array).save(temporary, "PNG", icc_profile=profile)
 
 
 def side_by_side(images: dict[str, np.ndarray], scale: int = 3) -> PIL.Image.Image:
@@ -350,135 +334,8 @@ def side_by_side(images: dict[str, np.ndarray], scale: int = 3) -> PIL.Image.Ima
     return row
 
 
-# ---- tiles ---------------------------------------------------------------------------------------
-
-
-def split_tiles(image: np.ndarray, size: tuple[int, int]) -> Tensor:
-    """Return the tiles of an image, uint8 (H, W, C) -> (n, C, h, w), in raster order, padded by
-    repeating the border."""
-    padding = [(0, -n % side) for n, side in zip(image.shape[:2], size, strict=True)]
-    padded = torch.from_numpy(np.pad(image, [*padding, (0, 0)], "edge"))
-    rows = padded.unflatten(0, (-1, size[0])).unflatten(2, (-1, size[1]))  # (R, h, S, w, C)
-    return rows.permute(0, 2, 4, 1, 3).flatten(0, 1)
-
-
-def join_tiles(tiles: Tensor, height: int, width: int) -> np.ndarray:
-    """Return the image of tiles, uint8 (n, C, h, w) -> (H, W, C): the inverse of `split_tiles`."""
-    rows = tiles.unflatten(0, (-1, -(-width // tiles.shape[-1])))  # (R, S, C, h, w)
-    padded = rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return padded[:height, :width].numpy()
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def packed_parts(
-    pipe: ProgressiveVAEPipeline,
-    images: datasets.Dataset,
-    folder: Path,
-    part_size: int,
-    arithmetic: str,
-) -> list[pa.Table]:
-    """Return tables of compressed images, which are also written to `folder`; the tables of an
-    interrupted call are read from there."""
-    tables = []
-    with tqdm(total=len(images), desc="pack") as progress:
-        for start in range(0, len(images), part_size):
-            path = folder / f"{start:08d}.parquet"
-            part = images.select(range(start, min(start + part_size, len(images))))
-            if path.is_file():
-                progress.update(len(part))
-            else:
-                write_table(packed(pipe, part, arithmetic, progress), path)
-            tables.append(pq.read_table(path))
-    return tables
-
-
-def packed(
-    pipe: ProgressiveVAEPipeline, images: datasets.Dataset, arithmetic: str, progress: tqdm
-) -> pa.Table:
-    """Return a table of compressed images, with the images that are left out as metadata."""
-    rows = list[dict]()
-    pending = list[Tensor]()  # the tiles of the last rows, which are compressed as one batch
-    left_out = list[str]()
-
-    def flush():
-        batch = pipe.compress(torch.cat(pending), arithmetic=arithmetic) if pending else []
-        streams = iter(batch)
-        for row, tiles in zip(rows[len(rows) - len(pending) :], pending, strict=True):
-            row["tiles"] = [next(streams) for _ in tiles]
-        progress.update(len(pending))
-        pending.clear()
-
-    for name, image in zip(images["name"], images["image"], strict=True):
-        try:
-            pixels, profile = pixels_of(image, pipe.image_shape[0])
-        except ValueError as reason:
-            left_out.append(f"{name}: {reason}")
-            progress.update()
-            continue
-        pending.append(split_tiles(pixels, pipe.image_shape[1:]))
-        height, width, _ = pixels.shape
-        crc = zlib.crc32(pixels.tobytes())
-        row = {"name": name, "height": height, "width": width, "crc": crc, "icc_profile": profile}
-        rows.append(row)
-        if sum(map(len, pending)) >= BATCH_SIZE:
-            flush()
-    flush()
-    return pa.Table.from_pylist(rows, SCHEMA.with_metadata({LEFT_OUT: json.dumps(left_out)}))
-
-
-def batches_of(rows: list[dict]) -> Iterator[list[dict]]:
-    """Yield groups of rows that have at least `BATCH_SIZE` tiles together."""
-    group: list[dict] = []
-    for row in rows:
-        group.append(row)
-        if sum(len(member["tiles"]) for member in group) >= BATCH_SIZE:
-            yield group
-            group = []
-    if group:
-        yield group
-
-
-def write_table(table: pa.Table, path: Path):
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
-
-
-def loaded(model: str) -> ProgressiveVAEPipeline:
-    pipe = ProgressiveVAEPipeline.from_pretrained(model)
-    pipe.to(default_device()).set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sizes(
-    pipe: ProgressiveVAEPipeline, table: pa.Table, file: Path, images: datasets.Dataset | None
-) -> str:
-    """Return a table of bytes and bits/dim.
-
-    Args:
-        images: to encode in other formats; `None`: no comparison.
-    """
-    rows = table.to_pylist()
-    num_dims = sum(row["height"] * row["width"] for row in rows) * pipe.image_shape[0]
-    streams = sum(len(tile) for row in rows for tile in row["tiles"])
-    num_bytes = Counter({file.name: file.stat().st_size, "its streams": streams})
-    compressed = {row["name"] for row in rows}
-    for row in images or []:
-        if row["name"] not in compressed:
-            continue
-        array, _ = pixels_of(row["image"], pipe.image_shape[0])
-        array = array.squeeze(-1) if array.shape[-1] == 1 else array
-        for name, options in LOSSLESS.items():
-            with suppress(ImportError):  # imagecodecs is not installed
-                num_bytes[f"{name} files"] += len(codec_roundtrip(name, array, options)[0])
-    lines = [f"| {name} | {size} | {8 * size / num_dims:.4f} |" for name, size in num_bytes.items()]
-    title = f"| {len(rows)} images | bytes | bits/dim |"
-    return "\n".join([title, "|---|---|---|", *lines])
-
-
 def main(words: list[str]):
-    auto_cli([pack, unpack, grow], args=words)
+    auto_cli([pack, contents, unpack, verify, grow], args=words)
 
 
 if __name__ == "__main__":

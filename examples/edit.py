@@ -51,7 +51,9 @@ class Arguments:
         default_factory=lambda: [64],
         metadata={"help": "particles of each inpainting: one number, or one for each factor"},
     )
-    temperature: float = field(default=1.0, metadata={"help": "of variations and interpolations"})
+    temperature: float | None = field(
+        default=None, metadata={"help": "of variations and interpolations; by default the model's"}
+    )
     seed: int = 0
     output: str = "editing.png"
 

@@ -36,8 +36,12 @@ class Arguments:
         default=None, metadata={"help": "names or ids of classes; all by default"}
     )
     num_images_per_prompt: int = field(default=10, metadata={"help": "images of each class"})
-    guidance_scale: float = field(default=1.0, metadata={"help": "of classifier-free guidance"})
-    temperature: float = 1.0
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "of classifier-free guidance; by default the model's"}
+    )
+    temperature: float | None = field(
+        default=None, metadata={"help": "by default the model's; 1: its exact distribution"}
+    )
     top_p: float | None = None
     preview: bool = field(
         default=False, metadata={"help": "sample codes only, and show their preview"}

@@ -103,7 +103,7 @@ def next_commands(recipe: Recipe) -> list[str]:
     return [
         f"python examples/sample.py --model {folder}",
         f"python examples/evaluate.py --model {folder} {shlex.join(data_flags)}",
-        f"python examples/compress.py pack {images} images.parquet --model {folder}",
+        f"python examples/compress.py pack {images} images.pvae --model {folder}",
         f"hf upload NAME {folder} .",
     ]
 

@@ -24,12 +24,15 @@ from .models.prior import ProgressiveVAEPrior
 from .models.sampling import Generators, as_generators, part_of, per_factor
 from .pipeline_inputs import (
     ProgressiveVAEPipelineOutput,
+    Sampling,
     as_grids,
     callback_codes,
     check_outputs,
+    check_sampling,
     is_codes,
     per_factor_sampling_kwargs,
     prompt_inputs,
+    with_sampling_defaults,
 )
 from .stack import LevelStack
 
@@ -61,6 +64,12 @@ class ProgressiveVAEPipeline(HubPipeline):
         prior: `P_Φ(z_1)`; without it (`None`) everything works that needs no prior.
         level_1 … level_8: the levels, without a gap; level_1 is the coarsest.
         image_size: [H, W]; derived from the prior's grid where not given.
+        sampling: defaults of calls that sample, with which the model is meant to be used: a dict
+            with some of `temperature`, `top_p` and `guidance_scale`, each a number or a list for
+            [prior, level_1 … level_N]. They apply where a call passes no such argument; a call with
+            a temperature ignores them all, so that `temperature=1.0` is the exact distribution.
+            `None`: the exact distribution. Likelihood and streams never depend on them.
+            `pipe.register_to_config(sampling=…)` replaces them.
     """
 
     _optional_components = ["prior", *(f"level_{i}" for i in range(2, MAX_LEVELS + 1))]
@@ -83,6 +92,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         level_7: ProgressiveVAELevel | None = None,
         level_8: ProgressiveVAELevel | None = None,
         image_size: list[int] | tuple[int, ...] | None = None,
+        sampling: dict | None = None,  # diffusers checks values only by plain types
     ):
         super().__init__()
         self._call_states: dict[int, CallState] = {}  # of each thread the current or last call
@@ -96,6 +106,13 @@ class ProgressiveVAEPipeline(HubPipeline):
         image_size = check_parts(configs[0], configs[1:], image_size)
         check_fingerprints(prior, self.levels)
         self.register_to_config(image_size=image_size)
+        self.register_to_config(sampling=sampling)
+
+    def register_to_config(self, **kwargs):
+        """As in diffusers; raises a `ValueError` for invalid `sampling`."""
+        if "sampling" in kwargs:
+            kwargs["sampling"] = check_sampling(kwargs["sampling"], self.factor_names)
+        super().register_to_config(**kwargs)
 
     @classmethod
     def from_levels(
@@ -103,12 +120,13 @@ class ProgressiveVAEPipeline(HubPipeline):
         prior: ProgressiveVAEPrior | None,
         levels: list[ProgressiveVAELevel],
         image_size: list[int] | tuple[int, ...] | None = None,
+        sampling: Sampling | None = None,
     ) -> "ProgressiveVAEPipeline":
         """The pipeline of a prior and the levels [level_1 … level_N]."""
         if not 1 <= len(levels) <= MAX_LEVELS:
             raise ValueError(f"expected 1 … {MAX_LEVELS} levels, got {len(levels)}")
         slots: dict[str, Any] = {f"level_{i}": level for i, level in enumerate(levels, 1)}
-        return cls(prior, **slots, image_size=image_size)
+        return cls(prior, **slots, image_size=image_size, sampling=sampling)
 
     # ---- components -----------------------------------------------------------------------------
 
@@ -307,8 +325,8 @@ class ProgressiveVAEPipeline(HubPipeline):
         self,
         class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | list[float] = 1.0,
-        temperature: float | list[float] = 1.0,
+        guidance_scale: float | list[float] | None = None,
+        temperature: float | list[float] | None = None,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
         code_noise: float | list[float] = 0.0,
@@ -330,7 +348,9 @@ class ProgressiveVAEPipeline(HubPipeline):
             num_images_per_prompt: images for each label (or for each of the initial grids).
             guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
                 for none.
-            temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`.
+            temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`. By default temperature,
+                top_p and, with class labels, guidance_scale are those of `config.sampling`; a
+                temperature that is passed replaces all of them: 1 is the exact distribution.
             code_noise: the noise level that levels refitted with `code_noise` are conditioned on
                 for sampled codes, at most the level's own; 0 for those in `codes`.
                 These five are one for all factors, or a list for [prior, level_1 … level_N].
@@ -356,6 +376,9 @@ class ProgressiveVAEPipeline(HubPipeline):
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
         """
         stack = self.stack
+        temperature, top_p, guidance_scale = with_sampling_defaults(
+            self.config["sampling"], class_labels, temperature, top_p, guidance_scale
+        )
         conditioning, initial = prompt_inputs(
             stack, class_labels, guidance_scale, codes, num_images_per_prompt
         )
@@ -498,8 +521,8 @@ class ProgressiveVAEPipeline(HubPipeline):
         class_labels: ClassLabels = None,
         num_images_per_prompt: int = 1,
         num_particles: int | list[int] = 16,
-        guidance_scale: float | list[float] = 1.0,
-        temperature: float | list[float] = 1.0,
+        guidance_scale: float | list[float] | None = None,
+        temperature: float | list[float] | None = None,
         top_k: int | list | None = None,
         top_p: float | list | None = None,
         code_noise: float | list[float] = 0.0,
@@ -545,6 +568,9 @@ class ProgressiveVAEPipeline(HubPipeline):
             )
             num_particles = num_candidates
         check_outputs(output_type, (), [])
+        temperature, top_p, guidance_scale = with_sampling_defaults(
+            self.config["sampling"], class_labels, temperature, top_p, guidance_scale
+        )
         grids = inpaint(
             self.stack,
             image,

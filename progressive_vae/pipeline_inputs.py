@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -16,6 +16,9 @@ from .models.sampling import Sampler, per_factor
 from .stack import LevelStack
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+SAMPLING_FIELDS = ("temperature", "top_p", "guidance_scale")
+
+Sampling: TypeAlias = dict[str, float | list[float]]
 
 
 @dataclass
@@ -68,6 +71,55 @@ def guided_conditioning(
     if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
         raise ValueError(f"expected guidance_scale=1 without class_labels, got {guidance_scale}")
     return stack.as_conditioning(class_labels, batch_size)
+
+
+def check_sampling(sampling: Any, factor_names: list[str]) -> Sampling | None:
+    """The sampling defaults of a pipeline's config, as numbers and lists of Python.
+
+    Raises:
+        ValueError: anything but a dict with some of `SAMPLING_FIELDS`, each a number that a
+            `Sampler` takes, or a list with one for each factor.
+    """
+    if sampling is None:
+        return None
+    if not isinstance(sampling, dict) or not set(sampling) <= set(SAMPLING_FIELDS):
+        raise ValueError(
+            f"expected sampling to be a dict with some of {SAMPLING_FIELDS}, got {sampling!r}"
+        )
+    checked: Sampling = {}
+    for field, value in sampling.items():
+        try:
+            rows = per_factor(factor_names, **{field: value})
+            numbers = [as_number(field, row[field], "a number", lambda _: True) for row in rows]
+            for number in numbers:
+                arguments: dict[str, Any] = {field: number}
+                Sampler(1, **arguments)
+        except ValueError as error:
+            raise ValueError(f"sampling: {error}") from error
+        checked[field] = numbers if len(set(numbers)) > 1 else numbers[0]
+    return checked
+
+
+def with_sampling_defaults(
+    sampling: Sampling | None,
+    class_labels: ClassLabels,
+    temperature: float | list[float] | None,
+    top_p: float | list | None,
+    guidance_scale: float | list[float] | None,
+) -> tuple[float | list[float], float | list | None, float | list[float]]:
+    """temperature, top_p and guidance_scale of a call: its own, and the defaults where it has none.
+
+    The defaults are settings for use together with their temperature. A call with a temperature
+    therefore ignores all of them, and temperature 1 is the exact distribution.
+    """
+    defaults: dict[str, Any] = {} if sampling is None or temperature is not None else sampling
+    if temperature is None:
+        temperature = defaults.get("temperature", 1.0)
+    if top_p is None:
+        top_p = defaults.get("top_p")
+    if guidance_scale is None:  # there is nothing to guide to without a class
+        guidance_scale = 1.0 if class_labels is None else defaults.get("guidance_scale", 1.0)
+    return temperature, top_p, guidance_scale
 
 
 def per_factor_sampling_kwargs(

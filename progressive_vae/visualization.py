@@ -33,16 +33,41 @@ def code_map(codes: Tensor) -> Image:
     return PIL.Image.merge("HSV", [*map(PIL.Image.fromarray, bands)]).convert("RGB")
 
 
-def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int = 10) -> Image:
-    """Samples: a row for each class (at most 10), or 10 rows of an unconditional model."""
-    assert pipe.prior is not None
-    rows = min(pipe.prior.config.num_classes, 10) or 10
+def sample_grid_size(pipe: ProgressiveVAEPipeline) -> tuple[int, int]:
+    """Rows and columns of `sample_grid`: a row for each class (at most 10), or 10 rows of an
+    unconditional model, of 10 samples, or of 5 with their previews."""
+    rows = min(pipe.stack.require_prior().config.num_classes, 10) or 10
+    return rows, 5 if pipe.stack.has_previews else 10
+
+
+def sample_grid(pipe: ProgressiveVAEPipeline, seed: int = 0, columns: int | None = None) -> Image:
+    """Rows of samples, by the pipeline's sampling settings.
+
+    With auxiliary decoders a row starts with the previews of the samples' z_1, then of z_2 …, and
+    ends with the samples: the first block that looks wrong shows which factor spoils an image.
+    """
+    rows, default_columns = sample_grid_size(pipe)
+    columns = columns or default_columns
     generators = [torch.Generator().manual_seed(seed + i) for i in range(rows * columns)]
-    if pipe.prior.config.num_classes:
+    if pipe.stack.require_prior().config.num_classes:
         output = pipe(list(range(rows)), num_images_per_prompt=columns, generator=generators)
     else:
         output = pipe(num_images_per_prompt=rows * columns, generator=generators)
-    return image_grid(output.images, columns)
+    blocks = [output.images]
+    if pipe.stack.has_previews:
+        levels = range(1, pipe.num_levels + 1)
+        blocks = [*(pipe.preview(output.codes, level) for level in levels), *blocks]
+    return side_by_side([image_grid(images, columns) for images in blocks])
+
+
+def side_by_side(images: list[Image]) -> Image:
+    """Images of one size in a row, with a gap that is wider than that of `image_grid`."""
+    width, height = images[0].size
+    step = width + 8
+    row = PIL.Image.new(images[0].mode, (step * len(images) - 8, height), "white")
+    for i, image in enumerate(images):
+        row.paste(image, (i * step, 0))
+    return row
 
 
 def reconstruction_grid(pipe: ProgressiveVAEPipeline, images: Tensor, seed: int = 0) -> Image:

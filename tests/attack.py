@@ -1,7 +1,8 @@
-"""Attack the package with damaged images and streams, random flags, tampered pipelines and kills;
-count the outcomes.
+"""Attack the package with damaged images, streams and archives, random flags, tampered pipelines
+and kills; count the outcomes.
 
-    python tests/attack.py --images 10000 --streams 10000 --flags 500 --pipelines 200 --kills 40
+    python tests/attack.py --images 10000 --streams 10000 --flags 500 --pipelines 200 --kills 40 \
+        --archives 2000 --archive_kills 40
 
 What goes wrong is printed, and the script ends with 1.
 """
@@ -27,6 +28,7 @@ def parse(words: list[str]) -> dict[str, int]:
     """Return the number of trials of each attack."""
     parser = argparse.ArgumentParser(description=__doc__)
     sizes = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
+    sizes |= {"archives": 2000, "archive_kills": 40}
     for name, count in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     return vars(parser.parse_args(words))

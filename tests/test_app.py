@@ -70,6 +70,25 @@ def test_sample_shows_each_factor_of_the_pipelines_sample(app, shipped):
         assert np.array_equal(array, image)
 
 
+def test_sliders_start_at_the_sampling_settings(app):
+    pipe = tiny_pipeline()
+    pipe.register_to_config(sampling={"temperature": [1.0, 0.9, 0.8, 0.5], "top_p": 0.7})
+    page = app.Page(pipe)
+    demo = app.make_demo(pipe, "x")
+    sliders = [block for block in demo.blocks.values() if type(block).__name__ == "Slider"]
+    values = {slider.label: slider.value for slider in sliders if slider.maximum == 2}
+    assert list(values.values()) == [1.0, 0.9, 0.8, 0.5]
+    *_, last = page.sample(app.NO_CLASS, 2, 0, *values.values(), *[1.0] * 4)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    top_p = [1.0, 0.7, 0.7, 0.7]  # temperature 1 is the exact distribution
+    temperature = [*values.values()]
+    images = pipe(
+        num_images_per_prompt=2, generator=generators, temperature=temperature, top_p=top_p
+    ).images
+    for array, image in zip(images_of(last)[-2:], images, strict=True):
+        assert np.array_equal(array, image)
+
+
 def test_encode_shows_codes_bits_and_sizes(app, shipped):
     page = app.Page(shipped)
     *_, (grids, bits, sizes, progressive, codes) = page.encode(as_png(photograph()))

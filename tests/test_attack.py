@@ -5,6 +5,7 @@ import pytest
 from helpers import attacks as attack
 
 SIZES = {"images": 10_000, "streams": 10_000, "flags": 500, "pipelines": 200, "kills": 40}
+SIZES |= {"archives": 2000, "archive_kills": 40}
 
 
 @pytest.mark.slow
@@ -14,7 +15,8 @@ def test_at_size(name, count):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), {"images": 200, "streams": 100, "flags": 5, "pipelines": 24}.items()
+    ("name", "count"),
+    {"images": 100, "streams": 100, "archives": 60, "flags": 3, "pipelines": 24}.items(),
 )
 def test_small(name, count):
     outcomes = attack.ATTACKS[name][1](count)

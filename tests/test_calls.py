@@ -216,7 +216,7 @@ def test_arguments_of_numpy(pipe, images):
         ("num_images_per_prompt", [True, 1.5, "2", None, [1]]),
         ("batch_size", [True, "all", None, 0.5]),
         ("num_levels", [True, "1", 0, 2.5]),
-        ("temperature", ["1.0", True, None, np.ones(3), [1.0, 1.0, 1.0, "1.0"]]),
+        ("temperature", ["1.0", True, [None] * 4, np.ones(3), [1.0, 1.0, 1.0, "1.0"]]),
         ("top_k", ["5", True, [1, 2, 3, -4]]),
         ("top_p", ["0.5", 2, np.zeros(4)]),
         ("code_noise", ["0.1", None, True, -0.5]),

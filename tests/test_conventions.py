@@ -25,6 +25,7 @@ from helpers.models import (
 from helpers.recipes import RECIPE
 from progressive_vae import ProgressiveVAEPipeline, ProgressiveVAEPrior
 from progressive_vae.evaluation.op_count import OpCount
+from progressive_vae.models.modeling_utils import BLOCK_GRAPHS
 from progressive_vae.training import train
 from progressive_vae.training.args import RunSettings
 from progressive_vae.training.run import make_accelerator
@@ -41,6 +42,11 @@ KINDS = {
     "pixels, fsq": {"num_channels": 1, "quantizer": "fsq", "codebook_size": 15, "codebook_dim": 2},
     "guided": {"num_channels": 3, **GUIDED},
 }
+
+
+def slow_but(names, quick):
+    """Parameters, of which all but the quick ones are marked `slow`: compilation takes seconds."""
+    return [pytest.param(x, marks=[] if x in quick else pytest.mark.slow) for x in names]
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +168,7 @@ def test_a_compiled_pipeline_without_a_prior():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["log_prob", "encode", "sample"])
+@pytest.mark.parametrize("method", slow_but(["log_prob", "encode", "sample"], ["encode", "sample"]))
 def test_all_batch_sizes_need_few_graphs(method):
     level = tiny_level(**CODES)
     compiled = copy.deepcopy(level)
@@ -207,7 +213,9 @@ def test_all_batch_sizes_of_a_prior_need_few_graphs():
     assert num_graphs() <= MAX_GRAPHS
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", slow_but(KINDS, ["raster", "pixels, fsq", "guided", "transformer"])
+)
 def test_training_is_one_graph(name):
     level = tiny_level(**KINDS[name]).train()
     level.quantizer.is_initialized = True
@@ -278,7 +286,8 @@ def test_a_recipe_compiles(monkeypatch):
             expected = backend or ("inductor" if is_compiled else "no")
             assert plugin.backend.value.lower() == expected
             assert plugin.use_regional_compilation == is_compiled
-            assert ("dynamic" in plugin.to_kwargs()) == is_compiled
+            limit = plugin.to_kwargs().get("recompile_limit")
+            assert limit == (BLOCK_GRAPHS.get("recompile_limit") if is_compiled else None)
 
 
 def test_stages_compile_as_regions():

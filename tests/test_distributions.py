@@ -11,6 +11,8 @@ from progressive_vae.models.distributions import (
     LowRankCategorical,
     categorical_from_features,
 )
+from progressive_vae.models.sampling import Sampler
+from progressive_vae.models.walk import WalkStep
 
 
 def single_logistic(mean: float, precision: float, floor: float = 0.01):
@@ -200,3 +202,68 @@ def test_only_large_codebooks_have_low_rank_distributions(num_values, distributi
     table = torch.randn(num_values, 2)
     distribution = categorical_from_features(torch.randn(1, 3, 2), table, torch.zeros(num_values))
     assert type(distribution) is distribution_type
+
+
+# ---- temperature of a mixture --------------------------------------------------------------------
+
+
+def sharp_and_broad(share: float = 0.5) -> DiscretizedLogisticMixture:
+    """A sharp component at white with a share of the mass, and a broad one at dark gray."""
+    weights = torch.tensor([share * 0.999, (1 - share) * 0.999, 0.001]).view(3, 1, 1)
+    means = torch.tensor([250.0, 60.0]).view(2, 1, 1)
+    return DiscretizedLogisticMixture(weights, means, torch.tensor([10.0, 0.1]).view(2, 1, 1), 256)
+
+
+def mean_of(distribution: DiscretizedLogisticMixture) -> float:
+    return (distribution.probs()[0, 0] @ torch.arange(256.0)).item()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 0.5, 0.2])
+def test_a_low_temperature_keeps_the_mean_of_sharp_and_broad_components(temperature):
+    """That of the whole distribution does not: it floods images with what is sharp."""
+    mixture = sharp_and_broad()
+    cold = mixture.with_temperature(temperature)
+    assert mean_of(cold) == pytest.approx(mean_of(mixture), abs=1)
+    flooded = (mixture.logits[0, 0] / temperature).softmax(-1) @ torch.arange(256.0)
+    assert flooded > mean_of(mixture) + 40
+    # Broad components become sharper, each by the same factor.
+    assert torch.equal(cold.precisions * temperature, mixture.precisions)
+
+
+def test_a_low_temperature_favors_heavy_components():
+    cold = sharp_and_broad(0.4).with_temperature(0.5)
+    odds = (cold.weights[0] / cold.weights[1]).item()
+    assert odds == pytest.approx((0.4 / 0.6) ** 2, rel=1e-4)
+
+
+def test_temperature_1_is_the_mixture_itself_and_0_a_single_value():
+    mixture = random_mixture(2, 50)
+    assert mixture.with_temperature(1.0) is mixture
+    value = mixture.most_probable()
+    assert value.dtype == torch.long and value.shape == (2, 50)
+    heaviest = mixture.weights[:-1].argmax(0)
+    clear = mixture.weights.sort(0).values
+    is_clear = (clear[-1] > 1.05 * clear[-2]) & (mixture.weights[-1] < clear[-1])
+    assert is_clear.float().mean() > 0.5
+    for u in (0.01, 0.5, 0.99):
+        cold = mixture.with_temperature(1e-4).icdf(torch.full((2, 50), u))
+        assert ((cold - value).abs()[is_clear] <= 1).all()
+    means = mixture.means.gather(0, heaviest[None])[0]
+    assert torch.equal(value, means.round().clamp(0, 255).long())
+
+
+def test_sampling_a_mixture_by_temperature():
+    mixture = random_mixture(3, 40)
+    step = WalkStep(0, 0, torch.arange(40))
+
+    def sample(**arguments):
+        generator = torch.Generator().manual_seed(0)
+        return Sampler(3, generator, **arguments).step(mixture, step)
+
+    u = torch.rand(3, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(), mixture.icdf(u))
+    assert torch.equal(sample(temperature=0.5), mixture.with_temperature(0.5).icdf(u))
+    assert torch.equal(sample(temperature=0), mixture.most_probable())
+    # Truncation is that of the colder mixture.
+    logits = mixture.with_temperature(0.5).logits
+    assert torch.equal(sample(temperature=0.5, top_k=1), logits.argmax(-1))

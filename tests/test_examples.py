@@ -1,6 +1,7 @@
 """The scripts that sample and evaluate, on a pipeline that examples/train.py has written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ def test_evaluate_writes_every_metric(trained, tmp_path):
         "reconstructions from z_1",
         "samples",
     ]
+    assert first["sampling"] is None
     for row in first["distances"].values():
         assert len(row["sliced_wasserstein"]) == 1 and row["sliced_wasserstein"][0] > 0  # 8×8
         assert row["frechet_distance"] >= 0 and 0 <= row["precision"] <= 1 >= row["recall"] >= 0
@@ -91,7 +93,8 @@ def test_evaluate_writes_every_metric(trained, tmp_path):
     for row in curve.values():
         assert row["mse_of_mean"] <= row["mse"]
     assert {"JPEG", "WebP"} <= set(first["curves"])
-    assert "trained on 60 samples" in first["accuracy"]
+    score = first["accuracy_of"]["samples"]["classification accuracy score, 60 samples"]
+    assert 0 <= score <= 1
     assert first["lossless_files"]["WebP files of 10 images"] > bits["total"]  # headers are long
     assert PIL.Image.open(tmp_path / "rate_distortion.png").width > 500
     assert f"{bits['total']:.4f}" in (tmp_path / "evaluation.md").read_text()
@@ -104,6 +107,42 @@ def test_evaluate_writes_every_metric(trained, tmp_path):
         assert row == {"sliced_wasserstein": first["distances"][name]["sliced_wasserstein"]}
     with pytest.raises(ValueError, match="features to be 'classifier', 'inception' or"):
         script.main([*flags, "--features", "x"])
+
+
+def test_evaluate_tunes_sampling(trained, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(trained, model)
+    script = load_script("evaluate")
+    flags = ["--model", str(model), "--dataset_name", "digits", "--output_dir"]
+    flags += [str(tmp_path / "out"), "--max_eval_samples", "20", "--num_drawn", "20"]
+    flags += ["--classifier_steps", "2", "--num_drawn_to_learn_from", "20"]
+    flags += ["--num_images_of_curve", "2", "--tune_sampling", "--num_tuning_samples", "20"]
+    script.main([*flags, "--num_tuning_evaluations", "4"])
+    settings = json.loads((model / "model_index.json").read_text())["sampling"]
+    pipe = ProgressiveVAEPipeline.from_pretrained(model)
+    assert pipe.config.sampling == settings
+    assert set(settings) == {"temperature", "guidance_scale"}
+    # Metrics are those of the exact distribution and of the settings.
+    metrics = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert list(metrics["distances"])[-2:] == ["samples", "samples by the sampling settings"]
+    tuning = json.loads((model / "metrics.json").read_text())["sampling"]
+    assert tuning["settings"] == settings and "among 4 settings" in tuning["explanation"]
+    rows = {"Fréchet distance", "precision", "recall", "accuracy on samples"}
+    rows |= {"distance of patches, scale 1", "classification accuracy score, 20 samples"}
+    for title in ("exact distribution", "these settings"):
+        assert set(tuning["held_out"][title]) == rows
+    card = (model / "README.md").read_text()
+    assert "| `temperature` |" in card and "| exact distribution | these settings |" in card
+    # The settings stay with the weights that they were chosen for.
+    resumed = ["--report_to", "none", "--max_train_samples", "200", "--max_eval_samples", "50"]
+    words = [*SMALL, *resumed, "--output_dir", str(model)]
+    load_script("train").main([*words, "--resume_from_checkpoint", "latest"])
+    assert json.loads((model / "model_index.json").read_text())["sampling"] == settings
+    load_script("train").main([*words, "--phase", "prior", "--prior.fit.max_train_steps", "2"])
+    load_script("train").main([*words, "--phase", "evaluate"])
+    assert json.loads((model / "model_index.json").read_text())["sampling"] is None
+    with pytest.raises(ValueError, match="expected model to be the folder of a pipeline"):
+        script.main(["--model", "you/photos", "--tune_sampling"])
 
 
 def test_halve_stores_fp16_weights(trained, tmp_path, images):

@@ -108,7 +108,11 @@ def results_of(pipe, images, mask) -> list[torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("level", LEVELS, ids=lambda level: level.get("quantizer", "vq"))
+@pytest.mark.parametrize(
+    "level",
+    [LEVELS[0], *(pytest.param(level, marks=pytest.mark.slow) for level in LEVELS[1:])],
+    ids=lambda level: level.get("quantizer", "vq"),
+)
 def test_inference_does_not_depend_on_settings(level, images):
     pytest.importorskip("constriction")
     pipe, mask = pipeline_of(level), torch.ones(5, 7)

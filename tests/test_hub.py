@@ -137,11 +137,10 @@ def test_an_unreachable_hub_after_a_first_load(repository, tmp_path, is_offline)
 from diffusers import DiffusionPipeline
 from transformers import AutoModel
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
-for _ in range(2):
-    ProgressiveVAEPipeline.from_pretrained({repository!r})
-    DiffusionPipeline.from_pretrained({repository!r})
-    AutoModel.from_pretrained({repository!r}, subfolder="prior")
-    ProgressiveVAELevel.from_pretrained({repository!r}, subfolder="level_1")
+ProgressiveVAEPipeline.from_pretrained({repository!r})
+DiffusionPipeline.from_pretrained({repository!r})
+AutoModel.from_pretrained({repository!r}, subfolder="prior")
+ProgressiveVAELevel.from_pretrained({repository!r}, subfolder="level_1")
 for options in ({{}}, dict(trust_remote_code=True), dict(local_files_only=True)):
     ProgressiveVAEPipeline.from_pretrained("org/cached", **options)
 """

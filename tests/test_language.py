@@ -22,7 +22,7 @@ ALLOWED = """
     random_colours colours num_symbols picture_weight num_candidates num_drawn
     symbol_logit_rank whole.numbers,.\{dtype\} Progressive.growing.of.GANs
     Picture.coding identity\["forms"\] _EARLIER_MARK.=."<!--.figures
-    num_drawn_to_learn_from bits_per_dim_of_drawn_codes max_pictures pictures_per_part
+    num_drawn_to_learn_from bits_per_dim_of_drawn_codes
     figure,.axes figure\\.savefig close\\(figure figsize ImageDraw\\.Draw encoded_symbols symbols=
 """.split()
 WORDS = re.compile(rf"(?<![a-z])(?:{'|'.join(BANNED_WORDS)})(?![a-z])", re.IGNORECASE)

@@ -45,6 +45,19 @@ def test_metrics_of_a_split_agree_with_the_pipeline(dataset):
         assert metrics["codes"][f"level_{i}"]["codes_used"] == len(codes.unique())
 
 
+def test_metrics_of_a_part_of_a_split(dataset):
+    """A random part, which ends early at a deadline."""
+    pipe = tiny_pipeline()
+    part = evaluate(pipe, dataset, batch_size=40, max_images=100, seed=3)
+    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(3))[:100]
+    images = dataset.batch(rows.tolist())[0].to(torch.uint8)
+    assert part["num_images"] == 100
+    assert part["bits_per_dim"] == pytest.approx(pipe.bits_per_dim(images), rel=1e-4)
+    late = evaluate(pipe, dataset, batch_size=40, seed=3, deadline=0.0)
+    assert late["num_images"] == 40
+    assert late["bits_per_dim"] == pytest.approx(pipe.bits_per_dim(images[:40]), rel=1e-4)
+
+
 def test_label_accuracy_of_images_and_of_an_untrained_model(dataset):
     classifier = train_classifier(dataset, num_classes=2)
     accuracy = label_accuracy(tiny_pipeline(), classifier, dataset)

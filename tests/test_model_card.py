@@ -84,6 +84,30 @@ def test_the_card_describes_the_parts():
     assert "PIL.Image.open" in content and "samples images" not in content
 
 
+def test_the_card_has_the_sampling_settings():
+    sampling = {"temperature": [1.0, 1.0, 0.75], "top_p": 0.9}
+    tuning = {
+        "settings": sampling,
+        "explanation": "Chosen among 5 settings.",
+        "command": "python x.py",
+        "held_out": {
+            "exact distribution": {"Fréchet distance": 0.045123},
+            "these settings": {"Fréchet distance": 0.03},
+        },
+    }
+    content = make_card(METRICS | {"sampling": tuning}, sampling=sampling).content
+    assert "| setting | prior | level_1 | level_2 |" in content
+    assert (
+        "| `temperature` | 1 | 1 | 0.75 |" in content and "| `top_p` | 0.9 | 0.9 | 0.9 |" in content
+    )
+    assert "| Fréchet distance | 0.04512 | 0.03 |" in content
+    assert "Chosen among 5 settings. Command: `python x.py`" in content
+    # Metrics of other settings are left out.
+    content = make_card(METRICS | {"sampling": tuning}, sampling={"temperature": 0.5}).content
+    assert "| `temperature` | 0.5 | 0.5 | 0.5 |" in content and "Chosen" not in content
+    assert "setting" not in make_card(METRICS).content
+
+
 def test_the_project_card_is_that_of_the_included_model():
     """Every paragraph that `model_card` writes is in MODEL_CARD.md, which has a section more."""
     folder = Path("examples/fashion_mnist")
@@ -99,6 +123,7 @@ def test_the_project_card_is_that_of_the_included_model():
         [28, 28],
         metrics | {"dataset": "zalando-datasets/fashion_mnist"},
         [(folder / name).as_posix() for name in ("samples.png", "reconstructions.png")],
+        sampling=json.loads((ROOT / folder / "model_index.json").read_text()).get("sampling"),
     )
     project_card = (ROOT / "MODEL_CARD.md").read_text()
     for paragraph in str(card).strip().split("\n\n"):

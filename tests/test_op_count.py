@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
+from helpers.models import tiny_level
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.evaluation.op_count import as_on_accelerator
+from progressive_vae.evaluation.op_count import as_on_accelerator, count_ops
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -50,6 +52,21 @@ def test_samples_take_few_operations(model, script):
         counts = script.sampling_ops(pipe, 2)
     assert sum(count.num_ops for count in counts.values()) <= SAMPLING_LIMITS[name]
     assert not any(count.waits for count in counts.values())
+
+
+@pytest.mark.unit
+@torch.no_grad()
+def test_a_transformer_takes_few_operations():
+    """60 for each of the 13 groups in sampling, and one pass for all groups in the likelihood."""
+    config = {"num_symbols": 5, "downsample": 4, "num_layers": 3, "ordering": "diagonal"}
+    level = tiny_level(decoder_type="transformer", **config)
+    finer = torch.zeros(2, 7, 7, dtype=torch.long)
+    codes = level.encode(finer)
+    with as_on_accelerator():
+        sampling = count_ops(lambda: level.sample(codes, finer_size=(7, 7)))
+        likelihood = count_ops(lambda: level.log_prob(finer, codes))
+    assert sampling.num_ops <= 60 * 13 and likelihood.num_ops <= 80
+    assert not sampling.waits and not likelihood.waits
 
 
 @pytest.mark.unit

@@ -32,12 +32,20 @@ def test_an_ordering_covers_each_position_once(order, downsample, num_groups):
 @pytest.mark.parametrize("size", [(1, 1), (5, 7)])
 @pytest.mark.parametrize(
     ("ordering", "num_groups"),
-    [("factorized", 1), ("lattice", 10), ("masked", 3), ("masked", 200), ("raster", 1)],
+    [
+        ("factorized", 1),
+        ("lattice", 10),
+        ("masked", 3),
+        ("masked", 200),
+        ("raster", 1),
+        ("diagonal", 1),
+    ],
 )
 def test_groups_without_padding_cover_each_position_once(ordering, num_groups, size):
     groups = group_positions(ordering, num_groups, size, CPU)
     assert torch.equal(torch.cat(groups).sort().values, torch.arange(size[0] * size[1]))
-    assert len(groups) == (size[0] * size[1] if ordering == "raster" else num_groups)
+    num_expected = {"raster": size[0] * size[1], "diagonal": size[0] + size[1] - 1}
+    assert len(groups) == num_expected.get(ordering, num_groups)
     assert all(torch.equal(group, group.sort().values) for group in groups)
 
 

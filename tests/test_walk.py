@@ -89,7 +89,8 @@ def check_walk(walk, size, channels, group_indices):
 @pytest.mark.parametrize(ORDER_NAMES, CODE_ORDERS)
 def test_a_level_has_one_step_for_each_entry(order, downsample, num_groups, kind):
     """Its log-probabilities add up to `log_prob`, and it returns the values of its steps."""
-    if "num_channels" in kind and (order == "raster" or order != "lattice" and len(kind) > 1):
+    is_of_codes = order in ("raster", "diagonal")
+    if "num_channels" in kind and (is_of_codes or order != "lattice" and len(kind) > 1):
         return
     level = level_of(order, downsample, num_groups, **kind)
     for height, width in SIZES:
@@ -97,6 +98,7 @@ def test_a_level_has_one_step_for_each_entry(order, downsample, num_groups, kind
         positions = [(y, x) for y in range(height) for x in range(width)]
         group_indices = {
             "raster": list(range(len(positions))),
+            "diagonal": [y + x for y, x in positions],
             "factorized": [0] * len(positions),
             "lattice": [lattice_index(y, x, level.config.num_groups or 0) for y, x in positions],
         }.get(order)

@@ -34,7 +34,7 @@ class Header:
     def to_bytes(self) -> bytes:
         flags = IS_FIXED_POINT * self.is_fixed_point + HAS_CLASS * (self.label is not None)
         start = _FIXED_PART.pack(FORMAT + flags, self.weights, self.arithmetic, self.checksum)
-        return start if self.label is None else start + _to_varint(self.label)
+        return start if self.label is None else start + to_varint(self.label)
 
     @classmethod
     def from_bytes(cls, stream: bytes, name: str) -> "Header":
@@ -56,18 +56,18 @@ class Header:
         is_fixed_point = bool(kind & IS_FIXED_POINT)
         header = cls(weights, arithmetic, checksum, None, is_fixed_point, size)
         if kind >= HAS_CLASS:
-            header.label, num_bytes = _from_varint(stream[size:], name)
+            header.label, num_bytes = from_varint(stream[size:], name)
             header.length += num_bytes
         return header
 
 
-def _to_varint(number: int) -> bytes:
+def to_varint(number: int) -> bytes:
     """Seven bits a byte, the lowest first; all but the last have 128 added."""
     rest, byte = divmod(number, 128)
-    return bytes([byte + 128]) + _to_varint(rest) if rest else bytes([byte])
+    return bytes([byte + 128]) + to_varint(rest) if rest else bytes([byte])
 
 
-def _from_varint(stream: bytes, name: str) -> tuple[int, int]:
+def from_varint(stream: bytes, name: str) -> tuple[int, int]:
     """A number below 2²⁸, and its length in bytes."""
     number = 0
     for i, byte in enumerate(stream[:4]):

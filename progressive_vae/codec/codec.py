@@ -38,6 +38,14 @@ from .fixed_point import fixed_point_arithmetic
 ARITHMETICS = ("float", "integer")
 WORD = 4  # bytes
 NUM_PADDING_WORDS = 4  # that a decoder reads behind the last word
+# Errors of one stream.
+NOT_DECODABLE = "expected stream of this model and machine, got another: "
+ENDS_BEFORE = "expected stream to hold all levels that are asked for, got one that ends before"
+FLOAT_ADVICE = (
+    'Streams of arithmetic="integer" are read by any CPU; for those of "float", set torch, '
+    "ATEN_CPU_CAPABILITY, MKL_CBWR and ONEDNN_MAX_CPU_ISA as where they were made"
+)
+OTHER_PIXELS = "expected pixels with the checksum of stream, got others: "
 TOTAL = 2**24  # sum of the counts of all values, each one or more
 # Images in a batch, and values of all of them together.
 MIN_IMAGES = 8
@@ -112,21 +120,25 @@ class EntropyEncoder:
         return [coder.get_compressed().astype(">u4").tobytes() for coder in self.coders]
 
 
+class NothingToDecodeError(Exception):
+    """Raised where no stream of a batch can be decoded any further."""
+
+
 class EntropyDecoder:
     """A `StepFn` that decodes what an `EntropyEncoder` encoded; padding repeats the last example.
 
     A prefix of a stream is decoded twice, continued by zeros and by ones: as long as both results
-    agree, the missing bits do not matter.
+    agree, the missing bits do not matter. A stream that cannot be decoded does not stop the others:
+    its values are zeros, and `errors` has the reason.
 
     Args:
         batch_size: of the distributions.
-        numbers: of the streams, in errors.
         may_end: streams may be prefixes, as not all levels are decoded.
     """
 
-    def __init__(self, streams: list[bytes], batch_size: int, numbers: list[int], may_end: bool):
+    def __init__(self, streams: list[bytes], batch_size: int, may_end: bool):
         self.batch_size = batch_size
-        self.numbers = numbers
+        self.errors = dict[int, str]()
         endings = (b"\x00", b"\xff") if may_end else (b"\x00",)
         self.coders = [[_range_decoder(stream, end) for end in endings] for stream in streams]
 
@@ -134,27 +146,25 @@ class EntropyDecoder:
         tables = frequency_table(distribution, len(self.coders))
         values = np.zeros(tables.shape[:2], np.int32)
         if tables.shape[-1] > 1:
-            rows = zip(self.coders, tables, self.numbers, strict=True)
-            for i, (coders, table, number) in enumerate(rows):
-                values[i] = self._decode_row(coders, table, number)
+            for i, (coders, table) in enumerate(zip(self.coders, tables, strict=True)):
+                if i not in self.errors:
+                    values[i] = self._decode_row(i, coders, table)
         decoded = torch.from_numpy(values).long().to(step.positions.device)
         padding = decoded[-1:].expand(self.batch_size - len(decoded), -1)
         return torch.cat([decoded, padding])
 
-    def _decode_row(self, coders: list[Any], table: np.ndarray, number: int) -> np.ndarray:
+    def _decode_row(self, i: int, coders: list[Any], table: np.ndarray) -> np.ndarray:
         try:
             values, *alternatives = [coder.decode(_model_family(), table) for coder in coders]
-        except AssertionError as error:
-            raise ValueError(
-                f"expected stream {number} of this model and machine, got one that is damaged, "
-                "ends too early, or was made with other arithmetic"
-            ) from error
-        if any((other != values).any() for other in alternatives):
-            raise ValueError(
-                f"expected stream {number} to hold all levels that are asked for, got one that "
-                "ends before"
-            )
-        return values
+        except AssertionError:
+            self.errors[i] = NOT_DECODABLE
+        else:
+            if not any((other != values).any() for other in alternatives):
+                return values
+            self.errors[i] = ENDS_BEFORE
+        if len(self.errors) == len(self.coders):
+            raise NothingToDecodeError
+        return np.zeros(len(table), np.int32)
 
 
 def _range_decoder(stream: bytes, ending: bytes) -> Any:
@@ -176,35 +186,51 @@ def compress(
     stack.require_prior()
     check_arithmetic(arithmetic)
     is_fixed_point = arithmetic == "integer"
-    batch_size = _batch_size(stack)
+    batch_size = batch_size_of(stack)
     images = as_images(images)
     conditioning = stack.as_conditioning(class_labels, len(images))
-    weights = _weights_hash(stack)
+    weights = weights_digest(stack)[:2]
     arithmetic_hash = _hash(_describe_arithmetic(stack, is_fixed_point, batch_size), 1)
     streams: list[bytes] = []
     batches = pixel_value_batches(images, stack.image_shape, batch_size)
     all_rows = torch.arange(len(images), device="cpu").split(batch_size)
     for rows, batch in zip(all_rows, batches, strict=True):
-        pixels = signed_to_indices(batch).cpu()
-        size = len(batch) if is_fixed_point else batch_size
-        encoder = EntropyEncoder(len(batch))
-        padded_conditioning = conditioning[_pad(rows, size)].to(stack.device)
-        # Encode to [z_1 … z_N, s], then code each factor given the next coarser grid.
-        with _arithmetic_context(stack, is_fixed_point):
-            pixel_values = _pad(uint8_to_signed(pixels), size).to(stack.device)
-            grids = [*stack.encode(pixel_values), pixel_values]
-            for factor, grid in enumerate(grids):
-                values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
-                coarser = grids[factor - 1] if factor else None
-                stack.walk(factor, coarser, encoder.set_target(values), padded_conditioning)
+        pixels = signed_to_indices(batch).to(torch.uint8).cpu()
+        payloads = encode_batch(stack, pixels, conditioning[rows], is_fixed_point)
         class_ids = conditioning.class_ids[rows].tolist()
-        results = zip(class_ids, pixels.to(torch.uint8), encoder.streams(), strict=True)
-        for class_id, image, stream in results:
+        for class_id, image, payload in zip(class_ids, pixels, payloads, strict=True):
             checksum = zlib.crc32(image.numpy().tobytes())
             label = None if class_labels is None else class_id
             header = Header(weights, arithmetic_hash, checksum, label, is_fixed_point)
-            streams.append(header.to_bytes() + stream)
+            streams.append(header.to_bytes() + payload)
     return streams
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def encode_batch(
+    stack: LevelStack, pixels: Tensor, conditioning: Conditioning, is_fixed_point: bool
+) -> list[bytes]:
+    """The payloads of at most `batch_size_of` images: their streams without headers.
+
+    Args:
+        pixels: uint8 (n, C, H, W), on the CPU.
+        conditioning: of the n images.
+    """
+    count = len(pixels)
+    size = count if is_fixed_point else batch_size_of(stack)
+    padded_conditioning = conditioning[_pad(torch.arange(count, device="cpu"), size)]
+    padded_conditioning = padded_conditioning.to(stack.device)
+    encoder = EntropyEncoder(count)
+    # Encode to [z_1 … z_N, s], then code each factor given the next coarser grid.
+    with _arithmetic_context(stack, is_fixed_point):
+        pixel_values = _pad(uint8_to_signed(pixels), size).to(stack.device)
+        grids = [*stack.encode(pixel_values), pixel_values]
+        for factor, grid in enumerate(grids):
+            values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
+            coarser = grids[factor - 1] if factor else None
+            stack.walk(factor, coarser, encoder.set_target(values), padded_conditioning)
+    return encoder.streams()
 
 
 @torch.inference_mode(False)
@@ -228,7 +254,7 @@ def decompress(
     images = torch.empty(shape, dtype=torch.uint8, device="cpu")
     # A batch holds streams of one arithmetic, in the batch size with which they were made.
     batch_sizes = _batch_sizes(stack)
-    default_size = _batch_size(stack)
+    default_size = batch_size_of(stack)
     kinds_of_streams = [
         (header.is_fixed_point, batch_sizes.get(header.arithmetic, default_size))
         for header in headers
@@ -238,47 +264,71 @@ def decompress(
         for start in range(0, len(rows), size):
             numbers = rows[start : start + size]
             padded_size = len(numbers) if is_fixed_point else size
-            images[numbers] = _decode_batch(
-                stack, headers, streams, numbers, num_levels, padded_size
+            batch_headers = [headers[number] for number in numbers]
+            payloads = [streams[number][headers[number].length :] for number in numbers]
+            conditioning = _conditioning_of(stack, batch_headers)
+            decoded, errors = decode_batch(
+                stack, payloads, conditioning, is_fixed_point, padded_size, num_levels
             )
+            if num_levels is None:
+                errors |= _checksum_errors(decoded, batch_headers)
+            for i, error in sorted(errors.items()):
+                if error != ENDS_BEFORE:
+                    error += _reason(stack, batch_headers[i], streams[numbers[i]])
+                raise ValueError(error.replace("stream", f"stream {numbers[i]}", 1))
+            images[numbers] = decoded
     return images
 
 
-def _decode_batch(
-    stack: LevelStack,
-    headers: list[Header],
-    streams: list[bytes],
-    numbers: list[int],
-    num_levels: int | None,
-    size: int,
-) -> Tensor:
-    """The images, uint8 (n, C, H, W), of the n streams with these numbers, which have the same
-    arithmetic; the batch is padded to `size`."""
+def _conditioning_of(stack: LevelStack, headers: list[Header]) -> Conditioning:
     null = stack.class_config.num_classes
-    headers = [headers[number] for number in numbers]
     labels = [null if header.label is None else header.label for header in headers]
-    class_ids = _pad(torch.tensor(labels, device=stack.device), size)
-    conditioning = Conditioning(class_ids, null)
-    payloads = [
-        streams[number][header.length :] for number, header in zip(numbers, headers, strict=True)
-    ]
-    decoder = EntropyDecoder(payloads, size, numbers, may_end=num_levels is not None)
+    return Conditioning(torch.tensor(labels, device="cpu"), null)
+
+
+def _checksum_errors(pixels: Tensor, headers: list[Header]) -> dict[int, str]:
+    return {
+        i: OTHER_PIXELS
+        for i, (header, image) in enumerate(zip(headers, pixels, strict=True))
+        if zlib.crc32(image.numpy().tobytes()) != header.checksum
+    }
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def decode_batch(
+    stack: LevelStack,
+    payloads: list[bytes],
+    conditioning: Conditioning,
+    is_fixed_point: bool,
+    size: int,
+    num_levels: int | None = None,
+) -> tuple[Tensor, dict[int, str]]:
+    """The images of payloads, uint8 (n, C, H, W), and an error for each one that is not decoded.
+
+    Without an error the image is right if arithmetic and weights are those of the encoder; only a
+    checksum tells.
+
+    Args:
+        size: of the batch, to which payloads are padded.
+        num_levels: k: previews from z_1 … z_k, for which prefixes of payloads suffice.
+    """
+    count = len(payloads)
+    decoder = EntropyDecoder(payloads, size, may_end=num_levels is not None)
+    padded_conditioning = conditioning[_pad(torch.arange(count, device="cpu"), size)]
+    padded_conditioning = padded_conditioning.to(stack.device)
     grids: list[Tensor] = []
-    with _arithmetic_context(stack, headers[0].is_fixed_point):
-        for factor in range(stack.num_levels + 1 if num_levels is None else num_levels):
-            coarser = grids[-1] if grids else None
-            grids.append(stack.walk(factor, coarser, decoder, conditioning))
-    finest = grids[-1][: len(numbers)]  # without the padding
+    try:
+        with _arithmetic_context(stack, is_fixed_point):
+            for factor in range(stack.num_levels + 1 if num_levels is None else num_levels):
+                coarser = grids[-1] if grids else None
+                grids.append(stack.walk(factor, coarser, decoder, padded_conditioning))
+    except NothingToDecodeError:
+        return torch.zeros((count, *stack.image_shape), dtype=torch.uint8), decoder.errors
+    finest = grids[-1][:count]  # without the padding
     if num_levels is not None:
-        return _preview(stack, finest, num_levels)
-    pixels = signed_to_indices(finest).to(torch.uint8).cpu()
-    for number, header, image in zip(numbers, headers, pixels, strict=True):
-        if zlib.crc32(image.numpy().tobytes()) != header.checksum:
-            raise ValueError(
-                f"expected pixels with the checksum of stream {number}, got others: "
-                f"{_reason(stack, header)}"
-            )
-    return pixels
+        return _preview(stack, finest, num_levels), decoder.errors
+    return signed_to_indices(finest).to(torch.uint8).cpu(), decoder.errors
 
 
 def _preview(stack: LevelStack, codes: Tensor, level: int) -> Tensor:
@@ -300,12 +350,16 @@ def _preview(stack: LevelStack, codes: Tensor, level: int) -> Tensor:
 # ---- what a header identifies --------------------------------------------------------------------
 
 
+def arithmetic_of(stack: LevelStack, arithmetic: str) -> str:
+    """What the results of an arithmetic depend on, in words."""
+    check_arithmetic(arithmetic)
+    return _describe_arithmetic(stack, arithmetic == "integer", batch_size_of(stack))
+
+
 def stream_id(stack: LevelStack, arithmetic: str = "float") -> str:
     """The hashes of weights and arithmetic in the header of every stream made here, in
     hexadecimal."""
-    check_arithmetic(arithmetic)
-    text = _describe_arithmetic(stack, arithmetic == "integer", _batch_size(stack))
-    return (_weights_hash(stack) + _hash(text, 1)).hex()
+    return (weights_digest(stack)[:2] + _hash(arithmetic_of(stack, arithmetic), 1)).hex()
 
 
 def check_arithmetic(arithmetic: str):
@@ -316,7 +370,7 @@ def check_arithmetic(arithmetic: str):
 
 def _check_headers(stack: LevelStack, headers: list[Header]):
     """Raise a `ValueError` unless the streams are of this model."""
-    weights = _weights_hash(stack)
+    weights = weights_digest(stack)[:2]
     num_classes = stack.class_config.num_classes
     for i, header in enumerate(headers):
         if header.weights != weights:
@@ -331,16 +385,30 @@ def _check_headers(stack: LevelStack, headers: list[Header]):
             )
 
 
-def _reason(stack: LevelStack, header: Header) -> str:
-    """Why a stream's checksum may be wrong."""
-    local = _describe_arithmetic(stack, header.is_fixed_point, _batch_size(stack))
+def _reason(stack: LevelStack, header: Header, stream: bytes) -> str:
+    """Why a stream cannot be decoded, or only to wrong pixels, and what helps."""
+    local = _describe_arithmetic(stack, header.is_fixed_point, batch_size_of(stack))
     readable = [_hash(local, 1)] if header.is_fixed_point else [*_batch_sizes(stack)]
-    if header.arithmetic in readable:
-        return "the stream is damaged, or ends too early, or torch was set otherwise"
-    return (
-        "it was made with other arithmetic (device, kind of processor, precision or version of "
-        f"torch) than that of this machine, {local}"
-    )
+    if header.arithmetic not in readable:
+        reason = (
+            "it was made with other arithmetic (device, kind of processor, precision or version "
+            f"of torch) than that of this machine, {local}"
+        )
+    else:
+        reason = "it is damaged, ends too early, or torch was set otherwise"
+    if not header.is_fixed_point:
+        reason += f". {FLOAT_ADVICE}"
+    if _holds_codes(stack, header, stream):
+        reason += ". Its first bytes are a preview: decompress(stream, num_levels=1)"
+    return reason
+
+
+def _holds_codes(stack: LevelStack, header: Header, stream: bytes) -> bool:
+    """Whether z_1 is in the first bytes of a stream, of which the rest may be missing."""
+    conditioning = _conditioning_of(stack, [header])
+    size = 1 if header.is_fixed_point else batch_size_of(stack)
+    payloads = [stream[header.length :]]
+    return not decode_batch(stack, payloads, conditioning, header.is_fixed_point, size, 1)[1]
 
 
 @contextmanager
@@ -350,11 +418,12 @@ def _arithmetic_context(stack: LevelStack, is_fixed_point: bool) -> Iterator[Non
     Causal language models round as in earlier versions, whose streams are decoded, too.
     """
     with _LOCK, torch.autocast(stack.device.type, enabled=False), transformers_steps():
-        with fixed_point_arithmetic() if is_fixed_point else nullcontext():
+        models = [stack.factor(index) for index in range(stack.num_levels + 1)]
+        with fixed_point_arithmetic(*models) if is_fixed_point else nullcontext():
             yield
 
 
-def _batch_size(stack: LevelStack) -> int:
+def batch_size_of(stack: LevelStack) -> int:
     """Of all batches, with padding where there are fewer images: results may differ in the last
     bits between batch sizes, and between rows that do not fill a processor's registers. A power of
     two, and not a small one, as register widths are."""
@@ -365,7 +434,7 @@ def _batch_sizes(stack: LevelStack) -> dict[bytes, int]:
     """Batch sizes of float streams by the hash in their header: of this version and of earlier
     ones."""
     earlier = _power_of_two(min(64, 2**16 // math.prod(stack.image_shape[1:])))
-    sizes = (earlier, _batch_size(stack))
+    sizes = (earlier, batch_size_of(stack))
     return {_hash(_describe_arithmetic(stack, False, size), 1): size for size in sizes}
 
 
@@ -381,9 +450,9 @@ def _describe_arithmetic(stack: LevelStack, is_fixed_point: bool, batch_size: in
     return f"{kind}, {dtype}, torch {version}, {batch_size} images at a time"
 
 
-def _weights_hash(stack: LevelStack) -> bytes:
-    """Of all weights and buffers, and of tables that networks computed when they were made, such
-    as rotary position embeddings, which another machine may round differently."""
+def weights_digest(stack: LevelStack) -> bytes:
+    """The SHA-256 of all weights and buffers, and of tables that networks computed when they were
+    made, such as rotary position embeddings, which another machine may round differently."""
     digest = hashlib.sha256()
     for index, name in enumerate(stack.factor_names):
         part = stack.factor(index)
@@ -392,7 +461,7 @@ def _weights_hash(stack: LevelStack) -> bytes:
             digest.update(f"{name}.{key} {tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.digest()[:2]
+    return digest.digest()
 
 
 def _hash(text: str, num_bytes: int) -> bytes:

@@ -8,19 +8,24 @@ sum, product or quotient of two numbers and a square root are the same everywher
 sines are made of these.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import conv2d
+from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTOR_BITS = 18  # without the sign; fewer for sums of more than 2¹⁷ products
 CHUNK_SIZE = 2**15  # numbers that fit into a processor's cache
+# Relative difference of `exp` and torch's own function in float64: the 11th term of the series.
+ERROR = 4e-13
 EXACT_BITS = 53  # of integers in float64
 
 # Operations that move, compare or round numbers, or combine two of them: exact already.
@@ -43,10 +48,18 @@ EXACT_OPERATIONS = set(
 
 
 @contextmanager
-def fixed_point_arithmetic() -> Iterator[None]:
-    """Torch's operations inside are exact, or replaced by exact ones, or raise a `ValueError`."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _FixedPointMode():
-        yield
+def fixed_point_arithmetic(*models: torch.nn.Module) -> Iterator[None]:
+    """Torch's operations inside are exact, or replaced by exact ones, or raise a `ValueError`.
+
+    Args:
+        models: whose parameters do not change inside: they are rounded once.
+    """
+    token = _CONSTANTS.set(_Constants(models))
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _FixedPointMode():
+            yield
+    finally:
+        _CONSTANTS.reset(token)
 
 
 class _FixedPointMode(TorchDispatchMode):
@@ -74,17 +87,46 @@ class _FixedPointMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@functools.cache
+def _powers_of_two(device: torch.device) -> Tensor:
+    powers = [2.0**exponent for exponent in range(-1022, 1024)]
+    return torch.tensor(powers, dtype=torch.float64, device=device)
+
+
 def _power_of_two(exponent: Tensor) -> Tensor:
-    """2ᵉ for e in −1022 … 1023, in float64, composed from its bits."""
-    return ((exponent.long().clamp(-1022, 1023) + 1023) << 52).view(torch.float64)
+    """2ᵉ for e in −1022 … 1023, in float64."""
+    return _powers_of_two(exponent.device)[exponent.long().clamp_(-1022, 1023).add_(1022)]
 
 
-def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> tuple[Tensor, Tensor]:
-    """x as integers of `bits` bits, and their scale, a power of two that all numbers along `dims`
-    share."""
-    x = x.double()
-    exponent = torch.frexp(x.abs().amax(dims, keepdim=True))[1]
-    return (x * _power_of_two(bits - exponent)).round(), _power_of_two(exponent - bits)
+def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+    """x in float64, rounded to multiples of a power of two that all numbers along `dims` share, so
+    that the highest has `bits` bits."""
+    highest = torch.maximum(x.amax(dims, keepdim=True), x.amin(dims, keepdim=True).neg_())
+    exponent = torch.frexp(highest)[1]
+    # Numbers of this size have no smaller bits: the sum is rounded, and the difference is exact.
+    large = _power_of_two(exponent + (EXACT_BITS - 1 - bits)).mul_(1.5)
+    return x.to(torch.float64, copy=True).add_(large).sub_(large)
+
+
+class _Constants:
+    """Parameters in fixed point."""
+
+    def __init__(self, models: Iterable[torch.nn.Module]):
+        parameters = [parameter for model in models for parameter in model.parameters()]
+        self.storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self.converted = dict[tuple, Tensor]()
+
+    def to_fixed_point(self, x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+        storage = x.untyped_storage().data_ptr()
+        if storage not in self.storages:
+            return _to_fixed_point(x, dims, bits)
+        key = (storage, x.storage_offset(), x.shape, x.stride(), str(dims), bits)
+        if key not in self.converted:
+            self.converted[key] = _to_fixed_point(x, dims, bits)
+        return self.converted[key]
+
+
+_CONSTANTS: ContextVar[_Constants] = ContextVar("constants")
 
 
 # ---- sums ----------------------------------------------------------------------------------------
@@ -98,9 +140,8 @@ def _factor_bits(count: int) -> int:
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of (…, m, k) and (…, k, n), in float64."""
     bits = _factor_bits(a.shape[-1])
-    rows, row_scale = _to_fixed_point(a, -1, bits)
-    columns, column_scale = _to_fixed_point(b, -2, bits)
-    return (rows @ columns) * (row_scale * column_scale)
+    constants = _CONSTANTS.get()
+    return constants.to_fixed_point(a, -1, bits) @ constants.to_fixed_point(b, -2, bits)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
@@ -108,7 +149,14 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
-    return (_product(a, b) * alpha + bias.double() * beta).to(a.dtype)
+    result = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+    biases = (bias.double() * beta).expand_as(result)
+    num_rows = max(1, CHUNK_SIZE // max(b.shape))  # few enough for a processor's cache
+    parts = (tensor.split(num_rows) for tensor in (a, biases, result))
+    for part, added, output in zip(*parts, strict=True):
+        product = _product(part, b)
+        output.copy_((product if alpha == 1 else product.mul_(alpha)).add_(added))
+    return result
 
 
 def _convolution(
@@ -122,21 +170,32 @@ def _convolution(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
-    """A convolution of integers. Without cuDNN, as its algorithms may transform the factors."""
+    """A convolution as a sum of matrix products, one for each position of the kernel."""
     if transposed or groups != 1 or weight.ndim != 4:
         raise ValueError("expected plain 2-D convolutions in fixed-point arithmetic, got others")
     bits = _factor_bits(weight[0].numel())
-    images, image_scale = _to_fixed_point(x, [1, 2, 3], bits)
-    kernels, kernel_scale = _to_fixed_point(weight, [1, 2, 3], bits)
-    with torch.backends.cudnn.flags(enabled=False):
-        result = conv2d(images, kernels, None, stride, padding, dilation)
-    result = result * (image_scale * kernel_scale.view(1, -1, 1, 1))
-    result = result if bias is None else result + bias.double()[:, None, None]
-    return result.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    kernels = _CONSTANTS.get().to_fixed_point(weight, [1, 2, 3], bits)
+    images = _to_fixed_point(x, [1, 2, 3], bits).permute(0, 2, 3, 1)  # (B, H, W, C)
+    images = pad(images, [0, 0, padding[1], padding[1], padding[0], padding[0]])
+    size = [
+        (length - step * (kernel - 1) - 1) // stride_step + 1
+        for length, step, kernel, stride_step in zip(
+            images.shape[1:3], dilation, weight.shape[2:], stride, strict=True
+        )
+    ]
+    total = torch.zeros(len(x) * math.prod(size), len(weight), dtype=torch.float64, device=x.device)
+    for i, j in itertools.product(*map(range, weight.shape[2:])):
+        rows = images[:, i * dilation[0] :: stride[0], j * dilation[1] :: stride[1]]
+        patch = rows[:, : size[0], : size[1]].reshape(-1, x.shape[1])
+        total.addmm_(patch, kernels[:, :, i, j].t())
+    result = total.view(len(x), *size, len(weight))
+    if bias is not None:
+        result.add_(bias.double())
+    return result.to(x.dtype).permute(0, 3, 1, 2)  # channels last
 
 
-def _terms(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """x as integers whose sum along `dims` is exact, and their scale."""
+def _terms(x: Tensor, dims: list[int]) -> Tensor:
+    """x in fixed point, so that the sum along `dims` is exact."""
     count = math.prod(x.shape[dim] for dim in dims)
     return _to_fixed_point(x, dims, min(EXACT_BITS - 18, EXACT_BITS - count.bit_length()))
 
@@ -146,9 +205,7 @@ def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None =
     dims = [dims] if isinstance(dims, int) else list(dims)
     if not x.is_floating_point():
         return x.sum(dims, keepdim, dtype=dtype)
-    terms, scale = _terms(x, dims)
-    total = terms.sum(dims, keepdim=True) * scale
-    return (total if keepdim else total.squeeze(dims)).to(dtype or x.dtype)
+    return _terms(x, dims).sum(dims, keepdim).to(dtype or x.dtype)
 
 
 def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -160,8 +217,7 @@ def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None 
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     if not x.is_floating_point():
         return x.cumsum(dim, dtype=dtype)
-    terms, scale = _terms(x, [dim])
-    return (terms.cumsum(dim) * scale).to(dtype or x.dtype)
+    return _terms(x, [dim]).cumsum(dim).to(dtype or x.dtype)
 
 
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
@@ -185,12 +241,13 @@ def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     dims = list(range(-len(shape), 0))
-    mean = _mean(x.double(), dims, True)
-    centered = x.double() - mean
-    inverse = 1 / (_mean(centered * centered, dims, True) + eps).sqrt()
-    result = centered * inverse
-    result = result if weight is None else result * weight.double()
-    result = result if bias is None else result + bias.double()
+    result = x.to(torch.float64, copy=True)
+    mean = _mean(result, dims, True)
+    result.sub_(mean)
+    inverse = 1 / (_mean(result * result, dims, True) + eps).sqrt()
+    result.mul_(inverse)
+    result = result if weight is None else result.mul_(weight)
+    result = result if bias is None else result.add_(bias)
     return result.to(x.dtype), mean.to(x.dtype), inverse.to(x.dtype)
 
 
@@ -219,6 +276,9 @@ LN_2 = (float.fromhex("0x1.62e42fefa0000p-1"), float.fromhex("0x1.cf79abc9e3b3ap
 HALF_PI = (float.fromhex("0x1.921fb54440000p+0"), float.fromhex("0x1.68c234c4c6628p-39"))
 
 
+EXP_SERIES = [1 / math.factorial(n) for n in range(10, -1, -1)]
+
+
 def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
     """Horner's scheme; the coefficient of the highest power comes first."""
     total = torch.full_like(x, coefficients[0])
@@ -229,14 +289,20 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 def exp(x: Tensor) -> Tensor:
     """eˣ to 12 digits: the Taylor series of degree 10 in −½ ln 2 … ½ ln 2, times a power of two."""
+    x = x.contiguous()
     result = torch.empty(x.shape, dtype=torch.float64, device=x.device)
-    parts = x.flatten().split(CHUNK_SIZE)
+    parts = x.view(-1).split(CHUNK_SIZE)
     for part, output in zip(parts, result.view(-1).split(CHUNK_SIZE), strict=True):
-        clamped = part.double().clamp(-708, 709)
-        power = (clamped * (1 / (LN_2[0] + LN_2[1]))).round_()
-        rest = clamped.sub_(power * LN_2[0]).sub_(power * LN_2[1])
-        series = _polynomial(rest, [1 / math.factorial(n) for n in range(10, -1, -1)])
-        output.copy_(series.mul_(_power_of_two(power)).masked_fill_(part < -708, 0.0))
+        rest = part.double().clamp(-708, 709)
+        power = (rest * (1 / (LN_2[0] + LN_2[1]))).round_()
+        rest.sub_(power * LN_2[0]).sub_(power * LN_2[1])
+        first, *coefficients = EXP_SERIES
+        torch.mul(rest, first, out=output)
+        for coefficient in coefficients[:-1]:
+            output.add_(coefficient).mul_(rest)  # two steps: no fused multiply-add
+        output.add_(coefficients[-1])
+        scale = power.long().add_(1023).bitwise_left_shift_(52).view(torch.float64)  # 2 ** power
+        output.mul_(scale).masked_fill_(part < -708, 0.0)
     return result
 
 
@@ -268,7 +334,7 @@ def _sine(x: Tensor, quarters: int) -> Tensor:
 
 
 def _sigmoid(x: Tensor) -> Tensor:
-    return 1 / (1 + exp(-x))
+    return exp(-x).add_(1).reciprocal_()
 
 
 def _sinh(x: Tensor) -> Tensor:
@@ -296,6 +362,40 @@ def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return replacement
 
 
+def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Callable:
+    """A function of which few results are computed exactly.
+
+    The others are rounded from torch's own result in float64, where all numbers as near to it as
+    the exact one are rounded to the same.
+    """
+
+    def replacement(x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            return exact(x)
+        x = x.contiguous()
+        result = torch.empty_like(x)
+        parts = x.view(-1).split(CHUNK_SIZE)
+        for part, output in zip(parts, result.view(-1).split(CHUNK_SIZE), strict=True):
+            value = native(part.double())
+            output.copy_(value * (1 - ERROR))
+            upper = value.mul_(1 + ERROR).to(x.dtype)
+            if not torch.equal(output, upper):  # or NaN
+                places = (output != upper).nonzero()[:, 0]
+                output[places] = exact(part[places].double()).to(x.dtype)
+        return result
+
+    return replacement
+
+
+def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    product = a * b
+    return x + (product if value == 1 else product * value)
+
+
+def _silu(x: Tensor) -> Tensor:
+    return x * _sigmoid(x)
+
+
 # Operations whose floating-point results depend on the machine, and what computes them exactly.
 REPLACEMENTS: dict[str, Callable] = {
     "mm": _mm,
@@ -311,13 +411,13 @@ REPLACEMENTS: dict[str, Callable] = {
     "_softmax": _softmax,
     "_safe_softmax": _safe_softmax,
     "_log_softmax": _log_softmax,
-    "addcmul": lambda x, a, b, *, value=1: x + a * b * value,
-    "exp": _elementwise(exp),
+    "addcmul": _addcmul,
+    "exp": _rounded(torch.exp_, exp),
     "log": _elementwise(log),
     "sin": _elementwise(lambda x: _sine(x, 0)),
     "cos": _elementwise(lambda x: _sine(x, 1)),
-    "sigmoid": _elementwise(_sigmoid),
-    "silu": _elementwise(lambda x: x * _sigmoid(x)),
+    "sigmoid": _rounded(torch.sigmoid_, _sigmoid),
+    "silu": _rounded(lambda x: torch.sigmoid(x).mul_(x), _silu),
     "tanh": _elementwise(lambda x: 1 - 2 / (exp(2 * x) + 1)),
     "sinh": _elementwise(_sinh),
     "rsqrt": _elementwise(lambda x: 1 / x.sqrt()),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 DECODER_TYPES: dict[str, tuple[str, ...]] = {
     "conv": ("lattice", "factorized", "masked"),
     "causal_lm": ("raster",),
-    "transformer": ("lattice", "factorized", "masked", "raster"),
+    "transformer": ("lattice", "factorized", "masked", "raster", "diagonal"),
     "auxiliary": ("factorized",),  # the auxiliary decoder, without a stronger one
 }
 PIXEL_DECODER_TYPES = ("conv", "auxiliary")
@@ -18,6 +18,7 @@ GROUP_NUMBERS: dict[str, Callable[[int], list[int | None]]] = {
     "lattice": lambda downsample: [1 + 3 * k for k in range(int(math.log2(downsample)), 7)],
     "masked": lambda downsample: [8, *range(1, 257)],
     "raster": lambda downsample: [None],  # as many as positions
+    "diagonal": lambda downsample: [None],  # as many as anti-diagonals
 }
 ORDERINGS = tuple(GROUP_NUMBERS)
 DOWNSAMPLES = (2, 4, 8, 16, 32, 64)

@@ -100,14 +100,14 @@ class ProgressiveVAELevelConfig(PartConfig):
             of transformers, on grids of up to 256 codes. `"auxiliary"`: only the auxiliary decoder.
         ordering: the split of the finer grid into groups, predicted in sequence. `"factorized"`:
             one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`: a fixed random
-            order, few positions first. `"raster"`: one code at a time. `None`: `"lattice"` for
-            `"conv"` and `"transformer"`, `"raster"` for `"causal_lm"`, `"factorized"` for
-            `"auxiliary"`; `"conv"` has all but `"raster"`, `"transformer"` has all, the others have
-            only their own.
+            order, few positions first. `"raster"`: one code at a time. `"diagonal"`: one
+            anti-diagonal at a time. `None`: `"lattice"` for `"conv"` and `"transformer"`,
+            `"raster"` for `"causal_lm"`, `"factorized"` for `"auxiliary"`. `"transformer"` has all,
+            `"conv"` the first three, the others only their own.
         num_groups: groups of the decoder: 1 of `"factorized"`; 1 + 3k of `"lattice"`, whose
             coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
-            `"raster"`, which has as many as positions. `None`: the only number, the stride
-            downsample for `"lattice"`, and 8 for `"masked"`.
+            `"raster"` and `"diagonal"`, which have as many as positions and as anti-diagonals.
+            `None`: the only number, the stride downsample for `"lattice"`, and 8 for `"masked"`.
         backbone_config: of `"causal_lm"`, any causal-LM config of transformers, as a config or as
             a dict with its `model_type`; its vocabulary is set to the codes. `None`: an OPT of
             `num_layers` layers with `hidden_size`.

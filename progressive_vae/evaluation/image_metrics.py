@@ -1,7 +1,6 @@
 """Metrics of sample quality: classification accuracy, Fréchet distance, precision and recall."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,10 +15,10 @@ from tqdm.auto import tqdm
 
 from ..data.classes import NO_LABEL
 from ..data.code_cache import GridDataset, Manifest, cached
-from ..data.streaming import PixelStream
-from ..models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
+from ..models.value_types import uint8_to_signed, unit_to_uint8
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
+from ..pipeline_inputs import Sampling
 
 MAX_EPOCHS = 20  # of a classifier
 
@@ -75,17 +74,14 @@ def _color_layers(num_channels: int) -> list[nn.Module]:
 
 
 def train_classifier(
-    dataset: GridDataset | PixelStream,
+    dataset: GridDataset,
     num_classes: int,
     max_train_steps: int = 1000,
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Classifier:
     """Train a classifier on a training split in batches of 128, for at most `MAX_EPOCHS`."""
-    num_steps = max_train_steps
-    count = dataset.limit if isinstance(dataset, PixelStream) else dataset.num_examples
-    if count is not None:
-        num_steps = min(num_steps, MAX_EPOCHS * max(1, count // 128))
+    num_steps = min(max_train_steps, MAX_EPOCHS * max(1, len(dataset) // 128))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Classifier(dataset.manifest.shape[0], num_classes).to(device)
@@ -220,11 +216,13 @@ def sample_labeled(
     seed: int = 0,
     batch_size: int = 250,
     preview: bool = False,
+    by_defaults: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Sample images with labels spread evenly over the classes, in batches for `write_cache`.
 
     Args:
         preview: sample codes only, and decode them with the auxiliary decoders.
+        by_defaults: sample by `config.sampling`, not from the exact distribution.
 
     Yields:
         uint8 (b, C, H, W), and class ids (b,), −1 for a model without classes.
@@ -234,9 +232,11 @@ def sample_labeled(
     for start in tqdm(range(0, num_images, batch_size), desc="sample"):
         indices = torch.arange(start, min(start + batch_size, num_images))
         labels = indices % num_classes if num_classes else torch.full_like(indices, NO_LABEL)
-        condition: dict[str, Any] = {"class_labels": labels.tolist()} if num_classes else {}
+        arguments: dict[str, Any] = {} if by_defaults else {"temperature": 1.0}
+        if num_classes:
+            arguments["class_labels"] = labels.tolist()
         output = pipe(
-            **condition,
+            **arguments,
             num_images_per_prompt=1 if num_classes else len(indices),
             generator=generator,
             output_type="pt",
@@ -253,21 +253,25 @@ def cached_samples(
     num_images: int,
     seed: int,
     batches: Iterable[tuple[Tensor, Tensor]],
+    sampling: Sampling | None = None,
 ) -> GridDataset:
     """Return samples and their labels from the cache `folder`, as sampling takes minutes.
 
-    If the cache is of other weights, seed or number of images, `batches` are written there first.
+    If the cache is of other weights, settings, seed or number of images, `batches` are written
+    there first.
 
     Args:
         models: all that samples depend on.
         shape: (C, H, W).
         batches: as `sample_labeled` yields them.
+        sampling: settings of the samples; `None`: the exact distribution.
     """
     digest = hashlib.sha256()
     for model in models:
         for value in model.state_dict().values():
             digest.update(value.float().cpu().numpy().tobytes())
-    manifest = Manifest(digest.hexdigest(), f"samples, seed {seed}", str(num_images), shape, 256)
+    name = f"samples, seed {seed}" if sampling is None else f"samples, seed {seed}, {sampling}"
+    manifest = Manifest(digest.hexdigest(), name, str(num_images), shape, 256)
     return cached(folder, manifest, batches)
 
 
@@ -288,28 +292,3 @@ def accuracy(classifier: nn.Module, dataset: GridDataset, batch_size: int = 1000
     if not num_labeled:
         raise ValueError(f"expected labels in {dataset.folder}, got none")
     return num_correct / num_labeled
-
-
-def distance_of_samples(
-    pipe: ProgressiveVAEPipeline,
-    classifier: Classifier,
-    dataset: GridDataset,
-    num_images: int,
-    seed: int = 0,
-    batch_size: int = 250,
-) -> float:
-    """Return the Fréchet distance between samples and held-out images.
-
-    Args:
-        classifier: whose features are compared.
-        dataset: of held-out images, of which the first `num_images` are used.
-        num_images: to sample, with labels spread evenly over the classes.
-    """
-    extractor = ClassifierFeatures(classifier)
-
-    def features(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        return features_of(extractor, (uint8_to_unit(images) for images, _ in batches))[:num_images]
-
-    num_batches = math.ceil(num_images / batch_size)
-    real = features(islice(dataset.batches(batch_size), num_batches))
-    return frechet_distance(real, features(sample_labeled(pipe, num_images, seed, batch_size)))

@@ -1,6 +1,7 @@
 """Held-out likelihood in bits/dim, codebook use, label accuracy and rate–distortion of codes."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -35,32 +36,51 @@ def code_use(counts: Tensor) -> dict[str, float]:
 
 
 def evaluate(
-    pipe: ProgressiveVAEPipeline, dataset: GridDataset, batch_size: int = 250
-) -> dict[str, dict]:
+    pipe: ProgressiveVAEPipeline,
+    dataset: GridDataset,
+    batch_size: int = 250,
+    max_images: int | None = None,
+    seed: int = 0,
+    deadline: float | None = None,
+) -> dict[str, Any]:
     """Return bits/dim per factor under the null class, and codebook use per level, of a split.
 
     Args:
         dataset: pixels, (C, H, W) of 0 … 255.
+        max_images: of a random subset; `None`: all images.
+        seed: of the subset.
+        deadline: `time.perf_counter()` at which the next batch is the last; `None`: no limit.
 
     Returns:
-        `{"bits_per_dim": {factor: bits, "total": bits}, "codes": {level: code_use}}`, of the most
-        probable codes. With stochastic encoders also `"bits_per_dim_of_drawn_codes"`, the bound
-        E[−log2 P(s, z)] − H(P_Ψ) of one sample of the codes for each image.
+        `{"num_images": images, "bits_per_dim": {factor: bits, "total": bits}, "codes":
+        {level: code_use}}`, of the most probable codes. With stochastic encoders also
+        `"bits_per_dim_of_drawn_codes"`, the bound E[−log2 P(s, z)] − H(P_Ψ) of one sample of the
+        codes for each image.
     """
     counts = [torch.zeros(level.config.codebook_size, dtype=torch.long) for level in pipe.levels]
     nats_of: dict[str, Counter] = {"bits_per_dim": Counter()}
     generator = torch.Generator().manual_seed(0)
     if any(level.config.is_stochastic for level in pipe.levels):
         nats_of["bits_per_dim_of_drawn_codes"] = Counter()
-    for images in _images(dataset, batch_size):
+    # A part of the images is a random one: a split may be ordered by its classes.
+    is_part = deadline is not None or (max_images is not None and max_images < len(dataset))
+    rows = torch.arange(len(dataset))
+    if is_part:
+        rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    num_images = 0
+    for part in tqdm(rows[:max_images].split(batch_size), desc="evaluate"):
+        images = dataset.batch(part.tolist())[0].to(torch.uint8)
         for codes, count in zip(pipe.encode(images), counts, strict=True):
             count += torch.bincount(codes.flatten(), minlength=len(count))
         for name, sums in nats_of.items():
             is_sampled = name == "bits_per_dim_of_drawn_codes"
             nats = pipe.log_prob(images, generator=generator if is_sampled else None)
             sums.update({factor: value.double().sum().item() for factor, value in nats.items()})
-    scale = -1 / (math.log(2) * len(dataset) * math.prod(pipe.image_shape))
-    metrics: dict[str, dict] = {}
+        num_images += len(images)
+        if deadline is not None and time.perf_counter() > deadline:
+            break
+    scale = -1 / (math.log(2) * num_images * math.prod(pipe.image_shape))
+    metrics: dict[str, Any] = {"num_images": num_images}
     for name, sums in nats_of.items():
         metrics[name] = {factor: nats * scale for factor, nats in sums.items()}
         metrics[name]["total"] = sum(sums.values()) * scale
@@ -108,7 +128,7 @@ def _reconstructions(
     levels = range(1, pipe.num_levels + 1)
     yield "images", uint8_to_unit(images)
     for i in levels:
-        yield f"level_{i}", pipe.decode(codes[:i], "pt", generator)
+        yield f"level_{i}", pipe.decode(codes[:i], "pt", generator, temperature=1.0)
     if pipe.stack.has_previews:
         for i in levels:
             yield f"preview_of_level_{i}", pipe.preview(codes, i, "pt")
@@ -147,7 +167,9 @@ def rate_distortion(
         rate = 0.0
         for k, factor in enumerate(pipe.factor_names[:-1], 1):  # the factor of z_k
             rate -= nats[factor].double().sum().item() / math.log(2)
-            samples = [pipe.decode(codes[:k], "pt", generator) for _ in range(num_samples)]
+            samples = [
+                pipe.decode(codes[:k], "pt", generator, temperature=1.0) for _ in range(num_samples)
+            ]
             decoded = {"": samples[0], "_of_mean": torch.stack(samples).mean(0)}
             if pipe.stack.has_previews:
                 decoded["_of_preview"] = pipe.preview(codes, k, "pt")
@@ -177,9 +199,3 @@ def psnr_of(squared_error: float) -> float:
     It is 138 at most, for identical images.
     """
     return 10 * math.log10((NUM_PIXEL_VALUES - 1) ** 2 / max(squared_error, 1e-9))
-
-
-def _images(dataset: GridDataset, batch_size: int) -> Iterator[Tensor]:
-    total = math.ceil(len(dataset) / batch_size)
-    for grids, _ in tqdm(dataset.batches(batch_size), total=total, desc="evaluate"):
-        yield grids.to(torch.uint8)

@@ -42,6 +42,8 @@ $installation
 $usage
 ```
 
+$sampling
+
 `pipe.reconstruct`, `inpaint`, `variations`, `interpolate` and `compress` take PIL images, arrays or
 tensors. A single part loads with `AutoModel.from_pretrained(…, subfolder="level_1")` after
 `import progressive_vae`.
@@ -120,6 +122,7 @@ def model_card(
     images: Sequence[str] = (),
     variant: str | None = None,
     with_code: bool = False,
+    sampling: Mapping[str, Any] | None = None,
 ) -> ModelCard:
     """Return the card of a pipeline.
 
@@ -131,6 +134,7 @@ def model_card(
         images: paths of files whose names are in `IMAGES`, relative to the card.
         variant: of the weights, if there are only weights of this variant.
         with_code: the repository contains the package's code, so the usage needs no installation.
+        sampling: the defaults in the pipeline's config.
     """
     metrics = metrics or {}
     license = metrics.get("license", "apache-2.0")
@@ -148,6 +152,7 @@ def model_card(
         images="\n\n".join(_image(path, configs) for path in images),
         installation=_WITHOUT_INSTALLATION if with_code else _INSTALL,
         usage=_usage(repository, configs, variant, with_code),
+        sampling=_sampling(sampling, configs, metrics) if sampling else "",
         parts="\n".join(_parts_table(configs, image_size, metrics)),
         evaluation=_evaluation(metrics) if metrics else "No metrics were saved.",
         data=_training_data(metrics) if metrics else "It was not recorded.",
@@ -209,7 +214,7 @@ def training_table(metrics: dict) -> str:
         ]
         lines.append(_row(cells))
     if "sampled_images_per_second" in metrics:
-        lines.append(f"| sample, batch of 250 | | | | {metrics['sampled_images_per_second']:.0f} |")
+        lines.append(f"| sample | | | | {metrics['sampled_images_per_second']:.0f} |")
     return "\n".join(lines)
 
 
@@ -252,12 +257,18 @@ def _summary(configs: Configs, image_size: Sequence[int], metrics: dict) -> str:
 def _image(path: str, configs: Configs) -> str:
     """An image with its caption."""
     name = path.rpartition("/")[2].partition(".")[0]
+    has_previews = all(config.has_auxiliary for config in _levels(configs))
     if name == "samples":
         has_classes = "prior" in configs and configs["prior"].num_classes
         caption = "Samples, one class in each row." if has_classes else "Samples."
+        if has_previews:
+            caption += (
+                " To the left of the samples: previews of their z₁, then of z₂, … by the auxiliary "
+                "decoders, which show the factor that spoils an image."
+            )
     else:
         previews = ""
-        if all(config.has_auxiliary for config in _levels(configs)):
+        if has_previews:
             previews = "previews of z₁ … z_N by the auxiliary decoders, "
         caption = (
             f"Held-out images. Rows from top to bottom: {previews}reconstructions sampled from z₁, "
@@ -308,9 +319,35 @@ def _usage(repository: str, configs: Configs, variant: str | None, with_code: bo
     return imports + load + _SAMPLE.format(label=label)
 
 
+def _sampling(sampling: Mapping[str, Any], configs: Configs, metrics: dict) -> str:
+    """The sampling settings, and where they are those of the metrics, what they change."""
+    names = ["prior", *(f"level_{i}" for i in range(1, len(_levels(configs)) + 1))]
+    lines = [
+        "Calls without sampling arguments use the settings in `model_index.json`. With "
+        "`temperature=1.0` they sample from the exact distribution.",
+        "",
+        *_header(["setting", *names]),
+    ]
+    for name, value in sampling.items():
+        values = value if isinstance(value, list) else [value] * len(names)
+        lines.append(_row([f"`{name}`", *(f"{number:g}" for number in values)]))
+    tuning = metrics.get("sampling", {})
+    if tuning.get("settings") != sampling:
+        return "\n".join(lines)
+    lines += ["", *_header(["on held-out images", *tuning["held_out"]])]
+    columns = tuning["held_out"].values()
+    for name in next(iter(columns)):
+        lines.append(_row([name, *(f"{column[name]:.4g}" for column in columns)]))
+    lines += ["", f"{tuning['explanation']} Command: `{tuning['command']}`"]
+    return "\n".join(lines)
+
+
 def _evaluation(metrics: dict) -> str:
+    count = f"{metrics['num_images']:,}"
+    if metrics.get("num_held_out", 0) > metrics["num_images"]:
+        count += f" of {metrics['num_held_out']:,}"
     text = (
-        f"On {metrics['num_images']:,} held-out images (`{metrics['dataset']}`, split "
+        f"On {count} held-out images (`{metrics['dataset']}`, split "
         f"`{metrics['split']}`), seed {metrics['seed']}, {metrics['machine']}:\n\n"
         f"{metrics_table(metrics)}\n\n{_EXPLANATION}"
     )

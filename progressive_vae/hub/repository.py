@@ -230,10 +230,18 @@ def make_card(folder: Path, repository: str, with_code: bool = False) -> ModelCa
     configs: Configs = {
         part: _config_class(part).from_pretrained(folder / part) for part in pipeline_parts(folder)
     }
-    image_size = read_json(folder / INDEX, _SAVE_AGAIN)["image_size"]
+    index = read_json(folder / INDEX, _SAVE_AGAIN)
+    variant = _default_variant(folder)
     try:
         return model_card(
-            repository, configs, image_size, metrics, images, _default_variant(folder), with_code
+            repository,
+            configs,
+            index["image_size"],
+            metrics,
+            images,
+            variant,
+            with_code,
+            index.get("sampling"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(

@@ -662,7 +662,8 @@ class TransformerDecoder(Decoder):
         layers = self._layers
         length = z.shape[1] + context.shape[1]
         caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
-        values = context.new_zeros(len(context), 0, dtype=torch.long)  # of the groups so far
+        values: list[Tensor] = []  # of each group, int64 (B, n)
+        num_left = context.shape[1]
         for i, positions in enumerate(groups):
             if not len(positions):  # in a small grid some groups are empty
                 continue
@@ -672,14 +673,16 @@ class TransformerDecoder(Decoder):
                 states.append(layer.attend(states[-1], cache.visible))
             # 2. Predict their values.
             step = WalkStep(i, 0, positions)
-            new_values = call_step_fn(step_fn, self._distribution(states.pop()), step, len(context))
-            values = torch.cat([values, new_values], 1)
+            distribution = self._distribution(states.pop())
+            values.append(call_step_fn(step_fn, distribution, step, len(context)))
             # 3. Make them visible to the groups that follow.
-            if values.shape[1] < context.shape[1]:
-                embedded = self.embedding(new_values)
+            num_left -= len(positions)
+            if num_left:
+                embedded = self.embedding(values[-1])
                 for layer, cache, state in zip(layers, caches, states, strict=True):
                     cache.append(layer.project_visible(state + embedded))
-        grid = torch.empty_like(values).index_copy(1, torch.cat(groups), values)
+        in_sequence = torch.cat(values, 1)
+        grid = torch.empty_like(in_sequence).index_copy(1, torch.cat(groups), in_sequence)
         return grid.unflatten(1, (1, *size))
 
     def step_sizes(self, size: tuple[int, int]) -> list[int]:
@@ -706,12 +709,15 @@ class TransformerDecoder(Decoder):
 
     @property
     def _ordering(self) -> tuple[str, int]:
-        """The ordering and its number of groups; a raster has as many as positions."""
+        """The ordering and its number of groups, which some orderings do not read."""
         assert self.config.ordering is not None  # the config sets it
         return self.config.ordering, self.config.num_groups or 1
 
     def _embed(self, condition: Condition, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E)."""
+        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E).
+
+        A code of z has the place of its first position in the finer grid.
+        """
         height, width = size
         if max(size) > MAX_TRANSFORMER_SIDE:
             raise ValueError(
@@ -722,7 +728,10 @@ class TransformerDecoder(Decoder):
         state = self.upsample(z)[..., :height, :width].movedim(1, -1)
         rows = self.row_embedding(torch.arange(height, device=z.device))
         columns = self.column_embedding(torch.arange(width, device=z.device))
-        return z.flatten(2).mT, (state + rows[:, None] + columns).flatten(1, 2)
+        places = rows[:, None] + columns  # (H, W, E)
+        stride = self.config.downsample
+        z_state = z.movedim(1, -1) + places[::stride, ::stride]
+        return z_state.flatten(1, 2), (state + places).flatten(1, 2)
 
     def _distribution(self, state: Tensor) -> Categorical | LowRankCategorical:
         return self.logits(self.norm(state))

@@ -158,6 +158,30 @@ class DiscretizedLogisticMixture:
         masses = _logistic_mass((edges - self.means) * self.precisions)[0]  # (K, B, n)
         return ((self.weights[:-1] * masses).sum(0) + self._floor).log()
 
+    def with_temperature(self, temperature: float) -> "DiscretizedLogisticMixture":
+        """The mixture with weights ∝ w^(1/T) and scales T·s; T = 1 returns it unchanged.
+
+        A temperature of the whole distribution, P^(1/T), would also weigh components by their
+        sharpness: a mass w of scale s becomes one of w^(1/T)·s^(1 − 1/T). Sharp components, which
+        are copies of a neighbor, then win over broad ones, and spread over the image: flat white
+        would flood it. Here the scale of a component has no effect on its weight.
+
+        Args:
+            temperature: T > 0.
+        """
+        if temperature == 1:
+            return self
+        weights = (self.weights.log() / temperature).softmax(0)
+        precisions = self.precisions / temperature
+        return DiscretizedLogisticMixture(weights, self.means, precisions, self.num_values)
+
+    def most_probable(self) -> Tensor:
+        """The limit at temperature 0: the mean of the component of the largest weight, int64
+        (B, n). The uniform distribution, which has no mean among the values, does not count."""
+        component = self.weights[:-1].argmax(0, keepdim=True)
+        mean = self.means.gather(0, component)[0]
+        return mean.round().clamp(0, self.num_values - 1).long()
+
     def chunks(self) -> "list[DiscretizedLogisticMixture]":
         return [self]
 

@@ -254,7 +254,9 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             guidance_scale: s > 1 for classifier-free guidance, logits `null + s·(class − null)`
                 (Ho & Salimans 2022).
             generator: one for the batch, or one for each example; on any device.
-            temperature: 0 takes the most probable value at each step.
+            temperature: 0 takes the most probable value at each step. Of pixels in a mixture of
+                logistics it lowers weights and scales of the components, and 0 takes the mean of
+                the most probable one.
             top_k, top_p: keep only the most probable values of each step.
             code_noise: the fraction of replaced codes that the decoder is conditioned on, in
                 [0, config.code_noise]; `log_prob` uses 0.

@@ -31,11 +31,8 @@ _COMPILE_ARGUMENTS = inspect.signature(torch.compile).parameters  # more in new 
 _HUB_ARGUMENTS = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
 # The parts of a pipeline share their code; dynamo limits the graphs of each function.
 PART_GRAPHS = {"isolate_recompiles": True} if "isolate_recompiles" in _COMPILE_ARGUMENTS else {}
-# Arguments of `torch.compile` for blocks, which share their code: graphs for all sizes, and as many
-# as there are kinds of blocks, with and without gradients.
-BLOCK_GRAPHS: dict[str, Any] = {"dynamic": True, "recompile_limit": 64}
-if "recompile_limit" not in _COMPILE_ARGUMENTS:
-    del BLOCK_GRAPHS["recompile_limit"]
+# Blocks share their code, which has a graph for each kind of them, with gradients and without.
+BLOCK_GRAPHS = {"recompile_limit": 64} if "recompile_limit" in _COMPILE_ARGUMENTS else {}
 _ADVICE = "save the model again, or download it again"
 
 # model.safetensors, model.fp16.safetensors, their shards, and the index of shards.
@@ -109,7 +106,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         blocks = [module for module in self.modules() if type(module).__name__ in names]
         if not blocks:
             raise ValueError(f"expected a model with blocks of {names}, got {type(self).__name__}")
-        kwargs = {**BLOCK_GRAPHS, **kwargs}
+        kwargs = {"dynamic": True, **BLOCK_GRAPHS, **kwargs}
         for block in blocks:
             block.compile(*args, **kwargs)
 

@@ -218,6 +218,24 @@ def raster_ordering(num_groups: int, size: tuple[int, int], device: torch.device
     return [*map(IndexGroup, torch.arange(math.prod(size), device=device).split(1))]
 
 
+def diagonal_ordering(num_groups: int, size: tuple[int, int], device: torch.device) -> list[Group]:
+    """The anti-diagonals, from the first position to the last: H + W − 1 groups.
+
+    A position's left and upper neighbors are in the group before its own, as they are earlier in a
+    raster.
+    """
+    return [*map(IndexGroup, _diagonals(size, device))]
+
+
+@device_constant
+def _diagonals(size: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+    height, width = size
+    diagonal = torch.arange(height)[:, None] + torch.arange(width)
+    return tuple(
+        (diagonal.flatten() == i).nonzero()[:, 0].to(device) for i in range(height + width - 1)
+    )
+
+
 # (num_groups, padded size (H, W), device) -> the groups in sequence. Strides are powers of two and
 # never increase. The config lists the same names, with the numbers of groups that each can have.
 ORDERINGS: dict[str, Callable[[int, tuple[int, int], torch.device], list[Group]]] = {
@@ -225,6 +243,7 @@ ORDERINGS: dict[str, Callable[[int, tuple[int, int], torch.device], list[Group]]
     "lattice": lattice_ordering,
     "masked": masked_ordering,
     "raster": raster_ordering,
+    "diagonal": diagonal_ordering,
 }
 
 

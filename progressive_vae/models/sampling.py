@@ -6,15 +6,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
 from ..arguments import as_integer, as_number
-from .distributions import Categorical, Distribution
+from .distributions import Categorical, DiscretizedLogisticMixture, Distribution
 from .walk import WalkStep
 
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
@@ -74,7 +69,10 @@ class Sampler:
     then logits of the null class. Samples come from `null + s·(class − null)` (classifier-free
     guidance, Ho & Salimans 2022) and are returned twice, (2B, ...), as inputs of both halves.
 
-    Temperatures below `MIN_TEMPERATURE` take the most probable value.
+    The temperature divides logits. Of a mixture of logistics it changes weights and scales instead,
+    without guidance: see `DiscretizedLogisticMixture.with_temperature`. Temperatures below
+    `MIN_TEMPERATURE` take the most probable value, or of a mixture the mean of its most probable
+    component.
 
     Raises:
         ValueError: a batch size below 1, a negative or non-finite temperature, top_k < 1, top_p
@@ -94,13 +92,11 @@ class Sampler:
     ):
         self.batch_size = as_integer("batch_size", batch_size, 1)
         self.generator = as_generators(generator, self.batch_size)
-        temperature = as_number("temperature", temperature, ">= 0", lambda x: x >= 0)
-        self.is_greedy = temperature < MIN_TEMPERATURE
+        self.temperature = as_number("temperature", temperature, ">= 0", lambda x: x >= 0)
+        self.is_greedy = self.temperature < MIN_TEMPERATURE
         self.guidance_scale = as_number("guidance_scale", guidance_scale, ">= 0", lambda x: x >= 0)
         self.step_noise: list[Tensor] = []  # of the next steps, (B, n)
         self.warpers = LogitsProcessorList()
-        if not self.is_greedy and temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(temperature))
         if top_k is not None:
             self.warpers.append(TopKLogitsWarper(as_integer("top_k", top_k, 1)))
         if top_p is not None:
@@ -138,7 +134,7 @@ class Sampler:
     def __call__(self, logits: Tensor) -> Tensor:
         num_rows = len(logits) // 2 if self.is_guided else len(logits)
         shape = torch.Size((num_rows, *logits.shape[1:-1]))
-        return self._sample(logits, self._noise(shape, logits.device))
+        return self._sample(logits, self._noise(shape, logits.device), self.temperature)
 
     def step(self, distribution: Distribution, step: WalkStep) -> Tensor:
         """A `StepFn` that samples the values of one step of a walk.
@@ -148,7 +144,13 @@ class Sampler:
         positions = step.positions
         shape = torch.Size((self.batch_size, len(positions)))
         u = self._noise(shape, positions.device)
-        if not (u is None or self.is_guided or self.warpers):
+        temperature = self.temperature
+        if isinstance(distribution, DiscretizedLogisticMixture) and not self.is_guided:
+            if u is None:
+                return distribution.most_probable()
+            distribution = distribution.with_temperature(temperature)
+            temperature = 1.0
+        if not (u is None or self.is_guided or self.warpers or temperature != 1):
             return distribution.icdf(u)
         samples = []
         stop = 0
@@ -156,7 +158,8 @@ class Sampler:
             logits = chunk.logits
             start = stop
             stop += logits.shape[1]
-            samples.append(self._sample(logits, None if u is None else u[:, start:stop]))
+            noise = None if u is None else u[:, start:stop]
+            samples.append(self._sample(logits, noise, temperature))
         return torch.cat(samples, 1)
 
     def _noise(self, shape: torch.Size, device: torch.device) -> Tensor | None:
@@ -171,17 +174,19 @@ class Sampler:
             )
         return noise
 
-    def _sample(self, logits: Tensor, u: Tensor | None) -> Tensor:
+    def _sample(self, logits: Tensor, u: Tensor | None, temperature: float) -> Tensor:
         logits = logits.float()
         if self.is_guided:
             conditional, null = logits.chunk(2)
-            values = self._invert(null + self.guidance_scale * (conditional - null), u)
-            return torch.cat([values, values])
-        return self._invert(logits, u)
+            logits = null + self.guidance_scale * (conditional - null)
+        values = self._invert(logits, u, temperature)
+        return torch.cat([values, values]) if self.is_guided else values
 
-    def _invert(self, logits: Tensor, u: Tensor | None) -> Tensor:
+    def _invert(self, logits: Tensor, u: Tensor | None, temperature: float) -> Tensor:
         if u is None:
             return logits.argmax(-1)
+        if temperature != 1:
+            logits = logits / temperature
         if self.warpers:
             tokens: Any = None  # the processors of a `Sampler` read no tokens
             logits = self.warpers(tokens, logits.flatten(0, -2)).view(logits.shape)

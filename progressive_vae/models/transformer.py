@@ -1,13 +1,13 @@
 """A transformer over positions that are decoded in groups, with a static key-value cache.
 
-A position is a query before its value is decoded, and a key and a value after it: a layer adds the
-embedded value to the position's state, and later groups attend to it.
+A position passes through the layers before its value is decoded. Then later groups attend to it, by
+keys and values of its states with the embedded value:
 
-    queries = layer.project(state)
-    keys, values = layer.project_visible(state + embedded value)
+    next_state = layer.attend(state, visible)
+    visible += layer.project_visible(state + embedded value)
 
-So a position passes through the layers once, in sampling as with teacher forcing. Its own group,
-whose positions are decoded at the same time, is invisible to it. It always sees z.
+So each position costs one pass, in sampling as with teacher forcing. Its own group, whose positions
+are decoded at the same time, is invisible to it. z is always visible.
 """
 
 import torch

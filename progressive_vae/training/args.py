@@ -23,7 +23,7 @@ class FitSettings:
     Args:
         max_train_steps: optimization steps. If a run has `max_train_minutes`, only the schedule of
             the learning rate uses them, and the clock decides its position.
-        time_share: relative part of `max_train_minutes`; all fits together have their sum.
+        time_share: relative part of `max_train_minutes`.
         train_batch_size: images of a batch on each process.
         optimizer: "muon", with AdamW for parameters that are no matrices, or "adamw".
         learning_rate: after warm-up.
@@ -94,7 +94,8 @@ class RunSettings:
         output_dir: folder of the pipeline.
         finest_level: folder of a pretrained finest level: only coarser ones are trained.
         extend: folder of a pipeline that gets one more level, the coarsest.
-        max_train_minutes: time of all fits together; null: their `max_train_steps` count.
+        max_train_minutes: time of the run, with its metrics and images; null: the
+            `max_train_steps` of the fits count.
         seed: of all random numbers.
         mixed_precision: no, bf16 or fp16; by default as Accelerate is configured. On CPUs that
             emulate bf16 it becomes no.

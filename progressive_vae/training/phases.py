@@ -8,7 +8,6 @@ They have only files in common, so each can run again on its own.
 import copy
 import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
@@ -54,7 +53,8 @@ class Phase:
 
     Args:
         settings: of the fit.
-        seconds: duration of the phase, which replaces the steps of the settings.
+        seconds: its share of the run's time, which replaces the steps of the settings. Report and
+            delays take a part of it, see `TimeBudget`.
         place: its number and the number of phases, for messages.
         seconds_after: planned duration of the later phases, for the progress bar.
     """
@@ -134,9 +134,14 @@ class Phase:
         to_inputs: Callable[[dict[str, Tensor]], dict[str, Any]],
         validate: Validate,
         identity: dict[str, Any],
-        start_time: float,
+        clock: tuple[float, float | None],
     ):
-        """Fit the model, validate it, record the cost, and save it."""
+        """Fit the model, validate it, record the cost, and save it.
+
+        Args:
+            clock: start and duration of the phase, of the run's time budget.
+        """
+        start_time, seconds = clock
         accelerator = run.accelerator
         fit = Fit(
             model,
@@ -148,7 +153,7 @@ class Phase:
             run=run.settings,
             checkpoints=run.checkpoints,
             logged_steps=run.logged_steps,
-            seconds=self.seconds,
+            seconds=seconds,
             start_time=start_time,
             title=f"{self.name} ({self.place})" if self.place else self.name,
             seconds_after=self.seconds_after,
@@ -200,7 +205,7 @@ class LevelPhase(Phase):
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        start_time = time.perf_counter()
+        clock = run.budget.begin_phase(self.seconds)
         examples = run.examples(self.source)
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(self.index + 1)
@@ -221,7 +226,7 @@ class LevelPhase(Phase):
             return {"finer": finer, **_class_labels(batch, level), **options}
 
         validate = _level_validation(run, self, level)
-        self._fit(run, level, examples, to_inputs, validate, identity, start_time)
+        self._fit(run, level, examples, to_inputs, validate, identity, clock)
         run.clear_cache(self.index)  # the codes are those of the previous level
         return level
 
@@ -301,7 +306,7 @@ class RefitPhase(Phase):
         return levels[self.index - 1].with_decoder(**self.changes)
 
     def __call__(self, run: Run) -> ProgressiveVAELevel:
-        start_time = time.perf_counter()
+        clock = run.budget.begin_phase(self.seconds)
         examples: Examples = run.examples(self.index + 1)
         codes = run.grids("train", self.index)
         if isinstance(examples, GridDataset) and isinstance(codes, GridDataset):
@@ -326,7 +331,7 @@ class RefitPhase(Phase):
             return {"finer": finer, "codes": codes, **_class_labels(batch, level)}
 
         validate = _level_validation(run, self, level)
-        self._fit(run, level, examples, to_inputs, validate, identity, start_time)
+        self._fit(run, level, examples, to_inputs, validate, identity, clock)
         return level
 
 
@@ -352,7 +357,7 @@ class PriorPhase(Phase):
         return self.config
 
     def __call__(self, run: Run) -> ProgressiveVAEPrior:
-        start_time = time.perf_counter()
+        clock = run.budget.begin_phase(self.seconds)
         examples = run.grids("train", 1)
         test_grids = run.grids("test", 1)
         assert isinstance(test_grids, GridDataset)  # a stream's test split is cached
@@ -378,7 +383,7 @@ class PriorPhase(Phase):
             run.log_validation(self.name, progress.step, image, metrics)
             return metrics
 
-        self._fit(run, prior, examples, to_inputs, validate, identity, start_time)
+        self._fit(run, prior, examples, to_inputs, validate, identity, clock)
         return prior
 
 

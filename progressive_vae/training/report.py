@@ -3,6 +3,7 @@
 import json
 import platform
 import re
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,22 +15,22 @@ import torch
 import yaml
 
 from ..data.code_cache import GridDataset
-from ..evaluation.image_metrics import distance_of_samples, train_classifier
-from ..evaluation.likelihood import evaluate, label_accuracy
+from ..evaluation.likelihood import evaluate
 from ..evaluation.throughput import sampling_speed
 from ..hub.model_card import IMAGES, metrics_table, training_table
 from ..hub.repository import INDEX, METRICS, metric_files, push_or_warn, weights_digest, write_card
 from ..models.prior import ProgressiveVAEPrior
 from ..paths import replacing
 from ..pipeline import ProgressiveVAEPipeline
-from ..serialization import __version__, write_json, write_text
-from ..visualization import reconstruction_grid, sample_grid
+from ..serialization import __version__, read_json, write_json, write_text
+from ..visualization import reconstruction_grid, sample_grid, sample_grid_size
 from .run import Run
 from .yaml_files import read_yaml
 
 RECIPE = "recipe.yaml"
-MAX_SAMPLES = 5000  # for the Fréchet distance
+MAX_IMAGES = 2000  # held-out images that a run measures; examples/evaluate.py measures all
 NUM_RECONSTRUCTIONS = 10
+SAMPLES_SHARE = 0.2  # of the time of a report, for the speed of sampling and for samples each
 
 
 def assemble(run: Run) -> ProgressiveVAEPipeline:
@@ -43,7 +44,11 @@ def assemble(run: Run) -> ProgressiveVAEPipeline:
         raise ValueError(f"expected a trained prior in {folder}, got none: run its phase first")
     levels = [run.level(i) for i in range(1, run.num_levels + 1)]
     prior = ProgressiveVAEPrior.from_pretrained(folder).eval()
-    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:])
+    # Sampling settings were chosen for weights, as metrics were measured.
+    has_metrics = METRICS in metric_files(run.output_dir)
+    index = run.output_dir / INDEX
+    sampling = read_json(index, "delete it").get("sampling") if has_metrics else None
+    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:], sampling)
     write_json(run.output_dir / INDEX, json.loads(pipe.to_json_string()))
     write_card(run.output_dir)
     return pipe
@@ -84,22 +89,30 @@ class _Measurements:
 
 
 def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
-    """Measure the pipeline on the test images and save metrics, images and the model card."""
+    """Measure the pipeline on test images and save metrics, images and the model card.
+
+    These are quick metrics, on at most `MAX_IMAGES` images and as many as the run has time for.
+    """
+    seconds = run.budget.seconds_for_report()
+    deadline = None if seconds is None else time.perf_counter() + seconds
     pipe = assemble(run)
     pipe.to(run.accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     test = run.pixels["test"]
     assert isinstance(test, GridDataset)
     measurements = _Measurements()
+    speed = _measure_speed(pipe, measurements, seconds)
+    max_samples = None if seconds is None else SAMPLES_SHARE * seconds * (speed or 0)
+    _save_images(run, pipe, test, measurements, max_samples)
     name = test.manifest.dataset.split(" (")[0]
     metrics: dict[str, Any] = {
         "dataset": Path(name).name if Path(name).exists() else name,
         "split": test.manifest.split,
-        "num_images": len(test),
-        **evaluate(pipe, test),
-        **_sample_metrics(run, pipe, test, measurements),
+        "num_held_out": len(test),
+        **evaluate(pipe, test, max_images=MAX_IMAGES, seed=run.settings.seed, deadline=deadline),
     }
-    _save_images(run, pipe, test, measurements)
+    if speed is not None:
+        metrics["sampled_images_per_second"] = round(speed, 1)
     if measurements.errors:
         metrics["not_measured"] = measurements.errors
     recipe = json.dumps(saved_sections(run.output_dir))
@@ -119,42 +132,36 @@ def evaluate_and_save(run: Run) -> ProgressiveVAEPipeline:
     return pipe
 
 
-def _sample_metrics(
-    run: Run, pipe: ProgressiveVAEPipeline, test: GridDataset, measurements: _Measurements
-) -> dict[str, Any]:
-    """Return the metrics of samples; those of a classifier need a data set with classes."""
-    seed = run.settings.seed
-    num_classes = len(run.class_names)
-    num_samples = min(len(test), MAX_SAMPLES)
-    measures: dict[str, Callable[[], Any]] = {}
-    if num_classes:
-        device = run.accelerator.device
-        classifier = measurements.attempt(
-            "classifier",
-            lambda: train_classifier(run.pixels["train"], num_classes, seed=seed, device=device),
-        )
-        if classifier is not None:
-            if test.has_labels:
-                measures["label_accuracy"] = partial(label_accuracy, pipe, classifier, test, seed)
-            measures["frechet_distance"] = partial(
-                distance_of_samples, pipe, classifier, test, num_samples, seed
-            )
-    measures["sampled_images_per_second"] = lambda: round(sampling_speed(pipe), 1)
-    results = {name: measurements.attempt(name, measure) for name, measure in measures.items()}
-    metrics = {name: value for name, value in results.items() if value is not None}
-    if "frechet_distance" in metrics:
-        metrics["num_drawn"] = num_samples
-    return metrics
+def _measure_speed(
+    pipe: ProgressiveVAEPipeline, measurements: _Measurements, seconds: float | None
+) -> float | None:
+    """Return samples per second: in one batch of 250 if there is time, else in a small one."""
+    name = "sampled_images_per_second"
+    speed = measurements.attempt(name, lambda: sampling_speed(pipe, 8))
+    if speed is not None and (seconds is None or 250 / speed < SAMPLES_SHARE * seconds):
+        speed = measurements.attempt(name, lambda: sampling_speed(pipe, 250))
+    return speed
 
 
 def _save_images(
-    run: Run, pipe: ProgressiveVAEPipeline, test: GridDataset, measurements: _Measurements
+    run: Run,
+    pipe: ProgressiveVAEPipeline,
+    test: GridDataset,
+    measurements: _Measurements,
+    max_samples: float | None,
 ):
-    """Save the images of the model card: samples and reconstructions."""
+    """Save the images of the model card: samples and reconstructions.
+
+    Args:
+        max_samples: that there is time for; `None`: no limit.
+    """
     seed = run.settings.seed
+    rows, columns = sample_grid_size(pipe)
+    if max_samples is not None:
+        columns = max(1, min(columns, int(max_samples / rows)))
     images = test.batch(slice(0, NUM_RECONSTRUCTIONS))[0].to(torch.uint8)
     grids = {
-        "samples.png": partial(sample_grid, pipe, seed),
+        "samples.png": partial(sample_grid, pipe, seed, columns),
         "reconstructions.png": partial(reconstruction_grid, pipe, images, seed),
     }
     for name, make_grid in grids.items():

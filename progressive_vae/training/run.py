@@ -41,6 +41,7 @@ from ..models.modeling_utils import BLOCK_GRAPHS
 from ..paths import replacing
 from ..serialization import read_json, write_json
 from .args import RunSettings
+from .budget import TimeBudget
 from .checkpoints import Checkpoints, errors_of_writing, is_sharded
 from .identity import check_identity
 from .lock import exclusive
@@ -70,6 +71,7 @@ class Run:
         class_names: [] if there are no classes.
         augmentation: of the pixels, for the finest level.
         checkpoints: `None` for phases that cannot be resumed.
+        budget: of the run's time; the default has no limit.
         logged_steps: optimization steps of the finished phases: some trackers require steps that
             increase.
     """
@@ -82,6 +84,7 @@ class Run:
     augmentation: Augmentation = IDENTITY
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
+    budget: TimeBudget = field(default_factory=lambda: TimeBudget(None))
     logged_steps: int = 0
     # By index: the times of the level's files, and the level.
     _loaded: dict[int, tuple[list[int], ProgressiveVAELevel]] = field(
@@ -397,9 +400,7 @@ def _dynamo_plugin(settings: RunSettings) -> TorchDynamoPlugin:
         if plugin.backend == DynamoBackend.NO:
             plugin.backend = DynamoBackend.INDUCTOR
     if plugin.use_regional_compilation:
-        for name, value in BLOCK_GRAPHS.items():
-            if getattr(plugin, name) is None:
-                setattr(plugin, name, value)
+        plugin.recompile_limit = BLOCK_GRAPHS.get("recompile_limit")
     return plugin
 
 

@@ -1,7 +1,6 @@
 """`train()`: the public function that plans a run, runs its phases and measures the pipeline."""
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from ..configuration.level import ProgressiveVAELevelConfig
-from ..data.code_cache import GridDataset
 from ..data.dataset import Images
 from ..data.source import Source, open_dataset
 from ..hub.repository import ensure_writable_repository, metric_files, push_or_warn
@@ -22,6 +20,7 @@ from ..paths import expand_home, make_folder
 from ..pipeline import ProgressiveVAEPipeline
 from ..serialization import write_text
 from .args import RunSettings
+from .budget import TimeBudget
 from .checkpoints import Checkpoints
 from .greedy import allocate_time, check_phases, greedy_order, select_phases
 from .identity import flatten
@@ -32,7 +31,6 @@ from .report import RECIPE, Push, after_phase, assemble, evaluate_and_save
 from .resume import check_folder, copy_pretrained_levels, pretrained_levels, write_recipe
 from .run import PHASES, Run, make_accelerator
 
-MIN_TEST_IMAGES = 2  # the covariance of a Fréchet distance needs two
 NOT_OF_THE_PIPELINE = [
     "cache/",
     "logs/",
@@ -71,7 +69,7 @@ def train(
         recipe: sections as a dict, or the path of a YAML file (see `recipe.py`); has defaults.
         dataset: a `datasets` data set, a folder, an id on the Hub, or a list of PIL images.
         output_dir: folder of the pipeline; by default the recipe's, as for `dataset`.
-        max_train_minutes: time of all fits together; by default the recipe's.
+        max_train_minutes: time of the run, metrics and images included; by default the recipe's.
         phase: "all", level_i, encoder_i, decoder_i, prior, refit_level_i or evaluate.
         resume_from_checkpoint: "latest", the path of a checkpoint, or null for step 0.
         overwrite_output_dir: replace the work of other settings; without resuming, all work.
@@ -91,6 +89,7 @@ def train(
         SystemExit: with code 0, after SIGTERM or Ctrl-C and a checkpoint.
     """
     read, images = _read_arguments(recipe, dataset, output_dir, max_train_minutes)
+    budget = TimeBudget(read.run.max_train_minutes)
     pretrained = pretrained_levels(read)
     checkpoints = _make_checkpoints(read.run, resume_from_checkpoint, overwrite_output_dir)
     is_own = accelerator is None
@@ -99,7 +98,7 @@ def train(
     push = Push(repo_id, hub_private_repo, hub_with_code) if push_to_hub else None
     lock = locked(checkpoints.folder, accelerator, independent_part(phase))
     with lock, checkpoints.handle_signals(), _no_progress_bars_of_files():
-        plan = _plan(read, images, pretrained, phase, accelerator, checkpoints)
+        plan = _plan(read, images, pretrained, phase, accelerator, checkpoints, budget)
         _prepare_folder(plan, push, overwrite_cache)
         pipe = _run_phases(plan, push)
     if is_own:
@@ -172,6 +171,7 @@ def _plan(
     phase: str,
     accelerator: Accelerator,
     checkpoints: Checkpoints,
+    budget: TimeBudget,
 ) -> Plan:
     """Make all configs and check the output folder, so that errors come before any training."""
     source = open_dataset(recipe.data, images)
@@ -200,6 +200,7 @@ def _plan(
         class_names=class_names,
         augmentation=source.augmentation,
         checkpoints=checkpoints,
+        budget=budget,
     )
     # All levels are read before any is written: the folder of one may be the target of another.
     pretrained = {
@@ -222,15 +223,6 @@ def _prepare_folder(plan: Plan, push: Push | None, overwrite_cache: bool):
     run.pixels = plan.source.pixels(
         folder / "cache" / "pixels", run.accelerator, overwrite_cache, run.checkpoints.overwrite
     )
-    test_pixels = run.pixels["test"]
-    assert isinstance(test_pixels, GridDataset)  # a stream's test split is cached
-    num_test_images = len(test_pixels)
-    if run.class_names and num_test_images < MIN_TEST_IMAGES:
-        warnings.warn(
-            f"{num_test_images} held-out images are too few for a Fréchet distance, which will not "
-            f"be measured: it needs {MIN_TEST_IMAGES}",
-            stacklevel=3,
-        )
     values = flatten(plan.recipe.sections)
     run.accelerator.init_trackers(
         "progressive_vae", {name: str(value) for name, value in values.items()}

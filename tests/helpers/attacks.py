@@ -12,6 +12,7 @@ import math
 import random
 import resource
 import shutil
+import signal
 import tempfile
 import time
 import warnings
@@ -22,12 +23,16 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from helpers.archives import differences, pack_folder, unpack_folder, write_samples
 from helpers.damage import FORMATS, damage, make_image_file, tamper
 from helpers.interruptions import disturb, finish, start, weights
 from helpers.models import tiny_pipeline
 from helpers.processes import SERVER
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.codec import archive
+from progressive_vae.codec.container import ArchiveReader
+from progressive_vae.codec.tiles import STREAM, image_from_bytes
 from progressive_vae.data.dataset import decode, prepare_image
 
 WELL, LEFT_OUT, REFUSED, WRONG = "went well", "left out", "refused", "wrong"
@@ -112,7 +117,7 @@ FLAGS: dict[str, list[str]] = {
     "levels.gumbel_temperature": ["[1,0.5]", "[0.5,1]", "1", "[1,0.5,0.2]", "x"],
     "levels.class_conditional": ["true", "false", "x", ""],
     "levels.decoder_type": ["conv", "causal_lm", "transformer", "auxiliary", "spiral"],
-    "levels.ordering": ["lattice", "factorized", "masked", "raster", "spiral"],
+    "levels.ordering": ["lattice", "factorized", "masked", "raster", "diagonal", "spiral"],
     "level_1.ordering": ["raster", "masked"],
     "level_1.refit.decoder_type": ["conv", "causal_lm", "transformer"],
     "level_1.refit.ordering": ["masked", "raster", "spiral", "factorized"],
@@ -295,6 +300,133 @@ def attack_streams(count: int) -> list[Outcome]:
     return [*outcomes, (WRONG, f"streams took {grown:.0f} MB")] if grown > 100 else outcomes
 
 
+# ---- archives ------------------------------------------------------------------------------------
+
+
+def write_folder(folder: Path, count: int, columns: int = 1):
+    """Images of `columns` tiles, whose streams are short, and files that are stored as they are."""
+    write_samples(folder, count, columns=columns)
+    (folder / "notes.txt").write_text("no image " * 50)
+    (folder / "noise").write_bytes(random.Random(0).randbytes(300))
+
+
+def known_tiles(path: Path, stack) -> bytes:
+    """A journal of all tiles of an archive, so that its undamaged streams are not decoded again."""
+    journal = archive.Journal(path.with_name("known"))
+    coder = archive.TileCoder(stack, True, journal)
+    with ArchiveReader(path) as reader:
+        files = [file for part in archive.stored_files(reader) for file in part]
+        images = [reader.read(x.start, x.row.length) for x in files if x.row.method == archive.PNG]
+    codes = [code for image in images for code in image_from_bytes(image, (5, 7))[2]]
+    coder.decode([code.body for code in codes if code.kind == STREAM], None)
+    assert journal.file is not None
+    journal.file.close()
+    return journal.path.read_bytes()
+
+
+def attack_archives(count: int) -> list[Outcome]:
+    """Damaged archives: files come back as they were, or are named."""
+    outcomes = []
+    stack = tiny_pipeline().stack
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        write_folder(place / "folder", 4)
+        pack_folder(stack, place / "folder", place / "archive")
+        contents = (place / "archive").read_bytes()
+        journal = known_tiles(place / "archive", stack)
+        num_files = len([*(place / "folder").iterdir()])
+        for number in tqdm(range(count), desc="archives"):
+            rng = random.Random(number)
+            (place / "damaged").write_bytes(damage(bytearray(contents), rng))
+            (place / "back").mkdir()
+            (place / "back" / archive.JOURNAL).write_bytes(journal)
+            words = f"archive {number}"
+            try:
+                result = archive.unpack(stack, place / "damaged", place / "back")
+            except ValueError as error:
+                is_clear = str(error).startswith("expected ")
+                outcome = (REFUSED, words) if is_clear else (WRONG, f"{words}: {error!r}")
+            except BaseException as error:
+                outcome = WRONG, f"{words}: {error!r}"
+            else:
+                lines = differences(place / "folder", place / "back")
+                wrong = [line for line in lines if not line.endswith("missing")]
+                extra = num_files - len(lines) - len([*(place / "back").iterdir()])
+                is_named = len(lines) <= len(result.failed) or result.failed
+                outcome = (LEFT_OUT if result.failed else WELL), words
+                if wrong or extra or not is_named and lines:
+                    outcome = WRONG, f"{words}: {lines}, {result}"
+            outcomes.append(outcome)
+            shutil.rmtree(place / "back", ignore_errors=True)
+    return outcomes
+
+
+def pack_and_unpack(place: Path):
+    """What an attack by kills runs in a process of its own."""
+    torch.set_num_threads(1)
+    archive.codec.MAX_IMAGES = 8  # more batches, and parts of a batch or two
+    archive.PART_TILES = 12
+    stack = tiny_pipeline().stack
+    if not (place / "archive").exists():
+        pack_folder(stack, place / "folder", place / "archive")
+    unpack_folder(stack, place / "archive", place / "back")
+
+
+def attack_archives_by_kills(count: int, seed: int = 0) -> list[Outcome]:
+    """Archives that are killed up to five times while they are packed and unpacked."""
+    outcomes: list[Outcome] = []
+    rng = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name) / "place"
+        write_folder(place / "folder", 12, 8)
+        _disturb(place, 0, rng)
+        expected = (place / "archive").read_bytes()
+        while len(outcomes) < count:
+            shutil.rmtree(place / "back")
+            (place / "archive").unlink()
+            kills, exit_code = _disturb(place, 5, rng)
+            words = f"{kills} kills, exit code {exit_code}"
+            is_right = (
+                exit_code == 0
+                and (place / "archive").read_bytes() == expected
+                and differences(place / "folder", place / "back") == []
+                and not [*place.glob("*.*"), *(place / "back").glob(".*")]
+            )
+            outcomes += [(WELL if is_right else WRONG, words)] * max(1, kills)
+            if exit_code:
+                break
+    return outcomes
+
+
+def _disturb(place: Path, max_kills: int, rng: random.Random) -> tuple[int, int]:
+    """The number of kills until a process ended by itself, and its exit code."""
+    kills = 0
+    while True:
+        process = SERVER.Process(target=pack_and_unpack, args=(place,))
+        process.start()
+        if kills < max_kills:
+            _kill_later(process, place, rng)
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            return kills, process.exitcode
+        kills += 1
+
+
+def _kill_later(process, place: Path, rng: random.Random):
+    """Kill a process some time after it has written something new."""
+
+    def state():
+        paths = [*place.glob("archive*"), *place.glob("back/*")]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    before = state()
+    while process.is_alive() and state() == before:
+        time.sleep(0.005)
+    process.join(rng.expovariate(2))
+    process.kill()
+    process.join()
+
+
 # ---- kills ---------------------------------------------------------------------------------------
 
 
@@ -317,6 +449,8 @@ def attack_by_kills(count: int, seed: int = 0) -> list[Outcome]:
 ATTACKS = {
     "images": ("damaged image files of eight formats", attack_images),
     "streams": ("damaged streams of the codec", attack_streams),
+    "archives": ("damaged archives", attack_archives),
+    "archive_kills": ("kills of packing and unpacking", attack_archives_by_kills),
     "flags": ("random sets of flags of `examples/train.py`", attack_flags),
     "pipelines": ("tampered pipelines", attack_pipelines),
     "kills": ("kills of a run that is then resumed", attack_by_kills),

@@ -62,7 +62,7 @@ TINY = {
     "--max_train_samples 100 --max_eval_samples 20 "
     f"--prior.backbone_config '{json.dumps(BACKBONE)}'",
     "evaluate": "--num_drawn 8 --num_drawn_to_learn_from 20 --classifier_steps 2 "
-    "--num_images_of_curve 2",
+    "--num_images_of_curve 2 --num_tuning_evaluations 2 --num_tuning_samples 8",
     "benchmark": "--train_minutes 0.01 --num_drawn 8 --num_drawn_to_learn_from 0 "
     "--classifier_steps 2",
     "edit": "--num_images 4 --num_candidates 2",
@@ -271,6 +271,8 @@ def tiny_flags(script: str, flags: list[str]) -> list[str]:
     tiny = shlex.split(TINY.get(script, ""))
     if "--resolution" in flags:
         tiny += ["--resolution", "16"]
+    if "--compile" in flags:
+        tiny += ["--compile", "false"]  # it takes minutes
     refits = {flag.split(".")[0] for flag in flags if ".refit." in flag}
     for level in sorted(refits):
         tiny += [f"{level}.refit.fit.max_train_steps", "2"]

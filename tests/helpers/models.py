@@ -10,12 +10,14 @@ from progressive_vae import (
     ProgressiveVAEPriorConfig,
 )
 
-# (ordering, downsample, num_groups) of pixels; codes have the raster ordering too.
+# (ordering, downsample, num_groups) of pixels; codes have the raster and diagonals too.
 PIXEL_ORDERS = [
     ("factorized", 2, None), ("factorized", 4, None), ("lattice", 2, None), ("lattice", 4, 7),
     ("lattice", 2, 7), ("lattice", 4, 10), ("masked", 2, 3), ("masked", 4, None),
 ]  # fmt: skip
-CODE_ORDERS = [*PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None)]
+CODE_ORDERS = [
+    *PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None), ("diagonal", 2, None),
+]  # fmt: skip
 ORDER_NAMES = "order, downsample, num_groups"
 LOGISTICS = {"pixel_distribution": "logistic_mixture"}
 GUIDED = {"pixel_distribution": "guided_logistic_mixture", "auxiliary_hidden_size": 8}
@@ -46,7 +48,8 @@ def decoder_fields(name: str) -> dict[str, str]:
     """The config's fields of the decoder with an ordering, or of a decoder type."""
     if name in ("auxiliary", "transformer"):
         return {"decoder_type": name}
-    return {"ordering": name, "decoder_type": "causal_lm" if name == "raster" else "conv"}
+    types = {"raster": "causal_lm", "diagonal": "transformer"}
+    return {"ordering": name, "decoder_type": types.get(name, "conv")}
 
 
 def level_of(order, downsample, num_groups, **config):
