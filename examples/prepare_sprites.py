@@ -150,11 +150,15 @@ def write_splits(examples: list[dict], output_dir: Path):
     (output_dir / "README.md").write_text(card)
 
 
-def main(words: list[str]):
+def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--tiles", type=Path, help="folder rltiles; by default it is downloaded")
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str]):
+    arguments = parse(words)
     if arguments.tiles is not None:
         write_splits([*sprites(arguments.tiles)], arguments.output_dir)
         return

@@ -141,6 +141,7 @@ def test_flat_images_through_the_codec():
         assert torch.equal(pipe.decompress(streams), images)
 
 
+@pytest.mark.slow
 def test_training_and_a_step_of_sampling_compile_without_graph_breaks():
     level = tiny_level(num_channels=3, palette_size=3, **LOGISTICS)
     finer = level.value_type.from_indices(flat_images(2, (4, 4)))

@@ -224,9 +224,9 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     """x plus sums of numbers of the source, whose destinations can be the same."""
     if not x.is_floating_point():
         return x.scatter_add(dim, index, source)
-    terms, scale = _terms(source, [dim])
+    terms = _terms(source, [dim])
     zeros = torch.zeros(x.shape, dtype=terms.dtype, device=x.device)
-    return (x.double() + zeros.scatter_add(dim, index, terms) * scale).to(x.dtype)
+    return (x.double() + zeros.scatter_add(dim, index, terms)).to(x.dtype)
 
 
 def _negative_log_likelihood(
