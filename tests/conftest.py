@@ -22,11 +22,11 @@ sliced_wasserstein.NUM_DIRECTIONS = 32
 image_metrics.MAX_EPOCHS = 4
 torch.set_num_threads(1)
 
-# Their tests train models, start processes or load from a Hub. The tests of all other files are
-# marked "unit". The longest come first, so that all workers end at about the same time.
+# Their tests train models, start processes, load from a Hub, or compile. The tests of all other
+# files are marked "unit". The longest come first, so that all workers end at about the same time.
 INTEGRATION = """
     test_processes test_training test_greedy test_run test_examples test_checkpoints test_docs
-    test_conventions
+    test_conventions test_archive test_sampling_defaults test_op_count test_likelihood
     test_auxiliary_decoder test_streaming test_hub_training test_codec test_remote_code test_app
     test_fixed_point test_hub test_tokenizers test_attack test_global_settings test_level
     test_compress test_archive test_conversion test_conversion_peers test_conversion_damage
@@ -34,6 +34,7 @@ INTEGRATION = """
     test_hub_push test_scripts test_compare_decoders test_ablations test_fit test_recipe
     test_augmentation test_app_load test_sliced_wasserstein
 """.split()
+LONG_UNITS = ["test_walk", "test_decoders", "test_pipeline", "test_inpainting", "test_kinds"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
@@ -42,7 +43,7 @@ def pytest_collection_modifyitems(items):
         is_long = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
         if item.path.stem not in INTEGRATION and not is_long:
             item.add_marker(pytest.mark.unit)
-    places = {name: place for place, name in enumerate(INTEGRATION)}
+    places = {name: place for place, name in enumerate([*INTEGRATION, *LONG_UNITS])}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
