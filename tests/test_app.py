@@ -29,7 +29,6 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.image_processor import resize_and_convert
 
 PIP = 'pip install -e ".[demo,codec]" && pip install selenium'
-gradio = pytest.importorskip("gradio", reason=PIP)
 ROOT = Path(__file__).parents[1]
 FLAGS = (
     "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
@@ -39,7 +38,12 @@ TINY_IMAGE = base64.b64decode("R0lGODlhAQABAAAAACw=")
 
 
 @pytest.fixture(scope="module")
-def app():
+def gradio():
+    return pytest.importorskip("gradio", reason=PIP)  # not at the top: it takes seconds
+
+
+@pytest.fixture(scope="module")
+def app(gradio):
     return load_script("app")
 
 
@@ -139,7 +143,7 @@ def test_other_pipelines(app):
 
 @pytest.mark.parametrize("contents", [b"not an image", b"\x89PNG\r\n\x1a\n", TINY_IMAGE, bomb(),
                                       as_png(photograph())[:300], b"", None])  # fmt: skip
-def test_unreadable_files_show_a_message(app, shipped, contents):
+def test_unreadable_files_show_a_message(gradio, app, shipped, contents):
     with pytest.raises(gradio.Error, match="Choose an image" if not contents else "not an image"):
         next(app.Page(shipped).encode(contents))
 
@@ -159,7 +163,7 @@ def test_images_are_converted_to_the_size_and_mode_of_the_pipeline():
 # ---- a Space of the Hub --------------------------------------------------------------------------
 
 
-def test_a_space_is_one_commit(app, tmp_path, capsys):
+def test_a_space_is_one_commit(gradio, app, tmp_path, capsys):
     tiny_pipeline().save_pretrained(tmp_path / "mine")
     local = ["--push_to_space", "org/page", "--model", str(tmp_path / "mine")]
     app.main(local)
