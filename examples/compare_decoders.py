@@ -72,6 +72,7 @@ class Arguments:
         trials: rows to run; all by default.
         distances: measure the Fréchet distances of reconstructions and samples.
         cpu_minutes: training time of a row, which its `times` multiplies.
+        batch_size: of the evaluation, for images/s.
         mixed_precision: of the training.
         seed: of training and sampling.
     """
@@ -82,6 +83,7 @@ class Arguments:
     trials: list[str] | None = None
     distances: bool = False
     cpu_minutes: float = 10.0
+    batch_size: int = 250
     mixed_precision: str = "bf16"
     seed: int = 0
 
@@ -90,10 +92,15 @@ class Arguments:
         self.config = expand_home(self.config, "config")
 
 
-def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
-    """Return 11/12 of the training split as "train", and the rest as "test"."""
+def cache_pixels(arguments: Arguments, options: dict) -> dict[str, GridDataset]:
+    """Return 11/12 of the training split as "train", and the rest as "test".
+
+    Args:
+        options: other `DataSettings`.
+    """
     settings = DataSettings(
-        dataset_name=arguments.dataset_name, eval_split="train", eval_fraction=1 / 12
+        **{"eval_split": "train", "eval_fraction": 1 / 12, **options},
+        dataset_name=arguments.dataset_name,
     )
     source = open_dataset(settings)
     caches = {}
@@ -101,26 +108,29 @@ def cache_pixels(arguments: Arguments) -> dict[str, GridDataset]:
         manifest = source.manifests[split]
         images = read_images(table, shape=manifest.shape, **source.read_options(split))
         folder = Path(arguments.output_dir) / "pixels" / split
-        caches[split] = cached(folder, manifest, pixel_batches(images))
+        is_flipped = settings.random_flip and split == "train"
+        caches[split] = cached(folder, manifest, pixel_batches(images, is_flipped))
     return caches
 
 
 @torch.no_grad()
-def measure(run: Run, index: int, num_images: int = 250) -> dict:
+def measure(run: Run, index: int, batch_size: int) -> dict:
     """Return the metrics of a level on held-out images: bits/dim of its factor, codebook use, and
     passes and images/s of sampling the finer grid from codes."""
     level = run.level(index)
     held_out = run.grids("test", index + 1)
     num_dims = math.prod(run.image_shape)
-    nats = 0.0
+    nats = nats_of_class = 0.0
     counts = torch.zeros(level.config.codebook_size)
     first = None  # codes of the first batch
-    for grids, _ in held_out.batches(num_images):
+    for grids, labels in held_out.batches(batch_size):
         finer = as_finer(grids, level)
         codes = level.encode(finer)
         first = codes if first is None else first
         counts += torch.bincount(codes.flatten(), minlength=len(counts))
         nats -= level.log_prob(finer, codes).double().sum().item()
+        if level.config.num_classes:
+            nats_of_class -= level.log_prob(finer, codes, labels).double().sum().item()
     use = code_use(counts)
     sampler = Sampler(len(first))
     passes = []
@@ -132,8 +142,10 @@ def measure(run: Run, index: int, num_images: int = 250) -> dict:
 
     level.walk(first, step_fn, finer_size=grids.shape[-2:])
     seconds = time.process_time() - start
+    num_bits = math.log(2) * num_dims * len(held_out)
     return {
-        "bits_per_dim": nats / (math.log(2) * num_dims * len(held_out)),
+        "bits_per_dim": nats / num_bits,
+        "bits_per_dim_of_class": nats_of_class / num_bits,
         # Entropy of independent codes: an upper bound of what the coarser factors need for them.
         "codes_bits_per_dim": math.log2(use["codebook_perplexity"]) * codes[0].numel() / num_dims,
         **use,
@@ -169,10 +181,12 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
         if is_refit or index < 2:
             has_pixels_only = index == 2 or (index == 1 and not is_refit)
             base = changes.pop("base", "vq, pixels" if has_pixels_only else "vq, codes")
-            if not (output_dir / "trained" / base).is_dir():
+            folders = [output_dir / "trained" / base, Path(arguments.config).parent / base]
+            if not any(path.is_dir() for path in folders):
                 raise ValueError(f"expected results of the row {base!r} before {name!r}, got none")
-            shutil.copytree(output_dir / "trained" / base, folder, dirs_exist_ok=True)
-        run = Run(RunSettings(output_dir=folder, seed=arguments.seed), accelerator, 2, pixels)
+            shutil.copytree(next(filter(Path.is_dir, folders)), folder, dirs_exist_ok=True)
+        settings = RunSettings(output_dir=folder, seed=arguments.seed, **recipe.get("run", {}))
+        run = Run(settings, accelerator, 2, {**pixels, "validation": pixels["test"]})
         phase: Phase
         if part == "prior":
             size = list(run.grids("train", 1).manifest.shape)
@@ -187,8 +201,12 @@ def run_trial(name: str, trial: dict, recipe: dict, arguments: Arguments, pixels
         start = time.process_time()
         phase(run)
         metrics = {"cpu_seconds": time.process_time() - start}
-        metrics["steps"] = run.phases()[phase.name]["steps"]
-        metrics |= measure(run, index) if index else measure_prior(run)
+        cost = run.phases()[phase.name]
+        metrics["steps"] = cost["steps"]
+        if "best_step" in cost:
+            metrics["best_step"] = cost["best_step"]
+            metrics["best_cpu_seconds"] = metrics["cpu_seconds"] * cost["best_step"] / cost["steps"]
+        metrics |= measure(run, index, arguments.batch_size) if index else measure_prior(run)
         shutil.copytree(folder, output_dir / "trained" / name, dirs_exist_ok=True)
     results = output_dir / "results"
     results.mkdir(exist_ok=True)
@@ -274,7 +292,7 @@ def main(words: list[str]):
     accelerator = make_accelerator(
         RunSettings(mixed_precision=arguments.mixed_precision, report_to="none")
     )
-    pixels = cache_pixels(arguments)
+    pixels = cache_pixels(arguments, recipe.get("data", {}))
     for name in arguments.trials or names:
         if not (Path(arguments.output_dir) / "results" / f"{name}.json").is_file():
             run_trial(name, recipe["trials"][name], recipe, arguments, pixels, accelerator)

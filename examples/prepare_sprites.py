@@ -36,6 +36,7 @@ import PIL.Image
 from progressive_vae.scripts import run_script
 
 SOURCE = "http://deb.debian.org/debian/pool/main/c/crawl/crawl_0.28.0.orig.tar.xz"
+VALIDATION_STEP = 12  # every twelfth name of the training split
 TEST_NAMES = Path(__file__).parent / "sprites" / "test_names.txt"
 SIZE = (32, 32)
 MIN_PIXELS = 64
@@ -127,13 +128,22 @@ def sprites(tiles: Path) -> Iterator[dict]:
         yield {"image": sprite, "label": label, "name": name_of(relative)}
 
 
-def write_splits(examples: list[dict], output_dir: Path):
-    """Write the data set, and print how many sprites each class has."""
+def split_names(examples: list[dict], with_validation: bool) -> dict[str, list[dict]]:
+    """The examples of each split; all of one name and class are in the same."""
+    names = [f"{example['label']}: {example['name']}" for example in examples]
     test_names = {*TEST_NAMES.read_text().splitlines()}
-    parts: dict[str, list[dict]] = {"train": [], "test": []}
-    for example in examples:
-        is_test = f"{example['label']}: {example['name']}" in test_names
-        parts["test" if is_test else "train"].append(example)
+    train_names = sorted({*names} - test_names)
+    validation_names = {*train_names[::VALIDATION_STEP]} if with_validation else {*()}
+    parts: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
+    for example, name in zip(examples, names, strict=True):
+        is_validation = name in validation_names
+        split = "test" if name in test_names else "validation" if is_validation else "train"
+        parts[split].append(example)
+    return {split: part for split, part in parts.items() if part}
+
+
+def write_splits(parts: dict[str, list[dict]], output_dir: Path):
+    """Write the data set, and print how many sprites each class has."""
     features = datasets.Features(
         image=datasets.Image(),
         label=datasets.ClassLabel(names=NAMES),
@@ -153,6 +163,9 @@ def write_splits(examples: list[dict], output_dir: Path):
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output_dir", type=Path)
+    parser.add_argument(
+        "--validation", action="store_true", help="hold out a twelfth of the names to train on"
+    )
     parser.add_argument("--tiles", type=Path, help="folder rltiles; by default it is downloaded")
     return parser.parse_args(words)
 
@@ -160,10 +173,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 def main(words: list[str]):
     arguments = parse(words)
     if arguments.tiles is not None:
-        write_splits([*sprites(arguments.tiles)], arguments.output_dir)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        write_splits([*sprites(download(Path(folder)))], arguments.output_dir)
+        examples = [*sprites(arguments.tiles)]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            examples = [*sprites(download(Path(folder)))]
+    write_splits(split_names(examples, arguments.validation), arguments.output_dir)
 
 
 if __name__ == "__main__":

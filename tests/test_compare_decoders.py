@@ -24,6 +24,8 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     }  # fmt: skip
     for settings in recipe["settings"].values():
         settings["train_batch_size"] = 16
+    recipe["settings"]["level_1"]["early_stopping_patience"] = 1
+    recipe |= {"run": {"validation_steps": 1}, "data": {"random_flip": True}}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     rows = ["vq, pixels", "vq, codes", "prior", *recipe["distances"], "raster, codes"]
@@ -33,6 +35,8 @@ def test_rows_refits_and_distances(tmp_path, capsys):
     results = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "run/results").iterdir()}
     assert results.keys() == set(rows)
     assert results["vq, pixels"]["passes"] == 7 and results["raster, codes"]["passes"] == 4
+    codes = results["raster, codes"]
+    assert 1 <= codes["best_step"] <= codes["steps"] and codes["best_cpu_seconds"] > 0
     assert 0 < results["prior"]["bits_per_dim"] < results["vq, pixels"]["bits_per_dim"] < 8
     levels = [
         ProgressiveVAELevel.from_pretrained(tmp_path / "run/trained" / name / "level_2")

@@ -1,6 +1,7 @@
 import io
 import struct
 import zlib
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -43,10 +44,14 @@ def test_digits_are_split_by_class():
 def test_a_folder_without_a_held_out_split_is_divided(tmp_path):
     for i in range(20):
         PIL.Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    splits = load_images(DataSettings(train_data_dir=str(tmp_path), eval_fraction=0.25)).splits
-    assert len(splits["train"]) == 15 and len(splits["test"]) == 5
-    reds = {row["image"].getpixel((0, 0))[0] for split in splits.values() for row in split}
-    assert reds == set(range(20))
+    settings = DataSettings(train_data_dir=str(tmp_path), eval_fraction=0.25)
+    for fraction, sizes in ((0, [15, 5]), (0.2, [12, 5, 3])):
+        splits = load_images(replace(settings, validation_fraction=fraction)).splits
+        assert [len(table) for table in splits.values()] == sizes
+        reds = {row["image"].getpixel((0, 0))[0] for split in splits.values() for row in split}
+        assert reds == set(range(20))
+    with pytest.raises(ValueError, match="validation_fraction 0 of a stream, got 0.2"):
+        replace(settings, validation_fraction=0.2, streaming=True)
 
 
 def test_a_folder_of_splits_has_no_classes(tmp_path):

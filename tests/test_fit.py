@@ -28,6 +28,7 @@ NAN, INF = float("nan"), float("inf")
         ("adam_weight_decay", [-0.1, NAN, INF]),
         ("max_grad_norm", [0.0, -1.0, NAN]),
         ("ema_decay", [2.0, 1.0, -0.5, NAN]),
+        ("early_stopping_patience", [0, -1]),
         ("optimizer", ["sgd"]),
         ("lr_scheduler", ["coseine", "piecewise_constant"]),
     ],
@@ -100,6 +101,42 @@ def test_without_max_grad_norm_nothing_is_clipped(data):
     assert not torch.equal(unclipped["decoder.stem.weight"], before["decoder.stem.weight"])
     clipped = fit_level(data, max_grad_norm=1e-4, optimizer="adamw", adam_weight_decay=0.0)
     assert math.isfinite(sum(value.double().sum().item() for value in clipped.values()))
+
+
+@pytest.mark.parametrize("stop_at", [None, 1, 4])
+def test_early_stopping_retains_the_best_weights(data, tmp_path, stop_at):
+    """Also of a fit that is interrupted before or after its best validation."""
+    losses = [3.0, 1.0, 2.0, NAN, 1.0, 0.0]
+    settings = FitSettings(max_train_steps=6, train_batch_size=8, early_stopping_patience=3)
+    run = RunSettings(validation_steps=1)
+    best = []
+
+    def fit_level(resume):
+        level = tiny_level(num_channels=1)
+        checkpoints = Checkpoints(tmp_path, resume=resume)
+
+        def to_inputs(batch):
+            return {"finer": batch["grid"] / 127.5 - 1}
+
+        options = {"run": run, "checkpoints": checkpoints}
+        fit = Fit(
+            level, data, to_inputs, Accelerator(cpu=True), settings, {"phase": "x"}, **options
+        )
+        for progress in fit:
+            progress.validation_loss = losses[progress.step - 1]
+            if progress.step == 2:
+                best.append({name: value.clone() for name, value in level.state_dict().items()})
+            if resume is None and progress.step == stop_at:
+                checkpoints.stop()
+        assert progress.step == 5 and fit.early_stopping.best_step == 2
+        return level.state_dict()
+
+    if stop_at:
+        with pytest.raises(SystemExit):
+            fit_level(None)
+    weights = fit_level("latest" if stop_at else None)
+    assert len(best) == 1
+    assert all(torch.equal(weights[name], value) for name, value in best[0].items())
 
 
 class Clock:

@@ -103,6 +103,12 @@ def test_invalid_data_sets(dataset, words, tmp_path):
         train(RECIPE, dataset, output_dir=tmp_path)
 
 
+def test_no_step_is_chosen_by_test_images(tmp_path):
+    recipe = {**RECIPE, "prior": {"fit": {"early_stopping_patience": 2}}}
+    with pytest.raises(ValueError, match="data.validation_fraction > 0 for .*=2 of prior, got 0"):
+        train(recipe, random_images(), tmp_path)
+
+
 def test_the_saved_recipe_reproduces_the_run(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     recipe = RECIPE | {"level_2": {"refit": {"code_noise": 0.2, "fit": {"max_train_steps": 3}}}}

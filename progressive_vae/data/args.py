@@ -9,8 +9,8 @@ from ..paths import expand_home
 
 # Settings that do not concern held-out images.
 TRAIN_ONLY_SETTINGS = frozenset(
-    "random_flip num_crops random_rotation random_channel_permutation max_train_samples "
-    "streaming shuffle_buffer_size".split()
+    "validation_fraction random_flip num_crops random_rotation random_channel_permutation "
+    "max_train_samples streaming shuffle_buffer_size".split()
 )
 
 
@@ -42,6 +42,8 @@ class DataSettings:
         train_split: split to train on.
         eval_split: held-out split, for evaluation.
         eval_fraction: share of train_split to hold out if there is no eval_split.
+        validation_fraction: share of the images of train_split to hold out for validation and
+            early stopping, beside eval_split; 0: validation is on images of eval_split.
         resolution: length to which the shorter side is resized; by default images keep their size.
         center_crop: crop to a square of the resolution.
         random_flip: train on horizontally flipped images too.
@@ -69,6 +71,7 @@ class DataSettings:
     train_split: str = "train"
     eval_split: str = "test"
     eval_fraction: float = 0.1
+    validation_fraction: float = 0.0
     resolution: int | None = None
     center_crop: bool = False
     random_flip: bool = False
@@ -94,6 +97,9 @@ class DataSettings:
         ):
             value = getattr(self, name)
             check(self, name, value is None or value >= 1, ">= 1")
+        share = self.validation_fraction
+        check(self, "validation_fraction", 0 <= share < 1, "in [0, 1)")
+        check(self, "validation_fraction", not (share and self.streaming), "0 of a stream")
         modes = tuple(MODES.values())
         check(self, "image_mode", self.image_mode in (None, *modes), f"among {modes}, or null")
         can_crop = self.center_crop and not self.streaming

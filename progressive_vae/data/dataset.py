@@ -70,7 +70,7 @@ def load_digits() -> datasets.DatasetDict:
 class LoadedImages:
     """
     Args:
-        splits: "train" and "test".
+        splits: "train", "test" and, with a `validation_fraction`, "validation".
         notes: messages about splits and files that are held out or not used.
     """
 
@@ -84,7 +84,8 @@ def load_images(
     """Load the splits "train" and "test" of a dataset of images.
 
     Without an `eval_split`, `eval_fraction` of the training split is held out: a random subset by
-    `seed`, or for a stream a subset by the hash of each file.
+    `seed`, or for a stream a subset by the hash of each file. `validation_fraction` of the rest
+    becomes the split "validation".
 
     Args:
         images: a loaded dataset or a list of images, in place of a name in the settings.
@@ -114,6 +115,10 @@ def load_images(
     else:
         notes.append(f"held out: {fraction} of the split {train_split!r}")
         pair = _hold_out(splits[train_split], settings, seed)
+    if settings.validation_fraction:
+        notes.append(f"held out for validation: {settings.validation_fraction}")
+        parts = _random_split(pair["train"], settings.validation_fraction, seed)
+        pair |= {"train": parts["train"], "validation": parts["test"]}
     unused = [name for name in splits if name not in used]
     if unused:
         notes.append(f"unused splits: {unused} (choose another one with --eval_split)")
@@ -142,9 +147,7 @@ def _without_format(table: Table) -> Table:
 def _hold_out(table: Table, settings: DataSettings, seed: int) -> dict[str, Table]:
     fraction = settings.eval_fraction
     if isinstance(table, datasets.Dataset):
-        if len(table) < 2:
-            raise ValueError(f"expected at least 2 images to hold some out, got {len(table)}")
-        return dict(table.train_test_split(test_size=fraction, seed=seed))
+        return _random_split(table, fraction, seed)
     column = find_image_column(table, settings.image_column)
     stream = encoded(table, column)
 
@@ -153,6 +156,12 @@ def _hold_out(table: Table, settings: DataSettings, seed: int) -> dict[str, Tabl
         return stream.filter(_is_in_split, fn_kwargs=options)
 
     return {"train": select(False), "test": select(True)}
+
+
+def _random_split(table: datasets.Dataset, fraction: float, seed: int) -> dict[str, Table]:
+    if len(table) < 2:
+        raise ValueError(f"expected at least 2 images to hold some out, got {len(table)}")
+    return dict(table.train_test_split(test_size=fraction, seed=seed))
 
 
 def _open(settings: DataSettings, images: Images | None) -> tuple[Mapping[str, Table], list[str]]:

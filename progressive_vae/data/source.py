@@ -41,7 +41,8 @@ NUM_INSPECTED_OF_STREAM = 32
 
 @dataclass
 class Source:
-    """The splits "train" and "test" of a dataset, before their images are read.
+    """The splits of a dataset, before their images are read: "train", "test" and maybe
+    "validation".
 
     Args:
         splits: table of each split.
@@ -83,7 +84,7 @@ class Source:
         overwrite_cache: bool = False,
         overwrite_others: bool = False,
     ) -> dict[str, GridDataset | PixelStream]:
-        """Return the pixels of both splits from the caches in `folder`; missing caches are written.
+        """Return the pixels of all splits from the caches in `folder`; missing caches are written.
 
         The training split of a stream is not cached.
 
@@ -207,7 +208,8 @@ def open_dataset(settings: DataSettings, images: Images | None = None) -> Source
     loaded = load_images(settings, images)
     column = find_image_column(loaded.splits["train"], settings.image_column)
     classes = find_classes(loaded.splits, settings.label_column)
-    limits = {"train": settings.max_train_samples, "test": settings.max_eval_samples}
+    limits = dict.fromkeys(loaded.splits, settings.max_eval_samples)
+    limits["train"] = settings.max_train_samples
     if settings.streaming:
         limits["test"] = limits["test"] or STREAMED_EVAL_SAMPLES
     splits = {
@@ -253,7 +255,7 @@ def _subset(split: str, table: Table, limit: int | None, settings: DataSettings)
     if limit is not None and limit < len(table):  # image folders are sorted by class
         table = table.shuffle(seed=0).select(range(limit))
     # Sample grids and curves show the first held-out images.
-    return table.shuffle(seed=0) if split == "test" else table
+    return table if split == "train" else table.shuffle(seed=0)
 
 
 def _manifest(

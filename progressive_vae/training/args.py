@@ -36,6 +36,9 @@ class FitSettings:
         max_grad_norm: norm to which longer gradients are clipped; null for no clipping.
         use_ema: validate and save averaged weights.
         ema_decay: of that average.
+        early_stopping_patience: validations in sequence without fewer bits, on images held out by
+            `validation_fraction`, after which the fit ends; its best weights are saved. null: the
+            last weights are saved.
     """
 
     max_train_steps: int = 10_000
@@ -52,6 +55,7 @@ class FitSettings:
     max_grad_norm: float | None = 1.0
     use_ema: bool = True
     ema_decay: float = 0.999
+    early_stopping_patience: int | None = None
 
     def __post_init__(self):
         for name in ("max_train_steps", "train_batch_size"):
@@ -63,6 +67,8 @@ class FitSettings:
         for name in ("learning_rate", "time_share"):
             check(self, name, 0 < getattr(self, name) < math.inf, "> 0")
         check(self, "lr_warmup_share", 0 <= self.lr_warmup_share <= 1, "in [0, 1]")
+        patience = self.early_stopping_patience
+        check(self, "early_stopping_patience", patience is None or patience >= 1, ">= 1 or null")
         norm = self.max_grad_norm
         check(self, "max_grad_norm", norm is None or norm > 0, "> 0, or null for no clipping")
         check(self, "optimizer", self.optimizer in OPTIMIZERS, f"among {OPTIMIZERS}")

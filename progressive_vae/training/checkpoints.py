@@ -7,6 +7,7 @@ invisible.
 """
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -48,6 +49,7 @@ class Progress:
         waited: seconds of these in which the model waited for data.
         elapsed: seconds since the start of a phase that has a duration.
         validating: duration of the last validation in seconds, 0 before the first.
+        validation_loss: of the last validation, set by the caller of the fit for early stopping.
     """
 
     step: int = 0
@@ -57,6 +59,7 @@ class Progress:
     waited: float = 0.0
     elapsed: float = 0.0
     validating: float = 0.0
+    validation_loss: float = math.nan
 
 
 @dataclass

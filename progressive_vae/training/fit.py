@@ -30,6 +30,7 @@ from ..data.streaming import PixelStream
 from ..models.prior import ProgressiveVAEPrior
 from .args import FitSettings, RunSettings
 from .checkpoints import Checkpoints, Progress, is_sharded
+from .early_stopping import EarlyStopping
 from .mixed_precision import MixedPrecisionForward
 from .muon import Muon, matrices_and_others
 
@@ -66,6 +67,9 @@ class Fit:
     The iterator yields the progress every `validation_steps` and at the end. Then the model is in
     evaluation mode and holds the averaged weights; it stays so after the last one. If the model has
     a method `after_step(output, gather)`, it is called after each batch.
+
+    With `early_stopping_patience` the caller sets `progress.validation_loss` at each of them, and
+    the model holds the weights of the lowest one at the end.
 
     Args:
         to_inputs: a batch of the data set -> keyword arguments of the model.
@@ -106,6 +110,8 @@ class Fit:
             raise ValueError(f"expected FSDP for the phase prior only, got it for {self.name}")
         norm = self.settings.max_grad_norm
         self.max_grad_norm = math.inf if norm is None else norm
+        patience = self.settings.early_stopping_patience
+        self.early_stopping = None if patience is None else EarlyStopping(patience)
 
     def __iter__(self) -> Iterator[Progress]:
         self._set_up()
@@ -124,6 +130,7 @@ class Fit:
                 self._begin_validation()
                 start = time.perf_counter()
                 yield self.progress
+                is_final = self._stops_early() or is_final
                 self._end_validation(start, is_final)
             if is_final:
                 break
@@ -157,6 +164,8 @@ class Fit:
             _local(self.parameters), decay=self.settings.ema_decay, foreach=True
         )
         self.states = {"scheduler": self.scheduler, "average": self.average}
+        if self.early_stopping is not None:
+            self.states["early_stopping"] = self.early_stopping
         self.progress = Progress()
         if self.checkpoints is not None:
             self.progress = self.checkpoints.load(self.identity, self.states, accelerator)
@@ -254,12 +263,26 @@ class Fit:
         self.wrapped.eval()
         self.progress.seconds += time.perf_counter() - self.timer_start
 
+    def _stops_early(self) -> bool:
+        """Return whether the last validations were worse than the best one."""
+        if self.early_stopping is None:
+            return False
+        loss = self._synchronize(self.progress.validation_loss)
+        return self.early_stopping.update(self.progress.step, loss, self._weights())
+
+    def _weights(self) -> list[Tensor]:
+        """Return all that the model saves: its codebook may be a buffer."""
+        return [*_local(self.parameters), *self.model.buffers()]
+
     def _end_validation(self, start: float, is_final: bool):
         """Restore the trained weights, unless the fit ends here."""
         self.timer_start = time.perf_counter()
         self.progress.validating = self._synchronize(self.timer_start - start)
         if self.settings.use_ema and not is_final:
             self.average.restore(_local(self.parameters))
+            _reshard(self.wrapped)
+        if self.early_stopping is not None and is_final:
+            self.early_stopping.restore(self._weights())
             _reshard(self.wrapped)
         self.wrapped.train(not is_final)
 
@@ -290,11 +313,11 @@ class Fit:
         if self.forward.is_compiled:  # later fits run the same functions, whose graphs are limited
             torch.compiler.reset()
 
-    def _synchronize(self, seconds: float) -> float:
+    def _synchronize(self, value: float) -> float:
         """Return the value of the main process, on all processes."""
         if self.accelerator.num_processes == 1:
-            return seconds
-        return broadcast(torch.tensor(seconds, device=self.accelerator.device)).item()
+            return value
+        return broadcast(torch.tensor(value, device=self.accelerator.device)).item()
 
     def _check_weights(self):
         """Raise a `FloatingPointError` unless all weights are finite, as a save replaces good ones.

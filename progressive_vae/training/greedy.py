@@ -126,6 +126,17 @@ def select_phases(order: list[Phase], name: str) -> list[Phase]:
     return phases
 
 
+def check_early_stopping(phases: list[Phase], splits: Collection[str]):
+    """Raise a `ValueError` if a phase would choose its last step by test images."""
+    for phase in phases:
+        patience = phase.settings.early_stopping_patience
+        if patience is not None and "validation" not in splits:
+            raise ValueError(
+                f"expected data.validation_fraction > 0 for early_stopping_patience={patience} of "
+                f"{phase.name}, got 0"
+            )
+
+
 def check_phases(
     phases: list[Phase], configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
 ):

@@ -164,10 +164,14 @@ class Phase:
             # All processes of a sharded model have to take part in its forward pass.
             if accelerator.is_main_process or is_sharded(accelerator):
                 metrics = validate(progress)
+                progress.validation_loss = metrics["validation_bits_per_dim"]
         batches = accelerator.num_processes * accelerator.gradient_accumulation_steps
         num_images = progress.step * self.settings.train_batch_size * batches
         waiting = round(progress.waited / progress.seconds, 4)
         metrics = {"steps": progress.step, "waiting_share": waiting, **metrics}
+        if fit.early_stopping is not None:
+            metrics["best_step"] = fit.early_stopping.best_step
+            metrics["validation_bits_per_dim"] = fit.early_stopping.lowest_loss
         run.record(self.name, num_images, progress.seconds, **metrics)
         run.logged_steps += progress.step
         run.save(model, self.part, [*self.history(run), identity])
@@ -359,8 +363,8 @@ class PriorPhase(Phase):
     def __call__(self, run: Run) -> ProgressiveVAEPrior:
         clock = run.budget.begin_phase(self.seconds)
         examples = run.grids("train", 1)
-        test_grids = run.grids("test", 1)
-        assert isinstance(test_grids, GridDataset)  # a stream's test split is cached
+        held_out = run.grids(run.validation_split, 1)
+        assert isinstance(held_out, GridDataset)  # a stream's other splits are cached
         config = copy.deepcopy(self.config)
         config.finer_fingerprint = run.fingerprint(1)
         identity = self.identity(run, config, _data_identity(examples, run))
@@ -375,7 +379,7 @@ class PriorPhase(Phase):
             return {"codes": batch["grid"], **_class_labels(batch, prior)}
 
         def validate(progress: Progress) -> dict[str, float]:
-            codes = test_grids.batch(slice(0, VALIDATION_IMAGES))[0].to(prior.device)
+            codes = held_out.batch(slice(0, VALIDATION_IMAGES))[0].to(prior.device)
             with torch.no_grad():
                 bits = -prior.log_prob(codes).mean().item() / math.log(2)
             metrics = {"validation_bits_per_dim": bits / math.prod(run.image_shape)}
@@ -436,16 +440,16 @@ def _preview_decoder(run: Run, finer_levels: list[ProgressiveVAELevel]) -> Previ
 def _level_validation(
     run: Run, phase: LevelPhase | RefitPhase, level: ProgressiveVAELevel
 ) -> Validate:
-    """Return a function that measures a level on test images and logs their reconstructions."""
-    test_grids = run.grids("test", phase.index + 1)
+    """Return a function that measures a level on held-out images and logs reconstructions."""
+    held_out = run.grids(run.validation_split, phase.index + 1)
     finer_levels = [run.level(i) for i in range(phase.index + 1, run.num_levels + 1)]
     pipe = _validation_pipeline(run, None, [level, *finer_levels])
-    test_pixels = run.pixels["test"]
-    assert isinstance(test_pixels, GridDataset) and isinstance(test_grids, GridDataset)
-    images = test_pixels.batch(slice(0, run.settings.num_validation_images))[0]
+    pixels = run.pixels[run.validation_split]
+    assert isinstance(pixels, GridDataset) and isinstance(held_out, GridDataset)
+    images = pixels.batch(slice(0, run.settings.num_validation_images))[0]
 
     def validate(progress: Progress) -> dict[str, float]:
-        grids = test_grids.batch(slice(0, VALIDATION_IMAGES))[0]
+        grids = held_out.batch(slice(0, VALIDATION_IMAGES))[0]
         nats = 0.0
         with torch.no_grad(), run.accelerator.autocast():
             for part in grids.split(VALIDATION_BATCH_SIZE):

@@ -66,8 +66,8 @@ class Run:
     Args:
         settings: `output_dir` is the pipeline's folder: `level_i/`, `prior/`, and beside them
             `cache/`, `validation/` and `phases.json`.
-        pixels: for the splits "train" and "test" the cache of their images; the training images
-            may be a stream.
+        pixels: for the splits "train" and "test", and "validation" if there is one, the cache of
+            their images; the training images may be a stream.
         class_names: [] if there are no classes.
         augmentation: of the pixels, for the finest level.
         checkpoints: `None` for phases that cannot be resumed.
@@ -109,6 +109,11 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return Path(self.settings.output_dir)
+
+    @property
+    def validation_split(self) -> str:
+        """The split whose metrics are logged: test images, unless others are held out for it."""
+        return "validation" if "validation" in self.pixels else "test"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -299,7 +304,8 @@ class Run:
         costs = self._costs()
         names = []
         for i in range(self.num_levels, 0, -1):
-            names += [f"level_{i}", f"encoder_{i}", f"encode_train_{i}", f"encode_test_{i}"]
+            names += [f"level_{i}", f"encoder_{i}", f"encode_train_{i}"]
+            names += [f"encode_validation_{i}", f"encode_test_{i}"]
         names += [f"decoder_{i}" for i in range(self.num_levels, 0, -1)]
         names += ["prior", *(f"refit_level_{i}" for i in range(self.num_levels, 0, -1))]
         return {name: costs[name] for name in names if name in costs}

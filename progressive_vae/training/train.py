@@ -22,7 +22,13 @@ from ..serialization import write_text
 from .args import RunSettings
 from .budget import TimeBudget
 from .checkpoints import Checkpoints
-from .greedy import allocate_time, check_phases, greedy_order, select_phases
+from .greedy import (
+    allocate_time,
+    check_early_stopping,
+    check_phases,
+    greedy_order,
+    select_phases,
+)
 from .identity import flatten
 from .lock import LOCK, MOMENT, locked
 from .phases import Phase, RefitPhase, independent_part
@@ -189,6 +195,7 @@ def _plan(
     order = allocate_time(order, recipe.run.max_train_minutes)
     phases = select_phases(order, phase)
     check_phases(phases, configs, image_size)
+    check_early_stopping(phases, source.splits)
     names = [planned.name for planned in order]
     is_first = phase in ("all", names[0])
     later = order[names.index(phase) + 1 :] if phase in names else []
