@@ -24,8 +24,9 @@ patches needs neither labels nor a network. Label accuracies need the classifier
         first chooses the sampling settings of the model in that folder, and writes them there.
 
 Settings are chosen by the distance of samples to training images, with `--num_tuning_evaluations`
-times `--num_tuning_samples` samples: the Fréchet distance, or with `--features none` the sliced
-Wasserstein distance. Metrics are then those of the exact distribution and of the settings.
+times `--num_tuning_samples` samples: the Fréchet distance, with classes that of features and labels
+together, or with `--features none` the sliced Wasserstein distance. Metrics are then those of the
+exact distribution and of the settings.
 
 The images must be held out: if the dataset has no evaluation split, pass the `--eval_fraction` of
 the training; after training with `--streaming`, pass images that it did not train on.
@@ -57,6 +58,7 @@ from progressive_vae.evaluation.image_metrics import (
     cached_classifier,
     cached_samples,
     frechet_distance,
+    frechet_joint_distance,
     sample_labeled,
 )
 from progressive_vae.evaluation.likelihood import evaluate, label_accuracy, psnr_of, rate_distortion
@@ -186,12 +188,20 @@ def tune(
     """Choose the sampling settings by the distance of samples to training images, write them to
     the model's index, and return them with an explanation."""
     count = min(arguments.num_tuning_samples, len(train))
-    images = train.sample(count, arguments.seed).split(BATCH_SIZE)
-    real = compute_stats((uint8_to_unit(part) for part in images), count, extractor)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    rows = torch.randperm(len(train), generator=generator)[:count]
+    images, labels = train.batch(rows.tolist())
+    real = compute_stats(
+        (uint8_to_unit(part) for part in images.split(BATCH_SIZE)), count, extractor
+    )
+    is_joint = bool(pipe.labels) and int(labels.min()) >= 0
+    sampled_labels = labels if is_joint else None
 
     def distance() -> float:
         # Other noise than that of the samples whose metrics are reported.
-        batches = sample_labeled(pipe, count, arguments.seed + 1, by_defaults=True)
+        batches = sample_labeled(
+            pipe, count, arguments.seed + 1, by_defaults=True, labels=sampled_labels
+        )
         units = (uint8_to_unit(part) for part, _ in batches)
         stats = compute_stats(units, count, extractor)
         if extractor is None:
@@ -199,14 +209,18 @@ def tune(
             result = sum(distances) / len(distances)
         else:
             assert real.features is not None and stats.features is not None
-            result = frechet_distance(real.features, stats.features)
+            if is_joint:
+                result = frechet_joint_distance(real.features, labels, stats.features, labels)
+            else:
+                result = frechet_distance(real.features, stats.features)
         print(f"{json.dumps(pipe.config['sampling'])}: {result:.4f}", flush=True)
         return result
 
     settings, trials = search_sampling(pipe, distance, arguments.num_tuning_evaluations)
     index = Path(arguments.model) / INDEX
     write_json(index, {**read_json(index, "save the pipeline again"), "sampling": settings})
-    kind = "sliced Wasserstein" if extractor is None else "Fréchet"
+    kind = "Fréchet joint" if is_joint else "Fréchet"
+    kind = "sliced Wasserstein" if extractor is None else kind
     return {
         "settings": settings,
         "explanation": f"Chosen among {len(trials)} settings by the {kind} distance of {count:,} "

@@ -12,6 +12,7 @@ from progressive_vae.evaluation.image_metrics import (
     Classifier,
     cached_classifier,
     frechet_distance,
+    frechet_joint_distance,
     sample_labeled,
     train_classifier,
 )
@@ -108,3 +109,12 @@ def test_frechet_distance_of_gaussians():
     expected = 1 + sum((1 - s) ** 2 for s in scale.tolist())
     assert frechet_distance(one, two * scale + shift) == pytest.approx(expected, rel=0.02)
     assert math.isclose(frechet_distance(one, one), 0, abs_tol=1e-4)
+
+
+def test_the_joint_distance_sees_samples_of_other_classes():
+    """The features of both sets are the same, and the labels of one are those of other images."""
+    labels = torch.arange(600) % 3
+    features = torch.randn(600, 4, generator=torch.Generator().manual_seed(0)) + labels[:, None]
+    assert math.isclose(frechet_joint_distance(features, labels, features, labels), 0, abs_tol=1e-3)
+    wrong = frechet_joint_distance(features, labels, features, labels.roll(1))
+    assert wrong > 0.1 and wrong > 10 * frechet_distance(features, features)

@@ -19,12 +19,12 @@ def test_the_search_finds_the_minimum(pipe):
         temperature = settings_of(pipe, "temperature")
         guidance = settings_of(pipe, "guidance_scale")
         error = sum((t - b) ** 2 for t, b in zip(temperature, best, strict=True))
-        return error + (guidance[0] - 1.4) ** 2
+        return error + (guidance[0] - 2.5) ** 2
 
     settings, trials = search_sampling(pipe, distance, 100)
     assert settings == pipe.config.sampling
     assert settings["temperature"] == pytest.approx(best, abs=0.051)
-    assert settings["guidance_scale"] == [1.4, 1.0, 1.0, 1.0]
+    assert settings["guidance_scale"] == [2.5, 1.0, 1.0, 1.0]
     assert trials[0][0] == {"temperature": 1.0, "guidance_scale": 1.0}
     assert min(d for _, d in trials) == distance()
     tried = [str(settings) for settings, _ in trials]

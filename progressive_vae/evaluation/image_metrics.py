@@ -189,6 +189,21 @@ def frechet_distance(real: Tensor, samples: Tensor) -> float:
     return metric.compute().item()
 
 
+def frechet_joint_distance(
+    real: Tensor, real_labels: Tensor, samples: Tensor, sample_labels: Tensor
+) -> float:
+    """Return the Fréchet distance of features (n, F) joined with class ids (n,), one-hot and as
+    long as the features are on average (DeVries et al. 2019): samples of another class than theirs
+    are far away."""
+    scale = real.norm(dim=1).mean()
+    num_classes = 1 + int(torch.cat([real_labels, sample_labels]).max())
+
+    def join(features: Tensor, labels: Tensor) -> Tensor:
+        return torch.cat([features, scale * F.one_hot(labels, num_classes)], 1)
+
+    return frechet_distance(join(real, real_labels), join(samples, sample_labels))
+
+
 def precision_recall(real: Tensor, samples: Tensor, num_neighbors: int = 3) -> dict[str, float]:
     """Return improved precision and recall of two sets of features (n, F).
 
@@ -217,10 +232,12 @@ def sample_labeled(
     batch_size: int = 250,
     preview: bool = False,
     by_defaults: bool = False,
+    labels: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Sample images with labels spread evenly over the classes, in batches for `write_cache`.
 
     Args:
+        labels: class ids (num_images,) to sample instead.
         preview: sample codes only, and decode them with the auxiliary decoders.
         by_defaults: sample by `config.sampling`, not from the exact distribution.
 
@@ -231,10 +248,13 @@ def sample_labeled(
     generator = torch.Generator().manual_seed(seed)
     for start in tqdm(range(0, num_images, batch_size), desc="sample"):
         indices = torch.arange(start, min(start + batch_size, num_images))
-        labels = indices % num_classes if num_classes else torch.full_like(indices, NO_LABEL)
+        if labels is not None:
+            class_ids = labels[indices]
+        else:
+            class_ids = indices % num_classes if num_classes else indices.new_full((), NO_LABEL)
         arguments: dict[str, Any] = {} if by_defaults else {"temperature": 1.0}
         if num_classes:
-            arguments["class_labels"] = labels.tolist()
+            arguments["class_labels"] = class_ids.tolist()
         output = pipe(
             **arguments,
             num_images_per_prompt=1 if num_classes else len(indices),
@@ -243,7 +263,7 @@ def sample_labeled(
             batch_size=batch_size,
             preview=preview,
         )
-        yield unit_to_uint8(output.images), labels
+        yield unit_to_uint8(output.images), class_ids.expand(len(indices))
 
 
 def cached_samples(

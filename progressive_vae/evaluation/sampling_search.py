@@ -6,7 +6,7 @@ from ..pipeline import ProgressiveVAEPipeline
 from ..pipeline_inputs import Sampling
 
 MIN_STEP = 0.5  # of the first steps; smaller ones are below the noise of a distance
-FIRST_STEPS = {"temperature": -0.1, "guidance_scale": 0.4}
+FIRST_STEPS = {"temperature": -0.1, "guidance_scale": 1.0}
 
 
 def search_sampling(
@@ -66,11 +66,11 @@ def search_sampling(
 
 
 def _coordinates(pipe: ProgressiveVAEPipeline) -> dict[str, list[int]]:
-    """Return the factors that each setting has an effect on, the finest first."""
+    """Return the factors that each setting has an effect on, the most effective ones first: most
+    values are pixels, and coarse codes decide the class."""
     configs = [pipe.stack.require_prior().config, *pipe.stack.configs]
-    indices = [*reversed(range(len(configs)))]
-    conditional = [i for i in indices if configs[i].num_classes]
-    coordinates = {"temperature": indices}
+    conditional = [i for i, config in enumerate(configs) if config.num_classes]
+    coordinates = {"temperature": [*reversed(range(len(configs)))]}
     return coordinates | ({"guidance_scale": conditional} if conditional else {})
 
 
