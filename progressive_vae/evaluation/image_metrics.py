@@ -193,8 +193,7 @@ def frechet_joint_distance(
     real: Tensor, real_labels: Tensor, samples: Tensor, sample_labels: Tensor
 ) -> float:
     """Return the Fréchet distance of features (n, F) joined with class ids (n,), one-hot and as
-    long as the features are on average (DeVries et al. 2019): samples of another class than theirs
-    are far away."""
+    long as the features are on average (DeVries et al. 2019). It sees samples of a wrong class."""
     scale = real.norm(dim=1).mean()
     num_classes = 1 + int(torch.cat([real_labels, sample_labels]).max())
 
