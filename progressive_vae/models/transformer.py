@@ -93,8 +93,10 @@ class KeyValueCache:
     """
 
     def __init__(self, visible: Tensor, length: int):
-        self.count = visible.shape[-2]
-        self.slots = F.pad(visible, (0, 0, 0, length - self.count))  # (2, B, heads, length, D)
+        self.count = 0
+        shape = (*visible.shape[:-2], length, visible.shape[-1])
+        self.slots = visible.new_empty(shape)  # (2, B, heads, length, D)
+        self.append(visible)
 
     @property
     def visible(self) -> Tensor:
