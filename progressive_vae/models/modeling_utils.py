@@ -206,6 +206,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         if not output_loading_info:
             _check_keys(info, name)
         _check_finite(model, name)
+        _convert_to_channels_last(model)
         return (model, info) if output_loading_info else model
 
 
@@ -352,6 +353,13 @@ def _check_finite(model: PreTrainedModel, name: str | Path):
             f"expected finite weights in {name} as {model.dtype}, got NaN or infinity in "
             f"{_shorten(keys)}"
         )
+
+
+def _convert_to_channels_last(model: PreTrainedModel):
+    """Lay out the weights of convolutions as their inputs: else each call does it again."""
+    for weight in model.parameters():
+        if weight.ndim == 4 and not weight.is_meta:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _shorten(keys: list[str]) -> str:
