@@ -27,6 +27,8 @@ KINDS = [
         {"decoder_type": "transformer", "ordering": ordering, "num_symbols": 5}
         for ordering in DECODER_TYPES["transformer"]
     ),
+    {"decoder_type": "transformer", "num_channels": 3},
+    {"decoder_type": "transformer", "ordering": "diagonal", "num_channels": 1},
     *(
         {"bits_per_block": 2, "num_symbols": 64, **decoder_fields(name)}
         for name in ("lattice", "transformer")

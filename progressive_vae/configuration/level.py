@@ -84,16 +84,17 @@ class ProgressiveVAELevelConfig(PartConfig):
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
             fifth more, and is no better in equal time.
         value_embed_dim: length of the embedding of one finer value.
-        pixel_distribution: `"categorical"`, a probability for each value; with
+        pixel_distribution: `"categorical"`, a probability for each value; of `"conv"` with
             `ordering="lattice"` also `"logistic_mixture"`, a discretized mixture of logistics
             around the neighboring pixels of earlier groups, for smooth images, and
             `"guided_logistic_mixture"`, which adds the image that the auxiliary decoder expects.
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table that computes the
             logits of pixels, so that near values learn together; 0: a free logit for every value,
             which is better for few images of few gray values.
-        palette_size: with `ordering="lattice"`, a pixel may also copy the whole color of one of the
-            four nearest pixels of earlier groups, or one of so many colors that are frequent in
-            these groups: for images of few colors, such as pixel art; 0: pixels copy nothing.
+        palette_size: of `"conv"` with `ordering="lattice"`, a pixel may also copy the whole color
+            of one of the four nearest pixels of earlier groups, or one of so many colors that are
+            frequent in these groups: for images of few colors, such as pixel art; 0: pixels copy
+            nothing.
         bits_per_block: of codes: each is split into blocks of so many bits, which are predicted one
             after the other, as the colors of a pixel, so that memory grows with the logarithm of
             `num_symbols`, a power of 2^bits_per_block. With `"conv"` or `"transformer"`, without an
@@ -102,9 +103,10 @@ class ProgressiveVAELevelConfig(PartConfig):
             auxiliary decoder too; 0: a free logit for every code; `None`: 64 beyond 2,048 codes
             and 0 else.
         decoder_type: the architecture of the decoder. `"conv"`: a convolution net that carries a
-            state through the groups. `"transformer"`: a transformer over codes, on grids of up to
-            64×64, whose attention is causal over the groups. `"causal_lm"`: a causal language model
-            of transformers, on grids of up to 256 codes. `"auxiliary"`: only the auxiliary decoder.
+            state through the groups. `"transformer"`: a transformer over codes or pixels, on grids
+            of up to 64×64, whose attention is causal over the groups. `"causal_lm"`: a causal
+            language model of transformers, on grids of up to 256 codes. `"auxiliary"`: only the
+            auxiliary decoder.
         ordering: the split of the finer grid into groups, predicted in sequence. `"factorized"`:
             one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`: a fixed random
             order, few positions first. `"raster"`: one code at a time. `"diagonal"`: one
@@ -305,15 +307,17 @@ class ProgressiveVAELevelConfig(PartConfig):
                 f"expected ordering in {orderings} for decoder_type={self.decoder_type!r}, "
                 f"got {self.ordering!r}"
             )
-        if self.has_component_means and self.ordering != "lattice":
+        has_neighbors = self.ordering == "lattice" and self.decoder_type == "conv"
+        if self.has_component_means and not has_neighbors:
             raise ValueError(
-                "expected ordering='lattice' for pixel_distribution="
-                f"{self.pixel_distribution!r}, got {self.ordering!r}"
+                "expected ordering='lattice' and decoder_type='conv' for pixel_distribution="
+                f"{self.pixel_distribution!r}, got {self.ordering!r} and {self.decoder_type!r}"
             )
-        if self.copies_colors and self.ordering != "lattice":
+        if self.copies_colors and not has_neighbors:
             raise ValueError(
-                f"expected ordering='lattice' for palette_size={self.palette_size}, got "
-                f"{self.ordering!r}"
+                "expected ordering='lattice' and decoder_type='conv' for "
+                f"palette_size={self.palette_size}, got {self.ordering!r} and "
+                f"{self.decoder_type!r}"
             )
         if self.copies_colors and self.value_channels > MAX_PALETTE_CHANNELS:
             raise ValueError(

@@ -637,11 +637,11 @@ class RasterDecoder(CausalLMMixin, Decoder):
 
 
 class TransformerDecoder(Decoder):
-    """A transformer over codes, whose attention is causal over groups.
+    """A transformer over codes or pixels, whose attention is causal over groups.
 
     The first state of a position is the upsampled condition there, plus embeddings of its row and
-    column. Its layers attend to z and to the positions of earlier groups, with their values. If
-    codes are split into blocks of bits, the blocks of a position are predicted one after another.
+    column. Its layers attend to z and to the positions of earlier groups, with their values. The
+    colors of a pixel, or the blocks of a code that is split, are predicted one after another.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):

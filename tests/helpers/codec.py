@@ -19,7 +19,7 @@ KINDS = [
 
 def codec_pipeline(size, num_classes=0, **kind):
     """N = 2, colored images; z_1 is small enough for a prior and z_2 for the raster order."""
-    models_codes_only = kind.get("decoder_type") in ("causal_lm", "transformer")
+    models_codes_only = kind.get("decoder_type") == "causal_lm"
     finest = {**kind, **(decoder_fields("lattice") if models_codes_only else {})}
     if kind.get("pixel_distribution") in GUIDED_DISTRIBUTIONS:
         finest["auxiliary_hidden_size"] = 8
