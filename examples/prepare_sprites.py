@@ -16,8 +16,9 @@ and a card. The tiles are those of Debian's source package crawl 0.28, which the
 domain: https://github.com/crawl/tiles.
 
 Sprites stand on white. All variants of a name are in one split; the names of the test split are in
-`examples/sprites/test_names.txt`. Left out are duplicates, tiles of another size, tentacles, of
-which a tile is a piece, and tiles with next to nothing on them.
+`examples/sprites/test_names.txt`. With `--validation` a twelfth of the other names is held out, for
+`examples/compare_decoders.py --config examples/compare_sprites.yaml`. Left out are duplicates,
+tiles of another size, tentacles, of which a tile is a piece, and nearly empty tiles.
 """
 
 import argparse

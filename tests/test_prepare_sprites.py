@@ -38,6 +38,10 @@ def test_sprites_of_a_few_tiles(tmp_path, capsys):
         ("character", "boris"),
         ("wall", "brick dark"),
     }
+    script.main([str(tmp_path / "held_out"), "--validation", "--tiles", str(tiles)])
+    held_out = datasets.load_dataset(str(tmp_path / "held_out"), cache_dir=str(tmp_path / "cache"))
+    assert [*held_out["validation"]["name"], *held_out["train"]["name"]] == ["boris", "brick dark"]
+    assert len(held_out["test"]) == 2
     pixels = np.asarray(sprites["test"][0]["image"])
     assert pixels.shape == (32, 32, 3)
     assert (pixels[:16] == (255, 0, 0)).all() and (pixels[16:] == 255).all()
