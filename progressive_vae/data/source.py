@@ -208,7 +208,7 @@ def open_dataset(settings: DataSettings, images: Images | None = None) -> Source
     loaded = load_images(settings, images)
     column = find_image_column(loaded.splits["train"], settings.image_column)
     classes = find_classes(loaded.splits, settings.label_column)
-    limits = dict.fromkeys(loaded.splits, settings.max_eval_samples)
+    limits: dict[str, int | None] = dict.fromkeys(loaded.splits, settings.max_eval_samples)
     limits["train"] = settings.max_train_samples
     if settings.streaming:
         limits["test"] = limits["test"] or STREAMED_EVAL_SAMPLES
