@@ -164,6 +164,9 @@ def grow(image: str, file: str, model: str = MODEL):
     for k, (length, preview) in enumerate(progressive_previews(pipe.stack, array[None], stream), 1):
         codes = "z_1" if k == 1 else f"z_1 … z_{k}"
         decoded[f"{codes}: {length} bytes"] = as_array(preview)
+    half = (length + len(stream)) // 2
+    pixels = pipe.decompress(stream[:half], allow_truncated=True)[0]
+    decoded[f"half of s: {half} bytes"] = as_array(pixels)
     decoded[f"all: {len(stream)} bytes"] = as_array(pipe.decompress(stream)[0])
     for name, qualities in LOSSY.items():
         with suppress(ImportError):  # imagecodecs is not installed
