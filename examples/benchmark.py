@@ -373,7 +373,7 @@ def compare(arguments: Arguments):
     accelerator = make_accelerator(recipe.run, arguments.cpu)
     device = accelerator.device
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    train(recipe.sections, accelerator=accelerator)
+    train(recipe, accelerator=accelerator)
     if not (folder / MATRIX_RATE).is_file():  # a later call may have other threads
         write_json(folder / MATRIX_RATE, matrix_rate(dtype, device))
     pixels = source.pixels(folder / "cache" / "pixels", accelerator)

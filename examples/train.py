@@ -83,7 +83,7 @@ def parse(words: list[str]) -> tuple[Recipe, dict]:
 
 def main(words: list[str]):
     recipe, arguments = parse(words)
-    pipe = train(recipe.sections, **arguments)
+    pipe = train(recipe, **arguments)
     if pipe is not None and PartialState().is_main_process:
         print("\nnext: " + "\n      ".join(next_commands(recipe)))
 

@@ -16,17 +16,15 @@ import pytest
 import torch
 
 from helpers.models import tiny_level, tiny_pipeline, tiny_prior
-from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.codec.bitstream import Header
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.training.recipe import read_recipe
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SAVED = Path(__file__).with_name("golden")
-PIPELINES = {
-    "golden": SAVED,
-    "fashion_mnist": Path(__file__).parents[1] / "examples" / "fashion_mnist",
-}
+FASHION_MNIST = Path(__file__).parents[1] / "examples" / "fashion_mnist"
+PIPELINES = ["golden", "fashion_mnist"]
 
 
 def saved_names() -> dict:
@@ -90,8 +88,11 @@ def test_a_pipeline_that_was_saved_says_what_it_said():
 
 @pytest.fixture(scope="module")
 def pipelines():
+    # Of the former level 1 of examples/fashion_mnist, a language model.
+    level_1 = ProgressiveVAELevel.from_pretrained(SAVED / "fashion_mnist" / "level_1")
     loaded = {
-        name: ProgressiveVAEPipeline.from_pretrained(path) for name, path in PIPELINES.items()
+        "golden": ProgressiveVAEPipeline.from_pretrained(SAVED),
+        "fashion_mnist": ProgressiveVAEPipeline.from_pretrained(FASHION_MNIST, level_1=level_1),
     }
     for pipe in loaded.values():
         pipe.set_progress_bar_config(disable=True)

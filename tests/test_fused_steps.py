@@ -16,6 +16,7 @@ from progressive_vae.models.causal_lm import transformers_steps
 from progressive_vae.models.fused_steps import FusedSteps, can_fuse
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+GOLDEN = Path(__file__).with_name("golden")
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 16,
@@ -196,7 +197,7 @@ def test_samples_of_a_prior_take_few_operations(model, limit):
 
 @torch.no_grad()
 def test_samples_of_a_raster_level_take_few_operations():
-    level = ProgressiveVAELevel.from_pretrained(f"{EXAMPLES}/fashion_mnist/level_1")
+    level = ProgressiveVAELevel.from_pretrained(GOLDEN / "fashion_mnist" / "level_1")
     codes = torch.zeros(2, 2, 2, dtype=torch.long)
     count = count_ops(lambda: level.sample(codes, finer_size=(7, 7)))
     assert sum(count.ops.values()) <= 2050  # of 49 positions

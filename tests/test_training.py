@@ -203,7 +203,7 @@ def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
 def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     """A run prints places of phases, time left, next commands."""
     recipe = ["--config", str(ROOT / "examples/configs/color_64.yaml")]
-    data = "--train_data_dir photos --resolution 32 --center_crop".split()
+    data = "--train_data_dir photos --resolution 16 --center_crop".split()
     monkeypatch.chdir(tmp_path)
     folder = Path("photos")
     folder.mkdir()
@@ -228,7 +228,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     output_dir = Path("runs/color_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
     assert pipe.level_3.config.pixel_distribution == "logistic_mixture"
-    assert pipe.num_levels == 3 and pipe.image_shape == (3, 32, 32)
+    assert pipe.num_levels == 3 and pipe.image_shape == (3, 16, 16)
 
 
 def test_images_of_several_sizes_are_not_resized_silently(script, tmp_path):

@@ -27,6 +27,7 @@ from ..configuration.level import MANY_CODES
 from .device_constant import cached_constant, device_constant
 
 LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the system at once
+LOGITS_IN_CACHE = 2**18  # 1 MB: a processor computes and samples them without its main memory
 POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
 # Up to so many positions a mixture's quantiles are searched in few rounds. A processor is soon busy
 # with arithmetic; on other devices memory is the limit.
@@ -64,7 +65,7 @@ class Categorical:
 
 @dataclass(frozen=True)
 class LowRankCategorical:
-    """A categorical distribution over many values, whose logits are computed chunk by chunk.
+    """A categorical distribution whose logits are computed chunk by chunk.
 
     The full logits never exist at once; the backward pass computes each chunk again.
 
@@ -83,7 +84,10 @@ class LowRankCategorical:
         return F.linear(self.features, self.table, self.bias)
 
     def chunks(self) -> "list[LowRankCategorical]":
-        num_positions = LOGITS_PER_CHUNK // (len(self.features) * len(self.table))
+        num_logits = LOGITS_PER_CHUNK
+        if _is_processor_bound(self.features):
+            num_logits = min(num_logits, LOGITS_IN_CACHE)
+        num_positions = num_logits // (len(self.features) * len(self.table))
         chunks = self.features.split(max(1, num_positions), 1)
         return [LowRankCategorical(chunk, self.table, self.bias) for chunk in chunks]
 
@@ -126,7 +130,16 @@ def categorical_from_features(
 ) -> Categorical | LowRankCategorical:
     """The distribution with logits `features @ table.T + bias`, (B, n, V)."""
     low_rank = LowRankCategorical(features, table, bias)
-    return low_rank if len(table) > MANY_CODES else Categorical(low_rank.logits)
+    num_logits = math.prod(features.shape[:-1]) * len(table)
+    exceeds_cache = num_logits > LOGITS_IN_CACHE and _is_processor_bound(features)
+    is_chunked = len(table) > MANY_CODES or exceeds_cache
+    return low_rank if is_chunked else Categorical(low_rank.logits)
+
+
+def _is_processor_bound(x: Tensor) -> bool:
+    """Whether small chunks are faster: in sampling on a CPU, outside of compiled graphs."""
+    is_eager = not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and is_eager and not torch.is_grad_enabled()
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ class ProgressiveVAEPreTrainedModel(PreTrainedModel):
         if not output_loading_info:
             _check_keys(info, name)
         _check_finite(model, name)
+        _convert_to_channels_last(model)
         return (model, info) if output_loading_info else model
 
 
@@ -308,14 +309,25 @@ def _check_size(model_class: type[PreTrainedModel], config: PreTrainedConfig, pa
 
     transformers would allocate and initialize the difference before it reports missing weights.
     """
-    with torch.device("meta"):
-        num_parameters = model_class(config).num_parameters()
+    num_parameters = _count_parameters(model_class, config)
     num_bytes = sum(Path(path).stat().st_size for path in paths)
     if num_parameters > 4 * num_bytes + 1_000_000:  # allows for tied weights and small models
         raise ValueError(
             f"expected a config that describes the weights in {paths}, got one of a model with "
             f"{num_parameters} parameters, more than {num_bytes} bytes can hold: {_ADVICE}"
         )
+
+
+_COUNTS: dict[tuple[type, str], int] = {}
+
+
+def _count_parameters(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> int:
+    """The number of parameters of a config's model, which takes as long as half of a load."""
+    key = model_class, config.to_json_string(use_diff=False)
+    if key not in _COUNTS:
+        with torch.device("meta"):
+            _COUNTS[key] = model_class(config).num_parameters()
+    return _COUNTS[key]
 
 
 def _check_keys(info: dict[str, Any], name: str | Path):
@@ -341,6 +353,13 @@ def _check_finite(model: PreTrainedModel, name: str | Path):
             f"expected finite weights in {name} as {model.dtype}, got NaN or infinity in "
             f"{_shorten(keys)}"
         )
+
+
+def _convert_to_channels_last(model: PreTrainedModel):
+    """Lay out the weights of convolutions as their inputs: else each call does it again."""
+    for weight in model.parameters():
+        if weight.ndim == 4 and not weight.is_meta:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _shorten(keys: list[str]) -> str:

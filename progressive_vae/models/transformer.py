@@ -62,7 +62,8 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     def project_visible(self, state: Tensor) -> Tensor:
         """Keys and values of states (B, m, E): (2, B, heads, m, D)."""
-        return self._split_heads(self.keys_and_values(self.attention_norm(state)))
+        visible = self.keys_and_values(self.attention_norm(state))
+        return visible.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
     def attend(self, state: Tensor, visible: Tensor, mask: Tensor | None = None) -> Tensor:
         """The states of n positions after this layer, (B, n, E).
@@ -72,17 +73,13 @@ class TransformerLayer(GradientCheckpointingLayer):
             visible: keys and values of what they attend to, (2, B, heads, m, D).
             mask: which of these each position sees, bool (n, m); `None`: all.
         """
-        queries = self._split_heads(self.queries(self.attention_norm(state)))[0]
-        keys, values = visible
+        queries = self.queries(self.attention_norm(state))
+        queries = queries.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        keys, values = visible.unbind()
         mixed = F.scaled_dot_product_attention(queries, keys, values, mask)  # (B, heads, n, D)
         state = state + self.output(mixed.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(state)).chunk(2, -1)
         return state + self.down(F.silu(gate) * up)
-
-    def _split_heads(self, x: Tensor) -> Tensor:
-        """(B, n, k·E) -> (k, B, heads, n, D)."""
-        head_dim = self.queries.in_features // self.num_heads
-        return x.unflatten(-1, (-1, self.num_heads, head_dim)).permute(2, 0, 3, 1, 4)
 
 
 class KeyValueCache:
@@ -93,13 +90,15 @@ class KeyValueCache:
     """
 
     def __init__(self, visible: Tensor, length: int):
-        self.count = visible.shape[-2]
-        self.slots = F.pad(visible, (0, 0, 0, length - self.count))  # (2, B, heads, length, D)
+        self.count = 0
+        shape = (*visible.shape[:-2], length, visible.shape[-1])
+        self.slots = visible.new_empty(shape)  # (2, B, heads, length, D)
+        self.append(visible)
 
     @property
     def visible(self) -> Tensor:
         """All keys and values so far, (2, B, heads, m, D)."""
-        return self.slots[..., : self.count, :]
+        return self.slots.narrow(-2, 0, self.count)
 
     def append(self, visible: Tensor):
         """Add keys and values, (2, B, heads, n, D)."""

@@ -47,7 +47,7 @@ NOT_OF_THE_PIPELINE = [
 
 
 def train(
-    recipe: Mapping[str, Any] | str | Path | None = None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
     dataset: Images | str | Path | None = None,
     output_dir: str | Path | None = None,
     max_train_minutes: float | None = None,
@@ -66,7 +66,8 @@ def train(
     The same call resumes an interrupted run and skips the phases that are finished.
 
     Args:
-        recipe: sections as a dict, or the path of a YAML file (see `recipe.py`); has defaults.
+        recipe: sections as a dict, the path of a YAML file, or what `read_recipe` made of them (see
+            `recipe.py`); has defaults.
         dataset: a `datasets` data set, a folder, an id on the Hub, or a list of PIL images.
         output_dir: folder of the pipeline; by default the recipe's, as for `dataset`.
         max_train_minutes: time of the run, metrics and images included; by default the recipe's.
@@ -107,12 +108,16 @@ def train(
 
 
 def _read_arguments(
-    recipe: Mapping[str, Any] | str | Path | None,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None,
     dataset: Images | str | Path | None,
     output_dir: str | Path | None,
     max_train_minutes: float | None,
 ) -> tuple[Recipe, Images | None]:
     """Return the recipe with the arguments of `train` in it, and images that are in memory."""
+    if isinstance(recipe, Recipe):
+        if dataset is None and output_dir is None and max_train_minutes is None:
+            return recipe, None
+        recipe = recipe.sections
     run: dict[str, Any] = {}
     if output_dir:
         run["output_dir"] = os.fspath(output_dir)
