@@ -89,7 +89,9 @@ class _FixedPointMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _in_parts(function: Callable[..., Tensor], *tensors: Tensor, size: int = 0) -> Tensor:
+def _in_parts(
+    function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor, size: int = 0
+) -> Tensor:
     """The results of parts of the first dimension, one behind the other.
 
     What a part needs fits into a processor's cache. Memory that the system has to provide first
@@ -101,26 +103,26 @@ def _in_parts(function: Callable[..., Tensor], *tensors: Tensor, size: int = 0) 
     length = len(tensors[0])
     count = max(1, CHUNK_SIZE * length // max(1, size * length or tensors[0].numel()))
     if length <= count:
-        return function(*tensors)
+        return function(*tensors).to(dtype)
     result = None
     for start in range(0, length, count):
         part = function(*(tensor[start : start + count] for tensor in tensors))
         if result is None:
-            result = part.new_empty((length, *part.shape[1:]))
+            result = part.new_empty((length, *part.shape[1:]), dtype=dtype)
         result[start : start + count] = part
     assert result is not None
     return result
 
 
-def _along(function: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> Tensor:
+def _along(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor, dim: int) -> Tensor:
     """A function of rows (n, K), applied to the vectors along a dimension."""
     vectors = x.movedim(dim, -1)
-    rows = _in_parts(function, vectors.reshape(-1, vectors.shape[-1]))
+    rows = _in_parts(function, dtype, vectors.reshape(-1, vectors.shape[-1]))
     return rows.view(vectors.shape).movedim(-1, dim)
 
 
-def _elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return _in_parts(function, x.reshape(-1)).view(x.shape)
+def _elementwise(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    return _in_parts(function, dtype, x.reshape(-1)).view(x.shape)
 
 
 def _rounding_term(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
@@ -175,12 +177,10 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     if a.ndim == 3:
         size = max(a[0].numel(), b[0].numel(), a.shape[1] * b.shape[2])
         return _in_parts(
-            lambda a, b: (convert(a, -1, bits) @ convert(b, -2, bits)).to(a.dtype), a, b, size=size
+            lambda a, b: convert(a, -1, bits) @ convert(b, -2, bits), a.dtype, a, b, size=size
         )
     factor = convert(b, -2, bits)
-    return _in_parts(
-        lambda rows: (convert(rows, -1, bits) @ factor).to(a.dtype), a, size=max(b.shape)
-    )
+    return _in_parts(lambda rows: convert(rows, -1, bits) @ factor, a.dtype, a, size=max(b.shape))
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
@@ -191,9 +191,9 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
 
     def product(rows: Tensor, biases: Tensor) -> Tensor:
         result = convert(rows, -1, bits) @ factor
-        return (result if alpha == 1 else result.mul_(alpha)).add_(biases).to(a.dtype)
+        return (result if alpha == 1 else result.mul_(alpha)).add_(biases)
 
-    return _in_parts(product, a, biases, size=max(b.shape))
+    return _in_parts(product, a.dtype, a, biases, size=max(b.shape))
 
 
 def _convolution(
@@ -245,11 +245,11 @@ def _convolution(
             rows = rows.reshape(-1, len(kernel))
             total = rows @ kernel if total is None else total.addmm_(rows, kernel)
         result = total if bias is None else total.add_(bias)
-        result = result.to(x.dtype).view(height, size[1], width, len(weight))
-        return result.transpose(0, 1)
+        return result.view(height, size[1], width, len(weight)).transpose(0, 1)
 
     size = math.prod(x.shape[1:])
-    result = _in_parts(convolve, x, _rounding_term(x, [1, 2, 3], bits), size=size)
+    terms = _rounding_term(x, [1, 2, 3], bits)
+    result = _in_parts(convolve, x.dtype, x, terms, size=size)
     return result.permute(0, 3, 1, 2)  # channels last
 
 
@@ -265,10 +265,11 @@ def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None =
         return x.sum(dims, keepdim, dtype=dtype)
 
     def total(x: Tensor) -> Tensor:
-        return _terms(x, dims).sum(dims, keepdim).to(dtype or x.dtype)
+        return _terms(x, dims).sum(dims, keepdim)
 
+    dtype = dtype or x.dtype
     is_whole = x.ndim == 0 or any(dim % x.ndim == 0 for dim in dims)
-    return total(x) if is_whole else _in_parts(total, x)
+    return total(x).to(dtype) if is_whole else _in_parts(total, dtype, x)
 
 
 def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -311,11 +312,10 @@ def _layer_norm(
         result.sub_(_mean(result, [-1], True))
         result.mul_(1 / (_mean(result * result, [-1], True) + eps).sqrt())
         result = result if weight is None else result.mul_(weight)
-        result = result if bias is None else result.add_(bias)
-        return result.to(x.dtype)
+        return result if bias is None else result.add_(bias)
 
     unused = x.new_empty(0)  # mean and scale are for gradients
-    return _along(normalized, x, -1), unused, unused
+    return _along(normalized, x.dtype, x, -1), unused, unused
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
@@ -323,19 +323,17 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
         high = rows.amax(-1, keepdim=True)
         centered = (rows.double() - high).masked_fill_(high == -math.inf, 0.0)
         masses = exp(centered)
-        result = masses.div_(_sum(masses, -1, True))
-        return result.to(torch.float32 if half_to_float else x.dtype)
+        return masses.div_(_sum(masses, -1, True))
 
-    return _along(probabilities, x, dim)
+    return _along(probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     def log_probabilities(rows: Tensor) -> Tensor:
         centered = rows.double() - rows.amax(-1, keepdim=True)
-        result = centered.sub_(log(_sum(exp(centered), -1, True)))
-        return result.to(torch.float32 if half_to_float else x.dtype)
+        return centered.sub_(log(_sum(exp(centered), -1, True)))
 
-    return _along(log_probabilities, x, dim)
+    return _along(log_probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
 
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -363,7 +361,7 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 def exp(x: Tensor) -> Tensor:
     """eˣ to 12 digits: the Taylor series of degree 10 in −½ ln 2 … ½ ln 2, times a power of two."""
-    return _elementwise(_exp, x)
+    return _elementwise(_exp, torch.float64, x)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -428,7 +426,7 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             raise ValueError(
                 f"expected functions of tensors in fixed-point arithmetic, got one of {x}"
             )
-        return _elementwise(lambda part: function(part.double(), *more).to(x.dtype), x)
+        return _elementwise(lambda part: function(part.double(), *more), x.dtype, x)
 
     return replacement
 
@@ -449,7 +447,7 @@ def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tenso
             result[places] = exact(x[places].double()).to(x.dtype)
         return result
 
-    return lambda x: _elementwise(exact if x.dtype == torch.float64 else rounded, x)
+    return lambda x: _elementwise(exact if x.dtype == torch.float64 else rounded, x.dtype, x)
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
