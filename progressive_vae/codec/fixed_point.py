@@ -126,10 +126,13 @@ def _elementwise(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Te
 
 
 def _rounding_term(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
-    """A number of which float64 has no smaller bits than the lowest that shall be kept of x, if the
-    highest along `dims` has `bits` bits: a sum with it is rounded, and the difference is exact."""
+    """A number 1.5 · 2ⁿ, to which float64 adds x by rounding it to multiples of 2ⁿ⁻⁵².
+
+    Args:
+        bits: of the highest number along `dims`, in these multiples.
+    """
     highest = x.abs().amax(dims, keepdim=True).double()
-    # The exponent is the only part that is kept; 1.5 · 2ⁿ has the highest bit of the fraction too.
+    # Of the highest number's 64 bits the exponent remains; the fraction of 1.5 is its first bit.
     exponents = highest.view(torch.int64).bitwise_and_(_EXPONENT)
     return exponents.add_(((EXACT_BITS - bits) << _FRACTION_BITS) + _HALF).view(torch.float64)
 
@@ -138,6 +141,7 @@ def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
     """x in float64, rounded to multiples of a power of two that all numbers along `dims` share, so
     that the highest has `bits` bits."""
     term = _rounding_term(x, dims, bits)
+    # The sum is rounded, and the difference is exact.
     return x.to(torch.float64, copy=True).add_(term).sub_(term)
 
 
