@@ -13,6 +13,9 @@
     python examples/ablations.py few_images photos --num_images 100 --minutes 10
         bits/dim of models trained on few images, with more and more augmentation.
 
+    python examples/ablations.py quantizers uoft-cs/cifar10 --minutes 10
+        previews and code use of a level with each quantizer, trained for the same time.
+
     python examples/ablations.py speed --batch_sizes [8,64]
         images per second of sampling and of training, on a GPU where there is one.
 
@@ -20,6 +23,7 @@ A dataset is an id on the Hub or a local path. Its images must have the size of 
 """
 
 import math
+from dataclasses import fields
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -41,6 +45,7 @@ from progressive_vae.scripts import default_device, run_script
 from progressive_vae.serialization import read_json
 from progressive_vae.training import train
 from progressive_vae.training.report import device_name
+from progressive_vae.training.sections import LevelSection
 from progressive_vae.training.yaml_files import read_yaml
 
 EXAMPLES = Path(__file__).parent
@@ -53,6 +58,15 @@ AUGMENTATIONS = {
     "flip": {"random_flip": True},
     "flip, rotation": {"random_rotation": True},
     "flip, rotation, channel permutation": {"random_channel_permutation": True},
+}
+
+# Rows of `quantizers`: fields of the config.
+QUANTIZERS = {
+    "vq": {},
+    "vq, rotation trick": {"quantizer_gradient": "rotation"},
+    "fsq": {"quantizer": "fsq"},
+    "lfq": {"quantizer": "lfq"},
+    "bsq": {"quantizer": "bsq"},
 }
 
 
@@ -77,9 +91,7 @@ def image_codecs(
         seed: of the reconstructions.
     """
     pipe = loaded(model)
-    source = open_dataset(DataSettings(dataset_name=dataset_name, max_eval_samples=num_images))
-    rows = read_images(source.splits["test"], shape=pipe.image_shape, **source.read_options("test"))
-    images = torch.cat([batch for batch, _ in pixel_batches(rows)]).to(torch.uint8)
+    images = held_out_images(dataset_name, num_images, pipe)
     has_previews = pipe.stack.has_previews
     kind = "mse_of_preview" if has_previews else "mse_of_mean"
     codes = rate_distortion(pipe, images, 1 if has_previews else num_samples, seed)
@@ -151,6 +163,64 @@ def few_images(
     print_table(lines)
 
 
+def quantizers(
+    dataset_name: str,
+    codebook_size: int = 256,
+    minutes: float = 10,
+    num_images: int = 500,
+    recipe: str = RECIPE,
+    output_dir: str = "runs/quantizers",
+    seed: int = 0,
+):
+    """Train encoder, codebook and auxiliary decoder of a recipe's finest level by each quantizer.
+
+    PSNR is that of the previews of held-out images.
+
+    Args:
+        dataset_name: id on the Hub or a local path.
+        codebook_size: K, a power of two.
+        minutes: training time of each row.
+        num_images: a random subset of the split "test".
+        recipe: YAML file.
+        output_dir: for the models; rows that are there are not trained again.
+        seed: of the training.
+    """
+    settings = read_yaml(Path(recipe))
+    finest = settings[max(name for name in settings if name.startswith("level_"))]
+    level = {**settings.get("levels", {}), **finest, "codebook_size": codebook_size}
+    names = {field.name for field in fields(LevelSection)} - {"encoder_fit", "num_groups"}
+    level = {name: value for name, value in level.items() if name in names}
+    level |= {"decoder_type": "auxiliary", "pixel_distribution": "categorical", "palette_size": 0}
+    level |= {"dither": 0.0, "class_conditional": False}
+    level |= {"fit": {**finest["encoder_fit"], "time_share": 0.95}}
+    lines = [["quantizer", "PSNR", "codes used", "perplexity", "steps"]]
+    for name, row in QUANTIZERS.items():
+        folder = Path(output_dir) / name.replace(", ", "_").replace(" ", "_")
+        sections = {
+            "level_1": {**level, **row},
+            "prior": {"fit": {"time_share": 0.05}},
+            "data": {**settings.get("data", {}), "dataset_name": dataset_name},
+            "run": {**settings.get("run", {}), "seed": seed},
+        }
+        train(sections, output_dir=folder, max_train_minutes=minutes)
+        pipe = loaded(str(folder))
+        images = held_out_images(dataset_name, num_images, pipe)
+        psnr = rate_distortion(pipe, images, 1, seed)["level_1"]["psnr_of_preview"]
+        metrics = read_json(folder / METRICS, "train the row again")
+        use = metrics["codes"]["level_1"]
+        cells = [f"{psnr:.2f}", f"{use['codes_used']} of {codebook_size}"]
+        cells += [f"{use['codebook_perplexity']:.1f}", str(metrics["phases"]["level_1"]["steps"])]
+        lines.append([name, *cells])
+    print_table(lines)
+
+
+def held_out_images(dataset_name: str, num_images: int, pipe: ProgressiveVAEPipeline) -> Tensor:
+    """Return images of the split "test", uint8 (B, C, H, W)."""
+    source = open_dataset(DataSettings(dataset_name=dataset_name, max_eval_samples=num_images))
+    rows = read_images(source.splits["test"], shape=pipe.image_shape, **source.read_options("test"))
+    return torch.cat([batch for batch, _ in pixel_batches(rows)]).to(torch.uint8)
+
+
 def speed(model: str = MODEL, batch_sizes: tuple[int, ...] = (8, 64), bf16: bool = True):
     """Measure images per second of sampling, and of training steps of the finest level.
 
@@ -203,7 +273,7 @@ def print_table(rows: list[list[str]]):
 
 
 def main(words: list[str]):
-    auto_cli([image_codecs, few_images, speed], args=words)
+    auto_cli([image_codecs, few_images, quantizers, speed], args=words)
 
 
 if __name__ == "__main__":

@@ -314,6 +314,9 @@ def _sample_clamped(
     conditioning = conditioning.for_factor(config).for_guidance(sampler)
     if sampler.is_guided and coarser is not None:
         coarser = torch.cat([coarser, coarser])
+    if factor < stack.num_levels:
+        values = stack.to_indices(factor, observation.values[:, 0])
+        observation = Observation(values, observation.confidence)
     step_fn = ClampedStep(sampler, observation, has_guesses)
     grid = stack.walk(factor, coarser, step_fn, conditioning, code_noise)[:count]
     values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]

@@ -204,6 +204,15 @@ class LevelStack:
             return part.walk(len(conditioning), step_fn, conditioning)
         return part.walk(coarser, step_fn, conditioning, code_noise, self.grid_sizes[factor])
 
+    def to_indices(self, factor: int, grid: Tensor) -> Tensor:
+        """What the steps of a factor's `walk` predict, int64 (B, C, H, W) in 0 … V − 1: the colors
+        of pixels, codes, or the blocks of their bits.
+
+        Args:
+            grid: as `walk` returns it.
+        """
+        return self.levels[factor - 1].value_type.to_indices(grid) if factor else grid[:, None]
+
     @torch.no_grad()
     def preview(self, codes: Tensor, level: int, batch_size: int = 256) -> Tensor:
         """The auxiliary decoders' expected image of z_k, float (B, C, H, W) in [−1, 1], on the CPU.

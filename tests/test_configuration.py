@@ -40,7 +40,11 @@ from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
             "format_version >= 3.*got 2",
         ),
         (dict(num_channels=1, decoder_type="causal_lm"), "decoder_type in .*got 'causal_lm'"),
-        (dict(num_channels=1, decoder_type="transformer"), "decoder_type in .*got 'transformer'"),
+        (dict(num_channels=1, decoder_type="causal_lm"), "decoder_type in .*got 'causal_lm'"),
+        (
+            dict(num_channels=1, decoder_type="transformer", pixel_distribution="logistic_mixture"),
+            "decoder_type='conv' for pixel_distribution",
+        ),
         (dict(num_channels=1, quantizer="fsq", codebook_size=11), "product of numbers up to 8"),
         (dict(num_channels=1, quantizer="fsq", codebook_dim=8), "codebook_dim=2, .*got 8"),
         (dict(num_channels=1, quantizer="fsq", dither=1.0), "dither=0 .*got dither=1.0 .*'fsq'"),

@@ -27,7 +27,14 @@ KINDS = [
         {"decoder_type": "transformer", "ordering": ordering, "num_symbols": 5}
         for ordering in DECODER_TYPES["transformer"]
     ),
+    {"decoder_type": "transformer", "num_channels": 3},
+    {"decoder_type": "transformer", "ordering": "diagonal", "num_channels": 1},
+    *(
+        {"bits_per_block": 2, "num_symbols": 64, **decoder_fields(name)}
+        for name in ("lattice", "transformer")
+    ),
     *({"quantizer": kind, "num_channels": 1} for kind in QUANTIZERS),
+    {"quantizer_gradient": "rotation", "num_channels": 1},
     *({"pixel_distribution": kind, "num_channels": 3} for kind in PIXEL_DISTRIBUTIONS),
     *(
         {"palette_size": 3, "pixel_distribution": kind, "num_channels": 3}
@@ -51,7 +58,7 @@ def test_trained_saved_loaded_and_walked(kind, tmp_path):
     config = ProgressiveVAELevelConfig(codebook_size=8, hidden_size=8, num_layers=1, **kind)
     level = ProgressiveVAELevel(config).train()
     shape = (3, 5, 7) if "num_symbols" in kind else (3, kind["num_channels"], 5, 7)
-    values = torch.randint(config.num_values, shape)
+    values = torch.randint(config.num_symbols or config.num_values, shape)
     finer = values if "num_symbols" in kind else level.value_type.from_indices(values)
     level.quantizer.initialize(torch.randn(50, config.codebook_dim), torch.Generator())
     optimizer = torch.optim.AdamW(level.parameters(), lr=0.05)

@@ -8,8 +8,10 @@ from progressive_vae.evaluation.op_count import count_ops
 from progressive_vae.models.layers import add_dither
 from progressive_vae.models.quantizers import (
     QUANTIZERS,
+    BinarySphericalQuantizer,
     FiniteScalarQuantizer,
     GumbelQuantizer,
+    LookupFreeQuantizer,
     VectorQuantizer,
     fsq_levels,
     make_quantizer,
@@ -19,6 +21,8 @@ LAYERS = {
     "vq": lambda: VectorQuantizer(codebook_size=12, dim=3, decay=0.5),
     "fsq": lambda: FiniteScalarQuantizer(levels=[4, 3, 1]),
     "gumbel": lambda: GumbelQuantizer(codebook_size=12, dim=3),
+    "lfq": lambda: LookupFreeQuantizer(num_bits=3),
+    "bsq": lambda: BinarySphericalQuantizer(num_bits=3),
 }
 
 

@@ -248,7 +248,7 @@ def encode_batch(
         pixel_values = _pad(uint8_to_signed(pixels), size).to(stack.device)
         grids = [*stack.encode(pixel_values), pixel_values]
         for factor, grid in enumerate(grids):
-            values = signed_to_indices(grid) if grid.ndim == 4 else grid[:, None]
+            values = stack.to_indices(factor, grid)
             coarser = grids[factor - 1] if factor else None
             stack.walk(factor, coarser, encoder.set_target(values), padded_conditioning)
     return encoder.streams()

@@ -10,7 +10,8 @@ DECODER_TYPES: dict[str, tuple[str, ...]] = {
     "transformer": ("lattice", "factorized", "masked", "raster", "diagonal"),
     "auxiliary": ("factorized",),  # the auxiliary decoder, without a stronger one
 }
-PIXEL_DECODER_TYPES = ("conv", "auxiliary")
+PIXEL_DECODER_TYPES = ("conv", "transformer", "auxiliary")
+BIT_DECODER_TYPES = ("conv", "transformer")  # of codes that are split into blocks of bits
 
 # The numbers of groups of an ordering for a downsample; the first where the config leaves it open.
 GROUP_NUMBERS: dict[str, Callable[[int], list[int | None]]] = {

@@ -16,6 +16,7 @@ from .base import (
 )
 from .causal_lm import MAX_LAYERS, causal_config, check_causal_config, small_opt
 from .decoders import (
+    BIT_DECODER_TYPES,
     CODE_NOISE_KINDS,
     COMPONENT_MEANS_DISTRIBUTIONS,
     DECODER_TYPES,
@@ -36,7 +37,8 @@ MAX_RASTER_POSITIONS = 256  # of the finer grid, for ordering="raster"
 MAX_TRANSFORMER_SIDE = 64  # of the finer grid, for decoder_type="transformer"
 
 # A larger value is a damaged or a hostile file, which would fill the memory.
-MAX_CODES = 2**20
+MAX_BITS = 20
+MAX_CODES = 2**MAX_BITS
 MAX_CHANNELS = 256
 MAX_PALETTE_CHANNELS = 3  # whose values are packed into one integer
 
@@ -70,8 +72,9 @@ class ProgressiveVAELevelConfig(PartConfig):
         num_channels: colors of the image, on the finest level; `None` on the others.
         num_symbols: codebook size of the finer grid; `None` on the finest level.
         codebook_size: K, the number of codes of this level's grid.
-        codebook_dim: D, the length of a code vector; `None`: the quantizer's default, 8, or for
-            `"fsq"` the number of its scalars, the only value that it accepts.
+        codebook_dim: D, the length of a code vector; `None`: the quantizer's default, 8, or the
+            only value that it accepts: for `"fsq"` the number of its scalars, for `"lfq"` and
+            `"bsq"` that of the bits of a code.
         downsample: 2, 4, 8 … 64, the linear factor between this level's grid and the finer one.
         hidden_size: width of the decoder.
         num_layers: residual blocks of the decoder before each group; of `"causal_lm"` those on z,
@@ -81,23 +84,29 @@ class ProgressiveVAELevelConfig(PartConfig):
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
             fifth more, and is no better in equal time.
         value_embed_dim: length of the embedding of one finer value.
-        pixel_distribution: `"categorical"`, a probability for each value; with
+        pixel_distribution: `"categorical"`, a probability for each value; of `"conv"` with
             `ordering="lattice"` also `"logistic_mixture"`, a discretized mixture of logistics
             around the neighboring pixels of earlier groups, for smooth images, and
             `"guided_logistic_mixture"`, which adds the image that the auxiliary decoder expects.
         pixel_logit_rank: of `"categorical"`, the rank of the ordinal table that computes the
             logits of pixels, so that near values learn together; 0: a free logit for every value,
             which is better for few images of few gray values.
-        palette_size: with `ordering="lattice"`, a pixel may also copy the whole color of one of the
-            four nearest pixels of earlier groups, or one of so many colors that are frequent in
-            these groups: for images of few colors, such as pixel art; 0: pixels copy nothing.
+        palette_size: of `"conv"` with `ordering="lattice"`, a pixel may also copy the whole color
+            of one of the four nearest pixels of earlier groups, or one of so many colors that are
+            frequent in these groups: for images of few colors, such as pixel art; 0: pixels copy
+            nothing.
+        bits_per_block: of codes: each is split into blocks of so many bits, which are predicted one
+            after the other, as the colors of a pixel, so that memory grows with the logarithm of
+            `num_symbols`, a power of 2^bits_per_block. With `"conv"` or `"transformer"`, without an
+            auxiliary decoder; 0: codes are not split.
         symbol_logit_rank: of codes, the rank of the table that computes their logits, those of the
             auxiliary decoder too; 0: a free logit for every code; `None`: 64 beyond 2,048 codes
             and 0 else.
         decoder_type: the architecture of the decoder. `"conv"`: a convolution net that carries a
-            state through the groups. `"transformer"`: a transformer over codes, on grids of up to
-            64×64, whose attention is causal over the groups. `"causal_lm"`: a causal language model
-            of transformers, on grids of up to 256 codes. `"auxiliary"`: only the auxiliary decoder.
+            state through the groups. `"transformer"`: a transformer over codes or pixels, on grids
+            of up to 64×64, whose attention is causal over the groups. `"causal_lm"`: a causal
+            language model of transformers, on grids of up to 256 codes. `"auxiliary"`: only the
+            auxiliary decoder.
         ordering: the split of the finer grid into groups, predicted in sequence. `"factorized"`:
             one group. `"lattice"`: sub-pixel lattices, coarse first. `"masked"`: a fixed random
             order, few positions first. `"raster"`: one code at a time. `"diagonal"`: one
@@ -111,9 +120,16 @@ class ProgressiveVAELevelConfig(PartConfig):
         backbone_config: of `"causal_lm"`, any causal-LM config of transformers, as a config or as
             a dict with its `model_type`; its vocabulary is set to the codes. `None`: an OPT of
             `num_layers` layers with `hidden_size`.
-        quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization) or
-            `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax).
-        commitment_weight: β of `"vq"`, the weight of the distance between latents and their codes.
+        quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization),
+            `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax), `"lfq"`
+            (lookup-free: the signs of latents) or `"bsq"` (binary spherical: those of a unit
+            vector); of the last two K is a power of two.
+        quantizer_gradient: of `"vq"`, of the latents: `"straight_through"`, that of the code, or
+            `"rotation"`, turned by the angle between latent and code.
+        commitment_weight: β of `"vq"`, `"lfq"` and `"bsq"`, the weight of the distance between
+            latents and their codes.
+        entropy_weight: of `"lfq"` and `"bsq"`, by which their bits are certain and equally often 0
+            and 1.
         codebook_decay: 1 − γ of `"vq"`, the decay of the codebook's running k-means.
         restart_threshold: of `"vq"`: a code used less than this fraction of the mean use is
             restarted.
@@ -162,13 +178,16 @@ class ProgressiveVAELevelConfig(PartConfig):
     pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
     palette_size: int = 0
+    bits_per_block: int = 0
     symbol_logit_rank: int | None = None
     decoder_type: str = "conv"
     ordering: str | None = None
     num_groups: int | None = None
     backbone_config: dict | PreTrainedConfig | None = None
     quantizer: str = "vq"
+    quantizer_gradient: str = "straight_through"
     commitment_weight: float = 0.25
+    entropy_weight: float = 0.1
     codebook_decay: float = 0.99
     restart_threshold: float = 0.03
     dither: float = 0.0
@@ -208,13 +227,13 @@ class ProgressiveVAELevelConfig(PartConfig):
         if self.tokenizer_config is not None:
             set_tokenizer_fields(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
-                      num_channels=MAX_CHANNELS, num_layers=MAX_LAYERS,
+                      num_channels=MAX_CHANNELS, num_layers=MAX_LAYERS, bits_per_block=MAX_BITS,
                       encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
             self.codebook_dim = self._quantizer_rules.default_codebook_dim(self)
         if self.symbol_logit_rank is None:
-            self.symbol_logit_rank = 64 if (self.num_symbols or 0) > MANY_CODES else 0
+            self.symbol_logit_rank = 64 if self.num_values > MANY_CODES else 0
         if self.ordering is None and self.decoder_type in DECODER_TYPES:
             self.ordering = DECODER_TYPES[self.decoder_type][0]
         if self.num_groups is None:
@@ -266,8 +285,8 @@ class ProgressiveVAELevelConfig(PartConfig):
                      hidden_size=1, num_layers=1, encoder_hidden_size=1, encoder_num_layers=0,
                      value_embed_dim=1, pixel_logit_rank=0, palette_size=0, symbol_logit_rank=0,
                      auxiliary_hidden_size=1, auxiliary_num_layers=0, reconstruction_weight=0,
-                     commitment_weight=0, codebook_decay=0, restart_threshold=0,
-                     dither=0)  # fmt: skip
+                     bits_per_block=0, commitment_weight=0, entropy_weight=0, codebook_decay=0,
+                     restart_threshold=0, dither=0)  # fmt: skip
         if not 0 <= self.code_noise <= 1:
             raise ValueError(f"expected code_noise in [0, 1], got {self.code_noise}")
         check_classes(self)
@@ -288,15 +307,17 @@ class ProgressiveVAELevelConfig(PartConfig):
                 f"expected ordering in {orderings} for decoder_type={self.decoder_type!r}, "
                 f"got {self.ordering!r}"
             )
-        if self.has_component_means and self.ordering != "lattice":
+        has_neighbors = self.ordering == "lattice" and self.decoder_type == "conv"
+        if self.has_component_means and not has_neighbors:
             raise ValueError(
-                "expected ordering='lattice' for pixel_distribution="
-                f"{self.pixel_distribution!r}, got {self.ordering!r}"
+                "expected ordering='lattice' and decoder_type='conv' for pixel_distribution="
+                f"{self.pixel_distribution!r}, got {self.ordering!r} and {self.decoder_type!r}"
             )
-        if self.copies_colors and self.ordering != "lattice":
+        if self.copies_colors and not has_neighbors:
             raise ValueError(
-                f"expected ordering='lattice' for palette_size={self.palette_size}, got "
-                f"{self.ordering!r}"
+                "expected ordering='lattice' and decoder_type='conv' for "
+                f"palette_size={self.palette_size}, got {self.ordering!r} and "
+                f"{self.decoder_type!r}"
             )
         if self.copies_colors and self.value_channels > MAX_PALETTE_CHANNELS:
             raise ValueError(
@@ -319,6 +340,21 @@ class ProgressiveVAELevelConfig(PartConfig):
         if self.ordering not in GROUP_NUMBERS or self.downsample not in DOWNSAMPLES:
             return [self.num_groups]  # `validate_choices` raises
         return GROUP_NUMBERS[self.ordering](self.downsample)
+
+    def validate_bits_per_block(self):
+        if not self.bits_per_block:
+            return
+        if self.num_symbols != self.num_values**self.value_channels:
+            raise ValueError(
+                f"expected num_symbols to be a power of 2**{self.bits_per_block} for "
+                f"bits_per_block={self.bits_per_block}, got {self.num_symbols}"
+            )
+        if self.decoder_type not in BIT_DECODER_TYPES or self.has_auxiliary:
+            raise ValueError(
+                f"expected decoder_type in {BIT_DECODER_TYPES} and no auxiliary decoder for "
+                f"bits_per_block={self.bits_per_block}, got {self.decoder_type!r} and "
+                f"auxiliary_hidden_size={self.auxiliary_hidden_size}"
+            )
 
     def validate_auxiliary(self):
         if self.decoder_type == "auxiliary" and not self.has_auxiliary:
@@ -395,13 +431,19 @@ class ProgressiveVAELevelConfig(PartConfig):
 
     @property
     def value_channels(self) -> int:
-        """Values at one position of the finer grid: the colors of a pixel, or 1 for a code."""
-        return self.num_channels or 1
+        """Values at one position of the finer grid: the colors of a pixel, or the blocks of a code,
+        1 if it is not split."""
+        if self.num_symbols is None or not self.bits_per_block:
+            return self.num_channels or 1
+        return max(1, (self.num_symbols.bit_length() - 1) // self.bits_per_block)
 
     @property
     def num_values(self) -> int:
-        """The number of values of an entry of the finer grid: K_{i+1}, or 256 for a pixel."""
-        return NUM_PIXEL_VALUES if self.num_symbols is None else self.num_symbols
+        """The number of values of an entry of the finer grid: 256 of a pixel, K_{i+1} of a code, or
+        those of a block of its bits."""
+        if self.num_symbols is None:
+            return NUM_PIXEL_VALUES
+        return 2**self.bits_per_block if self.bits_per_block else self.num_symbols
 
     @property
     def raster_config(self) -> PreTrainedConfig:

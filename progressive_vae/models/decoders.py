@@ -39,6 +39,7 @@ from .layers import (
     ZeroEmbedding,
     add_dither,
     apply_each,
+    embed_channels,
     residual_blocks,
 )
 from .orderings import (
@@ -636,10 +637,11 @@ class RasterDecoder(CausalLMMixin, Decoder):
 
 
 class TransformerDecoder(Decoder):
-    """A transformer over codes, whose attention is causal over groups.
+    """A transformer over codes or pixels, whose attention is causal over groups.
 
     The first state of a position is the upsampled condition there, plus embeddings of its row and
-    column. Its layers attend to z and to the positions of earlier groups, with their values.
+    column. Its layers attend to z and to the positions of earlier groups, with their values. The
+    colors of a pixel, or the blocks of a code that is split, are predicted one after another.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -650,10 +652,18 @@ class TransformerDecoder(Decoder):
         )
         self.row_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
         self.column_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
-        self.embedding = nn.Embedding(config.num_values, width)
+        channels = config.value_channels
+        self.embedding = nn.Embedding(channels * config.num_values, width)
         self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(width)
         self.logits = make_categorical_head(config, width)
+        if channels > 1:
+            self.hidden = nn.Linear(width, width)
+            later = range(channels - 1)
+            self.block_embeddings = nn.ModuleList(
+                ZeroEmbedding(config.num_values, width) for _ in later
+            )
+            self.later_logits = nn.ModuleList(make_categorical_head(config, width) for _ in later)
 
     def walk(self, condition: Condition, size: tuple[int, int], step_fn: StepFn) -> Tensor:
         """Run the autoregressive loop: one evaluation of the network for each group."""
@@ -662,7 +672,7 @@ class TransformerDecoder(Decoder):
         layers = self._layers
         length = z.shape[1] + context.shape[1]
         caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
-        values: list[Tensor] = []  # of each group, int64 (B, n)
+        values: list[Tensor] = []  # of each group, int64 (B, C, n)
         num_left = context.shape[1]
         for i, positions in enumerate(groups):
             if not len(positions):  # in a small grid some groups are empty
@@ -672,33 +682,44 @@ class TransformerDecoder(Decoder):
             for layer, cache in zip(layers, caches, strict=True):
                 states.append(layer.attend(states[-1], cache.visible))
             # 2. Predict their values.
-            step = WalkStep(i, 0, positions)
-            distribution = self._distribution(states.pop())
-            values.append(call_step_fn(step_fn, distribution, step, len(context)))
+            channels: list[Tensor] = []
+            features = self._features(states.pop())
+            for channel in range(self.config.value_channels):
+                step = WalkStep(i, channel, positions)
+                distribution = self._distribution(features, channel)
+                channels.append(call_step_fn(step_fn, distribution, step, len(context)))
+                features = self._with_value(features, channels[-1], channel)
+            values.append(torch.stack(channels, 1))
             # 3. Make them visible to the groups that follow.
             num_left -= len(positions)
             if num_left:
-                embedded = self.embedding(values[-1])
+                embedded = embed_channels(self.embedding, values[-1])
                 for layer, cache, state in zip(layers, caches, states, strict=True):
                     cache.append(layer.project_visible(state + embedded))
-        in_sequence = torch.cat(values, 1)
-        grid = torch.empty_like(in_sequence).index_copy(1, torch.cat(groups), in_sequence)
-        return grid.unflatten(1, (1, *size))
+        in_sequence = torch.cat(values, 2)
+        grid = torch.empty_like(in_sequence).index_copy(2, torch.cat(groups), in_sequence)
+        return grid.unflatten(2, size)
 
     def step_sizes(self, size: tuple[int, int]) -> list[int]:
         groups = group_positions(*self._ordering, (size[0], size[1]), torch.device("cpu"))
-        return [len(positions) for positions in groups]
+        channels = range(self.config.value_channels)
+        return [len(positions) for positions in groups for _ in channels]
 
     def log_prob(self, condition: Condition, finer: Tensor) -> Tensor:
         """One pass for all positions."""
         size = (finer.shape[-2], finer.shape[-1])
-        values = finer.flatten(1)  # (B, L)
+        values = finer.flatten(2)  # (B, C, L)
         z, state = self._embed(condition, size)
-        embedded = self.embedding(values)
+        embedded = embed_channels(self.embedding, values)
         mask = attention_mask(*self._ordering, size, z.shape[1], finer.device)
         for layer in self._layers:
             state = layer(state, embedded, z, mask)
-        return self._distribution(state).log_prob(values).sum(1)
+        features = self._features(state)
+        nats = []
+        for channel, of_channel in enumerate(values.unbind(1)):
+            nats.append(self._distribution(features, channel).log_prob(of_channel))
+            features = self._with_value(features, of_channel, channel)
+        return torch.stack(nats).sum((0, 2))
 
     def check_causal(self):
         """Passes: the mask hides later groups."""
@@ -733,8 +754,23 @@ class TransformerDecoder(Decoder):
         z_state = z.movedim(1, -1) + places[::stride, ::stride]
         return z_state.flatten(1, 2), (state + places).flatten(1, 2)
 
-    def _distribution(self, state: Tensor) -> Categorical | LowRankCategorical:
-        return self.logits(self.norm(state))
+    def _features(self, state: Tensor) -> Tensor:
+        """The input of the heads, (B, n, E), before any block of a code is known."""
+        state = self.norm(state)
+        return self.hidden(state) if self.config.value_channels > 1 else state
+
+    def _distribution(self, features: Tensor, channel: int) -> Categorical | LowRankCategorical:
+        """That of one block of the codes."""
+        if self.config.value_channels == 1:
+            return self.logits(features)
+        heads = [self.logits, *self.later_logits]
+        return heads[channel](F.silu(features))
+
+    def _with_value(self, features: Tensor, values: Tensor, channel: int) -> Tensor:
+        """The features for the next block, given the values (B, n) of this one."""
+        if channel + 1 == self.config.value_channels:
+            return features
+        return features + self.block_embeddings[channel](values)
 
 
 # The decoder of each type; "auxiliary" has none beside the auxiliary decoder.

@@ -44,6 +44,12 @@ def cached_constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+@device_constant
+def bit_shifts(num_bits: int, device: torch.device) -> Tensor:
+    """num_bits − 1 … 0: the places of bits, the most significant first, int64 (num_bits,)."""
+    return torch.arange(num_bits - 1, -1, -1).to(device)
+
+
 def _as_constant(argument: Any) -> Any:
     if isinstance(argument, tuple):
         return tuple(map(_as_constant, argument))

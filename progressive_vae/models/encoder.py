@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration.level import ProgressiveVAELevelConfig
-from .layers import Downsample, LayerNorm2d, add_dither, residual_blocks
+from .layers import Downsample, LayerNorm2d, add_dither, embed_channels, residual_blocks
+from .value_types import BlocksOfCodes, make_value_type
 
 
 class Encoder(nn.Module):
@@ -22,8 +23,10 @@ class Encoder(nn.Module):
             self.embed = None
             embed_dim = config.value_channels
         else:
-            self.embed = nn.Embedding(config.num_values, config.value_embed_dim)
+            num_embeddings = config.value_channels * config.num_values  # of the blocks of a code
+            self.embed = nn.Embedding(num_embeddings, config.value_embed_dim)
             embed_dim = config.value_embed_dim
+        self.value_type = make_value_type(config)
         # Full resolution is expensive and has little information at each position of an image, but
         # much at each code: only grids of codes have blocks before the first downsampling.
         layers: list[nn.Module] = []
@@ -43,8 +46,11 @@ class Encoder(nn.Module):
     @torch.no_grad()
     def embed_like(self, codebook: Tensor, generator: torch.Generator):
         """Initialize the embeddings of codes by a random projection of the finer level's codebook
-        (V, D), so that near code vectors have near embeddings."""
+        (V, D), so that near code vectors have near embeddings. Embeddings of blocks stay: several
+        codes share them."""
         assert self.embed is not None
+        if isinstance(self.value_type, BlocksOfCodes):
+            return
         vectors = codebook.float() - codebook.float().mean(0)
         vectors = vectors / vectors.square().mean().sqrt().clamp(min=1e-6)
         projection = torch.randn(
@@ -59,7 +65,9 @@ class Encoder(nn.Module):
 
     def forward(self, finer: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [−1, 1], or codes int64 (B, H, W), to latents (B, D, H_i, W_i)."""
-        if self.embed is not None:
+        if self.embed is not None and isinstance(self.value_type, BlocksOfCodes):
+            x = embed_channels(self.embed, self.value_type.split(finer)).movedim(-1, 1)
+        elif self.embed is not None:
             x = self.embed(finer).movedim(-1, 1)
         else:  # float32 until here: 16-bit floats cannot represent the 256 values
             x = finer.to(cast(Tensor, self.out[1].weight).dtype)

@@ -83,6 +83,19 @@ class ZeroEmbedding(nn.Embedding):
     """An embedding whose vectors start at zero."""
 
 
+def embed_channels(embedding: nn.Embedding, values: Tensor) -> Tensor:
+    """The sum of embeddings of the channels: int64 (B, C, ...) -> (B, ..., E).
+
+    Args:
+        embedding: of C·V rows, V for each channel.
+    """
+    channels = values.shape[1]
+    if channels == 1:
+        return embedding(values[:, 0])
+    num_values = embedding.num_embeddings // channels
+    return sum(embedding(values[:, c] + c * num_values) for c in range(channels))  # type: ignore
+
+
 class PixelEmbedding(nn.Embedding):
     """A vector for each pixel value; nearby values start with similar vectors."""
 

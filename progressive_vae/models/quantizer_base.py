@@ -160,16 +160,19 @@ class Quantizer(nn.Module):
         if size == 1:
             return codes
         if num_nearest is None:
-            others = (codes + 1 + _random_integers(codes, size - 1, generator)) % size
+            others = (codes + 1 + random_integers(codes, size - 1, generator)) % size
         else:
-            distances = torch.cdist(self.codebook.float(), self.codebook.float())
-            distances.fill_diagonal_(float("inf"))
-            count = min(num_nearest, size - 1)
-            nearest = distances.topk(count, largest=False).indices  # (K, count)
-            others = nearest[codes, _random_integers(codes, count, generator)]
+            others = self.near_codes(codes, min(num_nearest, size - 1), generator)
         probability = probability.view(-1, *[1] * (codes.ndim - 1))
         is_replaced = uniform(codes.shape, generator, codes.device) < probability
         return torch.where(is_replaced, others, codes)
+
+    def near_codes(self, codes: Tensor, count: int, generator: Generators = None) -> Tensor:
+        """For each code a random one of the `count` nearest others in the codebook."""
+        distances = torch.cdist(self.codebook.float(), self.codebook.float())
+        distances.fill_diagonal_(float("inf"))
+        nearest = distances.topk(count, largest=False).indices  # (K, count)
+        return nearest[codes, random_integers(codes, count, generator)]
 
     def initialize(self, vectors: Tensor, generator: torch.Generator, weight: float | None = None):
         """Initialize from latents (n, D) of the data, where that helps.
@@ -195,6 +198,6 @@ def _finish_step(quantizer: Quantizer, prefix: str, keep_vars: bool):
     quantizer.finish_step()
 
 
-def _random_integers(codes: Tensor, count: int, generator: Generators) -> Tensor:
+def random_integers(codes: Tensor, count: int, generator: Generators) -> Tensor:
     """0 … count − 1, uniform, of the shape of `codes`."""
     return (uniform(codes.shape, generator, codes.device) * count).long()

@@ -1,4 +1,5 @@
-"""Quantizers as layers: `VectorQuantizer`, `FiniteScalarQuantizer` and `GumbelQuantizer`.
+"""Quantizers as layers: `VectorQuantizer`, `FiniteScalarQuantizer` and `GumbelQuantizer`; those of
+`binary_quantizers.py`, LFQ and BSQ, are for large codebooks.
 
     quantizer = VectorQuantizer(codebook_size=512, dim=16)
     quantized, codes, loss = quantizer(latents)  # (B, 16, H, W) -> (B, 16, H, W), (B, H, W), ()
@@ -19,8 +20,33 @@ from transformers import initialization as init
 from ..arguments import as_integer
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.quantizers import QUANTIZER_RULES
+from .binary_quantizers import BinarySphericalQuantizer, LookupFreeQuantizer
 from .quantizer_base import Quantizer, QuantizerOutput, to_vectors
 from .sampling import Generators, Sampler, uniform
+
+
+def straight_through(latents: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, (B, D, ...), whose gradient is passed on to the latents as it is."""
+    return latents + (quantized - latents).detach()
+
+
+def rotate(latents: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, (B, D, ...), as the rotated and scaled latents: the angle of a gradient to the
+    vector stays (Fifty et al. 2024, "Restructuring vector quantization with the rotation trick").
+    """
+    x, q = latents.float(), quantized.detach().float()
+    x_unit, q_unit = F.normalize(x.detach(), dim=1), F.normalize(q, dim=1)
+    between = F.normalize(x_unit + q_unit, dim=1)
+    # The reflection at `between` and the one at q: together the rotation of x_unit to q_unit.
+    rotated = x - 2 * between * (between * x).sum(1, keepdim=True)
+    rotated = rotated + 2 * q_unit * (x_unit * x).sum(1, keepdim=True)
+    norms = [y.norm(dim=1, keepdim=True) for y in (q, x.detach())]
+    scaled = rotated * (norms[0] / norms[1].clamp(min=1e-6))
+    # Exactly the code vector, whatever the rounding.
+    return (scaled + (q - scaled).detach()).to(latents.dtype)
+
+
+GRADIENTS = {"straight_through": straight_through, "rotation": rotate}
 
 
 class VectorQuantizer(Quantizer):
@@ -37,6 +63,7 @@ class VectorQuantizer(Quantizer):
         commitment_weight: β of the loss β·|latent − code|², averaged.
         decay: of the running statistics.
         restart_threshold: a code used less than this fraction of the mean use is restarted.
+        gradient: of the latents, one of `GRADIENTS`.
     """
 
     supports_dither = True
@@ -51,12 +78,18 @@ class VectorQuantizer(Quantizer):
             commitment_weight=config.commitment_weight,
             decay=config.codebook_decay,
             restart_threshold=config.restart_threshold,
+            gradient=config.quantizer_gradient,
         )
 
     @classmethod
     def validate(cls, config: ProgressiveVAELevelConfig):
         if not config.codebook_decay < 1:
             raise ValueError(f"expected codebook_decay < 1, got {config.codebook_decay}")
+        if config.quantizer_gradient not in GRADIENTS:
+            raise ValueError(
+                f"expected quantizer_gradient in {tuple(GRADIENTS)}, got "
+                f"{config.quantizer_gradient!r}"
+            )
 
     def __init__(
         self,
@@ -65,6 +98,7 @@ class VectorQuantizer(Quantizer):
         commitment_weight: float = 0.25,
         decay: float = 0.99,
         restart_threshold: float = 0.03,
+        gradient: str = "straight_through",
     ):
         super().__init__()
         size = as_integer("codebook_size", codebook_size, 1)
@@ -72,6 +106,7 @@ class VectorQuantizer(Quantizer):
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.restart_threshold = restart_threshold
+        self.pass_gradient = GRADIENTS[gradient]
         self.ema_counts: Tensor
         self.ema_sums: Tensor
         self.register_buffer("codebook", torch.zeros(size, dim))
@@ -97,15 +132,14 @@ class VectorQuantizer(Quantizer):
     def assign(
         self, latents: Tensor, generator: Generators = None, num_values: int | None = None
     ) -> QuantizerOutput:
-        """The nearest code, with the straight-through gradient.
+        """The nearest code, with the gradient of the config.
 
         The loss is the commitment; the KL of one code to the uniform prior is a constant.
         """
         codes = self.encode(latents)
         quantized = self.lookup(codes).to(latents.dtype)
         loss = self.commitment_weight * F.mse_loss(latents.float(), quantized.detach().float())
-        quantized = latents + (quantized - latents).detach()
-        return QuantizerOutput(quantized, codes, loss)
+        return QuantizerOutput(self.pass_gradient(latents, quantized), codes, loss)
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
         """(B, D, ...) -> int64 (B, ...): argmin_k |latent − codebook[k]|², in fp32."""
@@ -409,6 +443,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,
     "fsq": FiniteScalarQuantizer,
     "gumbel": GumbelQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "bsq": BinarySphericalQuantizer,
 }
 QUANTIZER_RULES.update(QUANTIZERS)
 

@@ -1,6 +1,7 @@
-"""The two types of a finer grid's entries, and conversions between ranges of pixel values.
+"""The types of a finer grid's entries, and conversions between ranges of pixel values.
 
-An entry is one color channel of a pixel, or a code. Models see both as indices 0 … V − 1.
+An entry is one color channel of a pixel, a code, or a block of its bits. Models see all of them as
+indices 0 … V − 1.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..configuration.level import NUM_PIXEL_VALUES, ProgressiveVAELevelConfig
 from ..configuration.validation import check_codes, has_readable_values
+from .device_constant import bit_shifts
 
 _HALF = (NUM_PIXEL_VALUES - 1) / 2  # 127.5
 
@@ -89,9 +91,48 @@ class CodeValues:
         return indices[:, 0]
 
 
-def make_value_type(config: ProgressiveVAELevelConfig) -> PixelValues | CodeValues:
+@dataclass(frozen=True)
+class BlocksOfCodes:
+    """Codes of the finer level, int64 (B, H, W), as blocks of bits, the most significant first.
+
+    Args:
+        num_blocks: C, at each position.
+        bits: of a block, which has V = 2^bits values.
+    """
+
+    num_blocks: int
+    bits: int
+
+    def to_indices(self, finer: Tensor) -> Tensor:
+        """Codes -> int64 (B, C, H, W) in 0 … V − 1.
+
+        Raises:
+            ValueError: as `PixelValues.to_indices`.
+        """
+        check_codes(finer, 2 ** (self.bits * self.num_blocks), name="finer")
+        return self.split(finer)
+
+    def split(self, codes: Tensor) -> Tensor:
+        """`to_indices` without checks."""
+        return (codes[:, None] >> self._shifts(codes.device)) & (2**self.bits - 1)
+
+    def from_indices(self, indices: Tensor) -> Tensor:
+        """The inverse."""
+        return (indices << self._shifts(indices.device)).sum(1)
+
+    def _shifts(self, device: torch.device) -> Tensor:
+        return self.bits * bit_shifts(self.num_blocks, device)[:, None, None]
+
+
+def make_value_type(
+    config: ProgressiveVAELevelConfig,
+) -> PixelValues | CodeValues | BlocksOfCodes:
     """The type of the entries of a level's finer grid.
 
     The grid's channels are `config.value_channels`, its number of values `config.num_values`.
     """
-    return PixelValues(config.value_channels) if config.is_finest else CodeValues(config.num_values)
+    if config.is_finest:
+        return PixelValues(config.value_channels)
+    if config.bits_per_block:
+        return BlocksOfCodes(config.value_channels, config.bits_per_block)
+    return CodeValues(config.num_values)

@@ -61,13 +61,16 @@ class LevelSection:
     pixel_distribution: str = "categorical"
     pixel_logit_rank: int = 64
     palette_size: int = 0
+    bits_per_block: int = 0
     symbol_logit_rank: int | None = None
     decoder_type: str = "conv"
     ordering: str | None = None
     num_groups: int | None = None
     backbone_config: dict[str, Any] | None = None  # a recipe is JSON: no config objects
     quantizer: str = "vq"
+    quantizer_gradient: str = "straight_through"
     commitment_weight: float = 0.25
+    entropy_weight: float = 0.1
     codebook_decay: float = 0.99
     restart_threshold: float = 0.03
     dither: float = 0.0
