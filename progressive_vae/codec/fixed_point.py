@@ -8,7 +8,6 @@ sum, product or quotient of two numbers and a square root are the same everywher
 sines are made of these.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -243,12 +242,17 @@ def _convolution(
             ],
             dim=-1,
         )
-        total = None
-        for start, kernel in zip(itertools.count(0, dilation[0]), kernels, strict=False):
-            rows = columns[start : start + stride[0] * (height - 1) + 1 : stride[0]]
-            rows = rows.reshape(-1, len(kernel))
-            total = rows @ kernel if total is None else total.addmm_(rows, kernel)
-        result = total if bias is None else total.add_(bias)
+
+        def rows(i: int) -> Tensor:
+            start = i * dilation[0]
+            stop = start + stride[0] * (height - 1) + 1
+            return columns[start : stop : stride[0]].reshape(-1, kernels.shape[1])
+
+        result = rows(0) @ kernels[0]
+        for i in range(1, len(kernels)):
+            result.addmm_(rows(i), kernels[i])
+        if bias is not None:
+            result.add_(bias)
         return result.view(height, size[1], width, len(weight)).transpose(0, 1)
 
     size = math.prod(x.shape[1:])
