@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -447,3 +448,19 @@ def test_exact_images_keep_their_metadata(tmp_path):
             opened.load()
         assert actual.info == expected.info and actual.size == expected.size
         assert actual.getexif()[274] == 6 and actual.text == {"Title": "turned"}
+
+
+def test_exact_tiff_images():
+    image = PIL.Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))
+
+    def contents(**options) -> bytes:
+        image.save(buffer := BytesIO(), "TIFF", **options)
+        return buffer.getvalue()
+
+    for options, resolution in (({}, None), ({"dpi": (300, 300)}, 300)):
+        exact = read_exact_image(contents(**options))
+        assert np.array_equal(exact.pixels[..., 0], np.asarray(image))
+        info = PIL.Image.open(BytesIO(exact.to_png())).info
+        assert info.get("dpi", (None,))[0] == pytest.approx(resolution, abs=0.01)
+    with pytest.raises(ValueError, match="other than unsigned 8 bits"):
+        read_exact_image(contents(tiffinfo={339: (2,)}))  # signed
