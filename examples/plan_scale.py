@@ -203,7 +203,7 @@ def print_table(rows: list[list[str]]):
     print("\n".join([header, "|---" * len(rows[0]) + "|", *lines]))
 
 
-def main(words: list[str]):
+def parse(words: list[str]):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="examples/configs/imagenet_256.yaml", help="a recipe")
     parser.add_argument("--resolution", type=int, default=256, help="of square images in color")
@@ -216,7 +216,11 @@ def main(words: list[str]):
     parser.add_argument("--utilization", type=float, default=0.4, help="the share that is reached")
     parser.add_argument("--measure", type=bool, default=False, help="on this CPU")
     parser.add_argument("--batch_size", type=int, default=8, help="of what is measured")
-    arguments = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str]):
+    arguments = parse(words)
     if arguments.measure:
         print_measured(arguments)
     else:
