@@ -187,7 +187,10 @@ def test_pack_and_unpack_continue(stack, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "PART_TILES", 12)
     monkeypatch.setattr(archive.codec, "MAX_IMAGES", 8)
     options = {"verify": False, "arithmetic": "float"}
-    pack_folder(stack, folder, tmp_path / "expected", **options)
+    counts: list[int] = []
+    pack_folder(stack, folder, tmp_path / "expected", progress=counts.append, **options)
+    assert sum(counts) == sum(path.stat().st_size for path in folder.iterdir())
+    assert min(counts) >= 0 and len(counts) > 4  # also inside a part
     total = 0
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -253,8 +256,14 @@ def test_large_files_are_stored_in_chunks(stack, tmp_path, monkeypatch):
     monkeypatch.setattr(ArchiveWriter, "append", append)
     pack_folder(stack, folder, tmp_path / "archive")
     assert (tmp_path / "archive").read_bytes() == (tmp_path / "expected").read_bytes()
-    unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
-    assert differences(folder, tmp_path / "back") == []
+    # What an interruption leaves of a file is written again.
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, archive.Restoring, "chunk", 4)
+        unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
+    assert [path.name for path in (tmp_path / "back").iterdir()] == [archive.TEMPORARY]
+    result = unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
+    assert result.written == 3 and differences(folder, tmp_path / "back") == []
+    assert len([*(tmp_path / "back").iterdir()]) == 3
     # A wrong byte of a chunk costs the file, of which nothing is left behind.
     data = bytearray((tmp_path / "archive").read_bytes())
     data[data.index((folder / "large").read_bytes()[3000:3900])] ^= 1
