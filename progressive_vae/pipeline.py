@@ -674,7 +674,12 @@ class ProgressiveVAEPipeline(HubPipeline):
         self.maybe_free_model_hooks()
         return streams
 
-    def decompress(self, data: bytes | list[bytes], num_levels: int | None = None) -> Tensor:
+    def decompress(
+        self,
+        data: bytes | list[bytes],
+        num_levels: int | None = None,
+        allow_truncated: bool = False,
+    ) -> Tensor:
         """The images that were compressed, bit for bit, uint8 (B, C, H, W).
 
         Args:
@@ -682,13 +687,15 @@ class ProgressiveVAEPipeline(HubPipeline):
             num_levels: k: read only z_1 … z_k, and return the auxiliary decoders' expected images,
                 or if there are none the most probable values. Prefixes of streams suffice then; no
                 checksum tells whether the result is right.
+            allow_truncated: streams may end within the pixels. The pixels behind the end are the
+                expected ones: each group of the ordering given all groups before it.
 
         Raises:
             ValueError: streams that end too early, were made by another model, are damaged, or
                 cannot be read with the arithmetic of this machine; `num_levels` out of range.
             ImportError: the extra `codec` is not installed.
         """
-        images = codec.decompress(self.stack, data, num_levels)
+        images = codec.decompress(self.stack, data, num_levels, allow_truncated)
         self.maybe_free_model_hooks()
         return images
 

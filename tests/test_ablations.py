@@ -64,6 +64,21 @@ def test_few_images(script, photos, tmp_path, capsys, monkeypatch):
     assert len(list(folder.iterdir())) == 2 and all(0 < total < 10 for total in bits)
 
 
+@pytest.mark.slow
+def test_quantizers(script, photos, tmp_path, capsys, monkeypatch):
+    rows = {name: script.QUANTIZERS[name] for name in ("vq, rotation trick", "bsq")}
+    monkeypatch.setattr(script, "QUANTIZERS", rows)
+    path = tmp_path / "recipe.yaml"
+    level = {"encoder_hidden_size": 8, "auxiliary_hidden_size": 8, "downsample": 4}
+    path.write_text(yaml.safe_dump({"level_1": {**level, "encoder_fit": {"train_batch_size": 4}}}))
+    flags = ["--recipe", str(path), "--output_dir", str(tmp_path / "runs"), "--minutes", "0.01"]
+    script.main(["quantizers", photos, "--codebook_size", "8", "--num_images", "4", *flags])
+    *_, rotation, bsq = capsys.readouterr().out.splitlines()
+    assert rotation.startswith("| vq, rotation trick | ") and "of 8 |" in rotation
+    psnr, used, _, steps = bsq.split(" | ")[1:]
+    assert float(psnr) > 0 and used.endswith(" of 8") and int(steps.strip(" |")) > 0
+
+
 def test_speed(script, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "TIMED_SECONDS", 0.02)
     script.main(["speed", "--batch_sizes", "[2,3]"])

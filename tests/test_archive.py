@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -187,7 +188,10 @@ def test_pack_and_unpack_continue(stack, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "PART_TILES", 12)
     monkeypatch.setattr(archive.codec, "MAX_IMAGES", 8)
     options = {"verify": False, "arithmetic": "float"}
-    pack_folder(stack, folder, tmp_path / "expected", **options)
+    counts: list[int] = []
+    pack_folder(stack, folder, tmp_path / "expected", progress=counts.append, **options)
+    assert sum(counts) == sum(path.stat().st_size for path in folder.iterdir())
+    assert min(counts) >= 0 and len(counts) > 4  # also inside a part
     total = 0
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -253,8 +257,14 @@ def test_large_files_are_stored_in_chunks(stack, tmp_path, monkeypatch):
     monkeypatch.setattr(ArchiveWriter, "append", append)
     pack_folder(stack, folder, tmp_path / "archive")
     assert (tmp_path / "archive").read_bytes() == (tmp_path / "expected").read_bytes()
-    unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
-    assert differences(folder, tmp_path / "back") == []
+    # What an interruption leaves of a file is written again.
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, archive.Restoring, "chunk", 4)
+        unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
+    assert [path.name for path in (tmp_path / "back").iterdir()] == [archive.TEMPORARY]
+    result = unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
+    assert result.written == 3 and differences(folder, tmp_path / "back") == []
+    assert len([*(tmp_path / "back").iterdir()]) == 3
     # A wrong byte of a chunk costs the file, of which nothing is left behind.
     data = bytearray((tmp_path / "archive").read_bytes())
     data[data.index((folder / "large").read_bytes()[3000:3900])] ^= 1
@@ -438,3 +448,19 @@ def test_exact_images_keep_their_metadata(tmp_path):
             opened.load()
         assert actual.info == expected.info and actual.size == expected.size
         assert actual.getexif()[274] == 6 and actual.text == {"Title": "turned"}
+
+
+def test_exact_tiff_images():
+    image = PIL.Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20))
+
+    def contents(**options) -> bytes:
+        image.save(buffer := BytesIO(), "TIFF", **options)
+        return buffer.getvalue()
+
+    for options, resolution in (({}, None), ({"dpi": (300, 300)}, 300)):
+        exact = read_exact_image(contents(**options))
+        assert np.array_equal(exact.pixels[..., 0], np.asarray(image))
+        info = PIL.Image.open(BytesIO(exact.to_png())).info
+        assert info.get("dpi", (None,))[0] == pytest.approx(resolution, abs=0.01)
+    with pytest.raises(ValueError, match="other than unsigned 8 bits"):
+        read_exact_image(contents(tiffinfo={339: (2,)}))  # signed

@@ -12,6 +12,7 @@ from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
 from progressive_vae.codec.bitstream import Header
 from progressive_vae.codec.codec import TOTAL, frequency_table
+from progressive_vae.codec.progressive import minimal_prefix
 from progressive_vae.configuration.decoders import PIXEL_DISTRIBUTIONS
 from progressive_vae.image_processor import from_pixel_values
 from progressive_vae.models.distributions import Categorical
@@ -122,6 +123,35 @@ def _reads(pipe, stream, num_levels):
         return pipe.decompress(stream, num_levels=num_levels) is not None
     except ValueError:
         return False
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "integer"])
+def test_truncated_pixels_are_expected_values(arithmetic):
+    pipe, image = pipeline_of(**WIDE), noise_images(1, (5, 7))
+    stream = pipe.compress(image, arithmetic=arithmetic)[0]
+    codes_end = minimal_prefix(pipe.stack, stream, pipe.num_levels)[0]
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def step_fn(distribution, step):
+        values = (distribution.probs() * torch.arange(256)).sum(-1).round().long()
+        first.append((values, step.positions))
+        return values
+
+    null = pipe.stack.as_conditioning(None, 1)
+    pipe.stack.walk(pipe.num_levels, pipe.encode(image)[-1], step_fn, null)
+    means, positions = first[0]
+    decoded = pipe.decompress(stream[:codes_end], allow_truncated=True)
+    assert (decoded[:, 0].flatten(1)[:, positions] - means).abs().max() <= 1
+    num_equal = [
+        (pipe.decompress(stream[:n], allow_truncated=True) == image).sum().item()
+        for n in range(codes_end, len(stream) + 1, 8)
+    ]
+    # By chance an expected value is the right one.
+    assert all(b >= a - 3 for a, b in zip(num_equal[:-1], num_equal[1:], strict=True))
+    assert num_equal[0] < 20 and num_equal[-1] > image.numel() - 20
+    assert torch.equal(pipe.decompress(stream, allow_truncated=True), image)
+    with pytest.raises(ValueError, match="expected stream 0 to hold all levels"):
+        pipe.decompress(stream[:9], allow_truncated=True)
 
 
 def test_other_streams_raise_an_error(monkeypatch):

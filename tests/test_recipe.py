@@ -92,6 +92,18 @@ def test_overrides_of_the_default_recipe(tmp_path):
     assert read_recipe(tmp_path / "empty.yaml") == read_recipe({})
 
 
+def test_sizes_by_name():
+    levels = {"decoder_size": "base", "decoder_type": "transformer"}
+    recipe = read_recipe({"levels": levels, "level_2": {"decoder_type": "conv", "num_layers": 3}})
+    sizes = [(x.config["hidden_size"], x.config["num_layers"]) for x in recipe.levels]
+    assert sizes == [(768, 12), (768, 3)]
+    assert read_recipe(recipe.sections) == recipe
+    larger = read_recipe({"levels": levels}, {"level_1": {"decoder_size": "large"}})
+    assert larger.levels[0].config["num_layers"] == 24
+    with pytest.raises(ValueError, match="decoder_size in .*'large'.*got 'huge'"):
+        read_recipe({"level_1": {"decoder_size": "huge"}})
+
+
 def test_sections_give_the_same_recipe(tmp_path):
     recipe = read_recipe(
         {

@@ -133,6 +133,18 @@ def test_a_refit_changes_nothing_coarser(trained, script, tmp_path):
         script.main([*flags, *wrong])
 
 
+def test_a_transformer_over_blocks_of_binary_codes(script, tmp_path):
+    flags = (
+        "--level_2.quantizer lfq --levels.codebook_size 64 --level_1.decoder_type transformer "
+        "--level_1.bits_per_block 3 --gradient_checkpointing true"
+    )
+    script.main([*SMALLER, *shlex.split(flags), "--output_dir", str(tmp_path)])
+    pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path)
+    assert pipe.level_1.config.bits_per_block == 3 and pipe.level_1.config.num_symbols == 64
+    bits = json.loads((tmp_path / "metrics.json").read_text())["bits_per_dim"]
+    assert 0 < bits["level_1"] < 6.5 * 16 / 64  # 16 codes of 6 bits, 64 pixels
+
+
 @pytest.mark.parametrize(
     "flags",
     [

@@ -343,7 +343,7 @@ def pack(
         taken = {source.name for source in sources}
         items = _items(sources[first:], chunk, stack, taken)
         for group in _groups(items):
-            _encode_images(group, coder, verify)
+            num_bytes = _encode_images(group, coder, verify, progress)
             if verify:
                 _check_images(group, stack.image_shape)
             pairs = [pair for item in group for pair in item.rows()]
@@ -352,7 +352,7 @@ def pack(
             writer.append(to_table(entries), data)
             journal.clear()
             rows += entries
-            progress(sum(entry.size for entry in entries))
+            progress(sum(entry.size for entry in entries) - num_bytes)
         writer.finish()
     return Packing(
         Counter((row.method, row.reason) for row in rows if not row.remaining),
@@ -490,9 +490,14 @@ def _groups(items: Iterable[Item]) -> Iterator[list[Item]]:
         yield group
 
 
-def _encode_images(group: list[Item], coder: TileCoder, verify: bool):
-    """Choose the shortest way for each image of a part."""
+def _encode_images(group: list[Item], coder: TileCoder, verify: bool, progress: Progress) -> int:
+    """Choose the shortest way for each image of a part.
+
+    Returns:
+        the number of bytes of which `progress` knows: a share of its file for each tile.
+    """
     batch: list[tuple[Item, int, Tensor]] = []
+    num_bytes = 0
     for item in group:
         if item.image is None:
             continue
@@ -503,6 +508,9 @@ def _encode_images(group: list[Item], coder: TileCoder, verify: bool):
             batch.append((item, place, tile))
             if len(batch) == coder.batch_size:
                 _encode_batch(batch, coder, verify)
+                count = sum(len(item.contents) // len(item.places) for item, _, _ in batch)
+                progress(count)
+                num_bytes += count
                 batch = []
     if batch:
         _encode_batch(batch, coder, verify)
@@ -512,6 +520,7 @@ def _encode_images(group: list[Item], coder: TileCoder, verify: bool):
             item.reason = "its file is shorter than its streams"
         elif item.image is not None:
             item.reason = "streams are shorter than its file"
+    return num_bytes
 
 
 def _check_images(group: list[Item], shape: tuple[int, int, int]):

@@ -133,12 +133,15 @@ class EntropyDecoder:
 
     Args:
         batch_size: of the distributions.
-        may_end: streams may be prefixes, as not all levels are decoded.
+        may_end: streams may be prefixes.
     """
 
     def __init__(self, streams: list[bytes], batch_size: int, may_end: bool):
         self.batch_size = batch_size
         self.errors = dict[int, str]()
+        # Whether values behind the end of a stream are expected ones instead of an error.
+        self.has_means = False
+        self.ended = set[int]()  # the streams of which some are
         endings = (b"\x00", b"\xff") if may_end else (b"\x00",)
         self.coders = [[_range_decoder(stream, end) for end in endings] for stream in streams]
 
@@ -147,24 +150,42 @@ class EntropyDecoder:
         values = np.zeros(tables.shape[:2], np.int32)
         if tables.shape[-1] > 1:
             for i, (coders, table) in enumerate(zip(self.coders, tables, strict=True)):
-                if i not in self.errors:
+                if i in self.ended:
+                    values[i] = _means(table)
+                elif i not in self.errors:
                     values[i] = self._decode_row(i, coders, table)
         decoded = torch.from_numpy(values).long().to(step.positions.device)
         padding = decoded[-1:].expand(self.batch_size - len(decoded), -1)
         return torch.cat([decoded, padding])
 
     def _decode_row(self, i: int, coders: list[Any], table: np.ndarray) -> np.ndarray:
+        is_decoded = np.ones(len(table), bool)
         try:
             values, *alternatives = [coder.decode(_model_family(), table) for coder in coders]
         except AssertionError:
-            self.errors[i] = NOT_DECODABLE
+            error = NOT_DECODABLE
+            values = np.zeros(len(table), np.int32)
+            is_decoded[:] = False
         else:
-            if not any((other != values).any() for other in alternatives):
-                return values
-            self.errors[i] = ENDS_BEFORE
+            error = ENDS_BEFORE
+            for other in alternatives:
+                is_decoded &= other == values
+            is_decoded = np.logical_and.accumulate(is_decoded)
+        if is_decoded.all():
+            return values
+        if self.has_means:
+            self.ended.add(i)
+            return np.where(is_decoded, values, _means(table))
+        self.errors[i] = error
         if len(self.errors) == len(self.coders):
             raise NothingToDecodeError
         return np.zeros(len(table), np.int32)
+
+
+def _means(table: np.ndarray) -> np.ndarray:
+    """The expected values (n,) of a frequency table (n, V), rounded."""
+    values = np.arange(table.shape[-1], dtype=float)
+    return np.rint(table @ values / table.sum(-1, dtype=float)).astype(np.int32)
 
 
 def _range_decoder(stream: bytes, ending: bytes) -> Any:
@@ -236,7 +257,10 @@ def encode_batch(
 @torch.inference_mode(False)
 @torch.no_grad()
 def decompress(
-    stack: LevelStack, data: bytes | list[bytes], num_levels: int | None = None
+    stack: LevelStack,
+    data: bytes | list[bytes],
+    num_levels: int | None = None,
+    allow_truncated: bool = False,
 ) -> Tensor:
     """Images, uint8 (B, C, H, W); see `ProgressiveVAEPipeline.decompress`."""
     stack.require_prior()
@@ -268,9 +292,15 @@ def decompress(
             payloads = [streams[number][headers[number].length :] for number in numbers]
             conditioning = _conditioning_of(stack, batch_headers)
             decoded, errors = decode_batch(
-                stack, payloads, conditioning, is_fixed_point, padded_size, num_levels
+                stack,
+                payloads,
+                conditioning,
+                is_fixed_point,
+                padded_size,
+                num_levels,
+                allow_truncated,
             )
-            if num_levels is None:
+            if num_levels is None and not allow_truncated:
                 errors |= _checksum_errors(decoded, batch_headers)
             for i, error in sorted(errors.items()):
                 if error != ENDS_BEFORE:
@@ -303,6 +333,7 @@ def decode_batch(
     is_fixed_point: bool,
     size: int,
     num_levels: int | None = None,
+    allow_truncated: bool = False,
 ) -> tuple[Tensor, dict[int, str]]:
     """The images of payloads, uint8 (n, C, H, W), and an error for each one that is not decoded.
 
@@ -312,9 +343,11 @@ def decode_batch(
     Args:
         size: of the batch, to which payloads are padded.
         num_levels: k: previews from z_1 … z_k, for which prefixes of payloads suffice.
+        allow_truncated: payloads may end within the pixels; the others are expected values, each
+            group given the groups before it.
     """
     count = len(payloads)
-    decoder = EntropyDecoder(payloads, size, may_end=num_levels is not None)
+    decoder = EntropyDecoder(payloads, size, num_levels is not None or allow_truncated)
     padded_conditioning = conditioning[_pad(torch.arange(count, device="cpu"), size)]
     padded_conditioning = padded_conditioning.to(stack.device)
     grids: list[Tensor] = []
@@ -322,6 +355,7 @@ def decode_batch(
         with _arithmetic_context(stack, is_fixed_point):
             for factor in range(stack.num_levels + 1 if num_levels is None else num_levels):
                 coarser = grids[-1] if grids else None
+                decoder.has_means = allow_truncated and factor == stack.num_levels
                 grids.append(stack.walk(factor, coarser, decoder, padded_conditioning))
     except NothingToDecodeError:
         return torch.zeros((count, *stack.image_shape), dtype=torch.uint8), decoder.errors

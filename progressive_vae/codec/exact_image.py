@@ -26,7 +26,7 @@ _LOSSY = ("JPEG", "MPO")
 # Of an image and how it is stored, and what a PNG file also has: resolution and profile.
 _TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317,
               322, 323, 324, 325, 339, 34675}  # fmt: skip
-_BITS, _ORIENTATION, _PLANES = 258, 274, 284
+_BITS, _ORIENTATION, _RESOLUTION, _PLANES, _SAMPLES = 258, 274, 282, 284, 339
 _MODES = {
     "1": "one bit a pixel",
     "P": "a palette",
@@ -125,7 +125,11 @@ def _checked_chunks(image: PIL.ImageFile.ImageFile, contents: bytes) -> tuple[by
                 raise _Reason("BMP of other than 8 bits a channel")
             if len(contents) > tile[2] + row * image.height + 4:
                 raise _Reason("BMP with data behind its pixels")
-    metadata = {name: image.info[name] for name in ("icc_profile", "dpi") if name in image.info}
+    names = ["icc_profile"]
+    # For a TIFF file without a resolution, Pillow reports 1 dpi.
+    if image.format != "TIFF" or _RESOLUTION in image.tag_v2:  # type: ignore[attr-defined]
+        names.append("dpi")
+    metadata = {name: image.info[name] for name in names if name in image.info}
     return _png_chunks(_png_of(PIL.Image.new(image.mode, (1, 1)), **metadata))
 
 
@@ -134,9 +138,10 @@ def _check_tiff(image: PIL.ImageFile.ImageFile):
     if others := sorted({*tags} - _TIFF_TAGS):
         raise _Reason(f"TIFF with tags that a PNG file would lose: {others[:5]}")
     bits = {*tags.get(_BITS, (1,))}
-    is_plain = bits == {8} and tags.get(_PLANES, 1) == tags.get(_ORIENTATION, 1) == 1
-    if not is_plain or _raw_mode(image) not in ("L", "RGB"):
-        raise _Reason("TIFF of other than 8 bits a channel, or turned, or in planes")
+    samples = {*tags.get(_SAMPLES, (1,))}  # 2: signed
+    is_plain = tags.get(_PLANES, 1) == tags.get(_ORIENTATION, 1) == 1
+    if bits != {8} or samples != {1} or not is_plain or _raw_mode(image) not in ("L", "RGB"):
+        raise _Reason("TIFF of other than unsigned 8 bits a channel, or turned, or in planes")
 
 
 def _raw_mode(image: PIL.ImageFile.ImageFile) -> str:

@@ -8,8 +8,6 @@ sum, product or quotient of two numbers and a square root are the same everywher
 sines are made of these.
 """
 
-import functools
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 FACTOR_BITS = 18  # without the sign; fewer for sums of more than 2¹⁷ products
@@ -27,6 +24,10 @@ CHUNK_SIZE = 2**15  # numbers that fit into a processor's cache
 # Relative difference of `exp` and torch's own function in float64: the 11th term of the series.
 ERROR = 4e-13
 EXACT_BITS = 53  # of integers in float64
+# Of the 64 bits of a number.
+_FRACTION_BITS = 52
+_EXPONENT = 0x7FF << _FRACTION_BITS
+_HALF = 1 << (_FRACTION_BITS - 1)
 
 # Operations that move, compare or round numbers, or combine two of them: exact already.
 EXACT_OPERATIONS = set(
@@ -87,25 +88,60 @@ class _FixedPointMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@functools.cache
-def _powers_of_two(device: torch.device) -> Tensor:
-    powers = [2.0**exponent for exponent in range(-1022, 1024)]
-    return torch.tensor(powers, dtype=torch.float64, device=device)
+def _in_parts(
+    function: Callable[..., Tensor], dtype: torch.dtype, *tensors: Tensor, size: int = 0
+) -> Tensor:
+    """The results of parts of the first dimension, one behind the other.
+
+    What a part needs fits into a processor's cache. Memory that the system has to provide first
+    takes longer than most operations.
+
+    Args:
+        size: of an example, if it is not that of the first tensor.
+    """
+    length = len(tensors[0])
+    count = max(1, CHUNK_SIZE * length // max(1, size * length or tensors[0].numel()))
+    if length <= count:
+        return function(*tensors).to(dtype)
+    result = None
+    for start in range(0, length, count):
+        part = function(*(tensor[start : start + count] for tensor in tensors))
+        if result is None:
+            result = part.new_empty((length, *part.shape[1:]), dtype=dtype)
+        result[start : start + count] = part
+    assert result is not None
+    return result
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
-    """2ᵉ for e in −1022 … 1023, in float64."""
-    return _powers_of_two(exponent.device)[exponent.long().clamp_(-1022, 1023).add_(1022)]
+def _along(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor, dim: int) -> Tensor:
+    """A function of rows (n, K), applied to the vectors along a dimension."""
+    vectors = x.movedim(dim, -1)
+    rows = _in_parts(function, dtype, vectors.reshape(-1, vectors.shape[-1]))
+    return rows.view(vectors.shape).movedim(-1, dim)
+
+
+def _elementwise(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    return _in_parts(function, dtype, x.reshape(-1)).view(x.shape)
+
+
+def _rounding_term(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+    """A number 1.5 · 2ⁿ, to which float64 adds x by rounding it to multiples of 2ⁿ⁻⁵².
+
+    Args:
+        bits: of the highest number along `dims`, in these multiples.
+    """
+    highest = x.abs().amax(dims, keepdim=True).double()
+    # Of the highest number's 64 bits the exponent remains; the fraction of 1.5 is its first bit.
+    exponents = highest.view(torch.int64).bitwise_and_(_EXPONENT)
+    return exponents.add_(((EXACT_BITS - bits) << _FRACTION_BITS) + _HALF).view(torch.float64)
 
 
 def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
     """x in float64, rounded to multiples of a power of two that all numbers along `dims` share, so
     that the highest has `bits` bits."""
-    highest = torch.maximum(x.amax(dims, keepdim=True), x.amin(dims, keepdim=True).neg_())
-    exponent = torch.frexp(highest)[1]
-    # Numbers of this size have no smaller bits: the sum is rounded, and the difference is exact.
-    large = _power_of_two(exponent + (EXACT_BITS - 1 - bits)).mul_(1.5)
-    return x.to(torch.float64, copy=True).add_(large).sub_(large)
+    term = _rounding_term(x, dims, bits)
+    # The sum is rounded, and the difference is exact.
+    return x.to(torch.float64, copy=True).add_(term).sub_(term)
 
 
 class _Constants:
@@ -137,26 +173,30 @@ def _factor_bits(count: int) -> int:
     return min(FACTOR_BITS, (EXACT_BITS - count.bit_length()) // 2)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The matrix product of (…, m, k) and (…, k, n), in float64."""
-    bits = _factor_bits(a.shape[-1])
-    constants = _CONSTANTS.get()
-    return constants.to_fixed_point(a, -1, bits) @ constants.to_fixed_point(b, -2, bits)
-
-
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    return _product(a, b).to(a.dtype)
+    """The matrix product of (m, k) and (k, n), or of batches of both."""
+    bits = _factor_bits(a.shape[-1])
+    convert = _CONSTANTS.get().to_fixed_point
+    if a.ndim == 3:
+        size = max(a[0].numel(), b[0].numel(), a.shape[1] * b.shape[2])
+        return _in_parts(
+            lambda a, b: convert(a, -1, bits) @ convert(b, -2, bits), a.dtype, a, b, size=size
+        )
+    factor = convert(b, -2, bits)
+    return _in_parts(lambda rows: convert(rows, -1, bits) @ factor, a.dtype, a, size=max(b.shape))
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
-    result = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
-    biases = (bias.double() * beta).expand_as(result)
-    num_rows = max(1, CHUNK_SIZE // max(b.shape))  # few enough for a processor's cache
-    parts = (tensor.split(num_rows) for tensor in (a, biases, result))
-    for part, added, output in zip(*parts, strict=True):
-        product = _product(part, b)
-        output.copy_((product if alpha == 1 else product.mul_(alpha)).add_(added))
-    return result
+    bits = _factor_bits(a.shape[-1])
+    convert = _CONSTANTS.get().to_fixed_point
+    factor = convert(b, -2, bits)
+    biases = (bias.double() * beta).expand(len(a), b.shape[1])
+
+    def product(rows: Tensor, biases: Tensor) -> Tensor:
+        result = convert(rows, -1, bits) @ factor
+        return (result if alpha == 1 else result.mul_(alpha)).add_(biases)
+
+    return _in_parts(product, a.dtype, a, biases, size=max(b.shape))
 
 
 def _convolution(
@@ -170,28 +210,55 @@ def _convolution(
     output_padding: list[int],
     groups: int,
 ) -> Tensor:
-    """A convolution as a sum of matrix products, one for each position of the kernel."""
+    """A convolution as a sum of matrix products, one for each row of the kernel."""
     if transposed or groups != 1 or weight.ndim != 4:
         raise ValueError("expected plain 2-D convolutions in fixed-point arithmetic, got others")
     bits = _factor_bits(weight[0].numel())
     kernels = _CONSTANTS.get().to_fixed_point(weight, [1, 2, 3], bits)
-    images = _to_fixed_point(x, [1, 2, 3], bits).permute(0, 2, 3, 1)  # (B, H, W, C)
-    images = pad(images, [0, 0, padding[1], padding[1], padding[0], padding[0]])
-    size = [
-        (length - step * (kernel - 1) - 1) // stride_step + 1
-        for length, step, kernel, stride_step in zip(
-            images.shape[1:3], dilation, weight.shape[2:], stride, strict=True
+    kernels = kernels.permute(2, 3, 1, 0).flatten(1, 2)  # (rows, columns · C, channels)
+    height, width = (
+        (length + 2 * border - step * (kernel - 1) - 1) // stride_step + 1
+        for length, border, step, kernel, stride_step in zip(
+            x.shape[2:], padding, dilation, weight.shape[2:], stride, strict=True
         )
-    ]
-    total = torch.zeros(len(x) * math.prod(size), len(weight), dtype=torch.float64, device=x.device)
-    for i, j in itertools.product(*map(range, weight.shape[2:])):
-        rows = images[:, i * dilation[0] :: stride[0], j * dilation[1] :: stride[1]]
-        patch = rows[:, : size[0], : size[1]].reshape(-1, x.shape[1])
-        total.addmm_(patch, kernels[:, :, i, j].t())
-    result = total.view(len(x), *size, len(weight))
-    if bias is not None:
-        result.add_(bias.double())
-    return result.to(x.dtype).permute(0, 3, 1, 2)  # channels last
+    )
+
+    def convolve(images: Tensor, terms: Tensor) -> Tensor:
+        images = images.permute(2, 0, 3, 1)  # (H, B, W, C): rows of all images are neighbors
+        size = [
+            images.shape[0] + 2 * padding[0],
+            images.shape[1],
+            images.shape[2] + 2 * padding[1],
+            images.shape[3],
+        ]
+        padded = images.new_zeros(size, dtype=torch.float64)
+        inner = padded[padding[0] :, :, padding[1] :][: len(images), :, : images.shape[2]]
+        terms = terms.transpose(0, 1)
+        inner.copy_(images).add_(terms).sub_(terms)
+        columns = torch.cat(
+            [
+                padded[:, :, start : start + stride[1] * (width - 1) + 1 : stride[1]]
+                for start in range(0, weight.shape[3] * dilation[1], dilation[1])
+            ],
+            dim=-1,
+        )
+
+        def rows(i: int) -> Tensor:
+            start = i * dilation[0]
+            stop = start + stride[0] * (height - 1) + 1
+            return columns[start : stop : stride[0]].reshape(-1, kernels.shape[1])
+
+        result = rows(0) @ kernels[0]
+        for i in range(1, len(kernels)):
+            result.addmm_(rows(i), kernels[i])
+        if bias is not None:
+            result.add_(bias)
+        return result.view(height, size[1], width, len(weight)).transpose(0, 1)
+
+    size = math.prod(x.shape[1:])
+    terms = _rounding_term(x, [1, 2, 3], bits)
+    result = _in_parts(convolve, x.dtype, x, terms, size=size)
+    return result.permute(0, 3, 1, 2)  # channels last
 
 
 def _terms(x: Tensor, dims: list[int]) -> Tensor:
@@ -201,11 +268,16 @@ def _terms(x: Tensor, dims: list[int]) -> Tensor:
 
 
 def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    dims = list(range(x.ndim)) if dim is None else dim
-    dims = [dims] if isinstance(dims, int) else list(dims)
+    dims = list(range(x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
     if not x.is_floating_point():
         return x.sum(dims, keepdim, dtype=dtype)
-    return _terms(x, dims).sum(dims, keepdim).to(dtype or x.dtype)
+
+    def total(x: Tensor) -> Tensor:
+        return _terms(x, dims).sum(dims, keepdim)
+
+    dtype = dtype or x.dtype
+    is_whole = x.ndim == 0 or any(dim % x.ndim == 0 for dim in dims)
+    return total(x).to(dtype) if is_whole else _in_parts(total, dtype, x)
 
 
 def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -240,28 +312,36 @@ def _negative_log_likelihood(
 def _layer_norm(
     x: Tensor, shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dims = list(range(-len(shape), 0))
-    result = x.to(torch.float64, copy=True)
-    mean = _mean(result, dims, True)
-    result.sub_(mean)
-    inverse = 1 / (_mean(result * result, dims, True) + eps).sqrt()
-    result.mul_(inverse)
-    result = result if weight is None else result.mul_(weight)
-    result = result if bias is None else result.add_(bias)
-    return result.to(x.dtype), mean.to(x.dtype), inverse.to(x.dtype)
+    if len(shape) != 1:
+        raise ValueError(f"expected norms of one dimension in fixed-point arithmetic, got {shape}")
+
+    def normalized(rows: Tensor) -> Tensor:
+        result = rows.to(torch.float64, copy=True)
+        result.sub_(_mean(result, [-1], True))
+        result.mul_(1 / (_mean(result * result, [-1], True) + eps).sqrt())
+        result = result if weight is None else result.mul_(weight)
+        return result if bias is None else result.add_(bias)
+
+    unused = x.new_empty(0)  # mean and scale are for gradients
+    return _along(normalized, x.dtype, x, -1), unused, unused
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    high = x.double().amax(dim, keepdim=True)
-    masses = exp(torch.where(high == -math.inf, 0.0, x.double() - high))
-    result = masses / _sum(masses, dim, True)
-    return result.to(torch.float32 if half_to_float else x.dtype)
+    def probabilities(rows: Tensor) -> Tensor:
+        high = rows.amax(-1, keepdim=True)
+        centered = (rows.double() - high).masked_fill_(high == -math.inf, 0.0)
+        masses = exp(centered)
+        return masses.div_(_sum(masses, -1, True))
+
+    return _along(probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
-    centered = x.double() - x.double().amax(dim, keepdim=True)
-    result = centered - log(_sum(exp(centered), dim, True))
-    return result.to(torch.float32 if half_to_float else x.dtype)
+    def log_probabilities(rows: Tensor) -> Tensor:
+        centered = rows.double() - rows.amax(-1, keepdim=True)
+        return centered.sub_(log(_sum(exp(centered), -1, True)))
+
+    return _along(log_probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
 
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -289,21 +369,16 @@ def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
 
 def exp(x: Tensor) -> Tensor:
     """eˣ to 12 digits: the Taylor series of degree 10 in −½ ln 2 … ½ ln 2, times a power of two."""
-    x = x.contiguous()
-    result = torch.empty(x.shape, dtype=torch.float64, device=x.device)
-    parts = x.view(-1).split(CHUNK_SIZE)
-    for part, output in zip(parts, result.view(-1).split(CHUNK_SIZE), strict=True):
-        rest = part.double().clamp(-708, 709)
-        power = (rest * (1 / (LN_2[0] + LN_2[1]))).round_()
-        rest.sub_(power * LN_2[0]).sub_(power * LN_2[1])
-        first, *coefficients = EXP_SERIES
-        torch.mul(rest, first, out=output)
-        for coefficient in coefficients[:-1]:
-            output.add_(coefficient).mul_(rest)  # two steps: no fused multiply-add
-        output.add_(coefficients[-1])
-        scale = power.long().add_(1023).bitwise_left_shift_(52).view(torch.float64)  # 2 ** power
-        output.mul_(scale).masked_fill_(part < -708, 0.0)
-    return result
+    return _elementwise(_exp, torch.float64, x)
+
+
+def _exp(x: Tensor) -> Tensor:
+    rest = x.double().clamp(-708, 709)
+    power = (rest * (1 / (LN_2[0] + LN_2[1]))).round_()
+    rest.sub_(power * LN_2[0]).sub_(power * LN_2[1])
+    result = _polynomial(rest, EXP_SERIES)
+    scale = power.long().add_(1023).bitwise_left_shift_(_FRACTION_BITS).view(torch.float64)
+    return result.mul_(scale).masked_fill_(x < -708, 0.0)
 
 
 def log(x: Tensor) -> Tensor:
@@ -351,13 +426,15 @@ def _power(x: Tensor, exponent: float) -> Tensor:
     return result
 
 
-def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of float64 that is exact."""
+
     def replacement(x: Tensor, *more: Any) -> Tensor:
         if not isinstance(x, Tensor):
             raise ValueError(
                 f"expected functions of tensors in fixed-point arithmetic, got one of {x}"
             )
-        return function(x.double(), *more).to(x.dtype)
+        return _elementwise(lambda part: function(part.double(), *more), x.dtype, x)
 
     return replacement
 
@@ -369,22 +446,16 @@ def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tenso
     the exact one are rounded to the same.
     """
 
-    def replacement(x: Tensor) -> Tensor:
-        if x.dtype == torch.float64:
-            return exact(x)
-        x = x.contiguous()
-        result = torch.empty_like(x)
-        parts = x.view(-1).split(CHUNK_SIZE)
-        for part, output in zip(parts, result.view(-1).split(CHUNK_SIZE), strict=True):
-            value = native(part.double())
-            output.copy_(value * (1 - ERROR))
-            upper = value.mul_(1 + ERROR).to(x.dtype)
-            if not torch.equal(output, upper):  # or NaN
-                places = (output != upper).nonzero()[:, 0]
-                output[places] = exact(part[places].double()).to(x.dtype)
+    def rounded(x: Tensor) -> Tensor:
+        value = native(x.double())
+        result = (value * (1 - ERROR)).to(x.dtype)
+        upper = value.mul_(1 + ERROR).to(x.dtype)
+        if not torch.equal(result, upper):  # or NaN
+            places = (result != upper).nonzero()[:, 0]
+            result[places] = exact(x[places].double()).to(x.dtype)
         return result
 
-    return replacement
+    return lambda x: _elementwise(exact if x.dtype == torch.float64 else rounded, x.dtype, x)
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
@@ -413,13 +484,13 @@ REPLACEMENTS: dict[str, Callable] = {
     "_log_softmax": _log_softmax,
     "addcmul": _addcmul,
     "exp": _rounded(torch.exp_, exp),
-    "log": _elementwise(log),
-    "sin": _elementwise(lambda x: _sine(x, 0)),
-    "cos": _elementwise(lambda x: _sine(x, 1)),
+    "log": _exact(log),
+    "sin": _exact(lambda x: _sine(x, 0)),
+    "cos": _exact(lambda x: _sine(x, 1)),
     "sigmoid": _rounded(torch.sigmoid_, _sigmoid),
     "silu": _rounded(lambda x: torch.sigmoid(x).mul_(x), _silu),
-    "tanh": _elementwise(lambda x: 1 - 2 / (exp(2 * x) + 1)),
-    "sinh": _elementwise(_sinh),
-    "rsqrt": _elementwise(lambda x: 1 / x.sqrt()),
-    "pow": _elementwise(_power),
+    "tanh": _exact(lambda x: 1 - 2 / (exp(2 * x) + 1)),
+    "sinh": _exact(_sinh),
+    "rsqrt": _exact(lambda x: 1 / x.sqrt()),
+    "pow": _exact(_power),
 }

@@ -106,6 +106,8 @@ class RunSettings:
         mixed_precision: no, bf16 or fp16; by default as Accelerate is configured. On CPUs that
             emulate bf16 it becomes no.
         compile: compile the stages of decoders and the layers of priors by torch.compile.
+        gradient_checkpointing: the backward pass computes activations again, in a third more time,
+            so that they do not fill the memory.
         gradient_accumulation_steps: batches of an optimization step.
         dataloader_num_workers: processes that read the examples.
         logging_steps: steps between logged losses.
@@ -125,6 +127,7 @@ class RunSettings:
     seed: int = 0
     mixed_precision: str | None = None
     compile: bool = False
+    gradient_checkpointing: bool = False
     gradient_accumulation_steps: int = 1
     dataloader_num_workers: int = 0
     logging_steps: int = 50

@@ -146,6 +146,10 @@ class Fit:
             self.dataset, accelerator, self.settings.train_batch_size, self.run
         )
         model = self.model.to(accelerator.device, memory_format=torch.channels_last)
+        if self.run.gradient_checkpointing:
+            # The name of transformers 5.24 and later, and the one before.
+            name = "activation_checkpointing_enable"
+            getattr(model, name, model.gradient_checkpointing_enable)()
         optimizer = _make_optimizer(model, self.settings)
         self.scheduler = get_scheduler(
             self.settings.lr_scheduler,

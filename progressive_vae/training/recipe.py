@@ -7,9 +7,10 @@
     run: {output_dir: runs/fashion_mnist, mixed_precision: bf16}
 
 A section `level_i` has the fields of `ProgressiveVAELevelConfig`, `fit` those of `FitSettings`, and
-`refit`, which is optional, those of the decoder and its own `fit`. `levels` has defaults for all
-levels. `num_levels` is N; by default the highest index of a section, or two. Without a recipe the
-defaults are those of `_default_recipe`, with N = 3.
+`refit`, which is optional, those of the decoder and its own `fit`. `decoder_size` names the width
+and the layers of a decoder: small, base or large. `levels` has defaults for all levels.
+`num_levels` is N; by default the highest index of a section, or two. Without a recipe the defaults
+are those of `_default_recipe`, with N = 3.
 """
 
 import os
@@ -27,7 +28,7 @@ from ..data.args import DataSettings
 from ..hub.repository import INDEX, pipeline_parts
 from ..paths import expand_home
 from .args import FitSettings, PriorFitSettings, RunSettings
-from .sections import SECTIONS, parse_sections
+from .sections import DECODER_SIZES, SECTIONS, parse_sections
 from .yaml_files import read_yaml
 
 Kind = TypeVar("Kind")
@@ -317,9 +318,20 @@ def _expand_levels(layer: Mapping[str, Any], count: int) -> dict[str, Any]:
     """Return the sections level_1 … level_N, with the values of `levels`, prior, data and run."""
     defaults = layer.get("levels", {})
     levels = {
-        f"level_{i}": _merge(defaults, layer.get(f"level_{i}", {})) for i in range(1, count + 1)
+        f"level_{i}": _expand_size(_merge(defaults, layer.get(f"level_{i}", {})))
+        for i in range(1, count + 1)
     }
     return levels | {name: layer.get(name, {}) for name in ("prior", "data", "run")}
+
+
+def _expand_size(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with the values of its `decoder_size`, unless it has its own."""
+    size = section.get("decoder_size")
+    if size is None:
+        return dict(section)
+    if size not in DECODER_SIZES:
+        raise ValueError(f"expected decoder_size in {tuple(DECODER_SIZES)}, got {size!r}")
+    return {**DECODER_SIZES[size], **section, "decoder_size": None}
 
 
 def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,6 +365,7 @@ def _level_recipe(name: str, values: Mapping[str, Any]) -> LevelRecipe:
     section = dict(values)
     fit = _build(FitSettings, section.pop("fit"), f"{name}.fit")
     class_conditional = section.pop("class_conditional")
+    del section["decoder_size"]  # `_expand_size` has read it
     refit = section.pop("refit", None)
     if refit is not None:
         refit = _refit_recipe(f"{name}.refit", refit)

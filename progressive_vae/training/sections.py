@@ -18,6 +18,12 @@ from ..data.args import DataSettings
 from .args import FitSettings, PriorFitSettings, RunSettings
 from .cli import parse_or_raise
 
+# Width and layers of decoders by name.
+DECODER_SIZES = {
+    "small": {"hidden_size": 384, "num_layers": 6},
+    "base": {"hidden_size": 768, "num_layers": 12},
+    "large": {"hidden_size": 1024, "num_layers": 24},
+}
 SECTIONS = ("levels", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1)), "prior", "data", "run")
 
 
@@ -81,6 +87,7 @@ class LevelSection:
     reconstruction_weight: float = 100.0
     class_dropout: float = 0.1
     # Not of the config.
+    decoder_size: str | None = None  # of `DECODER_SIZES`; its values are defaults
     class_conditional: bool = False
     encoder_fit: FitSettings | None = None
     fit: FitSettings = field(default_factory=FitSettings)

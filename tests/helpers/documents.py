@@ -47,7 +47,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "examples" / "docs").glob("*.md"))]
 PARSED_PAGES = {"results.md", "experiment_log.md"}  # commands that take hours
-PARSED_SCRIPTS = {"app"}  # a server
+PARSED_SCRIPTS = {"app", "plan_scale"}  # a server; minutes
 OTHER_PROGRAMS = {"cd", "git", "hf", "pip", "tensorboard", "trackio", "uv"}
 TRAINING = {
     "runs/digits": "accelerate launch examples/train.py",
