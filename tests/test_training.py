@@ -260,6 +260,7 @@ def test_recipes_of_the_examples(script):
     for path in (ROOT / "examples" / "configs").glob("*.yaml"):
         recipe, _ = script.parse(["--config", str(path)])
         fits = [fit for level in recipe.levels for fit in (level.encoder_fit, level.fit)]
+        fits += [level.refit.fit for level in recipe.levels if level.refit is not None]
         shares = [fit.time_share for fit in [*fits, recipe.prior.fit] if fit is not None]
         assert sum(shares) == pytest.approx(1)
         assert yaml.safe_load(path.read_text())["run"]["output_dir"] == f"runs/{path.stem}"

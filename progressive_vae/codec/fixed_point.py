@@ -102,7 +102,8 @@ def _in_parts(
     length = len(tensors[0])
     count = max(1, CHUNK_SIZE * length // max(1, size * length or tensors[0].numel()))
     if length <= count:
-        return function(*tensors).to(dtype)
+        # As the results of several parts: torch computes linear maps of other layouts otherwise.
+        return function(*tensors).to(dtype).contiguous()
     result = None
     for start in range(0, length, count):
         part = function(*(tensor[start : start + count] for tensor in tensors))
