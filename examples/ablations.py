@@ -41,7 +41,7 @@ from progressive_vae.evaluation.image_codecs import as_arrays, lossy_curves, rat
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
 from progressive_vae.evaluation.throughput import rate
 from progressive_vae.hub.repository import METRICS
-from progressive_vae.scripts import default_device, run_script
+from progressive_vae.scripts import default_device, print_markdown_table, run_script
 from progressive_vae.serialization import read_json
 from progressive_vae.training import train
 from progressive_vae.training.report import device_name
@@ -121,7 +121,7 @@ def image_codecs(
     options = [{"distance": 25} if name == "JPEG-XL" else {"quality": 0} for name in curves]
     files = [rate_and_distortion(*arguments) for arguments in zip(curves, repeat(black), options)]
     lines.append(["a black image, bytes", "", *(cell(file).split(",")[0] for file in files)])
-    print_table(lines)
+    print_markdown_table(lines)
 
 
 def few_images(
@@ -160,7 +160,7 @@ def few_images(
         train(sections, output_dir=folder, max_train_minutes=minutes)
         bits = read_json(folder / METRICS, "train the row again")["bits_per_dim"]
         lines.append([name, *(f"{bits[factor]:.4f}" for factor in lines[0][1:])])
-    print_table(lines)
+    print_markdown_table(lines)
 
 
 def quantizers(
@@ -211,7 +211,7 @@ def quantizers(
         cells = [f"{psnr:.2f}", f"{use['codes_used']} of {codebook_size}"]
         cells += [f"{use['codebook_perplexity']:.1f}", str(metrics["phases"]["level_1"]["steps"])]
         lines.append([name, *cells])
-    print_table(lines)
+    print_markdown_table(lines)
 
 
 def held_out_images(dataset_name: str, num_images: int, pipe: ProgressiveVAEPipeline) -> Tensor:
@@ -242,7 +242,7 @@ def speed(model: str = MODEL, batch_sizes: tuple[int, ...] = (8, 64), bf16: bool
         training = rate(partial(train_step, level, optimizer, finer, bf16), size)
         level.eval()
         lines.append([f"batch {size}", f"{sampling:.1f}", f"{training:.1f}"])
-    print_table(lines)
+    print_markdown_table(lines)
     print(f"\n{device_name(pipe.device)}, torch {torch.__version__}")
 
 
@@ -264,12 +264,6 @@ def loaded(model: str) -> ProgressiveVAEPipeline:
     pipe = ProgressiveVAEPipeline.from_pretrained(model)
     pipe.to(default_device()).set_progress_bar_config(disable=True)
     return pipe
-
-
-def print_table(rows: list[list[str]]):
-    """Print rows of cells, of which the first is the header, as Markdown."""
-    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
-    print("\n".join([header, "|---" * len(rows[0]) + "|", *lines]))
 
 
 def main(words: list[str]):

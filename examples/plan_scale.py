@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig, ProgressiveVAEPrior
 from progressive_vae.configuration.validation import grid_sizes
 from progressive_vae.evaluation.throughput import matrix_rate
-from progressive_vae.scripts import run_script
+from progressive_vae.scripts import print_markdown_table, run_script
 from progressive_vae.training.recipe import read_recipe
 from progressive_vae.training.sections import DECODER_SIZES
 
@@ -155,7 +155,7 @@ def print_plan(arguments):
             hours = num_steps * flop / (n * arguments.tflops * 1e12 * arguments.utilization) / 3600
             cells.append(f"{step.gigabytes(batch_size / n):.1f}, {hours:.1f}")
         lines.append(cells)
-    print_table(lines)
+    print_markdown_table(lines)
     print(
         f"\nHours of all steps of the recipe, on GPUs of {arguments.tflops:g} TFLOP/s, of which "
         f"{arguments.utilization:.0%} are reached. Batches are those of the recipe, over all GPUs."
@@ -194,13 +194,7 @@ def print_measured(arguments):
         cells = [f"{width}, {num_layers}", f"{flop / 1e9:.1f}", f"{flop / seconds / 1e9:.1f}"]
         cells += [f"{flop / seconds / fastest:.0%}", f"{expected:.2f}", f"{grown * 1024 / 1e9:.2f}"]
         lines.append(cells)
-    print_table(lines)
-
-
-def print_table(rows: list[list[str]]):
-    """Print rows of cells, of which the first is the header, as Markdown."""
-    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
-    print("\n".join([header, "|---" * len(rows[0]) + "|", *lines]))
+    print_markdown_table(lines)
 
 
 def parse(words: list[str]):

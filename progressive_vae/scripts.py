@@ -1,8 +1,8 @@
-"""Scripts: errors as one line on stderr, and atomic saving of images. Needs no extra."""
+"""Scripts: errors as one line on stderr, tables, and atomic saving of images. Needs no extra."""
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import PIL.Image
@@ -46,6 +46,12 @@ def one_line(error: BaseException) -> str:
     """Return the message of an error without line breaks, or the name of its class."""
     lines = [line.strip() for line in str(error).splitlines()]
     return " ".join(line for line in lines if line) or type(error).__name__
+
+
+def print_markdown_table(rows: Sequence[Sequence[str]]):
+    """Print rows of cells as a table in Markdown; the first row is its header."""
+    header, *lines = (f"| {' | '.join(row)} |" for row in rows)
+    print("\n".join([header, "|---" * len(rows[0]) + "|", *lines]))
 
 
 def check_image_path(path: str, name: str):
