@@ -1,6 +1,6 @@
 """`examples/app.py`, in a browser.
 
-python tests/test_app.py examples/fashion_mnist/page.png
+python tests/test_app.py examples/docs/app.png
     writes the README's screenshot.
 """
 
