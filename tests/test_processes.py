@@ -278,8 +278,26 @@ def test_a_sharded_prior_is_that_of_two_copies(two, tmp_path):
     assert (checkpoint / "fit.pt").is_file() and (checkpoint / "fit_1.pt").is_file()
     launch(sharded, TRAIN, *flags, "--resume_from_checkpoint", "latest")
     assert weights.read_bytes() == wanted
-    with pytest.raises(RuntimeError, match="expected FSDP for the phase prior only"):
+    with pytest.raises(RuntimeError, match="expected FSDP .*, got it for level_1"):
         launch(sharded, TRAIN, *flags, "--phase", "level_1")
+
+
+def test_a_sharded_transformer_is_that_of_two_copies(two, tmp_path):
+    """A refit with 24 layers and gradient checkpointing: FSDP2 on two CPUs against DDP."""
+    refit = "decoder_type transformer num_layers 24 fit.max_train_steps 2".split()
+    flags = [*WITHOUT_LOGS, *joined_batch(2), "--phase", "refit_level_1"]
+    for name, value in zip(refit[::2], refit[1::2], strict=True):
+        flags += [f"--level_1.refit.{name}", value]
+    flags += ["--gradient_checkpointing", "true"]
+    weights = []
+    for scripts in ([TRAIN], [ROOT / "tests/helpers/sharded.py", TRAIN]):
+        output_dir = tmp_path / str(len(scripts))
+        shutil.copytree(two[0], output_dir)
+        launch(*scripts, *flags, "--output_dir", output_dir)
+        weights.append(load_file(output_dir / "level_1" / "model.safetensors"))
+    assert weights[0]["decoder.layers.23.down.weight"].any()  # which was zero
+    for name, value in weights[0].items():
+        assert torch.allclose(value, weights[1][name], atol=1e-6), name
 
 
 @pytest.mark.gpu

@@ -112,6 +112,9 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         if isinstance(module, (Quantizer, Head)):
             module.init_weights()
 
+    def get_input_embeddings(self):
+        """`None`: the inputs are grids. Accelerate asks for it before it shards a model."""
+
     @property
     def conditional(self) -> Decoder | Auxiliary:
         """P_Θ(z_{i+1} | z_i): the decoder, or the auxiliary decoder if there is no other."""

@@ -27,12 +27,18 @@ from transformers import PreTrainedModel
 from ..data.augmentation import AugmentedDataset
 from ..data.code_cache import GridDataset, PairedDataset
 from ..data.streaming import PixelStream
-from ..models.prior import ProgressiveVAEPrior
 from .args import FitSettings, RunSettings
 from .checkpoints import Checkpoints, Progress, is_sharded
 from .early_stopping import EarlyStopping
 from .mixed_precision import MixedPrecisionForward
 from .muon import Muon, matrices_and_others
+
+SHARDABLE_PHASES = ("prior", "decoder_", "refit_level_")
+# Of levels, priors and `TransformerLayer`.
+GATHERING_METHODS = (
+    *("log_prob", "sample", "encode", "expectation", "expect"),
+    *("attend", "project_visible"),
+)
 
 
 class ResumableSampler(Sampler):
@@ -106,8 +112,11 @@ class Fit:
 
     def __post_init__(self):
         self.name = self.identity["phase"]
-        if is_sharded(self.accelerator) and not isinstance(self.model, ProgressiveVAEPrior):
-            raise ValueError(f"expected FSDP for the phase prior only, got it for {self.name}")
+        if is_sharded(self.accelerator) and not self.name.startswith(SHARDABLE_PHASES):
+            raise ValueError(
+                f"expected FSDP for the prior or a decoder alone, {SHARDABLE_PHASES}, got it for "
+                f"{self.name}, which trains a codebook"
+            )
         norm = self.settings.max_grad_norm
         self.max_grad_norm = math.inf if norm is None else norm
         patience = self.settings.early_stopping_patience
@@ -145,7 +154,9 @@ class Fit:
         self.loader, self.order = _make_loader(
             self.dataset, accelerator, self.settings.train_batch_size, self.run
         )
-        model = self.model.to(accelerator.device, memory_format=torch.channels_last)
+        # FSDP shards contiguous parameters only.
+        memory_format = torch.contiguous_format if is_sharded(accelerator) else torch.channels_last
+        model = self.model.to(accelerator.device, memory_format=memory_format)
         if self.run.gradient_checkpointing:
             # The name of transformers 5.24 and later, and the one before.
             name = "activation_checkpointing_enable"
@@ -161,8 +172,7 @@ class Fit:
         self.wrapped.train()
         self.forward = MixedPrecisionForward(model, self.wrapped, accelerator)
         if is_sharded(accelerator):
-            for method in ("log_prob", "sample"):  # these gather the weights as forward does
-                register_fsdp_forward_method(self.wrapped, method)
+            _gather_in_methods(self.wrapped)
         self.parameters = [p for p in self.wrapped.parameters() if p.requires_grad]
         self.average = EMAModel(
             _local(self.parameters), decay=self.settings.ema_decay, foreach=True
@@ -429,6 +439,15 @@ def _local(parameters: list[torch.nn.Parameter]) -> list[Tensor]:
     return [
         p.to_local().detach().requires_grad_() if isinstance(p, DTensor) else p for p in parameters
     ]
+
+
+def _gather_in_methods(model: torch.nn.Module):
+    """Let the methods of a sharded model gather its weights, as its forward does."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for name in GATHERING_METHODS:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
 
 
 def _reshard(model: torch.nn.Module):

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+LAYER = "TransformerLayer" if "transformer" in sys.argv else "LlamaDecoderLayer"
 init = Accelerator.__init__
 
 
@@ -19,7 +20,7 @@ def sharding_init(self, *arguments, **keywords):
     self.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        transformer_cls_names_to_wrap=[LAYER],
         state_dict_type="SHARDED_STATE_DICT",
     )
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
