@@ -24,6 +24,9 @@ from progressive_vae.serialization import check_not_pointer, check_safetensors, 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TARGET_ONLY = "auxiliary.scales."  # widths of the distributions around a reconstruction: learned
+# Checkpoints of training contain the weights under one of these names.
+WEIGHTS_NAMES = ("state_dict", "model")
+RESIDUAL = "quantize.quant_resi."  # weights between the grids of a residual tokenizer
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ADVICE = "download it again"
 
@@ -74,6 +77,13 @@ def parse(words: list[str], docstring: str, arguments_class: type[Arguments] = A
     """Parse a command line; the first line of a script's docstring is the description."""
     parser = HfArgumentParser(arguments_class, description=docstring.partition("\n")[0])
     return parser.parse_args_into_dataclasses(words, look_for_args_file=False)[0]
+
+
+@dataclass
+class ReversibleArguments(Arguments):
+    reverse: bool = field(
+        default=False, metadata={"help": "convert a level back to the format of the source"}
+    )
 
 
 class Row(NamedTuple):
@@ -153,11 +163,18 @@ def read_checkpoint(
     raise ValueError(f"expected {' or '.join(files)} in {location}, got none of them")
 
 
-def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+def read_weights(
+    path: str | Path, prefix: str = "", ignored: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
     """Return name → tensor, from a safetensors file or from a pickle that contains only tensors.
 
+    Args:
+        prefix: of the names of the weights to read.
+        ignored: prefixes of names to leave out, whose values may be integers.
+
     Raises:
-        ValueError: the file is missing, damaged or of another format, or is a pickle of objects.
+        ValueError: the file is missing, damaged or of another format, is a pickle of objects, or
+            has the weights of a residual tokenizer.
     """
     path = Path(path)
     if not path.is_file():
@@ -165,7 +182,18 @@ def read_weights(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
     if path.suffix not in (".safetensors", *PICKLES):
         raise ValueError(f"expected weights in .safetensors or {PICKLES}, got {path}")
     contents = _read_safetensors(path, prefix) if path.suffix == ".safetensors" else _unpickle(path)
-    contents = {key: value for key, value in contents.items() if str(key).startswith(prefix)}
+    contents = {
+        key: value
+        for key, value in contents.items()
+        if str(key).startswith(prefix) and not str(key).startswith(ignored)
+    }
+    if any(str(key).startswith(RESIDUAL) for key in contents):
+        raise ValueError(
+            f"expected a tokenizer with one grid of codes in {path}, got residual grids, as those "
+            "of VAR. Each grid encodes what the sum of all coarser grids leaves over: it is no "
+            "function of the next finer grid, which the encoder of a level has to be. And the "
+            "image is decoded from the sum of all grids: the finest one alone is no tokenizer"
+        )
     invalid = [
         str(key)
         for key, value in contents.items()
@@ -190,7 +218,7 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _unpickle(path: Path) -> dict[Any, Any]:
-    """Return a dict of tensors, or the `state_dict` of a Lightning checkpoint."""
+    """Return a dict of tensors, or the one in a checkpoint of training."""
     check_not_pointer(path)
     try:
         contents = torch.load(path, weights_only=True, map_location="cpu")
@@ -210,8 +238,9 @@ def _unpickle(path: Path) -> dict[Any, Any]:
         raise ValueError(
             f"expected a complete file of tensors in {path}, got {message!r}"
         ) from error
-    if isinstance(contents, dict) and isinstance(contents.get("state_dict"), dict):
-        contents = contents["state_dict"]
+    for name in WEIGHTS_NAMES:
+        if isinstance(contents, dict) and isinstance(contents.get(name), dict):
+            contents = contents[name]
     if not isinstance(contents, dict):
         raise ValueError(
             f"expected a dict of names and tensors in {path}, got a {type(contents).__name__}"
@@ -228,6 +257,34 @@ def replace_prefix(key: str, prefixes: dict[str, str]) -> str | None:
         if key.startswith(source):
             return target + key.removeprefix(source)
     return None
+
+
+def rename(key: str, replacements: Sequence[tuple[str, str]]) -> str:
+    """Replace parts of a key by a table of regular expressions, in its order."""
+    for pattern, replacement in replacements:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def shape_of(weights: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
+    """Return the shape of a weight, from which a config is inferred.
+
+    Raises:
+        ValueError: the weight is missing or has not `ndim` dimensions.
+    """
+    shape = tuple(weights[key].shape) if key in weights else None
+    if shape is None or len(shape) != ndim:
+        raise ValueError(
+            f"expected a weight {key} of {ndim} dimensions, got {shape} and the weights "
+            f"{shorten([*weights])}"
+        )
+    return shape
+
+
+def count(weights: dict[str, Tensor], prefix: str) -> int:
+    """Return the number of modules in a list of modules, whose names begin with `prefix`."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    return len({match[1] for key in weights if (match := pattern.match(key))})
 
 
 def make_table(weights: dict[str, Tensor], convert_key: Callable[[str], str | None]) -> list[Row]:
@@ -290,6 +347,25 @@ def print_table(table: Sequence[Row]):
 # ---- writing -------------------------------------------------------------------------------------
 
 
+def level_config(tokenizer_config: dict[str, Any]) -> ProgressiveVAELevelConfig:
+    """Return the config of the finest level that a tokenizer makes."""
+    return ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_type="auxiliary")
+
+
+def expected_weights(tokenizer_config: dict[str, Any]) -> dict[str, Tensor]:
+    """Return name → weight on the meta device, of a level that a tokenizer makes."""
+    with torch.device("meta"):  # only shapes: the config may describe more than memory holds
+        state = ProgressiveVAELevel(level_config(tokenizer_config)).state_dict()
+    return {key: weight for key, weight in state.items() if not key.startswith(TARGET_ONLY)}
+
+
+def inverse(
+    convert_key: Callable[[str], str], tokenizer_config: dict[str, Any]
+) -> Callable[[str], str | None]:
+    """Return the function source key → key in a level, from that of the other direction."""
+    return {convert_key(key): key for key in expected_weights(tokenizer_config)}.get
+
+
 def convert(
     arguments: Arguments,
     tokenizer_config: dict[str, Any],
@@ -304,10 +380,7 @@ def convert(
     Raises:
         ValueError: an invalid config, or weights that do not match it; then nothing is written.
     """
-    config = ProgressiveVAELevelConfig(tokenizer_config=tokenizer_config, decoder_type="auxiliary")
-    with torch.device("meta"):  # only shapes: the config may describe more than memory holds
-        state = ProgressiveVAELevel(config).state_dict()
-    check_table(table, {k: v for k, v in state.items() if not k.startswith(TARGET_ONLY)})
+    check_table(table, expected_weights(tokenizer_config))
     dtype = choose_dtype(arguments, table)
     for description in ignored:
         print(f"ignored: {description}")
@@ -316,7 +389,7 @@ def convert(
         return
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for TARGET_ONLY: the same source gives the same files
-        level = ProgressiveVAELevel(config).to(dtype)
+        level = ProgressiveVAELevel(level_config(tokenizer_config)).to(dtype)
     load_table(level, table)
     check_runs(level)
     write(arguments, level)
@@ -364,3 +437,56 @@ def write(arguments: Arguments, model: Any):
         repo_id = arguments.hub_model_id or path.name
         model.push_to_hub(repo_id)
         print(f"pushed {repo_id}")
+
+
+# ---- the way back --------------------------------------------------------------------------------
+
+
+def read_level(
+    arguments: ReversibleArguments, model_type: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the config of a level's tokenizer and its weights, in the requested dtype.
+
+    Raises:
+        ValueError: the level has no tokenizer of this `model_type`; a `config_file` or
+            `push_to_hub`, which belong to the other direction.
+    """
+    if arguments.config_file is not None:
+        raise ValueError(f"expected no config_file with reverse, got {arguments.config_file}")
+    level = ProgressiveVAELevel.from_pretrained(arguments.checkpoint_path)
+    config = dict(level.config.tokenizer_config or {})
+    if config.get("model_type") != model_type:
+        raise ValueError(
+            f"expected a level with a {model_type!r} in tokenizer_config in "
+            f"{arguments.checkpoint_path}, got {level.config.tokenizer_config}"
+        )
+    state, keys = level.state_dict(), expected_weights(config)
+    if others := [key for key in state if key not in keys]:
+        print(f"ignored: {len(others)} weights that are not the tokenizer's: {shorten(others)}")
+    return config, {key: state[key] for key in keys}
+
+
+def write_checkpoint(
+    arguments: ReversibleArguments,
+    table: Sequence[Row],
+    file: str,
+    wrap: Callable[[dict[str, Tensor]], dict] = dict,
+):
+    """Write the weights of a table as a file of the source's library, in a new folder.
+
+    Args:
+        wrap: from name → weight to the contents of the file.
+    """
+    if arguments.push_to_hub:
+        raise ValueError("expected no push_to_hub with reverse, got it")
+    dtype = choose_dtype(arguments, table)
+    if arguments.dry_run:
+        print_table(table)
+        return
+    assert arguments.output_path is not None  # checked by Arguments
+    path = Path(arguments.output_path).resolve()
+    weights = {row.target_key: row.weight.to(dtype).contiguous() for row in table}
+    with replacing(path) as temporary:
+        temporary.mkdir(parents=True)
+        torch.save(wrap(weights), temporary / file)
+    print(f"wrote {path / file}")

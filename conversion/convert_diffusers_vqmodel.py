@@ -24,7 +24,7 @@ import torch
 from common import (
     ADVICE,
     VQ_PREFIXES,
-    Arguments,
+    ReversibleArguments,
     check_table,
     choose_dtype,
     convert,
@@ -35,13 +35,12 @@ from common import (
     parse,
     print_table,
     read_checkpoint,
+    read_level,
     replace_prefix,
-    shorten,
     write,
 )
 from diffusers import VQModel
 
-from progressive_vae import ProgressiveVAELevel
 from progressive_vae.scripts import run_script
 from progressive_vae.serialization import read_json
 
@@ -57,7 +56,7 @@ INDEX = "model_index.json"
 
 
 @dataclass
-class VQModelArguments(Arguments):
+class VQModelArguments(ReversibleArguments):
     do_normalize: bool | None = field(
         default=None,
         metadata={
@@ -65,7 +64,6 @@ class VQModelArguments(Arguments):
             "its pipeline does, and true without one"
         },
     )
-    reverse: bool = field(default=False, metadata={"help": "convert a level to a VQModel"})
 
 
 def convert_key(key: str) -> str | None:
@@ -120,22 +118,18 @@ def to_level(arguments: VQModelArguments):
 
 
 def to_vqmodel(arguments: VQModelArguments):
-    if arguments.config_file is not None or arguments.do_normalize is not None:
-        raise ValueError("expected no config_file and no do_normalize with reverse, got one")
-    level = ProgressiveVAELevel.from_pretrained(arguments.checkpoint_path)
-    fields = dict(level.config.tokenizer_config or {})
-    if fields.pop("model_type", None) != "vq_model":
+    if arguments.do_normalize is not None:
+        raise ValueError("expected no do_normalize with reverse, got one")
+    fields, weights = read_level(arguments, "vq_model")
+    del fields["model_type"]
+    if (similarity := fields.pop("similarity", "euclidean")) != "euclidean":
         raise ValueError(
-            f"expected a level with a 'vq_model' in tokenizer_config in "
-            f"{arguments.checkpoint_path}, got {level.config.tokenizer_config}"
+            f"expected a level with codes of the nearest vectors, as a VQModel has, in "
+            f"{arguments.checkpoint_path}, got similarity={similarity!r}"
         )
     if not fields.pop("do_normalize", True):
         print("its images are in [0, 1], which a VQModel's config has no field for")
     prefixes = {target: source for source, target in VQ_PREFIXES.items()}
-    state = level.state_dict()
-    weights = {key: state[key] for key in state if replace_prefix(key, prefixes) is not None}
-    if ignored := [key for key in state if key not in weights]:
-        print(f"ignored: {len(ignored)} weights that are not the tokenizer's: {shorten(ignored)}")
     table = make_table(weights, lambda key: replace_prefix(key, prefixes))
     model = VQModel(**fields).to(choose_dtype(arguments, table)).eval()
     check_table(table, model.state_dict())

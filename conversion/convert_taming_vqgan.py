@@ -22,7 +22,7 @@ import re
 from typing import Any
 
 import yaml
-from common import VQ_PREFIXES, convert, make_table, parse, read_weights, replace_prefix
+from common import VQ_PREFIXES, convert, make_table, parse, read_weights, rename, replace_prefix
 from torch import Tensor
 
 from progressive_vae.scripts import run_script
@@ -204,8 +204,7 @@ def convert_key(key: str, num_resolutions: int) -> str | None:
     Args:
         num_resolutions: of its encoder and its decoder, including the finest and the coarsest.
     """
-    for source, target in REPLACEMENTS:
-        key = re.sub(source, target, key)
+    key = rename(key, REPLACEMENTS)
     key = re.sub(
         r"\.up_blocks\.(\d+)\.",
         lambda match: f".up_blocks.{num_resolutions - 1 - int(match[1])}.",

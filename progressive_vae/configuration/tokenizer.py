@@ -14,6 +14,9 @@ from .base import check_limits
 MAX_WIDTH = 2**14
 MAX_BLOCKS = 1_000
 
+# By which a latent's code is the best one. The vectors of JanusVQVAE are normalized only to decode.
+SIMILARITIES = ("euclidean", "cosine", "dot")
+
 DALLE_DVAE = {"vocab_size": 8192, "n_hid": 256, "n_init": 128, "n_blk_per_group": 2,
               "num_channels": 3}  # fmt: skip
 
@@ -33,12 +36,12 @@ def _defaults(kind: str) -> dict[str, Any]:
     if kind == "vq_model":
         parameters = inspect.signature(VQModel.__init__).parameters.values()
         fields = {p.name: p.default for p in parameters if p.name != "self"}
-        return {**fields, "do_normalize": True}
+        return {**fields, "do_normalize": True, "similarity": "euclidean"}
     if kind == "janus_vqgan":
         config = JanusVQVAEConfig()
         excluded = ("model_type", "base_config_key")
         names = [name for name in JanusVQVAEConfig.__annotations__ if name not in excluded]
-        return {name: getattr(config, name) for name in names}
+        return {**{name: getattr(config, name) for name in names}, "similarity": "euclidean"}
     return DALLE_DVAE
 
 
@@ -89,7 +92,8 @@ class Tokenizer:
         kind: `"vq_model"` (diffusers' `VQModel`), `"janus_vqgan"` (transformers' `JanusVQVAE`) or
             `"dalle_dvae"` (OpenAI's discrete VAE).
         fields: of the library's own config; of a `"vq_model"` also `do_normalize`, whether its
-            input is an image in [−1, 1] rather than [0, 1].
+            input is an image in [−1, 1] rather than [0, 1]. Those with a codebook have
+            `similarity`: `"euclidean"`, `"cosine"` or `"dot"`, by which latents have codes.
         shape: the fields of the level.
     """
 
@@ -131,6 +135,11 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
                 f"{value}"
             )
     fields = _as_json({**defaults, **arguments})
+    if fields.get("similarity", "euclidean") not in SIMILARITIES:
+        raise ValueError(
+            f"expected similarity in {SIMILARITIES} in tokenizer_config, got "
+            f"{fields['similarity']!r}"
+        )
     try:
         channels_out, shape = _SHAPES[kind](fields)
     except (TypeError, KeyError) as error:

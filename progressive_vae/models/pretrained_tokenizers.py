@@ -95,12 +95,20 @@ class TokenizerQuantizer(Quantizer, _Frozen):
         raise NotImplementedError
 
 
-class NearestCodeQuantizer(TokenizerQuantizer):
-    """The quantizer of `VQModel`, and of `JanusVQVAE`, which decodes vectors of length 1."""
+class CodebookQuantizer(TokenizerQuantizer):
+    """Codes by a codebook: those of the most similar vectors.
 
-    def __init__(self, quantize: nn.Module, is_normalized: bool):
+    Args:
+        quantize: a module of the library with the weight `embedding.weight`, (K, D). Its forward
+            pass finds the nearest vectors.
+        similarity: `"euclidean"`: the code is that of the nearest vector. `"cosine"`: of the one
+            with the largest cosine. `"dot"`: with the largest dot product.
+        is_normalized: whether vectors have length 1 when they are decoded.
+    """
+
+    def __init__(self, quantize: nn.Module, similarity: str, is_normalized: bool):
         super().__init__()
-        self.quantize, self.is_normalized = quantize, is_normalized
+        self.quantize, self.similarity, self.is_normalized = quantize, similarity, is_normalized
         self.eval()
 
     @property
@@ -110,8 +118,13 @@ class NearestCodeQuantizer(TokenizerQuantizer):
 
     def _codes(self, latents: Tensor) -> Tensor:
         # Distances are in fp32; diffusers returns the codes last in a nested tuple.
-        weights = {"embedding.weight": self.quantize.get_parameter("embedding.weight").float()}
-        output = functional_call(self.quantize, weights, latents.float())[-1]
+        latents = latents.float()
+        weight = self.quantize.get_parameter("embedding.weight").float()
+        if self.similarity == "dot":
+            return torch.einsum("bdhw,kd->bkhw", latents, weight).argmax(1)
+        if self.similarity == "cosine":
+            latents, weight = F.normalize(latents, dim=1), F.normalize(weight, dim=-1)
+        output = functional_call(self.quantize, {"embedding.weight": weight}, latents)[-1]
         codes = output[-1] if isinstance(output, tuple) else output
         return codes.view(len(latents), *latents.shape[-2:])
 
@@ -222,19 +235,22 @@ def _vq_model(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
     fields = dict(tokenizer.fields)
     see, show = (_same, _same) if fields.pop("do_normalize") else (_halved, _doubled)
     is_spatial = fields["norm_type"] == "spatial"
-    return _parts(config, VQModel(**fields), see, show, is_spatial=is_spatial)
+    similarity = fields.pop("similarity")
+    return _parts(config, VQModel(**fields), similarity, see, show, is_spatial=is_spatial)
 
 
 def _janus_vqgan(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
-    model = JanusVQVAE(JanusVQVAEConfig(**tokenizer.fields))
-    return _parts(config, model, _same, _same, is_normalized=True)
+    fields = dict(tokenizer.fields)
+    similarity = fields.pop("similarity")
+    model = JanusVQVAE(JanusVQVAEConfig(**fields))
+    return _parts(config, model, similarity, _same, _same, is_normalized=True)
 
 
-def _parts(config, model, see, show, is_normalized=False, is_spatial=False):
+def _parts(config, model, similarity, see, show, is_normalized=False, is_spatial=False):
     downsample = config.downsample
     return (
         TokenizerEncoder(see, downsample, encoder=model.encoder, quant_conv=model.quant_conv),
-        NearestCodeQuantizer(model.quantize, is_normalized),
+        CodebookQuantizer(model.quantize, similarity, is_normalized),
         TokenizerDecoder(
             config,
             show,
