@@ -1,8 +1,8 @@
 """Convert tokenizers of other libraries: read their files, rename their weights, write a level.
 
 A conversion is a table of rows (source key, target key, weight). Each weight of the source and each
-weight of the target needs a row, except `auxiliary.scales`, which sources do not have; otherwise
-nothing is written. No code of the source is run: pickles may only contain tensors.
+weight of the target needs a row, except those in `TARGET_ONLY`; otherwise nothing is written. No
+code of the source is run: pickles may only contain tensors.
 """
 
 import re
@@ -18,12 +18,15 @@ from torch import Tensor
 from transformers import HfArgumentParser
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAELevelConfig
+from progressive_vae.configuration.tokenizer import read_tokenizer
 from progressive_vae.models.modeling_utils import check_reachable, find_file
 from progressive_vae.paths import replacing
 from progressive_vae.serialization import check_not_pointer, check_safetensors, read_json
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-TARGET_ONLY = "auxiliary.scales."  # widths of the distributions around a reconstruction: learned
+# Tensors that sources do not have: the widths of the distributions around a reconstruction, which
+# are learned, and the constant 1 of lookup-free quantizers.
+TARGET_ONLY = ("auxiliary.scales.", "quantizer.scale")
 # Checkpoints of training contain the weights under one of these names.
 WEIGHTS_NAMES = ("state_dict", "model")
 RESIDUAL = "quantize.quant_resi."  # weights between the grids of a residual tokenizer
@@ -266,6 +269,15 @@ def rename(key: str, replacements: Sequence[tuple[str, str]]) -> str:
     return key
 
 
+def count_from_finest(key: str, num_resolutions: int) -> str:
+    """Replace the number of a decoder's resolution, which a level counts from the coarsest."""
+    return re.sub(
+        r"\.(up|adaptive)\.(\d+)\.",
+        lambda match: f".{match[1]}.{num_resolutions - 1 - int(match[2])}.",
+        key,
+    )
+
+
 def shape_of(weights: dict[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
     """Return the shape of a weight, from which a config is inferred.
 
@@ -285,6 +297,25 @@ def count(weights: dict[str, Tensor], prefix: str) -> int:
     """Return the number of modules in a list of modules, whose names begin with `prefix`."""
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for key in weights if (match := pattern.match(key))})
+
+
+def infer_sizes(weights: dict[str, Tensor], stages: str, blocks: str) -> dict[str, Any]:
+    """Infer the sizes of a VQGAN from the weights of its encoder.
+
+    Args:
+        stages, blocks: names of the list of resolutions, and in each of the list of its blocks.
+    """
+    width, channels = shape_of(weights, "encoder.conv_in.weight", 4)[:2]
+    stages = f"encoder.{stages}."
+    first_blocks = [f"{stages}{i}.{blocks}.0." for i in range(count(weights, stages))]
+    widths = [shape_of(weights, f"{block}conv1.weight", 4)[0] for block in first_blocks]
+    return {
+        "num_channels": channels,
+        "base_channels": width,
+        "channel_multiplier": [n // width for n in widths],
+        "num_res_blocks": count(weights, f"{stages}0.{blocks}."),
+        "latent_channels": shape_of(weights, "encoder.conv_out.weight", 4)[0],
+    }
 
 
 def make_table(weights: dict[str, Tensor], convert_key: Callable[[str], str | None]) -> list[Row]:
@@ -443,21 +474,25 @@ def write(arguments: Arguments, model: Any):
 
 
 def read_level(
-    arguments: ReversibleArguments, model_type: str
+    arguments: ReversibleArguments, *choices: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the config of a level's tokenizer and its weights, in the requested dtype.
+    """Return the config of a level's tokenizer, without defaults, and its weights.
+
+    Args:
+        choices: fields of `tokenizer_config` and their values; the tokenizer has those of one.
 
     Raises:
-        ValueError: the level has no tokenizer of this `model_type`; a `config_file` or
-            `push_to_hub`, which belong to the other direction.
+        ValueError: the level has no such tokenizer; a `config_file`, which belongs to the other
+            direction.
     """
     if arguments.config_file is not None:
         raise ValueError(f"expected no config_file with reverse, got {arguments.config_file}")
     level = ProgressiveVAELevel.from_pretrained(arguments.checkpoint_path)
     config = dict(level.config.tokenizer_config or {})
-    if config.get("model_type") != model_type:
+    fields = {**read_tokenizer(config).fields, **config} if config else {}
+    if not any(choice.items() <= fields.items() for choice in choices):
         raise ValueError(
-            f"expected a level with a {model_type!r} in tokenizer_config in "
+            f"expected a level with a tokenizer_config of {' or '.join(map(str, choices))} in "
             f"{arguments.checkpoint_path}, got {level.config.tokenizer_config}"
         )
     state, keys = level.state_dict(), expected_weights(config)

@@ -120,13 +120,8 @@ def to_level(arguments: VQModelArguments):
 def to_vqmodel(arguments: VQModelArguments):
     if arguments.do_normalize is not None:
         raise ValueError("expected no do_normalize with reverse, got one")
-    fields, weights = read_level(arguments, "vq_model")
-    del fields["model_type"]
-    if (similarity := fields.pop("similarity", "euclidean")) != "euclidean":
-        raise ValueError(
-            f"expected a level with codes of the nearest vectors, as a VQModel has, in "
-            f"{arguments.checkpoint_path}, got similarity={similarity!r}"
-        )
+    fields, weights = read_level(arguments, {"model_type": "vq_model", "similarity": "euclidean"})
+    fields = {k: v for k, v in fields.items() if k not in ("model_type", "similarity")}
     if not fields.pop("do_normalize", True):
         print("its images are in [0, 1], which a VQModel's config has no field for")
     prefixes = {target: source for source, target in VQ_PREFIXES.items()}

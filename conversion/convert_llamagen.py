@@ -25,7 +25,7 @@ import torch
 from common import (
     ReversibleArguments,
     convert,
-    count,
+    infer_sizes,
     inverse,
     make_table,
     parse,
@@ -60,22 +60,15 @@ def convert_key(key: str) -> str:
 
 def infer_config(weights: dict[str, Tensor]) -> dict[str, Any]:
     """Infer the config of a tokenizer from the shapes of its weights."""
-    blocks = "encoder.conv_blocks."
-    width, channels = shape_of(weights, "encoder.conv_in.weight", 4)[:2]
+    sizes = infer_sizes(weights, "conv_blocks", "res")
+    channels = sizes.pop("num_channels")
     size, dim = shape_of(weights, "quantize.embedding.weight", 2)
-    widths = [
-        shape_of(weights, f"{blocks}{i}.res.0.conv1.weight", 4)[0]
-        for i in range(count(weights, blocks))
-    ]
     return {
         "model_type": "janus_vqgan",
         "similarity": "cosine",
+        **sizes,
         "in_channels": channels,
         "out_channels": channels,
-        "base_channels": width,
-        "channel_multiplier": [n // width for n in widths],
-        "num_res_blocks": count(weights, f"{blocks}0.res."),
-        "latent_channels": shape_of(weights, "encoder.conv_out.weight", 4)[0],
         "embed_dim": dim,
         "num_embeddings": size,
     }
@@ -91,12 +84,7 @@ def to_level(arguments: ReversibleArguments):
 
 
 def to_llamagen(arguments: ReversibleArguments):
-    config, weights = read_level(arguments, "janus_vqgan")
-    if config.get("similarity") != "cosine":
-        raise ValueError(
-            f"expected a level with codes by cosine, as LlamaGen's, in "
-            f"{arguments.checkpoint_path}, got a JanusVQVAE"
-        )
+    _, weights = read_level(arguments, {"model_type": "janus_vqgan", "similarity": "cosine"})
     table = make_table(weights, convert_key)
     usage = {USAGE: torch.zeros(USAGE_LENGTH)}
     write_checkpoint(arguments, table, "vq.pt", lambda weights: {"model": {**weights, **usage}})

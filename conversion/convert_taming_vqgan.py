@@ -22,28 +22,30 @@ import re
 from typing import Any
 
 import yaml
-from common import VQ_PREFIXES, convert, make_table, parse, read_weights, rename, replace_prefix
+from common import convert, count_from_finest, inverse, make_table, parse, read_weights, rename
 from torch import Tensor
 
 from progressive_vae.scripts import run_script
 
-# Parts of keys of the encoder and the decoder, source → target, replaced in this order.
+# Parts of keys, level → source, replaced in this order.
 REPLACEMENTS = [
-    (r"\.down\.(\d+)\.", r".down_blocks.\1."),
-    (r"\.up\.(\d+)\.", r".up_blocks.\1."),  # the source counts from the finest
-    (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", r".mid_block.attentions.0."),
-    (r"\.block\.(\d+)\.", r".resnets.\1."),
-    (r"\.nin_shortcut\.", r".conv_shortcut."),
-    (r"\.attn\.(\d+)\.", r".attentions.\1."),
-    (r"(\.attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(\.attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"(\.attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-    (r"\.downsample\.", r".downsamplers.0."),
-    (r"\.upsample\.", r".upsamplers.0."),
-    (r"\.norm_out\.", r".conv_norm_out."),
+    (r"^(encoder|quantizer|auxiliary)\.", ""),
+    (r"\.mid_block\.resnets\.0\.", r".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", r".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", r".mid.attn_1."),
+    (r"\.down_blocks\.(\d+)\.", r".down.\1."),
+    (r"\.up_blocks\.(\d+)\.", r".up.\1."),
+    (r"\.resnets\.(\d+)\.", r".block.\1."),
+    (r"\.attentions\.(\d+)\.", r".attn.\1."),
+    (r"(\.attn\w*(?:\.\d+)?)\.group_norm\.", r"\1.norm."),
+    (r"(\.attn\w*(?:\.\d+)?)\.to_([qkv])\.", r"\1.\2."),
+    (r"(\.attn\w*(?:\.\d+)?)\.to_out\.0\.", r"\1.proj_out."),
+    (r"\.conv_shortcut\.", r".nin_shortcut."),
+    (r"\.downsamplers\.0\.", r".downsample."),
+    (r"\.upsamplers\.0\.", r".upsample."),
+    (r"\.conv_norm_out\.", r".norm_out."),
 ]
+ATTENTION_MAP = r"\.attn(?:_1|\.\d+)\.(?:[qkv]|proj_out)\.weight$"
 FIRST_STAGE = "first_stage_model."
 IGNORED_PREFIXES = ("loss.", "model_ema.", "colorize")  # of training, and of visualization
 TARGETS = ("VQModel", "VQModelInterface", "VQNoDiscModel")
@@ -93,24 +95,19 @@ REQUIRED_VALUES = {
 }
 
 
-def read_config(path: str) -> dict[str, Any]:
+def read_config(path: str | None) -> dict[str, Any]:
     """Return the tokenizer config of a level, from a model's YAML file.
 
     Raises:
         ValueError: another model, missing or unknown names, or values that a `VQModel` cannot
             represent.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        message = " ".join(str(error).split())
-        raise ValueError(f"expected YAML in config_file {path}, got {message}") from error
-    model = _section(config, "model", path)
-    if "first_stage_config" in _section(model, "params", path):
-        model = _section(model["params"], "first_stage_config", path)
+    config = read_yaml(path)
+    model = section_of(config, "model", path)
+    if "first_stage_config" in section_of(model, "params", path):
+        model = section_of(model["params"], "first_stage_config", path)
     target = str(model.get("target"))
-    params = _section(model, "params", path)
+    params = section_of(model, "params", path)
     if target.rpartition(".")[2] not in TARGETS:
         raise ValueError(
             f"expected a target among {TARGETS} in {path}, got {target}: its codes are not the "
@@ -122,17 +119,34 @@ def read_config(path: str) -> dict[str, Any]:
     if params.get("remap") is not None:
         raise ValueError(f"expected no remap in {path}, got {params['remap']}")
     sizes = {name: params.get(name) for name in ("embed_dim", "n_embed")}
-    return _as_vqmodel({**_ddconfig(_section(params, "ddconfig", path), path), **sizes}, path)
+    return as_vqmodel({**read_ddconfig(section_of(params, "ddconfig", path), path), **sizes}, path)
 
 
-def _section(config: Any, name: str, path: str) -> dict[str, Any]:
+def read_yaml(path: str | None) -> Any:
+    """Return the contents of a YAML file.
+
+    Raises:
+        ValueError: there is none, or it is no YAML.
+    """
+    if path is None:
+        raise ValueError("expected config_file, the YAML file of the checkpoint, got none")
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(f"expected YAML in config_file {path}, got {message}") from error
+    return config
+
+
+def section_of(config: Any, name: str, path: str) -> dict[str, Any]:
     section = config.get(name) if isinstance(config, dict) else None
     if not isinstance(section, dict):
         raise ValueError(f"expected a section {name} in {path}, got {section!r}")
     return section
 
 
-def _ddconfig(section: dict[str, Any], path: str) -> dict[str, Any]:
+def read_ddconfig(section: dict[str, Any], path: str) -> dict[str, Any]:
     if unknown := sorted(set(section) - set(DDCONFIG)):
         raise ValueError(f"expected {[*DDCONFIG]} in ddconfig of {path}, got {unknown}")
     fields = {**DDCONFIG, **section}
@@ -150,7 +164,7 @@ def _ddconfig(section: dict[str, Any], path: str) -> dict[str, Any]:
     return fields
 
 
-def _as_vqmodel(fields: dict[str, Any], path: str) -> dict[str, Any]:
+def as_vqmodel(fields: dict[str, Any], path: str) -> dict[str, Any]:
     for name in ("ch_mult", "attn_resolutions"):
         value = fields[name]
         if not isinstance(value, list) or not all(type(n) is int and n > 0 for n in value):
@@ -198,35 +212,32 @@ def _as_vqmodel(fields: dict[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-def convert_key(key: str, num_resolutions: int) -> str | None:
-    """Return the key in a level of a weight of a VQGAN.
+def convert_key(key: str, num_resolutions: int) -> str:
+    """Return the key in a VQGAN of a weight of a level.
 
     Args:
         num_resolutions: of its encoder and its decoder, including the finest and the coarsest.
     """
-    key = rename(key, REPLACEMENTS)
-    key = re.sub(
-        r"\.up_blocks\.(\d+)\.",
-        lambda match: f".up_blocks.{num_resolutions - 1 - int(match[1])}.",
-        key,
-    )
-    return replace_prefix(key, VQ_PREFIXES)
+    return count_from_finest(rename(key, REPLACEMENTS), num_resolutions)
+
+
+def to_convolution(key: str, weight: Tensor) -> Tensor:
+    """The inverse of `to_linear`."""
+    return weight[..., None, None] if re.search(ATTENTION_MAP, key) else weight
 
 
 def to_linear(key: str, weight: Tensor) -> Tensor:
     """Return the weight of a 1×1 convolution of attention as that of a linear layer."""
-    is_attention = re.search(r"\.attn(?:_1|\.\d+)\.(?:[qkv]|proj_out)\.weight$", key) is not None
     is_1x1 = weight.ndim == 4 and weight.shape[2:] == (1, 1)
-    return weight.flatten(1) if is_attention and is_1x1 else weight
+    return weight.flatten(1) if re.search(ATTENTION_MAP, key) and is_1x1 else weight
 
 
 def main(words: list[str]):
     arguments = parse(words, __doc__)
-    if arguments.config_file is None:
-        raise ValueError("expected config_file, the YAML file of the checkpoint, got none")
     config = read_config(arguments.config_file)
-    weights = read_weights(arguments.checkpoint_path)
-    ignored = []
+    prefixes = tuple(stage + name for stage in ("", FIRST_STAGE) for name in IGNORED_PREFIXES)
+    weights = read_weights(arguments.checkpoint_path, ignored=prefixes)
+    ignored = [f"weights of {', '.join(IGNORED_PREFIXES)}, for training, if there are any"]
     if any(key.startswith(FIRST_STAGE) for key in weights):
         num_weights = len(weights)
         weights = {
@@ -235,16 +246,9 @@ def main(words: list[str]):
             if key.startswith(FIRST_STAGE)
         }
         ignored.append(f"{num_weights - len(weights)} weights that are not {FIRST_STAGE}*")
-    network = {
-        key: to_linear(key, weight)
-        for key, weight in weights.items()
-        if not key.startswith(IGNORED_PREFIXES)
-    }
-    if len(network) < len(weights):
-        num_ignored = len(weights) - len(network)
-        ignored.append(f"{num_ignored} weights of {', '.join(IGNORED_PREFIXES)}, for training")
+    network = {key: to_linear(key, weight) for key, weight in weights.items()}
     num_resolutions = len(config["block_out_channels"])
-    table = make_table(network, lambda key: convert_key(key, num_resolutions))
+    table = make_table(network, inverse(lambda key: convert_key(key, num_resolutions), config))
     convert(arguments, config, table, ignored)
 
 

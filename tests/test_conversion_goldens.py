@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+import yaml
 
 from helpers.conversion import assert_raises, assert_same_outputs, convert
 from helpers.scripts import load_script
@@ -25,8 +26,56 @@ def load_llamagen(folder):
     return weights
 
 
+def save_seed_voken(class_path: str):
+    def save(golden: Golden, folder):
+        training = {"loss.discriminator.bn.num_batches_tracked": torch.tensor(3),
+                    "model_ema.num_updates": torch.tensor(3)}  # fmt: skip
+        averages = {f"model_ema.{k.replace('.', '')}": v for k, v in golden.weights.items()}
+        current = {key: torch.zeros_like(weight) for key, weight in golden.weights.items()}
+        state = {**current, **training, **averages}
+        torch.save({"state_dict": state, "epoch": 3}, folder / "last.ckpt")
+        ddconfig = {"double_z": False, "z_channels": 6, "resolution": 16, "in_channels": 3,
+                    "out_ch": 3, "ch": 32, "ch_mult": [1, 2, 2], "num_res_blocks": 1,
+                    "attn_resolutions": [4]}  # fmt: skip
+        fields = {"ddconfig": ddconfig, "n_embed": 24, "embed_dim": 5}
+        config = {"model": {"class_path": class_path, "init_args": fields}}
+        (folder / "model.yaml").write_text(yaml.safe_dump(config))
+        return ("convert_seed_voken", "--checkpoint_path", folder / "last.ckpt",
+                "--config_file", folder / "model.yaml")  # fmt: skip
+
+    return save
+
+
+def load_seed_voken(folder):
+    weights = torch.load(folder / "model.ckpt", weights_only=True)["state_dict"]
+    averages = {key: weights.pop(key) for key in [*weights] if key.startswith("model_ema.")}
+    for key, weight in weights.items():
+        assert torch.equal(averages.pop(f"model_ema.{key.replace('.', '')}"), weight)
+    assert not averages
+    return weights
+
+
+def save_maskbit(golden: Golden, folder):
+    constants = {"quantize.bits_to_indices": torch.arange(6), "quantize.codebook": torch.zeros(2)}
+    torch.save({**golden.weights, **constants}, folder / "maskbit.bin")
+    return "convert_maskbit", "--checkpoint_path", folder / "maskbit.bin"
+
+
+def load_maskbit(folder):
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    bits, codebook = weights.pop("quantize.bits_to_indices"), weights.pop("quantize.codebook")
+    assert bits.tolist() == [1, 2, 4, 8, 16, 32]
+    assert codebook.shape == (64, 6) and codebook[3].tolist() == [1, 1, -1, -1, -1, -1]
+    return weights
+
+
 # name: a function that writes a source, and one that reads what was converted back.
-SOURCES = {"llamagen": (save_llamagen, load_llamagen)}
+SOURCES = {
+    "llamagen": (save_llamagen, load_llamagen),
+    "open_magvit2": (save_seed_voken("src.Open_MAGVIT2.models.lfqgan.VQModel"), load_seed_voken),
+    "ibq": (save_seed_voken("src.IBQ.models.ibqgan.IBQ"), load_seed_voken),
+    "maskbit": (save_maskbit, load_maskbit),
+}
 NAMES = pytest.mark.parametrize("name", SOURCES)
 
 

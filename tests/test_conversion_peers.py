@@ -73,7 +73,8 @@ def test_a_vqgan(tmp_path, changes, monkeypatch):
         monkeypatch.setattr(nets, "AttnBlock", lambda channels: nn.Identity())
     model = shake(Taming({**DDCONFIG, **changes}, **SIZES))
     write_yaml(tmp_path / "model.yaml", ddconfig=changes, monitor="val/rec_loss")
-    state = {**model.state_dict(), "loss.discriminator.main.0.weight": torch.ones(2, 2)}
+    loss = {"main.0.weight": torch.ones(2, 2), "main.3.num_batches_tracked": torch.tensor(7)}
+    state = {**model.state_dict(), **{f"loss.discriminator.{k}": v for k, v in loss.items()}}
     torch.save({"state_dict": state, "epoch": 3, "global_step": 7}, tmp_path / "last.ckpt")
     level = convert(
         "convert_taming_vqgan", "--checkpoint_path", tmp_path / "last.ckpt",

@@ -28,8 +28,13 @@ JANUS = {
 DALLE = {"model_type": "dalle_dvae", "vocab_size": 12, "n_hid": 4, "n_init": 6}
 SPATIAL = {**VQ_MODEL, "norm_type": "spatial", "block_out_channels": [32, 32],
            "do_normalize": False}  # fmt: skip
+LFQ = {
+    "model_type": "lfq_vqgan", "base_channels": 32, "channel_multiplier": [1, 1],
+    "num_res_blocks": 1, "num_bits": 4,
+}  # fmt: skip
 # The fields of a level that they decide: codebook_size, codebook_dim, downsample.
-TOKENIZERS = [(VQ_MODEL, 12, 3, 2), (JANUS, 12, 5, 4), (DALLE, 12, 6, 8), (SPATIAL, 12, 3, 2)]
+TOKENIZERS = [(VQ_MODEL, 12, 3, 2), (JANUS, 12, 5, 4), (DALLE, 12, 6, 8), (SPATIAL, 12, 3, 2),
+              (LFQ, 16, 4, 2)]  # fmt: skip
 KINDS = pytest.mark.parametrize("tokenizer", [row[0] for row in TOKENIZERS])
 
 
@@ -125,6 +130,17 @@ def test_a_stronger_decoder_of_the_same_codes():
     assert rms.item() == pytest.approx(1, rel=1e-4)
 
 
+def test_the_codebook_of_a_lookup_free_tokenizer_is_never_in_memory(monkeypatch):
+    level = level_with({**LFQ, "num_bits": 18, "network": "maskgit"})
+    monkeypatch.setattr(tokenizers.SignQuantizer, "codebook", property(lambda _: 1 / 0))
+    codes = level.encode(pixels())
+    assert codes.max() > 2**12 and level.expect(codes, (11, 13)).isfinite().all()
+    assert level.sample(codes, finer_size=(11, 13)).shape == (3, 3, 11, 13)
+    level.quantizer.add_noise(codes, torch.ones(3), None)
+    strong = level.with_decoder(decoder_type="conv").eval()
+    assert strong.log_prob(pixels(), codes).isfinite().all()
+
+
 def test_images_are_seen_as_the_source_saw_them():
     """The same weights that see [0, 1] say of it what those that see [−1, 1] say of twice as much
     less one."""
@@ -163,6 +179,10 @@ def test_large_batches_go_through_in_parts(monkeypatch):
         ({**VQ_MODEL, "out_channels": 1}, "as many output as input channels, got 1 and 3"),
         ({**JANUS, "double_latent": True}, "double_latent=False"),
         ({**DALLE, "n_hid": 4.5}, "network of 'dalle_dvae'"),
+        ({**JANUS, "similarity": "l1"}, "expected similarity in .*, got 'l1'"),
+        ({**LFQ, "network": "vqgan"}, "expected network in .*, got 'vqgan'"),
+        ({**LFQ, "num_bits": 10**9}, "expected num_bits <= 20"),
+        ({**LFQ, "base_channels": 33}, "network of 'lfq_vqgan'.*divisible"),
     ],
 )  # fmt: skip
 def test_what_is_no_tokenizer_is_an_error(tokenizer, words):

@@ -152,10 +152,8 @@ class ProgressiveVAELevelConfig(PartConfig):
         code_noise_kind: the replacement of a code: `"random"`, any other one, or `"near"`, one of
             the eight nearest in the codebook.
         tokenizer_config: of the finest level, a pretrained tokenizer in place of encoder, codebook
-            and auxiliary decoder: the fields of a `VQModel` of diffusers, a `JanusVQVAE` of
-            transformers or a `"dalle_dvae"`, with the `model_type` `"vq_model"`, `"janus_vqgan"`
-            or `"dalle_dvae"` (`configuration/tokenizer.py`). It decides `num_channels`,
-            `codebook_size`, `codebook_dim` and `downsample`.
+            and auxiliary decoder: its `model_type` and fields, which `configuration/tokenizer.py`
+            has. It decides `num_channels`, `codebook_size`, `codebook_dim` and `downsample`.
         finer_fingerprint: `fingerprint` of the finer levels on whose codes this part was trained; a
             pipeline refuses other ones. `None`: unchecked.
     """

@@ -20,6 +20,13 @@ SIMILARITIES = ("euclidean", "cosine", "dot")
 DALLE_DVAE = {"vocab_size": 8192, "n_hid": 256, "n_init": 128, "n_blk_per_group": 2,
               "num_channels": 3}  # fmt: skip
 
+# A VQGAN without attention and with a lookup-free quantizer, as those of Open-MAGVIT2 and MaskBit.
+LFQ_VQGAN: dict[str, Any] = {"network": "open_magvit2", "num_channels": 3, "base_channels": 128,
+             "channel_multiplier": [1, 1, 2, 2, 4], "num_res_blocks": 4,
+             "num_bits": 18}  # fmt: skip
+NETWORKS = ("open_magvit2", "maskgit")
+MAX_BITS = 20
+
 
 class TokenizerShape(NamedTuple):
     """The fields of a level that its tokenizer determines."""
@@ -42,7 +49,7 @@ def _defaults(kind: str) -> dict[str, Any]:
         excluded = ("model_type", "base_config_key")
         names = [name for name in JanusVQVAEConfig.__annotations__ if name not in excluded]
         return {**{name: getattr(config, name) for name in names}, "similarity": "euclidean"}
-    return DALLE_DVAE
+    return {"dalle_dvae": DALLE_DVAE, "lfq_vqgan": LFQ_VQGAN}[kind]
 
 
 def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
@@ -77,10 +84,17 @@ def _dalle_dvae_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     return channels, TokenizerShape(channels, fields["vocab_size"], fields["n_init"], 8)
 
 
+def _lfq_vqgan_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+    channels, num_bits = fields["num_channels"], fields["num_bits"]
+    downsample = 2 ** (len(fields["channel_multiplier"]) - 1)
+    return channels, TokenizerShape(channels, 2**num_bits, num_bits, downsample)
+
+
 _SHAPES = {
     "vq_model": _vq_model_shape,
     "janus_vqgan": _janus_vqgan_shape,
     "dalle_dvae": _dalle_dvae_shape,
+    "lfq_vqgan": _lfq_vqgan_shape,
 }
 
 
@@ -89,8 +103,8 @@ class Tokenizer:
     """A checked `tokenizer_config`.
 
     Args:
-        kind: `"vq_model"` (diffusers' `VQModel`), `"janus_vqgan"` (transformers' `JanusVQVAE`) or
-            `"dalle_dvae"` (OpenAI's discrete VAE).
+        kind: `"vq_model"` (diffusers' `VQModel`), `"janus_vqgan"` (transformers' `JanusVQVAE`),
+            `"dalle_dvae"` (OpenAI's discrete VAE) or `"lfq_vqgan"` (Open-MAGVIT2, MaskBit).
         fields: of the library's own config; of a `"vq_model"` also `do_normalize`, whether its
             input is an image in [−1, 1] rather than [0, 1]. Those with a codebook have
             `similarity`: `"euclidean"`, `"cosine"` or `"dot"`, by which latents have codes.
@@ -123,7 +137,7 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
             f"expected fields of a {kind!r} in tokenizer_config, {[*defaults]}, got {unknown}"
         )
     check_limits(arguments, **{n: MAX_BLOCKS for n in defaults if "layer" in n or "num_res" in n},
-                 n_blk_per_group=MAX_BLOCKS)  # fmt: skip
+                 n_blk_per_group=MAX_BLOCKS, num_bits=MAX_BITS)  # fmt: skip
     for name, value in arguments.items():
         widths = value if isinstance(value, list) else []
         minimum = 0 if "layer" in name or "num_res" in name else 1
@@ -135,11 +149,11 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
                 f"{value}"
             )
     fields = _as_json({**defaults, **arguments})
-    if fields.get("similarity", "euclidean") not in SIMILARITIES:
-        raise ValueError(
-            f"expected similarity in {SIMILARITIES} in tokenizer_config, got "
-            f"{fields['similarity']!r}"
-        )
+    for name, choices in (("similarity", SIMILARITIES), ("network", NETWORKS)):
+        if name in fields and fields[name] not in choices:
+            raise ValueError(
+                f"expected {name} in {choices} in tokenizer_config, got {fields[name]!r}"
+            )
     try:
         channels_out, shape = _SHAPES[kind](fields)
     except (TypeError, KeyError) as error:

@@ -73,6 +73,10 @@ class LookupFreeQuantizer(Quantizer):
         init.constant_(self.scale, self._initial_scale())
 
     @property
+    def codebook_size(self) -> int:
+        return 2**self.num_bits
+
+    @property
     def codebook(self) -> Tensor:  # type: ignore[override]
         """All code vectors, (K, D)."""
         return self.lookup(torch.arange(2**self.num_bits, device=self.scale.device))

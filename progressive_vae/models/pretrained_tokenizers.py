@@ -16,9 +16,11 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.tokenizer import Tokenizer, read_tokenizer
 from .auxiliary_decoder import Auxiliary
+from .binary_quantizers import LookupFreeQuantizer
 from .dalle_dvae import dalle_decoder, dalle_encoder, logit_laplace_medians, to_logit_laplace
 from .layers import ZeroConv2d
 from .quantizer_base import Quantizer, QuantizerOutput
+from .residual_vqgan import ResidualDecoder, residual_encoder
 from .sampling import Generators
 
 PIXELS_AT_A_TIME = 2**19  # of a batch in a network of full resolution
@@ -148,6 +150,25 @@ class ArgmaxQuantizer(TokenizerQuantizer):
         return latents.argmax(1)
 
 
+class SignQuantizer(TokenizerQuantizer, LookupFreeQuantizer):
+    """The quantizer of lookup-free tokenizers: codes are signs, and nothing is looked up.
+
+    The first latent is the least significant bit, as in Open-MAGVIT2 and MaskBit.
+    """
+
+    normalize = Quantizer.normalize
+
+    def __init__(self, num_bits: int):
+        super().__init__(num_bits)
+        self.eval()
+
+    def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
+        return LookupFreeQuantizer.encode(self, latents.flip(1))
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        return super().lookup(codes).flip(1)
+
+
 class TokenizerDecoder(Auxiliary):
     """Logistics around the tokenizer's image.
 
@@ -270,8 +291,19 @@ def _dalle_dvae(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
     )
 
 
+def _lfq_vqgan(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
+    fields = {**tokenizer.fields, "latent_channels": tokenizer.fields["num_bits"]}
+    see, show = (_halved, _doubled) if fields["network"] == "maskgit" else (_same, _same)
+    return (
+        TokenizerEncoder(see, config.downsample, encoder=residual_encoder(fields)),
+        SignQuantizer(fields["num_bits"]),
+        TokenizerDecoder(config, show, decoder=ResidualDecoder(fields)),
+    )
+
+
 _MAKERS: dict[str, Callable] = {
     "vq_model": _vq_model,
     "janus_vqgan": _janus_vqgan,
     "dalle_dvae": _dalle_dvae,
+    "lfq_vqgan": _lfq_vqgan,
 }

@@ -52,6 +52,11 @@ class Quantizer(nn.Module):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.register_state_dict_pre_hook(_finish_step)
 
+    @property
+    def codebook_size(self) -> int:
+        """K."""
+        return len(self.codebook)
+
     @classmethod
     def from_config(cls, config: ProgressiveVAELevelConfig) -> "Quantizer":
         raise NotImplementedError
@@ -156,7 +161,7 @@ class Quantizer(nn.Module):
             num_nearest: sample the other code from so many nearest ones in the codebook; `None`:
                 from all others.
         """
-        size = len(self.codebook)
+        size = self.codebook_size
         if size == 1:
             return codes
         if num_nearest is None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 from safetensors.torch import save_file
@@ -48,7 +49,76 @@ def llamagen(x: Tensor):
     return shapes, codes, model.decode_code(codes.flatten(), quantized.shape)
 
 
-MAKERS = {"llamagen": llamagen}
+class Parts(nn.Module):
+    """A tokenizer from its parts, without the project's training code."""
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+DDCONFIG = {"double_z": False, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32,
+            "ch_mult": [1, 2, 2], "num_res_blocks": 1}  # fmt: skip
+
+
+def open_magvit2(x: Tensor):
+    from src.Open_MAGVIT2.modules.diffusionmodules.improved_model import Decoder, Encoder
+    from src.Open_MAGVIT2.modules.vqvae.lookup_free_quantize import LFQ
+
+    sizes = {**DDCONFIG, "z_channels": 6}
+    model = Parts(encoder=Encoder(**sizes), decoder=Decoder(**sizes))
+    shapes = load(model)
+    quantized, _, codes = LFQ(dim=6, codebook_size=2**6).eval()(model.encoder(x))
+    return shapes, codes.view(len(x), *quantized.shape[2:]), model.decoder(quantized)
+
+
+def ibq(x: Tensor):
+    from src.IBQ.modules.diffusionmodules.model import Decoder, Encoder
+    from src.IBQ.modules.vqvae.quantize import IndexPropagationQuantize
+
+    sizes = {**DDCONFIG, "z_channels": 6, "attn_resolutions": [4], "dropout": 0.0}
+    model = Parts(
+        encoder=Encoder(**sizes),
+        decoder=Decoder(**sizes),
+        quantize=IndexPropagationQuantize(24, 5),
+        quant_conv=nn.Conv2d(6, 5, 1),
+        post_quant_conv=nn.Conv2d(5, 6, 1),
+    )
+    shapes = load(model)
+    latents = model.quant_conv(model.encoder(x))
+    _, _, (_, _, codes) = model.quantize(latents)
+    codes = codes.view(len(x), *latents.shape[2:])
+    quantized = model.quantize.embedding(codes).movedim(-1, 1)
+    return shapes, codes, model.decoder(model.post_quant_conv(quantized))
+
+
+def maskbit(x: Tensor):
+    for name in ("", ".models", ".models.feature_extraction"):
+        sys.modules[f"torchvision{name}"] = MagicMock()  # of losses, which are imported too
+    from modeling.conv_vqgan import ConvVQModel
+    from omegaconf import OmegaConf
+
+    model = ConvVQModel(
+        OmegaConf.create(
+            {"quantizer_type": "lookup-free", "token_size": 6, "commitment_cost": 0.25,
+             "entropy_loss_weight": 0.0, "entropy_loss_temperature": 0.01, "entropy_gamma": 1.0,
+             "num_channels": 3, "hidden_channels": 32, "channel_mult": [1, 2, 2],
+             "num_resolutions": 3, "num_res_blocks": 1, "sample_with_conv": True}
+        )
+    )  # fmt: skip
+    shapes = load(model, excluded=("quantize.",))
+    _, results = model.encode((x + 1) / 2)
+    codes = results["min_encoding_indices"]
+    return shapes, codes, model.decode_tokens(codes.flatten(1)) * 2 - 1
+
+
+MAKERS = {
+    "llamagen": llamagen,
+    "open_magvit2": open_magvit2,
+    "ibq": ibq,
+    "maskbit": maskbit,
+}
 
 
 @torch.no_grad()
