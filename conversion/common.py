@@ -251,6 +251,18 @@ def _unpickle(path: Path) -> dict[Any, Any]:
     return contents
 
 
+def section_of(config: Any, name: str, path: str | Path) -> dict[str, Any]:
+    """Return a section of a config.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    section = config.get(name) if isinstance(config, dict) else None
+    if not isinstance(section, dict):
+        raise ValueError(f"expected a section {name} in {path}, got {section!r}")
+    return section
+
+
 # ---- the table -----------------------------------------------------------------------------------
 
 
@@ -452,8 +464,8 @@ def load_table(model: torch.nn.Module, table: Sequence[Row]):
 def check_runs(level: ProgressiveVAELevel):
     """Reconstruct a small image: shapes do not validate all fields of a config, and errors of the
     networks have to come before files are written."""
-    size = 4 * level.config.downsample
-    level.eval().expect(level.encode(torch.zeros(1, level.config.num_channels, size, size)))
+    size = level.config.finer_size((4, 4))
+    level.eval().expect(level.encode(torch.zeros(1, level.config.num_channels, *size)))
 
 
 def write(arguments: Arguments, model: Any):

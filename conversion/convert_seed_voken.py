@@ -34,13 +34,13 @@ from common import (
     read_level,
     read_weights,
     rename,
+    section_of,
     write_checkpoint,
 )
 from convert_taming_vqgan import (
     as_vqmodel,
     read_ddconfig,
     read_yaml,
-    section_of,
     to_convolution,
     to_linear,
 )

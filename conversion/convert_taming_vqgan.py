@@ -22,7 +22,16 @@ import re
 from typing import Any
 
 import yaml
-from common import convert, count_from_finest, inverse, make_table, parse, read_weights, rename
+from common import (
+    convert,
+    count_from_finest,
+    inverse,
+    make_table,
+    parse,
+    read_weights,
+    rename,
+    section_of,
+)
 from torch import Tensor
 
 from progressive_vae.scripts import run_script
@@ -137,13 +146,6 @@ def read_yaml(path: str | None) -> Any:
         message = " ".join(str(error).split())
         raise ValueError(f"expected YAML in config_file {path}, got {message}") from error
     return config
-
-
-def section_of(config: Any, name: str, path: str) -> dict[str, Any]:
-    section = config.get(name) if isinstance(config, dict) else None
-    if not isinstance(section, dict):
-        raise ValueError(f"expected a section {name} in {path}, got {section!r}")
-    return section
 
 
 def read_ddconfig(section: dict[str, Any], path: str) -> dict[str, Any]:

@@ -170,10 +170,12 @@ def observe(
     observations = [Observation(values, observed.float())]
     codes = stack.encode_images(uint8_to_unit(values), batch_size)
     for config, z in zip(reversed(stack.configs), reversed(codes), strict=True):
-        side = config.downsample
-        pad = (0, -observed.shape[-1] % side, 0, -observed.shape[-2] % side)
-        observed = F.avg_pool2d(F.pad(observed, pad), side)
-        inside = F.avg_pool2d(F.pad(inside, pad), side)
+        patch = config.finer_size((1, 1))  # the image, if codes are not of patches
+        pad = (0, -observed.shape[-1] % patch[1], 0, -observed.shape[-2] % patch[0])
+        observed, inside = (
+            F.avg_pool2d(F.pad(share, pad), patch).expand(-1, -1, *z.shape[-2:])
+            for share in (observed, inside)
+        )
         confidence = (2 * observed / inside - 1).clamp(min=0)
         observations.insert(0, Observation(z[:, None], confidence.float()))
     return observations

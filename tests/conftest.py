@@ -15,6 +15,7 @@ INTEGRATION = """
     test_auxiliary_decoder test_streaming test_hub_training test_codec test_remote_code test_app
     test_fixed_point test_hub test_tokenizers test_attack test_global_settings test_level
     test_compress test_archive test_conversion test_conversion_peers test_conversion_damage
+    test_conversion_goldens
     test_modeling_utils test_hub_push test_scripts test_compare_decoders test_ablations test_fit
     test_recipe test_augmentation test_app_load test_sliced_wasserstein
 """.split()

@@ -3,15 +3,25 @@
 `golden/make_tokenizers.py` wrote these, with random weights at tiny size.
 """
 
+import json
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
+from safetensors.torch import save_file
 
-from helpers.conversion import assert_raises, assert_same_outputs, convert
+from helpers.conversion import assert_raises, assert_same_outputs, convert, pixels
+from helpers.recipes import RECIPE
 from helpers.scripts import load_script
 from helpers.tokenizers import Golden, load_golden
-
-pytestmark = pytest.mark.unit
+from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
+from progressive_vae.image_processor import from_pixel_values
+from progressive_vae.models.fingerprint import fingerprint
+from progressive_vae.training import train
 
 
 def save_llamagen(golden: Golden, folder):
@@ -69,31 +79,98 @@ def load_maskbit(folder):
     return weights
 
 
+def save_titok(has_codes: bool):
+    def save(golden: Golden, folder):
+        source = folder / "titok"
+        source.mkdir(exist_ok=True)
+        save_file(golden.weights, source / "model.safetensors")
+        fields = {"use_l2_norm": has_codes, "vit_enc_patch_size": 4, "vit_dec_patch_size": 4}
+        if not has_codes:  # the defaults are others
+            fields |= {"finetune_decoder": False, "is_legacy": False}
+        sections = {"model": {"vq_model": fields}, "dataset": {"preprocessing": {"crop_size": 16}}}
+        (source / "config.json").write_text(json.dumps(sections))
+        return "convert_titok", "--checkpoint_path", source
+
+    return save
+
+
+def load_titok(folder):
+    return torch.load(folder / "pytorch_model.bin", weights_only=True)
+
+
 # name: a function that writes a source, and one that reads what was converted back.
 SOURCES = {
     "llamagen": (save_llamagen, load_llamagen),
     "open_magvit2": (save_seed_voken("src.Open_MAGVIT2.models.lfqgan.VQModel"), load_seed_voken),
     "ibq": (save_seed_voken("src.IBQ.models.ibqgan.IBQ"), load_seed_voken),
     "maskbit": (save_maskbit, load_maskbit),
+    "titok": (save_titok(True), load_titok),
+    "titok_pixels": (save_titok(False), load_titok),
 }
 NAMES = pytest.mark.parametrize("name", SOURCES)
 
 
+class Converted(NamedTuple):
+    golden: Golden
+    folder: Path  # of the level
+    level: ProgressiveVAELevel
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A function from a name to its converted level."""
+
+    @cache
+    def convert_source(name: str) -> Converted:
+        golden, folder = load_golden(name), tmp_path_factory.mktemp(name)
+        script, *flags = SOURCES[name][0](golden, folder)
+        level = convert(script, *flags, output=folder / "level")
+        return Converted(golden, folder / "level", level)
+
+    return convert_source
+
+
 @NAMES
-def test_codes_and_images_are_those_of_the_source(tmp_path, name):
-    golden = load_golden(name)
-    save, load = SOURCES[name]
-    script, *flags = save(golden, tmp_path)
-    level = convert(script, *flags, output=tmp_path / "level")
+def test_codes_and_images_are_those_of_the_source(name, converted):
+    golden, _, level = converted(name)
     assert_same_outputs(level, golden.pixels, golden.codes, golden.image)
-    load_script(script, "conversion").main(
-        ["--reverse", "--checkpoint_path", str(tmp_path / "level"),
-         "--output_path", str(tmp_path / "back")]
-    )  # fmt: skip
+
+
+@NAMES
+def test_the_way_back_to_the_source(tmp_path, name, converted):
+    golden, folder, _ = converted(name)
+    save, load = SOURCES[name]
+    script = load_script(save(golden, tmp_path)[0], "conversion")
+    flags = ["--reverse", "--checkpoint_path", str(folder), "--output_path", str(tmp_path / "back")]
+    script.main(flags)
     back = load(tmp_path / "back")
     assert set(back) == set(golden.weights)
     for key, weight in golden.weights.items():
         assert torch.equal(back[key], weight), key
+
+
+@NAMES
+def test_from_a_tokenizer_to_images(tmp_path, name, converted):
+    """Levels and a prior on a folder of images, above the converted level; samples; a push."""
+    golden, folder, level = converted(name)
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(from_pixel_values(pixels(count=12), "pil")):
+        image.save(tmp_path / "photos" / f"{i}.png")
+    recipe = {**RECIPE, "run": {**RECIPE["run"], "finest_level": str(folder)}}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    pipe = train(
+        recipe, tmp_path / "photos", tmp_path / "run",
+        push_to_hub=True, hub_model_id=f"org/{name}",
+    )  # fmt: skip
+    assert fingerprint([pipe.level_2]) == fingerprint([level])
+    again = ProgressiveVAEPipeline.from_pretrained(f"org/{name}")
+    outputs = [
+        model(num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), preview=True)
+        for model in (pipe, again)
+    ]
+    assert outputs[0].codes[-1].shape == golden.codes.shape
+    assert torch.equal(outputs[0].codes[-1], outputs[1].codes[-1])
+    assert outputs[1].images[0].size == (16, 16)
 
 
 @NAMES

@@ -32,6 +32,13 @@ LFQ = {
     "model_type": "lfq_vqgan", "base_channels": 32, "channel_multiplier": [1, 1],
     "num_res_blocks": 1, "num_bits": 4,
 }  # fmt: skip
+TITOK = {
+    "model_type": "titok", "image_size": 16, "num_tokens": 8, "codebook_size": 12,
+    "codebook_dim": 5, "encoder_width": 8, "encoder_num_layers": 1, "encoder_patch_size": 8,
+    "decoder_width": 8, "decoder_num_layers": 1, "decoder_patch_size": 4,
+    "pixel_codebook_size": 6, "latent_channels": 4, "base_channels": 32,
+    "channel_multiplier": [1, 1, 1], "num_res_blocks": 1,
+}  # fmt: skip
 # The fields of a level that they decide: codebook_size, codebook_dim, downsample.
 TOKENIZERS = [(VQ_MODEL, 12, 3, 2), (JANUS, 12, 5, 4), (DALLE, 12, 6, 8), (SPATIAL, 12, 3, 2),
               (LFQ, 16, 4, 2)]  # fmt: skip

@@ -29,7 +29,7 @@ from .decoders import (
 )
 from .quantizers import QUANTIZER_RULES, QuantizerRules
 from .renamed_fields import rename_fields, renamed_names, warn_about_names
-from .tokenizer import set_tokenizer_fields
+from .tokenizer import fixed_sizes, set_tokenizer_fields
 
 NUM_PIXEL_VALUES = 256  # of one color of a pixel
 MANY_CODES = 2048  # beyond it logits are computed through a table, in parts
@@ -396,6 +396,28 @@ class ProgressiveVAELevelConfig(PartConfig):
             choices = tuple(QUANTIZER_RULES)
             raise ValueError(f"expected quantizer in {choices}, got {self.quantizer!r}")
         return QUANTIZER_RULES[self.quantizer]
+
+    def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
+        """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division, or as a tokenizer has it.
+
+        Raises:
+            ValueError: the tokenizer is for images of another size.
+        """
+        if sizes := fixed_sizes(self.tokenizer_config):
+            if tuple(finer_size) != sizes[0]:
+                raise ValueError(
+                    f"expected images of {sizes[0]}, the size of the tokenizer, got "
+                    f"{tuple(finer_size)}"
+                )
+            return sizes[1]
+        height, width = finer_size
+        return -(-height // self.downsample), -(-width // self.downsample)
+
+    def finer_size(self, codes_size: tuple[int, int]) -> tuple[int, int]:
+        """(H_i, W_i) -> the largest (H_{i+1}, W_{i+1}) that has such a grid of codes."""
+        if sizes := fixed_sizes(self.tokenizer_config):
+            return sizes[0]
+        return codes_size[0] * self.downsample, codes_size[1] * self.downsample
 
     @property
     def is_finest(self) -> bool:

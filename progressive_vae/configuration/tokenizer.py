@@ -27,6 +27,28 @@ LFQ_VQGAN: dict[str, Any] = {"network": "open_magvit2", "num_channels": 3, "base
 NETWORKS = ("open_magvit2", "maskgit")
 MAX_BITS = 20
 
+# A row of tokens for an image of one size. Without `pixel_codebook_size` the decoder's transformer
+# returns pixels, otherwise probabilities of codes, for the VQGAN's decoder of the fields below it.
+TITOK: dict[str, Any] = {
+    "image_size": 256,
+    "num_channels": 3,
+    "num_tokens": 32,
+    "codebook_size": 4096,
+    "codebook_dim": 12,
+    "similarity": "cosine",
+    "encoder_width": 1024,
+    "encoder_num_layers": 24,
+    "encoder_patch_size": 16,
+    "decoder_width": 1024,
+    "decoder_num_layers": 24,
+    "decoder_patch_size": 16,
+    "pixel_codebook_size": 1024,
+    "latent_channels": 256,
+    "base_channels": 128,
+    "channel_multiplier": [1, 1, 2, 2, 4],
+    "num_res_blocks": 2,
+}
+
 
 class TokenizerShape(NamedTuple):
     """The fields of a level that its tokenizer determines."""
@@ -49,7 +71,7 @@ def _defaults(kind: str) -> dict[str, Any]:
         excluded = ("model_type", "base_config_key")
         names = [name for name in JanusVQVAEConfig.__annotations__ if name not in excluded]
         return {**{name: getattr(config, name) for name in names}, "similarity": "euclidean"}
-    return {"dalle_dvae": DALLE_DVAE, "lfq_vqgan": LFQ_VQGAN}[kind]
+    return {"dalle_dvae": DALLE_DVAE, "lfq_vqgan": LFQ_VQGAN, "titok": TITOK}[kind]
 
 
 def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +112,29 @@ def _lfq_vqgan_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
     return channels, TokenizerShape(channels, 2**num_bits, num_bits, downsample)
 
 
+def _titok_shape(fields: dict[str, Any]) -> tuple[int, TokenizerShape]:
+    channels, downsample = fields["num_channels"], fields["decoder_patch_size"]
+    for name in ("encoder_patch_size", "decoder_patch_size"):
+        if fields["image_size"] % fields[name]:
+            raise ValueError(
+                f"expected {name} to divide image_size={fields['image_size']}, got {fields[name]}"
+            )
+    factor = 2 ** (len(fields["channel_multiplier"]) - 1)
+    if fields["pixel_codebook_size"] is not None and factor != downsample:
+        raise ValueError(
+            f"expected channel_multiplier of a decoder that upsamples by decoder_patch_size="
+            f"{downsample}, got {fields['channel_multiplier']}"
+        )
+    shape = TokenizerShape(channels, fields["codebook_size"], fields["codebook_dim"], downsample)
+    return channels, shape
+
+
 _SHAPES = {
     "vq_model": _vq_model_shape,
     "janus_vqgan": _janus_vqgan_shape,
     "dalle_dvae": _dalle_dvae_shape,
     "lfq_vqgan": _lfq_vqgan_shape,
+    "titok": _titok_shape,
 }
 
 
@@ -104,7 +144,8 @@ class Tokenizer:
 
     Args:
         kind: `"vq_model"` (diffusers' `VQModel`), `"janus_vqgan"` (transformers' `JanusVQVAE`),
-            `"dalle_dvae"` (OpenAI's discrete VAE) or `"lfq_vqgan"` (Open-MAGVIT2, MaskBit).
+            `"dalle_dvae"` (OpenAI's discrete VAE), `"lfq_vqgan"` (Open-MAGVIT2, MaskBit) or
+            `"titok"`.
         fields: of the library's own config; of a `"vq_model"` also `do_normalize`, whether its
             input is an image in [−1, 1] rather than [0, 1]. Those with a codebook have
             `similarity`: `"euclidean"`, `"cosine"` or `"dot"`, by which latents have codes.
@@ -168,6 +209,15 @@ def read_tokenizer(config: dict[str, Any]) -> Tokenizer:
     return Tokenizer(kind, fields, shape)
 
 
+def fixed_sizes(config: dict[str, Any] | None) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Return (image size, grid of codes) of a `tokenizer_config` for images of one size, or
+    `None` if a code is of a patch, and images have any size."""
+    if config is None or config.get("model_type") != "titok":
+        return None
+    fields = {**TITOK, **config}
+    return (fields["image_size"], fields["image_size"]), (1, fields["num_tokens"])
+
+
 def set_tokenizer_fields(config: PreTrainedConfig):
     """Set the fields of a level's config that its tokenizer determines.
 
@@ -180,3 +230,8 @@ def set_tokenizer_fields(config: PreTrainedConfig):
                 f"expected {name}={value}, as tokenizer_config has, got {getattr(config, name)}"
             )
         setattr(config, name, value)
+    if fixed_sizes(config.tokenizer_config) and config.decoder_type != "auxiliary":
+        raise ValueError(
+            "expected decoder_type='auxiliary' of a tokenizer whose codes are not of patches, got "
+            f"{config.decoder_type!r}"
+        )

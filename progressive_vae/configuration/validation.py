@@ -21,11 +21,13 @@ def grid_sizes(
     Args:
         configs: of [level_1 … level_N].
         image_size: (H, W).
+
+    Raises:
+        ValueError: the finest level's tokenizer is for images of another size.
     """
     sizes = [(image_size[0], image_size[1])]
     for config in reversed(configs):
-        height, width = sizes[0]
-        sizes.insert(0, (-(-height // config.downsample), -(-width // config.downsample)))
+        sizes.insert(0, config.codes_size(sizes[0]))
     return sizes
 
 
@@ -148,8 +150,10 @@ def check_image_size(
     if image_size is None:
         if prior is None:
             raise ValueError("expected image_size=[H, W] of a pipeline without a prior, got None")
-        scale = math.prod(config.downsample for config in configs)
-        image_size = [n * scale for n in prior.grid_size]
+        size = (prior.grid_size[0], prior.grid_size[1])
+        for config in configs:
+            size = config.finer_size(size)
+        image_size = [*size]
     is_pair = isinstance(image_size, (list, tuple)) and len(image_size) == 2
     if not is_pair or any(int(n) != n or n < 1 for n in image_size):
         raise ValueError(f"expected image_size of two positive integers, got {image_size}")

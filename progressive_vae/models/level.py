@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..arguments import as_integer, as_number, renamed_argument
 from ..configuration.level import DECODER_FIELDS, ProgressiveVAELevelConfig
-from ..configuration.validation import check_codes, grid_sizes
+from ..configuration.validation import check_codes
 from .auxiliary_decoder import Auxiliary, AuxiliaryDecoder
 from .conditioning import ClassLabels, Conditioning
 from .decoders import Condition, Decoder, make_decoder
@@ -124,7 +124,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
 
     def codes_size(self, finer_size: tuple[int, int]) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}) -> (H_i, W_i), by ceiling division."""
-        return grid_sizes([self.config], finer_size)[0]
+        return self.config.codes_size(finer_size)
 
     def forward(
         self,
@@ -449,7 +449,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
     def _finer_size(self, size: Any, codes: Tensor) -> tuple[int, int]:
         """(H_{i+1}, W_{i+1}); `None`: `downsample` times the grid of codes."""
         if size is None:
-            size = [n * self.config.downsample for n in codes.shape[-2:]]
+            size = self.config.finer_size((codes.shape[-2], codes.shape[-1]))
         if not isinstance(size, (list, tuple, np.ndarray, Tensor)) or len(size) != 2:
             raise ValueError(f"expected finer_size of two positive integers, got {size!r}")
         size = (as_integer("finer_size", size[0], 1), as_integer("finer_size", size[1], 1))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from diffusers.models.autoencoders.vae import VectorQuantizer
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -22,6 +23,7 @@ from .layers import ZeroConv2d
 from .quantizer_base import Quantizer, QuantizerOutput
 from .residual_vqgan import ResidualDecoder, residual_encoder
 from .sampling import Generators
+from .titok import TiTokDecoder, TiTokEncoder
 
 PIXELS_AT_A_TIME = 2**19  # of a batch in a network of full resolution
 DISTANCES_AT_A_TIME = 2**24  # between latents and code vectors
@@ -211,8 +213,7 @@ class TokenizerDecoder(Auxiliary):
         return self
 
     def forward(self, quantized: Tensor, size: tuple[int, int]) -> Tensor:
-        full = quantized[0, 0].numel() * self.config.downsample**2
-        parts = quantized.split(max(1, PIXELS_AT_A_TIME // full))
+        parts = quantized.split(max(1, PIXELS_AT_A_TIME // math.prod(size)))
         image = torch.cat([self.show(self._decode(part)) for part in parts])
         parameters = torch.cat([image, self.scales(image.detach())], 1)
         return parameters[..., : size[0], : size[1]].float()
@@ -301,9 +302,21 @@ def _lfq_vqgan(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
     )
 
 
+def _titok(config: ProgressiveVAELevelConfig, tokenizer: Tokenizer):
+    fields = tokenizer.fields
+    similarity = fields["similarity"]
+    quantize = VectorQuantizer(fields["codebook_size"], fields["codebook_dim"], beta=0.25)
+    return (
+        TokenizerEncoder(_halved, config.downsample, encoder=TiTokEncoder(fields)),
+        CodebookQuantizer(quantize, similarity, is_normalized=similarity == "cosine"),
+        TokenizerDecoder(config, _doubled, decoder=TiTokDecoder(fields)),
+    )
+
+
 _MAKERS: dict[str, Callable] = {
     "vq_model": _vq_model,
     "janus_vqgan": _janus_vqgan,
     "dalle_dvae": _dalle_dvae,
     "lfq_vqgan": _lfq_vqgan,
+    "titok": _titok,
 }

@@ -142,10 +142,15 @@ def _upsample(width: int, network: str) -> nn.Sequential:
 
 
 class _DepthToSpace(nn.Module):
-    """(B, 4C, H, W) -> (B, C, 2H, 2W); the C channels of a pixel follow each other."""
-
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(x.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2), 2)
+        return depth_to_space(x, 2)
+
+
+def depth_to_space(x: Tensor, factor: int) -> Tensor:
+    """(B, factor²·C, H, W) -> (B, C, factor·H, factor·W); the C channels of a pixel follow each
+    other."""
+    x = x.unflatten(1, (factor**2, -1)).transpose(1, 2).flatten(1, 2)
+    return F.pixel_shuffle(x, factor)
 
 
 class _AdaptiveGroupNorm(nn.Module):

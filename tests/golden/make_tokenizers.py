@@ -8,9 +8,11 @@ file contains these, the pixels, codes and image, and the commit of the checkout
 """
 
 import json
+import re
 import subprocess
 import sys
 from functools import partial
+from importlib.machinery import FileFinder, SourceFileLoader
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -30,7 +32,8 @@ def load(model: nn.Module, excluded: tuple[str, ...] = ()) -> dict[str, list[int
         for name, weight in model.state_dict().items()
         if not name.startswith(excluded)
     }
-    model.load_state_dict(random_weights(shapes), strict=False)
+    incompatible = model.load_state_dict(random_weights(shapes), strict=False)
+    assert all(name.startswith(excluded) for name in incompatible.missing_keys)
     model.eval()
     return shapes
 
@@ -93,9 +96,20 @@ def ibq(x: Tensor):
     return shapes, codes, model.decoder(model.post_quant_conv(quantized))
 
 
+def stub_torchvision():
+    """Losses import it, and are imported beside the networks."""
+    for name in (
+        "",
+        ".models",
+        ".models.feature_extraction",
+        ".transforms",
+        ".transforms._presets",
+    ):
+        sys.modules[f"torchvision{name}"] = MagicMock()
+
+
 def maskbit(x: Tensor):
-    for name in ("", ".models", ".models.feature_extraction"):
-        sys.modules[f"torchvision{name}"] = MagicMock()  # of losses, which are imported too
+    stub_torchvision()
     from modeling.conv_vqgan import ConvVQModel
     from omegaconf import OmegaConf
 
@@ -113,11 +127,54 @@ def maskbit(x: Tensor):
     return shapes, codes, model.decode_tokens(codes.flatten(1)) * 2 - 1
 
 
+# Constants in the source text of TiTok, and those of a small one.
+SMALL_TITOK = {
+    '"small": 512': '"small": 64',
+    r'"small": 8,(\s+"base": 12,\s+"large": 24)': r'"small": 2,\1',
+    r'"small": 8,(\s+"base": 12,\s+"large": 16)': r'"small": 1,\1',
+    "2 \\* self.width, 1024": "2 * self.width, 16",
+    r"\[1, 1, 2, 2, 4\]": "[1, 2, 2]",
+    '"num_resolutions": 5': '"num_resolutions": 3',
+    '"hidden_channels": 128': '"hidden_channels": 32',
+    '"num_res_blocks": 2': '"num_res_blocks": 1',
+    '"z_channels": 256': '"z_channels": 6',
+    "num_embeddings=1024, embedding_dim=256": "num_embeddings=16, embedding_dim=6",
+}
+
+
+def titok(x: Tensor, has_codes: bool = True):
+    stub_torchvision()
+    sys.path_hooks.insert(0, FileFinder.path_hook((SmallLoader, [".py"])))
+    sys.path_importer_cache.clear()
+    from modeling.titok import TiTok
+
+    fields = {"codebook_size": 24, "token_size": 5, "use_l2_norm": has_codes,
+              "commitment_cost": 0.25, "vit_enc_model_size": "small", "vit_dec_model_size": "small",
+              "vit_enc_patch_size": 4, "vit_dec_patch_size": 4, "num_latent_tokens": 8,
+              "finetune_decoder": has_codes, "is_legacy": has_codes}  # fmt: skip
+    model = TiTok({"model": {"vq_model": fields}, "dataset": {"preprocessing": {"crop_size": 16}}})
+    shapes = load(model)
+    codes = model.encode((x + 1) / 2)[1]["min_encoding_indices"]
+    return shapes, codes, model.decode_tokens(codes) * 2 - 1
+
+
+class SmallLoader(SourceFileLoader):
+    """Imports modules with the constants of `SMALL_TITOK`."""
+
+    def get_code(self, fullname):
+        text = self.get_data(self.get_filename(fullname)).decode()
+        for pattern, replacement in SMALL_TITOK.items():
+            text = re.sub(pattern, replacement, text)
+        return compile(text, fullname, "exec")
+
+
 MAKERS = {
     "llamagen": llamagen,
     "open_magvit2": open_magvit2,
     "ibq": ibq,
     "maskbit": maskbit,
+    "titok": titok,
+    "titok_pixels": partial(titok, has_codes=False),
 }
 
 

@@ -35,12 +35,14 @@ def random_weights(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     for name, shape in sorted(shapes.items()):
         noise = torch.tensor(random.standard_normal(shape), dtype=torch.float32)
         is_norm = ("norm" in name or "ln_" in name) and name.endswith("weight")
-        if "embedding" in name or name == "latent_tokens":
+        if name.endswith("embedding.weight"):
             weights[name] = noise
+        elif name.endswith("decoder.conv_out.bias"):  # images are in [−1, 1] or in [0, 1]
+            weights[name] = 0.3 + 0.1 * noise
         elif noise.ndim == 1:
             weights[name] = is_norm + 0.2 * noise
         else:
-            gain = 0.4 if name.endswith("decoder.conv_out.weight") else 1.0
+            gain = 0.3 if name.endswith("decoder.conv_out.weight") else 1.0
             weights[name] = noise * gain / noise[0].numel() ** 0.5
     return weights
 
