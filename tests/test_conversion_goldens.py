@@ -4,6 +4,7 @@
 """
 
 import json
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -149,20 +150,25 @@ def test_the_way_back_to_the_source(tmp_path, name, converted):
         assert torch.equal(back[key], weight), key
 
 
-@NAMES
-def test_from_a_tokenizer_to_images(tmp_path, name, converted):
+@pytest.mark.parametrize(
+    "name, num_levels", [("llamagen", 1), ("open_magvit2", 2), ("maskbit", 1), ("titok", 2)]
+)
+def test_from_a_tokenizer_to_images(tmp_path, name, num_levels, converted):
     """Levels and a prior on a folder of images, above the converted level; samples; a push."""
     golden, folder, level = converted(name)
     (tmp_path / "photos").mkdir()
     for i, image in enumerate(from_pixel_values(pixels(count=12), "pil")):
         image.save(tmp_path / "photos" / f"{i}.png")
-    recipe = {**RECIPE, "run": {**RECIPE["run"], "finest_level": str(folder)}}
+    recipe = deepcopy(RECIPE)
+    recipe["levels"]["fit"] = recipe["prior"]["fit"] = {"max_train_steps": 1}
+    recipe["num_levels"] = num_levels
+    recipe["run"] |= {"finest_level": str(folder), "num_validation_images": 1}
     AcceleratorState._reset_state(reset_partial_state=True)
     pipe = train(
         recipe, tmp_path / "photos", tmp_path / "run",
         push_to_hub=True, hub_model_id=f"org/{name}",
     )  # fmt: skip
-    assert fingerprint([pipe.level_2]) == fingerprint([level])
+    assert fingerprint([pipe.levels[-1]]) == fingerprint([level])
     again = ProgressiveVAEPipeline.from_pretrained(f"org/{name}")
     outputs = [
         model(num_images_per_prompt=2, generator=torch.Generator().manual_seed(0), preview=True)
@@ -181,7 +187,6 @@ def test_damaged_weights_write_nothing(tmp_path, name):
     bias = golden.weights[key]
     for change, words in (
         ({"decoder.extra.weight": torch.zeros(2)}, "1 unexpected: decoder.extra.weight"),
-        ({key: bias[:2]}, "1 mismatched: .*conv_out.bias"),
         ({key: bias * float("nan")}, "expected finite weights, .*conv_out.bias"),
         ({key: None}, "1 missing: auxiliary.decoder.*conv_out.bias"),
     ):

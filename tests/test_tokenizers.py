@@ -11,7 +11,10 @@ from progressive_vae import (
     ProgressiveVAELevel,
     ProgressiveVAELevelConfig,
     ProgressiveVAEPipeline,
+    ProgressiveVAEPrior,
+    ProgressiveVAEPriorConfig,
 )
+from progressive_vae.inpainting import observe
 from progressive_vae.models import pretrained_tokenizers as tokenizers
 from progressive_vae.models.fingerprint import fingerprint
 from progressive_vae.training import train
@@ -148,6 +151,42 @@ def test_the_codebook_of_a_lookup_free_tokenizer_is_never_in_memory(monkeypatch)
     assert strong.log_prob(pixels(), codes).isfinite().all()
 
 
+def test_a_row_of_tokens():
+    """A tokenizer for images of one size: no code is of a patch."""
+    level = level_with(TITOK)
+    images = pixels(height=16, width=16)
+    codes = level.encode(images)
+    assert codes.shape == (3, 1, 8) and level.expect(codes).shape == (3, 3, 16, 16)
+    assert level.log_prob(images, codes).isfinite().all()
+    with pytest.raises(ValueError, match=r"images of \(16, 16\), the size of the tokenizer, got"):
+        level.expect(codes, (11, 13))
+    with pytest.raises(ValueError, match="expected decoder_type='auxiliary' of a tokenizer"):
+        level.with_decoder(decoder_type="conv")
+
+    above = ProgressiveVAELevel(
+        ProgressiveVAELevelConfig(num_symbols=12, hidden_size=8, num_layers=1, codebook_size=6)
+    )
+    backbone = {**BACKBONE, "vocab_size": 7}
+    prior = ProgressiveVAEPrior(
+        ProgressiveVAEPriorConfig(codebook_size=6, grid_size=[1, 4], backbone_config=backbone)
+    )
+    pipe = ProgressiveVAEPipeline(prior=prior, level_1=above.eval(), level_2=level)
+    assert pipe.grid_sizes == [(1, 4), (1, 8), (16, 16)]
+    unit = (images + 1) / 2
+    assert pipe.bits_per_dim(unit)["total"] > 0
+    for size in ([11, 16], [32, 32]):
+        with pytest.raises(ValueError, match="the size of the tokenizer"):
+            ProgressiveVAEPipeline(None, level_1=level, image_size=size)
+
+    # A token that sees masked pixels is uncertain, wherever they are.
+    mask = torch.zeros(16, 16)
+    for width, confidence in ((0, 1.0), (4, 0.5), (8, 0.0)):
+        mask[:, :width] = 1
+        observed = observe(pipe.stack, unit, mask, 3)[1]
+        assert observed.confidence.shape == (3, 1, 1, 8)
+        assert (observed.confidence == confidence).all()
+
+
 def test_images_are_seen_as_the_source_saw_them():
     """The same weights that see [0, 1] say of it what those that see [−1, 1] say of twice as much
     less one."""
@@ -190,6 +229,8 @@ def test_large_batches_go_through_in_parts(monkeypatch):
         ({**LFQ, "network": "vqgan"}, "expected network in .*, got 'vqgan'"),
         ({**LFQ, "num_bits": 10**9}, "expected num_bits <= 20"),
         ({**LFQ, "base_channels": 33}, "network of 'lfq_vqgan'.*divisible"),
+        ({**TITOK, "encoder_patch_size": 5}, "expected encoder_patch_size to divide image_size"),
+        ({**TITOK, "channel_multiplier": [1]}, "a decoder that upsamples by decoder_patch_size=4"),
     ],
 )  # fmt: skip
 def test_what_is_no_tokenizer_is_an_error(tokenizer, words):
