@@ -26,6 +26,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -289,8 +290,10 @@ def parse(module: ModuleType, flags: list[str]):
         return functools.wraps(function)(lambda **options: stop())  # one for each function
 
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(module, "Arguments"):
-            patch.setattr(module.Arguments, "__post_init__", stop)
+        is_conversion = module.__name__.startswith("convert_") and hasattr(module, "make_table")
+        owner = sys.modules["common"] if is_conversion else module
+        if hasattr(owner, "Arguments"):
+            patch.setattr(owner.Arguments, "__post_init__", stop)
         elif hasattr(module, "auto_cli"):
             auto_cli = module.auto_cli
             patch.setattr(
