@@ -151,7 +151,7 @@ def test_the_way_back_to_the_source(tmp_path, name, converted):
 
 
 @pytest.mark.parametrize(
-    "name, num_levels", [("llamagen", 1), ("open_magvit2", 2), ("maskbit", 1), ("titok", 2)]
+    "name, num_levels", [("llamagen", 1), ("open_magvit2", 1), ("maskbit", 1), ("titok", 2)]
 )
 def test_from_a_tokenizer_to_images(tmp_path, name, num_levels, converted):
     """Levels and a prior on a folder of images, above the converted level; samples; a push."""
@@ -164,10 +164,8 @@ def test_from_a_tokenizer_to_images(tmp_path, name, num_levels, converted):
     recipe["num_levels"] = num_levels
     recipe["run"] |= {"finest_level": str(folder), "num_validation_images": 1}
     AcceleratorState._reset_state(reset_partial_state=True)
-    pipe = train(
-        recipe, tmp_path / "photos", tmp_path / "run",
-        push_to_hub=True, hub_model_id=f"org/{name}",
-    )  # fmt: skip
+    pipe = train(recipe, tmp_path / "photos", tmp_path / "run")
+    pipe.push_to_hub(f"org/{name}")
     assert fingerprint([pipe.levels[-1]]) == fingerprint([level])
     again = ProgressiveVAEPipeline.from_pretrained(f"org/{name}")
     outputs = [
