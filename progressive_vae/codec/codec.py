@@ -210,6 +210,8 @@ def compress(
     batch_size = batch_size_of(stack)
     images = as_images(images)
     conditioning = stack.as_conditioning(class_labels, len(images))
+    if conditioning.embeddings is not None:
+        raise ValueError(f"{NO_TEXTS}, got embeddings")
     weights = weights_digest(stack)[:2]
     arithmetic_hash = _hash(_describe_arithmetic(stack, is_fixed_point, batch_size), 1)
     streams: list[bytes] = []
