@@ -40,7 +40,6 @@ from .pipeline_inputs import (
 )
 from .stack import LevelStack
 
-
 TEXTS = {field.name for field in fields(TextInputs)}
 
 
@@ -264,7 +263,7 @@ class ProgressiveVAEPipeline(HubPipeline):
 
     def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         device = self._execution_device
-        if self.text_encoder is not None:
+        if self.text_encoder is not None and self.tokenizer is not None:
             return encode_texts(self.text_encoder, self.tokenizer, texts, device)
         name = self.config["text_encoder_id"]
         if name is None:

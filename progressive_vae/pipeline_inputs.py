@@ -131,7 +131,9 @@ class TextInputs:
         if text is not None and embeds is not None:
             raise ValueError(f"expected one of {name} and {name}_embeds, got both")
         if mask is not None and embeds is None:
-            raise ValueError(f"expected {name}_attention_mask with {name}_embeds only, got it alone")
+            raise ValueError(
+                f"expected {name}_attention_mask with {name}_embeds only, got it alone"
+            )
         if text is not None:
             embeds, mask = encode(as_texts(text, name))
         if embeds is None:

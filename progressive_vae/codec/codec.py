@@ -45,6 +45,7 @@ FLOAT_ADVICE = (
     'Streams of arithmetic="integer" are read by any CPU; for those of "float", set torch, '
     "ATEN_CPU_CAPABILITY, MKL_CBWR and ONEDNN_MAX_CPU_ISA as where they were made"
 )
+NO_TEXTS = "expected prompt=None, as streams are of the null condition or a class"
 OTHER_PIXELS = "expected pixels with the checksum of stream, got others: "
 TOTAL = 2**24  # sum of the counts of all values, each one or more
 # Images in a batch, and values of all of them together.

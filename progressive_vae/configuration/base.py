@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         num_classes: int
         class_dropout: float
         condition_dim: int | None
-        is_conditional: bool
         id2label: dict[int, str] | None
 
         def __getattribute__(self, name: str) -> object: ...

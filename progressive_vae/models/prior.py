@@ -1,6 +1,7 @@
 """The prior `P_Φ(z_1)`: a causal language model of transformers over codes in raster order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -66,7 +67,7 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
         if config.condition_dim is not None:
-            width = self.backbone.get_input_embeddings().embedding_dim
+            width: Any = self.backbone.get_input_embeddings().embedding_dim
             self.prefix = nn.Embedding(config.num_prefix_tokens, width)
             self.condition_attention = ConditionAttention(width, config.condition_dim)
         self.post_init()

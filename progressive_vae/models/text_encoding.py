@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def load_text_encoder(name: str | None) -> tuple[PreTrainedModel, PreTrainedToke
         subfolders = {part: part for part in subfolders}
     options = {"subfolder": subfolders["text_encoder"]}
     config = AutoConfig.from_pretrained(name, **options)
-    model_class = AutoModel
+    model_class: Any = AutoModel
     if isinstance(config, CLIPConfig):  # the whole of CLIP, which has a text model
         model_class = CLIPTextModel
     elif type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
