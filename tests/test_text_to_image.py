@@ -206,6 +206,9 @@ def test_saved_and_pushed_with_the_text_encoder(pipe, tmp_path):
     pipe.push_to_hub("org/texts")
     files = HUB.files("org/texts")
     assert {"text_encoder/model.safetensors", "tokenizer/tokenizer.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert 'pipe(["0"], prompt="a text", num_images' in card and "the class, embeddings" in card
+    assert "pipeline_tag: text-to-image" in card
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sources = [str(tmp_path / "pipe"), "org/texts"]

@@ -244,6 +244,7 @@ def make_card(folder: Path, repository: str, with_code: bool = False) -> ModelCa
             variant,
             with_code,
             index.get("sampling"),
+            has_texts=bool(index.get("text_encoder_id") or _text_parts(folder)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
