@@ -206,6 +206,16 @@ def test_embeddings_of_another_length():
         FACTORS["prior"].log_prob(torch.zeros(2, 2, 2).long(), conditioning)
 
 
+@pytest.mark.parametrize("name", ["prior", "conv", "transformer"])
+def test_log_prob_compiles_without_graph_breaks(name):
+    factor = FACTORS[name]
+    grids = all_grids(3, 2, 2)[:2]
+    condition = conditioning_of(factor, lengths=(2, 0))
+    compiled = torch.compile(log_prob, backend="eager", fullgraph=True)
+    expected = log_prob(factor, grids, condition)
+    assert torch.allclose(compiled(factor, grids, condition), expected, atol=1e-5)
+
+
 def test_attention_of_a_float16_text_encoder_and_compiled():
     attention = ConditionAttention(8, D)
     torch.nn.init.normal_(attention.output.weight)

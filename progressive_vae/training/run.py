@@ -249,9 +249,14 @@ class Run:
         pixels = self.pixels["train"]
         assert isinstance(pixels, GridDataset)  # a stream has no captions
         ids = pixels.captions[[i % len(pixels) for i in indices]]
-        return self._captions().batch(ids.tolist())
+        embeddings, mask = self.captions().batch(ids.tolist())
+        device = self.accelerator.device
+        if device.type == "cuda":  # a copy of pinned memory does not make the host wait
+            embeddings = embeddings.pin_memory()
+            mask = mask.pin_memory()
+        return embeddings.to(device, non_blocking=True), mask.to(device, non_blocking=True)
 
-    def _captions(self) -> CaptionEmbeddings:
+    def captions(self) -> CaptionEmbeddings:
         """Return the embeddings of all captions, which are computed once."""
         assert self.texts is not None
         if self._caption_cache is None:

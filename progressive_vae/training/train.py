@@ -256,6 +256,8 @@ def _prepare_folder(plan: Plan, push: Push | None, overwrite_cache: bool):
                 write_recipe(run, plan.recipe, plan.pretrained_paths, phase, plan.is_first)
     copy_pretrained_levels(run, plan.pretrained)
     save_text_encoder(run, overwrite=plan.is_first)
+    if run.texts is not None and plan.phases:
+        run.captions()
 
 
 def _run_phases(plan: Plan, push: Push | None) -> ProgressiveVAEPipeline | None:
