@@ -99,6 +99,14 @@ def test_a_finished_run_is_resumed_and_another_text_encoder_refused(trained, tmp
         train(other, table, folder)
 
 
+def test_a_refit_needs_the_captions_of_its_level(trained, tmp_path):
+    fields = {**RECIPE["level_1"], "text_conditional": False, "refit": {"fit": FEW}}
+    run = {**RECIPE["run"], "finest_level": str(trained[0] / "level_1")}
+    recipe = {**RECIPE, "num_levels": 1, "level_1": fields, "data": {}, "run": run}
+    with pytest.raises(ValueError, match="level_1: expected captions .* condition_dim=128, got No"):
+        train(recipe, trained[2], tmp_path)
+
+
 def test_a_stopped_run_ends_with_the_same_weights(trained, tmp_path, monkeypatch):
     _, recipe, table = trained
     recipe = {**recipe, "run": {**recipe["run"], "checkpointing_steps": 2}}

@@ -141,15 +141,27 @@ def check_early_stopping(phases: list[Phase], splits: Collection[str]):
 
 
 def check_phases(
-    phases: list[Phase], configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
+    phases: list[Phase],
+    configs: list[ProgressiveVAELevelConfig],
+    image_size: tuple[int, int],
+    condition_dim: int | None = None,
 ):
-    """Raise a `ValueError` unless levels fit the images, also when refitted, and backbones are
-    causal."""
+    """Raise a `ValueError` unless levels fit the images, also when refitted, backbones are causal,
+    and there are captions for parts that are conditioned on them.
+
+    Args:
+        condition_dim: length of the embeddings of captions; `None`: there are none.
+    """
     refitted = list(configs)
     for phase in phases:
         if isinstance(phase, RefitPhase):
             refitted[phase.index - 1] = phase.model_config(configs)
         config = copy.deepcopy(phase.model_config(configs))
+        if config.condition_dim not in (None, condition_dim):
+            raise ValueError(
+                f"{phase.part}: expected captions with embeddings of length "
+                f"condition_dim={config.condition_dim}, got {condition_dim}"
+            )
         model: Model
         try:
             if isinstance(config, ProgressiveVAEPriorConfig):

@@ -201,7 +201,7 @@ def _plan(
     order = greedy_order(recipe, configs, image_size, class_names, pretrained_paths, condition_dim)
     order = allocate_time(order, recipe.run.max_train_minutes)
     phases = select_phases(order, phase)
-    check_phases(phases, configs, image_size)
+    check_phases(phases, configs, image_size, condition_dim)
     check_early_stopping(phases, source.splits)
     names = [planned.name for planned in order]
     is_first = phase in ("all", names[0])
