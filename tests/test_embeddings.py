@@ -153,12 +153,17 @@ def test_a_prior_and_a_level_are_saved_with_their_attention(tmp_path):
         assert torch.equal(log_prob(new, grids, condition), expected)
 
 
-def test_training_drops_class_and_embeddings_together():
+def test_training_drops_class_and_embeddings_together_and_each_alone():
     prior = tiny_prior(condition_dim=D, num_classes=2)
     condition = conditioning_of(prior, labels=[0, 1])
-    dropped = condition.drop(0.5, generators(2))
-    is_null = dropped.class_ids == 2
-    assert torch.equal(is_null, ~dropped.mask.any(1)) and 0 < is_null.sum() < 2
+    many = condition.repeat(5000).drop(0.2, torch.Generator().manual_seed(0))
+    has_class, has_text = many.class_ids != 2, many.mask.any(1)
+    for share, rows in ((0.2, ~has_class & ~has_text), (0.2, ~has_class & has_text),
+                        (0.2, has_class & ~has_text), (0.4, has_class & has_text)):  # fmt: skip
+        assert rows.float().mean().item() == pytest.approx(share, abs=0.02)
+    only_text = conditioning_of(tiny_prior(condition_dim=D)).repeat(5000)
+    dropped = ~only_text.drop(0.2, torch.Generator().manual_seed(0)).mask.any(1)
+    assert dropped.float().mean().item() == pytest.approx(0.2, abs=0.02)
     prior.config.class_dropout = 1.0
     grids = all_grids(3, 2, 2)[:2]
     assert torch.equal(prior.train()(grids, condition).log_prob, prior.eval().log_prob(grids))

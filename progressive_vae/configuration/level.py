@@ -147,7 +147,7 @@ class ProgressiveVAELevelConfig(PartConfig):
             one value.
         num_classes: number of class labels that the decoder is conditioned on; 0: none.
         class_dropout: probability of the null condition in place of class and embeddings in
-            training.
+            training, and of each of two alone.
         condition_dim: D, the length of the embeddings that the decoder is conditioned on, as those
             of a text encoder; `None`: none.
         code_noise: noise conditioning augmentation of a refit: each code of z_i is replaced with a

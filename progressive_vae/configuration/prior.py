@@ -28,7 +28,8 @@ class ProgressiveVAEPriorConfig(PartConfig):
         grid_size: [H_1, W_1].
         num_classes: number of class labels; 0 for an unconditional prior.
         class_dropout: probability that training shows the null condition in place of class and
-            embeddings; at 0 the null condition, whose bits are the headline, is never learned.
+            embeddings, and each of two alone; at 0 the null condition, whose bits are the headline,
+            is never learned.
         condition_dim: D, the length of the embeddings that the prior is conditioned on, as those of
             a text encoder; `None`: none.
         backbone_config: any causal-LM config of transformers, as a config or as a dict with its

@@ -150,12 +150,19 @@ class Conditioning:
         """Each example replaced by a null one with a probability.
 
         One network learns P(· | condition) and P(·), for classifier-free guidance (Ho & Salimans
-        2022). Class and embeddings of an example are replaced together.
+        2022). Of examples with a class and embeddings, each is also dropped alone, with the same
+        probability, so that either can be the only condition.
         """
-        is_dropped = uniform(self.class_ids.shape, generator, self.class_ids.device) < probability
-        class_ids = self.class_ids.masked_fill(is_dropped, self.num_classes)
-        mask = None if self.mask is None else self.mask & ~is_dropped[:, None]
-        return replace(self, class_ids=class_ids, mask=mask)
+        noise = uniform(self.class_ids.shape, generator, self.class_ids.device)
+        has_both = self.mask is not None and self.num_classes > 0
+        is_class_dropped = noise < (2 * probability if has_both else probability)
+        class_ids = self.class_ids.masked_fill(is_class_dropped, self.num_classes)
+        if self.mask is None:
+            return replace(self, class_ids=class_ids)
+        is_text_dropped = noise < probability
+        if has_both:
+            is_text_dropped |= ~is_class_dropped & (noise < 3 * probability)
+        return replace(self, class_ids=class_ids, mask=self.mask & ~is_text_dropped[:, None])
 
     def for_factor(self, config: PartConfig) -> "Conditioning":
         """What a factor with this config uses: nothing, if it is unconditional.

@@ -95,8 +95,8 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
 
         In training mode each condition is replaced by the null condition with probability
-        `class_dropout`, so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | condition)`;
-        `generator` samples which.
+        `class_dropout` (see `Conditioning.drop`), so that one network learns `P_Φ(z_1)` and
+        `P_Φ(z_1 | condition)`; `generator` samples which.
 
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
