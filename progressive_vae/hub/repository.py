@@ -1,6 +1,7 @@
 """Saving a pipeline to a folder, pushing it to the Hub, and loading it again."""
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -37,6 +38,7 @@ _EVALUATE_AGAIN = "delete it, and evaluate the pipeline again (examples/train.py
 _SLOT = re.compile(r"prior|level_\d")
 TEXT_ENCODER = "text_encoder"
 TOKENIZER = "tokenizer"
+TEXT_ENCODER_ID = "text_encoder_id"
 _PART_FILE = re.compile(rf"({_SLOT.pattern}|{TEXT_ENCODER}|{TOKENIZER})/(.+)")
 
 
@@ -62,6 +64,17 @@ class HubPipeline(DiffusionPipeline):
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**{**kwargs, **version_fields("_")})
+
+    def to_json_string(self) -> str:
+        """The contents of `model_index.json`.
+
+        Without a text encoder they are those of earlier versions, which can load the pipeline.
+        """
+        contents = json.loads(super().to_json_string())
+        for name in (TEXT_ENCODER, TOKENIZER, TEXT_ENCODER_ID):
+            if contents.get(name) in (None, [None, None]):
+                contents.pop(name, None)
+        return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -244,7 +257,7 @@ def make_card(folder: Path, repository: str, with_code: bool = False) -> ModelCa
             variant,
             with_code,
             index.get("sampling"),
-            has_texts=bool(index.get("text_encoder_id") or _text_parts(folder)),
+            has_texts=bool(index.get(TEXT_ENCODER_ID) or _text_parts(folder)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
