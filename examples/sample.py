@@ -11,6 +11,7 @@ python examples/sample.py
     ten of each class of the project's Fashion-MNIST model, in seconds.
 
 python examples/sample.py --model you/digits --class_labels 3 8 --guidance_scale 1.5
+python examples/sample.py --model you/captions --prompt "a red house" "a boat" --guidance_scale 3
 """
 
 import time
@@ -35,7 +36,15 @@ class Arguments:
     class_labels: list[str] | None = field(
         default=None, metadata={"help": "names or ids of classes; all by default"}
     )
-    num_images_per_prompt: int = field(default=10, metadata={"help": "images of each class"})
+    prompt: list[str] | None = field(
+        default=None, metadata={"help": "texts, of a model that is conditioned on them"}
+    )
+    negative_prompt: str | None = field(
+        default=None, metadata={"help": "a text that guidance leads away from"}
+    )
+    num_images_per_prompt: int = field(
+        default=10, metadata={"help": "images of each class or text"}
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "of classifier-free guidance; by default the model's"}
     )
@@ -63,12 +72,15 @@ def main(words: list[str]):
     pipe.to(default_device()).set_progress_bar_config(disable=True)
     labels = [
         int(name) if name.isdigit() and name not in pipe.labels else name
-        for name in arguments.class_labels or pipe.labels
+        for name in arguments.class_labels or ([] if arguments.prompt else pipe.labels)
     ] or None
-    count = arguments.num_images_per_prompt * (len(labels) if labels else 1)
+    rows = arguments.prompt or labels or ["no class"]
+    count = arguments.num_images_per_prompt * len(rows)
     start = time.perf_counter()
     images = pipe(
         labels,
+        prompt=arguments.prompt,
+        negative_prompt=arguments.negative_prompt,
         num_images_per_prompt=arguments.num_images_per_prompt,
         guidance_scale=arguments.guidance_scale,
         temperature=arguments.temperature,
@@ -78,7 +90,7 @@ def main(words: list[str]):
     ).images
     seconds = time.perf_counter() - start
     save_image(image_grid(images, arguments.num_images_per_prompt), arguments.output)
-    print(f"sampled {count} images in {seconds:.1f} s, one row for {labels or 'no class'}")
+    print(f"sampled {count} images in {seconds:.1f} s, one row for {rows}")
     print(f"wrote {arguments.output}")
 
 

@@ -26,11 +26,13 @@ Imports go one way: configuration → models → image files, image processor �
 → codec, inpainting, hub → pipeline → visualization → data → evaluation → training.
 """
 
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from .configuration.hashed_text import HashedTextConfig
 from .configuration.level import ProgressiveVAELevelConfig
 from .configuration.prior import ProgressiveVAEPriorConfig
 from .hub.repository import register
+from .models.hashed_text import HashedTextEncoder, HashedTokenizer
 from .models.level import ProgressiveVAELevel
 from .models.prior import ProgressiveVAEPrior
 from .paths import example
@@ -39,11 +41,23 @@ from .serialization import __version__
 
 AutoConfig.register("progressive_vae_level", ProgressiveVAELevelConfig)
 AutoConfig.register("progressive_vae_prior", ProgressiveVAEPriorConfig)
+AutoConfig.register(HashedTextConfig.model_type, HashedTextConfig)
 AutoModel.register(ProgressiveVAELevelConfig, ProgressiveVAELevel)
 AutoModel.register(ProgressiveVAEPriorConfig, ProgressiveVAEPrior)
-register(ProgressiveVAEPipeline, ProgressiveVAELevel, ProgressiveVAEPrior)
+AutoModel.register(HashedTextConfig, HashedTextEncoder)
+AutoTokenizer.register(HashedTextConfig, slow_tokenizer_class=HashedTokenizer)
+register(
+    ProgressiveVAEPipeline,
+    ProgressiveVAELevel,
+    ProgressiveVAEPrior,
+    HashedTextEncoder,
+    HashedTokenizer,
+)
 
 __all__ = [
+    "HashedTextConfig",
+    "HashedTextEncoder",
+    "HashedTokenizer",
     "ProgressiveVAELevel",
     "ProgressiveVAELevelConfig",
     "ProgressiveVAEPipeline",

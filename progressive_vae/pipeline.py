@@ -5,11 +5,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import as_integer, renamed_argument
 from .codec import codec
@@ -22,10 +23,13 @@ from .models.fingerprint import check_fingerprints
 from .models.level import ProgressiveVAELevel
 from .models.prior import ProgressiveVAEPrior
 from .models.sampling import Generators, as_generators, part_of, per_factor
+from .models.text_encoding import encode_texts, load_text_encoder
 from .pipeline_inputs import (
     ProgressiveVAEPipelineOutput,
     Sampling,
+    TextInputs,
     as_grids,
+    as_texts,
     callback_codes,
     check_outputs,
     check_sampling,
@@ -35,6 +39,8 @@ from .pipeline_inputs import (
     with_sampling_defaults,
 )
 from .stack import LevelStack
+
+TEXTS = {field.name for field in fields(TextInputs)}
 
 
 @dataclass
@@ -70,15 +76,24 @@ class ProgressiveVAEPipeline(HubPipeline):
             a temperature ignores them all, so that `temperature=1.0` is the exact distribution.
             `None`: the exact distribution. Likelihood and streams never depend on them.
             `pipe.register_to_config(sampling=…)` replaces them.
+        text_encoder, tokenizer: of prompts, for parts that are conditioned on their embeddings: a
+            model of transformers whose output has a `last_hidden_state`, as CLIP's or T5's.
+        text_encoder_id: a repository or folder of both, in place of them, which is loaded with the
+            first prompt and is not saved with the pipeline.
     """
 
-    _optional_components = ["prior", *(f"level_{i}" for i in range(2, MAX_LEVELS + 1))]
+    _optional_components = [
+        *("text_encoder", "tokenizer", "prior"),
+        *(f"level_{i}" for i in range(2, MAX_LEVELS + 1)),
+    ]
     model_cpu_offload_seq: Any = "->".join(
-        ["prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))]
+        ["text_encoder", "prior", *(f"level_{i}" for i in range(1, MAX_LEVELS + 1))]
     )
     _callback_tensor_inputs = ["codes"]
 
     prior: ProgressiveVAEPrior | None
+    text_encoder: PreTrainedModel | None
+    tokenizer: PreTrainedTokenizerBase | None
 
     def __init__(
         self,
@@ -93,12 +108,17 @@ class ProgressiveVAEPipeline(HubPipeline):
         level_8: ProgressiveVAELevel | None = None,
         image_size: list[int] | tuple[int, ...] | None = None,
         sampling: dict | None = None,  # diffusers checks values only by plain types
+        text_encoder: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        text_encoder_id: str | None = None,
     ):
         super().__init__()
+        self._referenced_text_encoder: Any = None  # what `text_encoder_id` names, once loaded
         self._call_states: dict[int, CallState] = {}  # of each thread the current or last call
         self.register_modules(
             prior=prior, level_1=level_1, level_2=level_2, level_3=level_3, level_4=level_4,
             level_5=level_5, level_6=level_6, level_7=level_7, level_8=level_8,
+            text_encoder=text_encoder, tokenizer=tokenizer,
         )  # fmt: skip
         slots = [getattr(self, f"level_{i}") for i in range(1, MAX_LEVELS + 1)]
         # A compiled part has no truth value, as it forwards `len` to a model that has none.
@@ -107,6 +127,10 @@ class ProgressiveVAEPipeline(HubPipeline):
         check_fingerprints(prior, self.levels)
         self.register_to_config(image_size=image_size)
         self.register_to_config(sampling=sampling)
+        if (text_encoder is None) != (tokenizer is None):
+            missing = "text_encoder" if text_encoder is None else "tokenizer"
+            raise ValueError(f"expected both text_encoder and tokenizer or none, got no {missing}")
+        self.register_to_config(text_encoder_id=text_encoder_id)
 
     def register_to_config(self, **kwargs):
         """As in diffusers; raises a `ValueError` for invalid `sampling`."""
@@ -121,11 +145,17 @@ class ProgressiveVAEPipeline(HubPipeline):
         levels: list[ProgressiveVAELevel],
         image_size: list[int] | tuple[int, ...] | None = None,
         sampling: Sampling | None = None,
+        **text_encoding: Any,
     ) -> "ProgressiveVAEPipeline":
-        """The pipeline of a prior and the levels [level_1 … level_N]."""
+        """The pipeline of a prior and the levels [level_1 … level_N].
+
+        Args:
+            text_encoding: `text_encoder` and `tokenizer`, or `text_encoder_id`.
+        """
         if not 1 <= len(levels) <= MAX_LEVELS:
             raise ValueError(f"expected 1 … {MAX_LEVELS} levels, got {len(levels)}")
         slots: dict[str, Any] = {f"level_{i}": level for i, level in enumerate(levels, 1)}
+        slots |= text_encoding
         return cls(prior, **slots, image_size=image_size, sampling=sampling)
 
     # ---- components -----------------------------------------------------------------------------
@@ -199,6 +229,57 @@ class ProgressiveVAEPipeline(HubPipeline):
     def enable_sequential_cpu_offload(self, *args, **kwargs):
         """Not supported: weights are read outside of the `forward` that its hooks wait for."""
         raise ValueError("expected enable_model_cpu_offload in place of the sequential one")
+
+    # ---- texts ----------------------------------------------------------------------------------
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Embeddings, float (B, T, D), and masks, bool (B, T), of prompts and negative ones.
+
+        An empty prompt has no embedding: it is the null condition.
+
+        Returns:
+            the arguments `prompt_embeds`, `prompt_attention_mask`, `negative_prompt_embeds` and
+            `negative_prompt_attention_mask` of a call.
+
+        Raises:
+            ValueError: a pipeline without a text encoder, or prompts that are no texts.
+        """
+        repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        results: list[Tensor | None] = []
+        for name, text in {"prompt": prompt, "negative_prompt": negative_prompt}.items():
+            if text is None and name == "negative_prompt":
+                results += [None, None]
+            else:
+                pair = self._encode_texts(as_texts(text, name))
+                results += [x.repeat_interleave(repeats, 0) for x in pair]
+        embeds, mask, negative_embeds, negative_mask = results
+        assert embeds is not None and mask is not None
+        return embeds, mask, negative_embeds, negative_mask
+
+    def _encode_texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        device = self._execution_device
+        if self.text_encoder is not None and self.tokenizer is not None:
+            return encode_texts(self.text_encoder, self.tokenizer, texts, device)
+        name = self.config["text_encoder_id"]
+        if name is None:
+            raise ValueError(
+                f"expected a pipeline with text_encoder and tokenizer for a prompt, got none for "
+                f"{texts[0]!r}; prompt_embeds need none"
+            )
+        if self._referenced_text_encoder is None:
+            self._referenced_text_encoder = load_text_encoder(name)
+        text_encoder, tokenizer = self._referenced_text_encoder
+        return encode_texts(text_encoder.to(device), tokenizer, texts)
+
+    def _with_texts(self, class_labels: ClassLabels, **texts: Any) -> ClassLabels:
+        """`class_labels`, with the embeddings of the arguments of `TextInputs`."""
+        stack = self._stack_on(None)
+        return TextInputs(**texts).conditioning(stack, class_labels, self._encode_texts)
 
     # ---- state of a call, one for each thread ---------------------------------------------------
 
@@ -280,11 +361,15 @@ class ProgressiveVAEPipeline(HubPipeline):
         class_labels: ClassLabels = None,
         batch_size: int = 256,
         generator: Generators = None,
+        prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Nats (B,) of every factor of P(s, z(s)), z(s) the most probable codes.
 
         Args:
             class_labels: for the class-conditional factors; `None` is the null class for all.
+            prompt, prompt_embeds, prompt_attention_mask: as in `__call__`, one for each image.
             generator: z is sampled from the encoders instead, and `"encoders"` is their entropy
                 H(P_Ψ(z | s)) in nats: the sum of all entries is then a bound on log P(s), in
                 expectation, whether the encoders are stochastic or not.
@@ -292,6 +377,12 @@ class ProgressiveVAEPipeline(HubPipeline):
         stack = self.stack
         stack.require_prior()
         images = as_images(images)
+        class_labels = self._with_texts(
+            class_labels,
+            prompt=prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+        )
         conditioning = stack.as_conditioning(class_labels, len(images))
         generator = as_generators(generator, len(images))
         batches: list[dict[str, Tensor]] = []
@@ -310,9 +401,14 @@ class ProgressiveVAEPipeline(HubPipeline):
         class_labels: ClassLabels = None,
         batch_size: int = 256,
         generator: Generators = None,
+        **texts: Any,
     ) -> dict[str, float]:
-        """−log2 of every term of `log_prob` / (C·H·W), averaged over the images, and `"total"`."""
-        nats = self.log_prob(images, class_labels, batch_size, generator)
+        """−log2 of every term of `log_prob` / (C·H·W), averaged over the images, and `"total"`.
+
+        Args:
+            texts: `prompt` and others, as in `log_prob`.
+        """
+        nats = self.log_prob(images, class_labels, batch_size, generator, **texts)
         scale = -1 / (math.log(2) * math.prod(self.image_shape))
         bits = {name: value.double().mean().item() * scale for name, value in nats.items()}
         return {**bits, "total": sum(bits.values())}
@@ -339,6 +435,12 @@ class ProgressiveVAEPipeline(HubPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("codes",),
         batch_size: int = 256,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
     ):
         """Sample images from coarse to fine.
 
@@ -346,11 +448,12 @@ class ProgressiveVAEPipeline(HubPipeline):
             class_labels: ints or names of `id2label`, one for each prompt; `None`: one prompt of
                 the null class.
             num_images_per_prompt: images for each label (or for each of the initial grids).
-            guidance_scale: classifier-free guidance of the factors that are class-conditional; 1
-                for none.
+            guidance_scale: classifier-free guidance of the factors that are conditioned on a class
+                or a text; 1 for none.
             temperature, top_k, top_p: as in `ProgressiveVAELevel.sample`. By default temperature,
-                top_p and, with class labels, guidance_scale are those of `config.sampling`; a
-                temperature that is passed replaces all of them: 1 is the exact distribution.
+                top_p and, with class labels or a prompt, guidance_scale are those of
+                `config.sampling`; a temperature that is passed replaces all of them: 1 is the exact
+                distribution.
             code_noise: the noise level that levels refitted with `code_noise` are conditioned on
                 for sampled codes, at most the level's own; 0 for those in `codes`.
                 These five are one for all factors, or a list for [prior, level_1 … level_N].
@@ -371,10 +474,26 @@ class ProgressiveVAEPipeline(HubPipeline):
                 returns the codes [z_1 … z_k] so far, and their preview as images. Without the
                 auxiliary decoders finer factors take their most probable values.
             batch_size: images sampled at a time.
+            prompt: a text or several, of the factors that are conditioned on embeddings; "" is the
+                null condition. As many as class_labels, if both are passed.
+            prompt_embeds, prompt_attention_mask: its embeddings in place of it, as `encode_prompt`
+                returns them.
+            negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask: a text that
+                guidance leads away from, one for all or one for each prompt; default: the null
+                condition.
 
         Returns:
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
         """
+        class_labels = self._with_texts(
+            class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            prompt_embeds=prompt_embeds,
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+        )
         stack = self.stack
         temperature, top_p, guidance_scale = with_sampling_defaults(
             self.config["sampling"], class_labels, temperature, top_p, guidance_scale
@@ -531,6 +650,7 @@ class ProgressiveVAEPipeline(HubPipeline):
         return_dict: bool = True,
         batch_size: int = 256,
         num_candidates: int | list[int] | None = None,
+        **texts: Any,
     ):
         """Sample the region under a mask, from coarse to fine, given the rest of the image.
 
@@ -554,6 +674,7 @@ class ProgressiveVAEPipeline(HubPipeline):
             num_images_per_prompt, guidance_scale, temperature, top_k, top_p, code_noise, generator,
                 output_type: as in `__call__`.
             num_candidates: deprecated name of `num_particles`.
+            texts: `prompt` and others, as in `__call__`, one for each image.
 
         Returns:
             `ProgressiveVAEPipelineOutput`, or the tuple `(images, codes)`.
@@ -568,6 +689,7 @@ class ProgressiveVAEPipeline(HubPipeline):
             )
             num_particles = num_candidates
         check_outputs(output_type, (), [])
+        class_labels = self._with_texts(class_labels, **texts)
         temperature, top_p, guidance_scale = with_sampling_defaults(
             self.config["sampling"], class_labels, temperature, top_p, guidance_scale
         )
@@ -602,8 +724,8 @@ class ProgressiveVAEPipeline(HubPipeline):
         """Images that share their coarser codes z_1 … z_k, k = `level`, with the input images; the
         rest is sampled.
 
-        Further keywords as in `__call__`, whose output it returns; `class_labels` are one for each
-        image.
+        Further keywords as in `__call__`, whose output it returns; `class_labels` and `prompt` are
+        one for each image.
         """
         level = self._check_level(level)
         codes = self.encode(image, sampling_kwargs.get("batch_size", 256))[:level]
@@ -631,10 +753,12 @@ class ProgressiveVAEPipeline(HubPipeline):
             generator: one for all, or one for each pair.
 
         Returns:
-            what `__call__` does, whose further keywords it takes, `preview` among them: all steps
-            of the first pair, then those of the second; `codes` coarser than z_k are those that
-            the encoders return for it.
+            what `__call__` does, whose further keywords it takes, `preview` and `prompt`, one for
+            each pair, among them: all steps of the first pair, then those of the second; `codes`
+            coarser than z_k are those that the encoders return for it.
         """
+        texts = {name: sampling_kwargs.pop(name) for name in TEXTS & sampling_kwargs.keys()}
+        class_labels = self._with_texts(class_labels, **texts)
         level = self._check_level(level)
         steps = as_integer("steps", steps, 2)
         stack = self.stack
@@ -649,7 +773,11 @@ class ProgressiveVAEPipeline(HubPipeline):
     # ---- compression -----------------------------------------------------------------------------
 
     def compress(
-        self, images: Images, class_labels: ClassLabels = None, arithmetic: str = "float"
+        self,
+        images: Images,
+        class_labels: ClassLabels = None,
+        arithmetic: str = "float",
+        prompt: None = None,
     ) -> list[bytes]:
         """One stream of bytes for each image. Its length is `log_prob` in bits, rounded up to
         words of 32 bits, plus a header of eight bytes (with a class, nine or more).
@@ -664,12 +792,15 @@ class ProgressiveVAEPipeline(HubPipeline):
             class_labels: of the class-conditional factors, one for each image; they are in the
                 streams. `None` is the null class.
             arithmetic: "float", or "integer" for fixed-point arithmetic.
+            prompt: only `None`: streams contain no text, and are conditioned on none.
 
         Raises:
-            ValueError: a pipeline without a prior; images, labels or arithmetic that are invalid;
-                or a backbone with an operation that fixed-point arithmetic does not have.
+            ValueError: a pipeline without a prior; images, labels or arithmetic that are invalid; a
+                prompt; or a backbone with an operation that fixed-point arithmetic does not have.
             ImportError: the extra `codec` is not installed.
         """
+        if prompt is not None:
+            raise ValueError(f"{codec.NO_TEXTS}, got {prompt!r}")
         streams = codec.compress(self.stack, images, class_labels, arithmetic)
         self.maybe_free_model_hooks()
         return streams

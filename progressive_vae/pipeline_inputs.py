@@ -1,7 +1,7 @@
 """Inputs and outputs of a pipeline's calls: prompts, sampling arguments, callbacks."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -43,15 +43,20 @@ def prompt_inputs(
     """The conditioning and the initial grids [z_1 … z_k], int64 (B, H_i, W_i) each, of all images.
 
     Raises:
-        ValueError: codes or labels that do not fit the stack, labels that no sampled factor uses,
-            or codes of no level where there is no prior.
+        ValueError: codes or labels that do not fit the stack, labels or a text that no sampled
+            factor uses, or codes of no level where there is no prior.
     """
     repeats = as_integer("num_images_per_prompt", num_images_per_prompt, 1)
     grids = [] if codes is None else as_grids(codes)
     if codes is not None:
         stack.check_codes(grids)
     sampled = stack.levels[len(grids) - 1 :] if grids else [stack.require_prior(), *stack.levels]
-    if class_labels is not None and not any(part.config.num_classes for part in sampled):
+    if isinstance(class_labels, Conditioning) and class_labels.embeddings is not None:
+        if all(part.config.condition_dim is None for part in sampled):
+            raise ValueError(
+                "expected prompt=None, as no sampled factor is conditioned on a text, got one"
+            )
+    elif class_labels is not None and not any(part.config.num_classes for part in sampled):
         raise ValueError(
             "expected class_labels=None, as no sampled factor is class-conditional, got "
             f"{class_labels}"
@@ -61,16 +66,110 @@ def prompt_inputs(
     return conditioning.repeat(repeats), [z.repeat_interleave(repeats, 0) for z in grids]
 
 
+Text: TypeAlias = str | list[str] | None
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """The arguments of a call by which it is conditioned on texts.
+
+    Args:
+        prompt: a text, or one for each image.
+        prompt_embeds, prompt_attention_mask: its embeddings, float (B, T, D) or (B, D), in place of
+            it, and which of them there are, (B, T); `None`: all.
+        negative_prompt, negative_prompt_embeds, negative_prompt_attention_mask: what guidance leads
+            away from; one text for all, or one for each.
+    """
+
+    prompt: Text = None
+    prompt_embeds: Tensor | None = None
+    prompt_attention_mask: Tensor | None = None
+    negative_prompt: Text = None
+    negative_prompt_embeds: Tensor | None = None
+    negative_prompt_attention_mask: Tensor | None = None
+
+    def conditioning(
+        self,
+        stack: LevelStack,
+        class_labels: ClassLabels,
+        encode: Callable[[list[str]], tuple[Tensor, Tensor]],
+    ) -> ClassLabels:
+        """Classes and embeddings, on the CPU; `class_labels` where there are no texts.
+
+        Args:
+            encode: texts -> their embeddings and mask.
+
+        Raises:
+            ValueError: both a text and its embeddings, a mask alone, a negative text alone,
+                embeddings that do not fit, or parts that none of this is for.
+        """
+        positive = self._embeddings("prompt", encode)
+        negative = self._embeddings("negative_prompt", encode)
+        if positive is None and negative is None:
+            return class_labels
+        if positive is None:
+            raise ValueError("expected a prompt with negative_prompt, got none")
+        if stack.condition_dim is None:
+            raise ValueError(
+                "expected prompt=None, as all parts have config.condition_dim=None, got a text"
+            )
+        count = len(positive[0])
+        conditioning = stack.as_conditioning(class_labels, count).with_embeddings(*positive)
+        if negative is not None:
+            one_or_all = [x.expand(count, *x.shape[1:]) if len(x) == 1 else x for x in negative]
+            null = stack.as_conditioning(None, count)
+            conditioning = replace(conditioning, negative=null.with_embeddings(*one_or_all))
+        return conditioning
+
+    def _embeddings(
+        self, name: str, encode: Callable[[list[str]], tuple[Tensor, Tensor]]
+    ) -> list[Tensor] | None:
+        """Embeddings and their mask, if there is one, on the CPU."""
+        text = getattr(self, name)
+        embeds = getattr(self, f"{name}_embeds")
+        mask = getattr(self, f"{name}_attention_mask")
+        if text is not None and embeds is not None:
+            raise ValueError(f"expected one of {name} and {name}_embeds, got both")
+        if mask is not None and embeds is None:
+            raise ValueError(
+                f"expected {name}_attention_mask with {name}_embeds only, got it alone"
+            )
+        if text is not None:
+            embeds, mask = encode(as_texts(text, name))
+        if embeds is None:
+            return None
+        return [x.cpu() if isinstance(x, Tensor) else x for x in (embeds, mask) if x is not None]
+
+
+def as_texts(text: Any, name: str) -> list[str]:
+    """One text or a sequence of them as a list."""
+    texts = [text] if isinstance(text, str) else text
+    is_list = isinstance(texts, (list, tuple)) and len(texts) > 0
+    if not is_list or not all(isinstance(x, str) for x in texts):
+        raise ValueError(f"expected {name} to be a text or a list of texts, got {text!r}")
+    return list(texts)
+
+
 def guided_conditioning(
     stack: LevelStack,
     class_labels: ClassLabels,
     guidance_scale: float | list[float],
     batch_size: int | None,
 ) -> Conditioning:
-    """`LevelStack.as_conditioning`; a `ValueError` for guidance without labels."""
-    if class_labels is None and np.any(np.asarray(guidance_scale) != 1):
-        raise ValueError(f"expected guidance_scale=1 without class_labels, got {guidance_scale}")
-    return stack.as_conditioning(class_labels, batch_size)
+    """`LevelStack.as_conditioning`; a `ValueError` for guidance without labels or a text, and for
+    a negative text without guidance."""
+    is_guided = np.any(np.asarray(guidance_scale) != 1)
+    if class_labels is None and is_guided:
+        raise ValueError(
+            f"expected guidance_scale=1 without class_labels or a prompt, got {guidance_scale}"
+        )
+    conditioning = stack.as_conditioning(class_labels, batch_size)
+    if conditioning.negative is not None and not is_guided:
+        raise ValueError(
+            "expected a guidance_scale other than 1 for negative_prompt, which guidance leads away "
+            f"from, got {guidance_scale}"
+        )
+    return conditioning
 
 
 def check_sampling(sampling: Any, factor_names: list[str]) -> Sampling | None:

@@ -91,7 +91,7 @@ class LevelStack:
         """Raise a `ValueError` unless `codes` are grids [z_1 … z_k] of one batch."""
         check_grids(codes, self.configs, self.grid_sizes)
 
-    # ---- class labels ----------------------------------------------------------------------------
+    # ---- conditions ------------------------------------------------------------------------------
 
     @property
     def class_config(self) -> PartConfig:
@@ -100,12 +100,23 @@ class LevelStack:
         configs = [*prior_configs, *self.configs]
         return next((config for config in configs if config.num_classes), configs[0])
 
+    @property
+    def condition_dim(self) -> int | None:
+        """The length of the embeddings that factors are conditioned on; `None`: of none."""
+        configs = [*([] if self.prior is None else [self.prior.config]), *self.configs]
+        dims = (config.condition_dim for config in configs)
+        return next((dim for dim in dims if dim is not None), None)
+
     def as_conditioning(
         self, class_labels: ClassLabels, batch_size: int | None = None
     ) -> Conditioning:
         """What all factors are conditioned on, checked, on the CPU; see
-        `Conditioning.from_labels`."""
-        return Conditioning.from_labels(class_labels, self.class_config, batch_size)
+        `Conditioning.from_labels`. Of a `Conditioning` factors take what they use."""
+        if not isinstance(class_labels, Conditioning):
+            return Conditioning.from_labels(class_labels, self.class_config, batch_size)
+        if batch_size not in (None, len(class_labels)):
+            raise ValueError(f"expected {batch_size} class_labels, got {len(class_labels)}")
+        return class_labels.to("cpu")
 
     # ---- image -> codes -> nats ------------------------------------------------------------------
 

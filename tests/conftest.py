@@ -17,7 +17,8 @@ INTEGRATION = """
     test_compress test_archive test_conversion test_conversion_peers test_conversion_damage
     test_conversion_goldens
     test_modeling_utils test_hub_push test_scripts test_compare_decoders test_ablations test_fit
-    test_recipe test_augmentation test_app_load test_sliced_wasserstein
+    test_recipe test_augmentation test_app_load test_sliced_wasserstein test_captions
+    test_text_to_image
 """.split()
 LONG_UNITS = ["test_walk", "test_decoders", "test_pipeline", "test_inpainting", "test_kinds"]
 

@@ -168,7 +168,7 @@ def test_a_tiny_temperature_is_zero(pipe):
         ),
         (
             dict(codes=[torch.zeros(1, 1, 1).long()], guidance_scale=2.0),
-            "guidance_scale=1 without class_labels, got 2.0",
+            "guidance_scale=1 without class_labels or a prompt, got 2.0",
         ),
         (dict(codes=torch.zeros(1, 1, 1).long()), "codes to be a list"),
         (

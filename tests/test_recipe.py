@@ -296,13 +296,13 @@ def test_old_names_of_fields_are_read_with_one_warning():
         (
             LevelSection,
             ProgressiveVAELevelConfig,
-            "num_channels num_symbols num_classes finer_fingerprint code_noise code_noise_kind "
-            "tokenizer_config",
+            "num_channels num_symbols num_classes condition_dim finer_fingerprint code_noise "
+            "code_noise_kind tokenizer_config",
         ),
         (
             PriorSection,
             ProgressiveVAEPriorConfig,
-            "codebook_size grid_size num_classes finer_fingerprint",
+            "codebook_size grid_size num_classes condition_dim finer_fingerprint",
         ),
     ],
 )
@@ -318,7 +318,7 @@ def test_sections_have_the_fields_of_configs(section, config, excluded):
 
 
 def test_refits_have_the_fields_of_decoders():
-    names = {*DECODER_FIELDS} - {"num_classes", "id2label"}
+    names = {*DECODER_FIELDS} - {"num_classes", "id2label", "condition_dim"}
     refit_fields = {field.name: field for field in fields(RefitSection)}
     assert refit_fields.keys() == {*names, "from_scratch", "fit"}
     for name in names - {"backbone_config"}:

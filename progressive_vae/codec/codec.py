@@ -45,6 +45,7 @@ FLOAT_ADVICE = (
     'Streams of arithmetic="integer" are read by any CPU; for those of "float", set torch, '
     "ATEN_CPU_CAPABILITY, MKL_CBWR and ONEDNN_MAX_CPU_ISA as where they were made"
 )
+NO_TEXTS = "expected prompt=None, as streams are of the null condition or a class"
 OTHER_PIXELS = "expected pixels with the checksum of stream, got others: "
 TOTAL = 2**24  # sum of the counts of all values, each one or more
 # Images in a batch, and values of all of them together.
@@ -210,6 +211,8 @@ def compress(
     batch_size = batch_size_of(stack)
     images = as_images(images)
     conditioning = stack.as_conditioning(class_labels, len(images))
+    if conditioning.embeddings is not None:
+        raise ValueError(f"{NO_TEXTS}, got embeddings")
     weights = weights_digest(stack)[:2]
     arithmetic_hash = _hash(_describe_arithmetic(stack, is_fixed_point, batch_size), 1)
     streams: list[bytes] = []

@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig
 
 from ..serialization import pop_version, read_json, version_fields
 
-MAX_CLASSES = 100_000  # a larger number is a damaged or a hostile file
+# Larger numbers are a damaged or a hostile file.
+MAX_CLASSES = 100_000
+MAX_CONDITION_DIM = 65_536
 
 # Names that `PreTrainedConfig` accepts without declaring an attribute, and those that transformers
 # adds: its `Trainer` sets `use_cache`, its quantizers `quantization_config`, its
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
         num_classes: int
         class_dropout: float
+        condition_dim: int | None
         id2label: dict[int, str] | None
 
         def __getattribute__(self, name: str) -> object: ...
@@ -125,15 +128,16 @@ def check_limits(fields: dict[str, Any], **maxima):
 
 
 def name_classes(config: PartConfig):
-    """Set the names of classes to their numbers, where there are none."""
+    """Set the names of classes to their numbers, where there are none; check limits."""
     if not config.num_classes <= MAX_CLASSES:
         raise ValueError(f"expected num_classes <= {MAX_CLASSES}, got {config.num_classes}")
+    check_limits(vars(config), condition_dim=MAX_CONDITION_DIM)
     if config.num_classes and config.id2label is None:
         config.id2label = {i: str(i) for i in range(config.num_classes)}
 
 
 def check_classes(config: PartConfig):
-    check_range(config, num_classes=0)
+    check_range(config, num_classes=0, condition_dim=1)
     if not 0 <= config.class_dropout <= 1:
         raise ValueError(f"expected class_dropout in [0, 1], got {config.class_dropout}")
     num_names = len(config.id2label or {})

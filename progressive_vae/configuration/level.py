@@ -56,6 +56,7 @@ DECODER_FIELDS = (
     "num_classes",
     "id2label",
     "class_dropout",
+    "condition_dim",
     "code_noise",
     "code_noise_kind",
 )
@@ -145,7 +146,10 @@ class ProgressiveVAELevelConfig(PartConfig):
             expects, or on a level of codes that finer ones make of its output, beside the nats of
             one value.
         num_classes: number of class labels that the decoder is conditioned on; 0: none.
-        class_dropout: probability of the null class in place of the label in training.
+        class_dropout: probability of the null condition in place of class and embeddings in
+            training, and of each of two alone.
+        condition_dim: D, the length of the embeddings that the decoder is conditioned on, as those
+            of a text encoder; `None`: none.
         code_noise: noise conditioning augmentation of a refit: each code of z_i is replaced with a
             probability that is uniform in [0, code_noise] for each example and an input of the
             decoder.
@@ -196,6 +200,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     reconstruction_weight: float = 100.0
     num_classes: int = 0
     class_dropout: float = 0.1
+    condition_dim: int | None = None
     code_noise: float = 0.0
     code_noise_kind: str = "near"
     tokenizer_config: dict | None = None
@@ -359,10 +364,10 @@ class ProgressiveVAELevelConfig(PartConfig):
             raise ValueError(
                 "expected auxiliary_hidden_size for decoder_type='auxiliary', got None"
             )
-        if self.decoder_type == "auxiliary" and self.num_classes:
+        if self.decoder_type == "auxiliary" and self.is_conditional:
             raise ValueError(
-                "expected num_classes=0 for decoder_type='auxiliary', which is not "
-                f"class-conditional, got {self.num_classes}"
+                "expected num_classes=0 and condition_dim=None for decoder_type='auxiliary', which "
+                f"has no condition, got {self.num_classes} and {self.condition_dim}"
             )
 
     def validate_backbone(self):
@@ -418,6 +423,11 @@ class ProgressiveVAELevelConfig(PartConfig):
         if sizes := fixed_sizes(self.tokenizer_config):
             return sizes[0]
         return codes_size[0] * self.downsample, codes_size[1] * self.downsample
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the decoder has a condition besides the codes."""
+        return bool(self.num_classes) or self.condition_dim is not None
 
     @property
     def is_finest(self) -> bool:

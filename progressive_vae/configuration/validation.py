@@ -48,6 +48,7 @@ def check_parts(
     """
     configs = check_levels(slots)
     check_classes([prior, *configs])
+    check_condition_dims([prior, *configs])
     return check_image_size(image_size, configs, prior)
 
 
@@ -133,6 +134,16 @@ def check_classes(configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorC
     names = [config.id2label for config in configs if config is not None and config.num_classes]
     if any(other != names[0] for other in names):
         raise ValueError(f"expected one id2label in all class-conditional parts, got {names}")
+
+
+def check_condition_dims(
+    configs: list[ProgressiveVAELevelConfig | ProgressiveVAEPriorConfig | None],
+):
+    """Raise a `ValueError` unless all parts with `condition_dim` have the same."""
+    dims = [config.condition_dim for config in configs if config is not None]
+    dims = [dim for dim in dims if dim is not None]
+    if len({*dims}) > 1:
+        raise ValueError(f"expected one condition_dim in all parts that have one, got {dims}")
 
 
 def check_image_size(

@@ -39,6 +39,10 @@ class DataSettings:
             files, in place of dataset_name.
         image_column: column of the images; by default the first of the usual names.
         label_column: column of the labels; by default the first of the usual names.
+        caption_column: column of texts, by which factors with `text_conditional` are conditioned.
+        text_encoder: of the captions: a repository or folder of a model of transformers and its
+            tokenizer, such as CLIP or T5, which stays as it is; by default a fixed random vector
+            for each word.
         train_split: split to train on.
         eval_split: held-out split, for evaluation.
         eval_fraction: share of train_split to hold out if there is no eval_split.
@@ -68,6 +72,8 @@ class DataSettings:
     train_data_dir: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    caption_column: str | None = None
+    text_encoder: str | None = None
     train_split: str = "train"
     eval_split: str = "test"
     eval_fraction: float = 0.1
@@ -86,7 +92,7 @@ class DataSettings:
     shuffle_buffer_size: int = 1000
 
     def __post_init__(self):
-        expand_paths(self, "dataset_name", "train_data_dir")
+        expand_paths(self, "dataset_name", "train_data_dir", "text_encoder")
         for name in (
             "resolution",
             "max_train_samples",
@@ -100,6 +106,10 @@ class DataSettings:
         share = self.validation_fraction
         check(self, "validation_fraction", 0 <= share < 1, "in [0, 1)")
         check(self, "validation_fraction", not (share and self.streaming), "0 of a stream")
+        has_captions = self.caption_column is not None
+        check(self, "caption_column", not (has_captions and self.streaming), "null of a stream")
+        is_used = has_captions or self.text_encoder is None
+        check(self, "text_encoder", is_used, "null without caption_column")
         modes = tuple(MODES.values())
         check(self, "image_mode", self.image_mode in (None, *modes), f"among {modes}, or null")
         can_crop = self.center_crop and not self.streaming

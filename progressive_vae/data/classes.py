@@ -114,7 +114,7 @@ def _class_names(
             f"{feature} in {column!r} of a stream, whose classes are known where it has a "
             "ClassLabel"
         )
-    counts = {split: _label_counts(table, column) for split, table in tables.items()}
+    counts = {split: label_counts(table, column) for split, table in tables.items()}
     train = [name for label in counts["train"] if (name := _class_name(feature, label)) is not None]
     if not train:
         raise _NotClasses(f"no label in {column!r} of the training split")
@@ -138,7 +138,7 @@ def _class_names(
     return sorted(train), counts
 
 
-def _label_counts(table: datasets.Dataset, column: str) -> dict[Any, int]:
+def label_counts(table: datasets.Dataset, column: str) -> dict[Any, int]:
     """How often each label occurs."""
     labels = table.select_columns([column]).with_format("arrow")[:][column]
     rows = pyarrow.compute.value_counts(labels).to_pylist()

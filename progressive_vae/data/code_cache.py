@@ -12,6 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import datasets
@@ -31,6 +32,7 @@ _FEATURES = datasets.Features(
     {
         "grid": datasets.Value("binary"),
         "label": datasets.Value("int64"),
+        "caption": datasets.Value("int64"),  # −1 for none; not in caches of earlier versions
         "crc": datasets.Value("uint32"),  # of the grid, to detect damage of the disk
     }
 )
@@ -72,7 +74,8 @@ def write_cache(
     Memory does not grow with the number of batches.
 
     Args:
-        batches: grids int64 (b, *shape), and labels int64 (b,), −1 for no label.
+        batches: grids int64 (b, *shape), and labels int64 (b,), −1 for no label; or (b, 2), class
+            ids and caption ids.
         accelerator: if all processes call this: each writes its batches as one shard, and
             shards are ordered by rank. `None` for a single process.
     """
@@ -92,7 +95,10 @@ def write_cache(
         array = grids.numpy().astype(manifest.dtype).reshape(len(grids), -1)
         rows = [row.tobytes() for row in array]
         crcs = [zlib.crc32(row) for row in rows]
-        writer.write_batch({"grid": rows, "label": labels.tolist(), "crc": crcs})
+        if labels.ndim == 1:
+            labels = torch.stack([labels, torch.full_like(labels, NO_LABEL)], 1)
+        class_ids, captions = labels.T.tolist()
+        writer.write_batch({"grid": rows, "label": class_ids, "caption": captions, "crc": crcs})
     writer.finalize()
     if accelerator is not None:
         accelerator.wait_for_everyone()
@@ -160,6 +166,11 @@ class GridDataset(torch.utils.data.Dataset):
     def has_labels(self) -> bool:
         """Return whether any image has a class id."""
         return max(self.table.unique("label"), default=NO_LABEL) != NO_LABEL
+
+    @cached_property
+    def captions(self) -> Tensor:
+        """The id of each image's caption, int64 (n,), −1 for none."""
+        return torch.tensor(self.table["caption"][:])
 
     def batch(self, indices: slice | list[int]) -> tuple[Tensor, Tensor]:
         """Return grids int64 (b, *shape), and labels int64 (b,).

@@ -223,7 +223,9 @@ def _open_folder(folder: Path, settings: DataSettings) -> tuple[Mapping[str, Tab
         saved = datasets.load_from_disk(str(folder))
         return _as_splits(saved, settings.train_split), []
     if has_images(folder):
-        opened = open_image_folder(folder, settings.train_split, settings.label_column)
+        opened = open_image_folder(
+            folder, settings.train_split, settings.label_column, settings.caption_column
+        )
         return opened.splits, opened.notes
     if not any(folder.rglob("*.parquet")):
         count = len(list_files(folder))
@@ -347,8 +349,11 @@ def read_images(
     num_crops: int = 1,
     class_ids: Mapping[Any, int] | None = None,
     may_drop_color: bool = False,
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield each image, uint8 (C, H, W), and its class id, −1 for no label.
+    caption_column: str | None = None,
+    caption_ids: Mapping[str, int] | None = None,
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yield each image, uint8 (C, H, W), and its class id, −1 for no label; with a
+    `caption_column` the pair of its class id and caption id.
 
     Images that cannot be read, or have too many pixels or bits, are skipped. At the end a warning
     counts and names them, by file or by index.
@@ -359,6 +364,7 @@ def read_images(
         num_crops: yield a center crop of each image and `num_crops` − 1 random crops, which are
             reproducible.
         class_ids: the class id of each label; other labels are −1. `None`: labels are class ids.
+        caption_ids: the id of each caption; other captions are −1.
         may_drop_color: convert color images to gray if C is 1; otherwise they are an error.
 
     Raises:
@@ -389,8 +395,10 @@ def read_images(
         if mode == "L" and not may_drop_color:
             _check_gray(image, name)
         _check_shape(arrays[0], shape, name)
-        class_id = _class_id(label, class_ids)
-        yield from ((array, class_id) for array in arrays)
+        ids: Any = _class_id(label, class_ids)
+        if caption_column is not None:
+            ids = ids, (caption_ids or {}).get(row.get(caption_column, ""), NO_LABEL)
+        yield from ((array, ids) for array in arrays)
     if skipped:
         warnings.warn(_summarize(skipped), stacklevel=2)
 
@@ -430,10 +438,10 @@ def _summarize(skipped: Mapping[str, list[str]], limit: int = 20) -> str:
 
 
 def pixel_batches(
-    images: Iterator[tuple[np.ndarray, int]], random_flip: bool = False, batch_size: int = 1000
+    images: Iterator[tuple[np.ndarray, Any]], random_flip: bool = False, batch_size: int = 1000
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches of `read_images` for `write_cache`: int64 (b, C, H, W) of 0 … 255, and labels
-    (b,).
+    (b,), or (b, 2) with caption ids.
 
     With `random_flip` each batch is followed by the batch of flipped images, so that uniform
     sampling from both flips each image with probability ½.

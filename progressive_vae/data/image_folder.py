@@ -30,8 +30,9 @@ _STANDARD_NAMES = {
 class ImageFolder:
     """
     Args:
-        splits: rows of "image", the file; "label", where there are classes; and "modified", the
-            time of the file's last change, so that caches of other pixels are not taken for its.
+        splits: rows of "image", the file; "label", where there are classes; a column of captions,
+            where a metadata file has it; and "modified", the time of the file's last change, so
+            that caches of other pixels are not taken for its.
         notes: what was found, and what was left aside, for people.
     """
 
@@ -44,12 +45,16 @@ def has_images(folder: Path) -> bool:
 
 
 def open_image_folder(
-    folder: Path, train_split: str = "train", label_column: str | None = None
+    folder: Path,
+    train_split: str = "train",
+    label_column: str | None = None,
+    caption_column: str | None = None,
 ) -> ImageFolder:
     """
     Args:
         train_split: the split to train on; where subfolders are splits, it has to be among them.
         label_column: of a metadata file; one of the usual names where not given.
+        caption_column: of a metadata file.
 
     Raises:
         ValueError: no image in the folder, or folders of splits without `train_split`.
@@ -85,11 +90,18 @@ def open_image_folder(
     labels = {split: _folder_labels(base, paths) for split, (base, paths) in groups.items()}
     notes.insert(0, f"{len(images)} images in {folder}")
     if not any(labels[train_split]):
-        labels = {split: _metadata_labels(base, paths, label_column)
+        columns = LABEL_COLUMNS if label_column is None else (label_column,)
+        labels = {split: _metadata_column(base, paths, columns)
                   for split, (base, paths) in groups.items()}  # fmt: skip
     names = sorted({name for column in labels.values() for name in column if name is not None})
     feature = datasets.ClassLabel(names=names) if names else None
     splits = {split: _table(paths, labels[split], feature) for split, (_, paths) in groups.items()}
+    for split, (base, paths) in groups.items():
+        if caption_column is None:
+            continue
+        captions = _metadata_column(base, paths, (caption_column,))
+        if any(captions):
+            splits[split] = splits[split].add_column(caption_column, captions)
     return ImageFolder(splits, notes)
 
 
@@ -155,14 +167,14 @@ def _folder_labels(base: Path, images: list[Path]) -> list[str | None]:
     return names if len({*names} - {None}) > 1 else [None] * len(images)
 
 
-def _metadata_labels(base: Path, images: list[Path], label_column: str | None) -> list[str | None]:
-    """The labels that a metadata file in the folder states for its images, as text."""
+def _metadata_column(base: Path, images: list[Path], names: tuple[str, ...]) -> list[str | None]:
+    """The texts that a metadata file in the folder has for its images, in the first column of
+    these names."""
     path = next((base / name for name in METADATA_FILES if (base / name).is_file()), None)
     if path is None:
         return [None] * len(images)
     rows = _read_metadata(path)
-    usual_names = LABEL_COLUMNS if label_column is None else (label_column,)
-    column = next((name for name in usual_names if name in rows), None)
+    column = next((name for name in names if name in rows), None)
     if column is None or "file_name" not in rows:
         return [None] * len(images)
     labeled = rows.dropna(subset=[column])

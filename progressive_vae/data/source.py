@@ -2,7 +2,7 @@
 
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..configuration.level import NUM_PIXEL_VALUES
 from ..image_files import GRAY_MODES, MODES, is_gray
 from .args import DataSettings
 from .augmentation import IDENTITY, Augmentation
+from .captions import Captions, find_captions
 from .classes import Classes, find_classes
 from .code_cache import GridDataset, Manifest, is_cache, write_cache
 from .dataset import (
@@ -48,6 +49,7 @@ class Source:
         splits: table of each split.
         manifests: identity of each split's cache of pixels.
         classes: names, and class ids of labels.
+        captions: of the training images.
         options: arguments of `read_images` for every split; see `read_options`.
         notes: messages about the images that are used and left out.
         random_flip: flip training images horizontally with probability ½.
@@ -67,6 +69,7 @@ class Source:
     augmentation: Augmentation = IDENTITY
     shuffle_buffer_size: int | None = None
     limit: int | None = None
+    captions: Captions = field(default_factory=Captions)
 
     @property
     def class_names(self) -> list[str]:
@@ -75,7 +78,10 @@ class Source:
 
     def read_options(self, split: str) -> dict[str, Any]:
         """Return the arguments of `read_images` for a split, except for the shape."""
-        return {**self.options, "class_ids": self.classes.ids.get(split)}
+        options = {**self.options, "class_ids": self.classes.ids.get(split)}
+        if self.captions.column is not None and split == "train":
+            options |= {"caption_column": self.captions.column, "caption_ids": self.captions.ids}
+        return options
 
     def pixels(
         self,
@@ -216,6 +222,7 @@ def open_dataset(settings: DataSettings, images: Images | None = None) -> Source
         split: _subset(split, table, limits[split], settings)
         for split, table in loaded.splits.items()
     }
+    captions = find_captions(splits["train"], settings.caption_column)
     mode, is_settled = image_mode(splits["train"], column, settings)
     shape = _first_shape(splits["train"], column, mode, settings)
     if settings.random_channel_permutation and shape[0] == 1:
@@ -242,6 +249,7 @@ def open_dataset(settings: DataSettings, images: Images | None = None) -> Source
         augmentation=Augmentation(settings.random_rotation, settings.random_channel_permutation),
         shuffle_buffer_size=settings.shuffle_buffer_size if settings.streaming else None,
         limit=limits["train"],
+        captions=captions,
     )
 
 
@@ -282,6 +290,8 @@ def _manifest(
     variants = f"{settings.random_flip and split == 'train'}"
     if split == "train" and settings.num_crops > 1:
         variants += f", {settings.num_crops} crops"
+    if settings.caption_column is not None and split == "train":
+        variants += f"; captions {settings.caption_column}"
     return Manifest(
         weights="",
         dataset=f"{name} ({content}; {column}, {classes.column}, {settings.max_image_pixels}; "

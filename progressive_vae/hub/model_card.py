@@ -123,6 +123,7 @@ def model_card(
     variant: str | None = None,
     with_code: bool = False,
     sampling: Mapping[str, Any] | None = None,
+    has_texts: bool = False,
 ) -> ModelCard:
     """Return the card of a pipeline.
 
@@ -135,12 +136,13 @@ def model_card(
         variant: of the weights, if there are only weights of this variant.
         with_code: the repository contains the package's code, so the usage needs no installation.
         sampling: the defaults in the pipeline's config.
+        has_texts: the pipeline has a text encoder.
     """
     metrics = metrics or {}
     license = metrics.get("license", "apache-2.0")
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="text-to-image" if has_texts else "unconditional-image-generation",
         license=license,
         tags=["diffusers:ProgressiveVAEPipeline", "progressive-vae", "vq-vae", "image-generation"],
         **(_metadata(metrics) if metrics else {}),
@@ -151,7 +153,7 @@ def model_card(
         summary=_summary(configs, image_size, metrics),
         images="\n\n".join(_image(path, configs) for path in images),
         installation=_WITHOUT_INSTALLATION if with_code else _INSTALL,
-        usage=_usage(repository, configs, variant, with_code),
+        usage=_usage(repository, configs, variant, with_code, has_texts),
         sampling=_sampling(sampling, configs, metrics) if sampling else "",
         parts="\n".join(_parts_table(configs, image_size, metrics)),
         evaluation=_evaluation(metrics) if metrics else "No metrics were saved.",
@@ -295,12 +297,16 @@ def _parts_table(configs: Configs, image_size: Sequence[int], metrics: dict) -> 
             content = f"{sizes[0]} codes, K = {config.codebook_size}"
         if config.num_classes:
             conditions.append("the class")
+        if config.condition_dim is not None:
+            conditions.append("embeddings")
         count = f"{parameters[name] / 1e6:.2f} M" if name in parameters else ""
         lines.append(_row([f"`{name}`", content, ", ".join(conditions), count]))
     return lines
 
 
-def _usage(repository: str, configs: Configs, variant: str | None, with_code: bool) -> str:
+def _usage(
+    repository: str, configs: Configs, variant: str | None, with_code: bool, has_texts: bool
+) -> str:
     library, pipeline = "progressive_vae", "ProgressiveVAEPipeline"
     arguments = f'"{repository}"'
     if with_code:
@@ -316,6 +322,8 @@ def _usage(repository: str, configs: Configs, variant: str | None, with_code: bo
     conditional = [config for config in configs.values() if config.num_classes]
     names = [config.id2label[0] for config in conditional if config.id2label is not None]
     label = f"{json.dumps(names[:1], ensure_ascii=False)}, " if names else ""
+    if has_texts:
+        label += 'prompt="a text", '
     return imports + load + _SAMPLE.format(label=label)
 
 

@@ -17,6 +17,7 @@ PIPELINE_CODE = "pipeline.py"  # the module in which diffusers looks for the pip
 PART_CODE = f"{NAME}.py"  # and for the class of a part, by the name of its library
 CONFIG = "config.json"
 INDEX = "model_index.json"
+TOKENIZER_CLASS = "HashedTokenizer"
 _AUTO_CLASSES = {
     "progressive_vae_level": {
         "AutoConfig": "ProgressiveVAELevelConfig",
@@ -25,6 +26,10 @@ _AUTO_CLASSES = {
     "progressive_vae_prior": {
         "AutoConfig": "ProgressiveVAEPriorConfig",
         "AutoModel": "ProgressiveVAEPrior",
+    },
+    "progressive_vae_hashed_text": {
+        "AutoConfig": "HashedTextConfig",
+        "AutoModel": "HashedTextEncoder",
     },
 }
 
@@ -68,15 +73,16 @@ def files_with_code(contents: dict[str, bytes]) -> dict[str, bytes]:
     # All parts have equal code: diffusers copies each over the previous one, and Python's bytecode
     # cache does not distinguish files of the same size and second.
     model_classes = [classes["AutoModel"] for classes in _AUTO_CLASSES.values()]
-    part_code = f"from {NAME} import {', '.join(model_classes)}\n"
-    for name in contents:
-        part, _, file = name.rpartition("/")
-        if file == CONFIG:
+    part_code = f"from {NAME} import {', '.join([*model_classes, TOKENIZER_CLASS])}\n"
+    own_parts = [name for name, value in index.items() if isinstance(value, list) and NAME in value]
+    for part in own_parts:
+        files[f"{part}/{PART_CODE}"] = part_code.encode()
+        name = f"{part}/{CONFIG}"
+        if name in contents:  # a tokenizer has none
             config = json.loads(contents[name])
             classes = _AUTO_CLASSES[config["model_type"]]
             auto_map = {auto: f"{module}.{class_name}" for auto, class_name in classes.items()}
             files[name] = _json(config | {"auto_map": auto_map})
-            files[f"{part}/{PART_CODE}"] = part_code.encode()
     return files
 
 

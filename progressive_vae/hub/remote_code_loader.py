@@ -56,6 +56,9 @@ if BUNDLE_VERSION != __version__:
         stacklevel=2,
     )
 
+HashedTextConfig = _package.HashedTextConfig
+HashedTextEncoder = _package.HashedTextEncoder
+HashedTokenizer = _package.HashedTokenizer
 ProgressiveVAELevel = _package.ProgressiveVAELevel
 ProgressiveVAELevelConfig = _package.ProgressiveVAELevelConfig
 ProgressiveVAEPipeline = _package.ProgressiveVAEPipeline

@@ -1,6 +1,7 @@
 """Saving a pipeline to a folder, pushing it to the Hub, and loading it again."""
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -35,7 +36,10 @@ _SAVE_AGAIN = "save the pipeline again, or download it again"
 _EVALUATE_AGAIN = "delete it, and evaluate the pipeline again (examples/train.py --phase evaluate)"
 
 _SLOT = re.compile(r"prior|level_\d")
-_PART_FILE = re.compile(rf"({_SLOT.pattern})/(.+)")
+TEXT_ENCODER = "text_encoder"
+TOKENIZER = "tokenizer"
+TEXT_ENCODER_ID = "text_encoder_id"
+_PART_FILE = re.compile(rf"({_SLOT.pattern}|{TEXT_ENCODER}|{TOKENIZER})/(.+)")
 
 
 def register(pipeline: type[DiffusionPipeline], *parts: type):
@@ -60,6 +64,17 @@ class HubPipeline(DiffusionPipeline):
 
     def register_to_config(self, **kwargs):
         super().register_to_config(**{**kwargs, **version_fields("_")})
+
+    def to_json_string(self) -> str:
+        """The contents of `model_index.json`.
+
+        Without a text encoder they are those of earlier versions, which can load the pipeline.
+        """
+        contents = json.loads(super().to_json_string())
+        for name in (TEXT_ENCODER, TOKENIZER, TEXT_ENCODER_ID):
+            if contents.get(name) in (None, [None, None]):
+                contents.pop(name, None)
+        return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -242,6 +257,7 @@ def make_card(folder: Path, repository: str, with_code: bool = False) -> ModelCa
             variant,
             with_code,
             index.get("sampling"),
+            has_texts=bool(index.get(TEXT_ENCODER_ID) or _text_parts(folder)),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -433,8 +449,12 @@ def pipeline_files(folder: Path, variant: str | None = None) -> list[str]:
         names.append(CARD)
     if variant is None:
         names += metric_files(folder)
-    for part in pipeline_parts(folder):
+    text_parts = _text_parts(folder)
+    for part in [*pipeline_parts(folder), *text_parts]:
         files = sorted(path.relative_to(folder).as_posix() for path in (folder / part).glob("*"))
+        if part == TOKENIZER:  # which has no weights
+            names += files
+            continue
         weights = [name for name in files if _is_weights_of(name, variant)]
         if not weights or f"{part}/config.json" not in files:
             raise ValueError(
@@ -455,6 +475,12 @@ def pipeline_parts(folder: str | Path) -> list[str]:
     """
     index = read_json(Path(folder) / INDEX, _SAVE_AGAIN)
     return sorted(name for name, value in index.items() if _is_slot(name) and _is_part(value))
+
+
+def _text_parts(folder: Path) -> list[str]:
+    """Return which of text encoder and tokenizer the pipeline in a folder has."""
+    index = read_json(folder / INDEX, _SAVE_AGAIN)
+    return [name for name in (TEXT_ENCODER, TOKENIZER) if _is_part(index.get(name))]
 
 
 def _safetensors(folder: Path) -> list[Path]:
@@ -484,5 +510,6 @@ def _is_outdated(name: str, names: list[str], variant: str | None) -> bool:
     if is_code(name):
         return True
     if match := _PART_FILE.fullmatch(name):
-        return f"{match[1]}/config.json" not in names or _is_weights_of(name, variant)
+        is_in_part = any(other.startswith(f"{match[1]}/") for other in names)
+        return not is_in_part or _is_weights_of(name, variant)
     return variant is None and name in (METRICS, *IMAGES)

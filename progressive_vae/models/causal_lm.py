@@ -30,7 +30,8 @@ class CausalLMMixin:
 
     - `_inputs(context, previous, start)` -> the backbone's keyword arguments, (B, n, ...), for the
       n steps from `start` on. `context` has one row per example. `previous` has the token before
-      each of these steps, int64 (B, n); from step 0 on (B, n − 1), as step 0 has none.
+      each of these steps, int64 (B, n); from step 0 on (B, n − 1), as step 0 has none. The inputs
+      of step 0 may begin with a prefix of further positions.
     - `_distribution(output)` -> the distributions of the n tokens.
     """
 
@@ -46,10 +47,14 @@ class CausalLMMixin:
         """Run the autoregressive loop with a key-value cache: the tokens, int64 (B, length)."""
         positions = torch.arange(length, device=context.device)
         previous = positions.new_zeros(len(context), 0)
-        run_step = _steps(self.backbone, length)
+        inputs = self._inputs(context, previous, 0)
+        run_step = _steps(self.backbone, length - 1 + _num_positions(inputs))
         tokens = []
         for t, position in enumerate(positions.split(1)):
-            distribution = self._distribution(run_step(**self._inputs(context, previous, t)))
+            if t:
+                inputs = self._inputs(context, previous, t)
+            *_, output = _run_each(run_step, inputs)  # the last position is that of the token
+            distribution = self._distribution(output)
             step = WalkStep(t, 0, position)
             previous = call_step_fn(step_fn, distribution, step, len(context))  # (B, 1)
             tokens.append(previous)
@@ -75,11 +80,8 @@ class CausalLMMixin:
         """
         inputs = self._inputs(context, tokens[:, :-1], 0)
         expected = self.backbone(**inputs, use_cache=False)[0]  # (B, L, E)
-        run_step = _steps(self.backbone, tokens.shape[1])
         outputs = []
-        for t in range(tokens.shape[1]):
-            step_inputs = {name: value[:, t : t + 1] for name, value in inputs.items()}
-            output = run_step(**step_inputs)
+        for output in _run_each(_steps(self.backbone, _num_positions(inputs)), inputs):
             self._distribution(output)  # raises if the output lacks what is read from it
             outputs.append(output[0])
         difference = (torch.cat(outputs, 1) - expected).abs().max()
@@ -89,6 +91,18 @@ class CausalLMMixin:
                 f"{type(self.backbone.config).__name__}, whose outputs differ by "
                 f"{difference.item():.2g} when later codes are in the input"
             )
+
+
+def _num_positions(inputs: dict[str, Tensor]) -> int:
+    return next(iter(inputs.values())).shape[1]
+
+
+def _run_each(
+    run_step: Callable[..., ModelOutput], inputs: dict[str, Tensor]
+) -> Iterator[ModelOutput]:
+    """The output of each position of inputs (B, n, ...), one after the other."""
+    for i in range(_num_positions(inputs)):
+        yield run_step(**{name: value[:, i : i + 1] for name, value in inputs.items()})
 
 
 @contextmanager

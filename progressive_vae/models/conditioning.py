@@ -1,12 +1,15 @@
-"""What factors are conditioned on besides codes: classes; the last class id is the null class."""
+"""What factors are conditioned on besides codes: classes, and embeddings of a text or another
+condition. The last class id is the null class; the null condition has no embeddings.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..configuration.base import PartConfig
@@ -22,18 +25,24 @@ ClassLabels: TypeAlias = (
 class Conditioning:
     """What each example of a batch is conditioned on besides codes.
 
-    `from_labels` checks what a user passes. Nothing else reads values on an accelerator, which
-    would wait for the device.
+    `from_labels` and `with_embeddings` check what a user passes. Nothing else reads values on an
+    accelerator, which would wait for the device.
 
     Args:
         class_ids: int64 (B,) in 0 … num_classes − 1, or num_classes for the null class.
         num_classes: 0 for an unconditional factor, whose only class is the null class.
         is_null: whether all examples are known to be of the null class.
+        embeddings: float (B, T, D); `None`: no example has any.
+        mask: bool (B, T), which embeddings an example has; none for the null condition.
+        negative: the condition from which guidance leads away; `None`: the null condition.
     """
 
     class_ids: Tensor
     num_classes: int
     is_null: bool = False
+    embeddings: Tensor | None = None
+    mask: Tensor | None = None
+    negative: "Conditioning | None" = None
 
     @classmethod
     def from_labels(
@@ -72,6 +81,43 @@ class Conditioning:
             raise ValueError(f"expected {batch_size} class_labels, got {len(conditioning)}")
         return conditioning
 
+    def with_embeddings(self, embeddings: Tensor, mask: Tensor | None = None) -> "Conditioning":
+        """The same classes with embeddings, of a text encoder or any other.
+
+        Args:
+            embeddings: float (B, T, D), or one vector for each example, (B, D).
+            mask: bool or integers (B, T), nonzero for the embeddings that an example has; `None`:
+                all.
+
+        Raises:
+            ValueError: another shape, dtype or batch size.
+        """
+        count = len(self)
+        is_float = isinstance(embeddings, Tensor) and embeddings.is_floating_point()
+        if not is_float or embeddings.ndim not in (2, 3) or len(embeddings) != count:
+            raise ValueError(
+                f"expected embeddings to be floats of shape ({count}, T, D) or ({count}, D), got "
+                f"{_describe(embeddings)}"
+            )
+        if embeddings.ndim == 2:
+            embeddings = embeddings[:, None]
+        shape = embeddings.shape[:2]
+        if mask is None:
+            mask = torch.ones(shape, dtype=torch.bool, device=embeddings.device)
+        is_mask = isinstance(mask, Tensor) and not mask.is_floating_point()
+        if not is_mask or mask.shape != shape:
+            raise ValueError(
+                f"expected a mask of bool or integers of shape {tuple(shape)}, got "
+                f"{_describe(mask)}"
+            )
+        device = self.class_ids.device
+        return replace(self, embeddings=embeddings.to(device), mask=mask.to(device).bool())
+
+    @property
+    def is_unconditional(self) -> bool:
+        """Whether all examples are known to have the null condition."""
+        return self.is_null and self.embeddings is None
+
     def __len__(self) -> int:
         """B."""
         return len(self.class_ids)
@@ -79,8 +125,13 @@ class Conditioning:
     def __getitem__(self, rows: slice | Tensor) -> "Conditioning":
         """A part of the batch: a slice, or int64 indices (n,)."""
         part = self._map(lambda x: x[rows])
-        if part.class_ids.device.type == "cpu" and (part.class_ids == self.num_classes).all():
-            return part.null()  # such a part needs no guidance
+        if part.class_ids.device.type != "cpu":
+            return part
+        # A part of the null condition needs no guidance.
+        if part.mask is not None and not part.mask.any():
+            part = replace(part, embeddings=None, mask=None)
+        if not part.is_null and (part.class_ids == self.num_classes).all():
+            part = replace(part, is_null=True)
         return part
 
     def to(self, device: torch.device | str) -> "Conditioning":
@@ -91,47 +142,105 @@ class Conditioning:
         return self._map(lambda x: x.repeat_interleave(repeats, 0))
 
     def null(self) -> "Conditioning":
-        """A batch of the same size of the null class."""
+        """A batch of the same size of the null condition."""
         class_ids = torch.full_like(self.class_ids, self.num_classes)
         return Conditioning(class_ids, self.num_classes, is_null=True)
 
     def drop(self, probability: float, generator: Generators = None) -> "Conditioning":
         """Each example replaced by a null one with a probability.
 
-        One network learns P(· | class) and P(·), for classifier-free guidance (Ho & Salimans 2022).
+        One network learns P(· | condition) and P(·), for classifier-free guidance (Ho & Salimans
+        2022). Of examples with a class and embeddings, each is also dropped alone, with the same
+        probability, so that either can be the only condition.
         """
-        is_dropped = uniform(self.class_ids.shape, generator, self.class_ids.device) < probability
-        class_ids = self.class_ids.masked_fill(is_dropped, self.num_classes)
-        return Conditioning(class_ids, self.num_classes, self.is_null)
+        noise = uniform(self.class_ids.shape, generator, self.class_ids.device)
+        has_both = self.mask is not None and self.num_classes > 0
+        is_class_dropped = noise < (2 * probability if has_both else probability)
+        class_ids = self.class_ids.masked_fill(is_class_dropped, self.num_classes)
+        if self.mask is None:
+            return replace(self, class_ids=class_ids)
+        is_text_dropped = noise < probability
+        if has_both:
+            is_text_dropped |= ~is_class_dropped & (noise < 3 * probability)
+        return replace(self, class_ids=class_ids, mask=self.mask & ~is_text_dropped[:, None])
 
     def for_factor(self, config: PartConfig) -> "Conditioning":
         """What a factor with this config uses: nothing, if it is unconditional.
 
         Raises:
-            ValueError: a factor with another number of classes.
+            ValueError: a factor with another number of classes, or of embeddings of another length.
         """
-        if config.num_classes == self.num_classes:
-            return self
-        if config.num_classes:
+        conditioning = self
+        if self.embeddings is not None and config.condition_dim is None:
+            conditioning = replace(conditioning, embeddings=None, mask=None)
+        elif self.embeddings is not None and config.condition_dim != self.embeddings.shape[-1]:
+            raise ValueError(
+                f"expected embeddings of length condition_dim={config.condition_dim}, got "
+                f"{self.embeddings.shape[-1]}"
+            )
+        if config.num_classes not in (0, self.num_classes):
             raise ValueError(
                 f"expected class_labels of {config.num_classes} classes, got a Conditioning of "
                 f"{self.num_classes}"
             )
-        return Conditioning(torch.zeros_like(self.class_ids), 0, is_null=True)
+        if config.num_classes != self.num_classes:
+            class_ids = torch.zeros_like(self.class_ids)
+            conditioning = replace(conditioning, class_ids=class_ids, num_classes=0, is_null=True)
+        if self.negative is not None:
+            negative = self.negative.for_factor(config)
+            conditioning = replace(
+                conditioning, negative=None if negative.is_unconditional else negative
+            )
+        return conditioning
 
     def for_guidance(self, sampler: Sampler) -> "Conditioning":
-        """The rows of a walk with this sampler: these, and if it is guided as many null ones.
+        """The rows of a walk with this sampler: these, and if it is guided as many negative ones,
+        which are null ones unless there is a `negative`.
 
         If all examples are null, guidance is turned off, as both of its terms are the same.
         """
-        if self.is_null:
+        if self.is_unconditional and self.negative is None:
             sampler.guidance_scale = 1.0
         if not sampler.is_guided:
             return self
-        return Conditioning(torch.cat([self.class_ids, self.null().class_ids]), self.num_classes)
+        negative = self.null() if self.negative is None else self.negative
+        class_ids = torch.cat([self.class_ids, negative.class_ids])
+        embeddings, mask = _concatenate(self, negative)
+        return Conditioning(class_ids, self.num_classes, False, embeddings, mask)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
-        return Conditioning(function(self.class_ids), self.num_classes, self.is_null)
+        return Conditioning(
+            function(self.class_ids),
+            self.num_classes,
+            self.is_null,
+            None if self.embeddings is None else function(self.embeddings),
+            None if self.mask is None else function(self.mask),
+            None if self.negative is None else self.negative._map(function),
+        )
+
+
+def _concatenate(*parts: Conditioning) -> tuple[Tensor | None, Tensor | None]:
+    """The embeddings and the mask of all parts, padded to the longest sequence."""
+    templates = [part.embeddings for part in parts if part.embeddings is not None]
+    if not templates:
+        return None, None
+    length = max(embeddings.shape[1] for embeddings in templates)
+    embeddings, masks = [], []
+    for part in parts:
+        if part.embeddings is None or part.mask is None:
+            embeddings.append(templates[0].new_zeros(len(part), length, templates[0].shape[2]))
+            masks.append(part.class_ids.new_zeros(len(part), length, dtype=torch.bool))
+        else:
+            padding = length - part.embeddings.shape[1]
+            embeddings.append(F.pad(part.embeddings, (0, 0, 0, padding)))
+            masks.append(F.pad(part.mask, (0, padding)))
+    return torch.cat(embeddings), torch.cat(masks)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def _as_class_ids(class_labels: Any, config: PartConfig) -> list[int]:

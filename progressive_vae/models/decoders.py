@@ -27,6 +27,7 @@ from ..configuration.level import (
     ProgressiveVAELevelConfig,
 )
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
+from .condition_attention import ConditionAttention
 from .conditioning import Conditioning
 from .distributions import Categorical, CopyMixture, LowRankCategorical, joint_log_prob
 from .heads import Head, Neighborhood, make_categorical_head, make_head
@@ -61,7 +62,7 @@ class Condition(NamedTuple):
 
     Args:
         quantized: codebook[z], (B, D, h, w).
-        conditioning: classes.
+        conditioning: classes and embeddings.
         code_noise: the probability with which each code of z was replaced, (B,); `None` is 0.
         preview: the auxiliary decoder's mean image, if the config is guided: float (B, C, H, W)
             in 0 … V − 1.
@@ -93,6 +94,8 @@ class Decoder(nn.Module):
         self.stem = nn.Conv2d(config.codebook_dim, config.hidden_size, 3, padding=1)
         if config.num_classes:
             self.class_embedding = ZeroEmbedding(config.num_classes + 1, config.hidden_size)
+        if config.condition_dim is not None:
+            self.condition_attention = ConditionAttention(config.hidden_size, config.condition_dim)
         if config.code_noise:
             self.corruption_embedding = ZeroEmbedding(1, config.hidden_size)
 
@@ -103,6 +106,11 @@ class Decoder(nn.Module):
         if self.config.num_classes:
             class_ids = conditioning.class_ids.to(state.device)
             state = state + self.class_embedding(class_ids)[:, :, None, None]
+        if conditioning.embeddings is not None:  # each position of z attends to them
+            size = state.shape[-2:]
+            state = state.movedim(1, -1).flatten(1, 2)  # (B, h·w, width)
+            state = self.condition_attention(state, conditioning)
+            state = state.unflatten(1, size).movedim(-1, 1)
         if self.config.code_noise and code_noise is not None:
             strength = (code_noise / self.config.code_noise).to(state)[:, None]  # 0 … 1
             state = state + (strength * self.corruption_embedding.weight)[:, :, None, None]

@@ -37,6 +37,7 @@ GROWABLE_FIELDS = (
     "num_classes",
     "id2label",
     "class_dropout",
+    "condition_dim",
     "code_noise",
     "code_noise_kind",
 )
@@ -64,6 +65,8 @@ def _can_grow(old: ProgressiveVAELevelConfig, new: ProgressiveVAELevelConfig) ->
     """Whether a decoder with config `new` can start as the same function as one with `old`."""
     names = [name for name in DECODER_FIELDS if name not in GROWABLE_FIELDS]
     if any(getattr(new, name) != getattr(old, name) for name in names):
+        return False
+    if len({old.condition_dim, new.condition_dim} - {None}) > 1:
         return False
     if new.decoder_type == "causal_lm":
         return new.num_layers == old.num_layers
@@ -145,7 +148,8 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         Args:
             codes: z_i, if it was encoded before: then the encoder does not run, the loss is the
                 decoder's only, and in training mode noise is added to the codes (`code_noise`).
-            class_labels: of a class-conditional decoder; in training mode some are dropped.
+            class_labels: of a class-conditional decoder, or a `Conditioning`, which may have
+                embeddings; in training mode some are dropped.
             generator: of the noise of training, one for the batch, or one for each example.
             preview_decoder: of a level of codes, that of the finer levels: it computes the image
                 whose error `reconstruction_weight` weighs.
@@ -155,7 +159,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
         """
         values = self.value_type.to_indices(finer)
         conditioning = self._conditioning(class_labels, finer)
-        if self.config.num_classes and self.training:
+        if self.config.is_conditional and self.training:
             conditioning = conditioning.drop(self.config.class_dropout, generator)
 
         # Encode, or look up the codes that were passed, with noise on them in training.
@@ -405,7 +409,7 @@ class ProgressiveVAELevel(ProgressiveVAEPreTrainedModel):
             return level
         if _can_grow(self.config, level.config):
             shapes = {name: weight.shape for name, weight in new.state_dict().items()}
-            # More blocks, and the embeddings of classes and code noise, start at zero.
+            # More blocks, attention to embeddings, classes and code noise start at zero.
             weights = {
                 name: weight
                 for name, weight in old.state_dict().items()

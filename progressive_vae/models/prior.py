@@ -1,6 +1,7 @@
 """The prior `P_Φ(z_1)`: a causal language model of transformers over codes in raster order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.utils.accelerate_utils import apply_forward_hook
@@ -12,8 +13,10 @@ from ..arguments import as_integer
 from ..configuration.prior import ProgressiveVAEPriorConfig
 from ..configuration.validation import check_codes
 from .causal_lm import NUM_CHECKED_TOKENS, CausalLMMixin
+from .condition_attention import ConditionAttention
 from .conditioning import ClassLabels, Conditioning
 from .distributions import Categorical
+from .layers import init_weights
 from .modeling_utils import ProgressiveVAEPreTrainedModel
 from .sampling import Generators, Sampler
 from .walk import StepFn
@@ -42,14 +45,18 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     The tokens of the backbone are the K_1 codes, then the classes, then the null class; the class
     token is the prompt. Only codes can follow, so the logits of the other tokens are cut off.
 
+    With `condition_dim` a prefix of `num_prefix_tokens` vectors follows the class token. They are
+    learned, and attend to the embeddings of the condition; the backbone needs no mask for them.
+
     `class_labels` are integers or names of `id2label`, (B,): 0 … num_classes − 1, or `num_classes`
-    for the null class; `None` is the null class for all.
+    for the null class; `None` is the null class for all. A `Conditioning` may have embeddings, too.
     """
 
     config: ProgressiveVAEPriorConfig
     base_model_prefix = "backbone"  # the attribute, so that its input embeddings are found
     main_input_name = "codes"
     supports_gradient_checkpointing = True
+    _skip_layerwise_casting_patterns = ["prefix"]  # read outside of its forward
     # Attention is in the backbone, which checks support itself.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _supports_attention_backend = True
@@ -59,11 +66,22 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     def __init__(self, config: ProgressiveVAEPriorConfig):
         super().__init__(config)
         self.backbone = AutoModelForCausalLM.from_config(config.backbone_config)
+        if config.condition_dim is not None:
+            width: Any = self.backbone.get_input_embeddings().embedding_dim
+            self.prefix = nn.Embedding(config.num_prefix_tokens, width)
+            self.condition_attention = ConditionAttention(width, config.condition_dim)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
-        # All modules belong to the backbone.
-        self.backbone._init_weights(module)
+        # The prefix starts as the backbone's own embeddings do.
+        is_own = self.config.condition_dim is not None and module in self._attention_modules()
+        if is_own:
+            init_weights(module)
+        else:
+            self.backbone._init_weights(module)
+
+    def _attention_modules(self) -> set[nn.Module]:
+        return {*self.condition_attention.modules()}
 
     def forward(
         self,
@@ -76,14 +94,15 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
     ):
         """Teacher-forced terms of z_1, int64 (B, H_1, W_1).
 
-        In training mode each label is replaced by the null class with probability `class_dropout`,
-        so that one network learns `P_Φ(z_1)` and `P_Φ(z_1 | class)`; `generator` samples which.
+        In training mode each condition is replaced by the null condition with probability
+        `class_dropout` (see `Conditioning.drop`), so that one network learns `P_Φ(z_1)` and
+        `P_Φ(z_1 | condition)`; `generator` samples which.
 
         Returns:
             `ProgressiveVAEPriorOutput`, or a tuple of its fields.
         """
         conditioning = self._conditioning(class_labels, len(codes), codes.device)
-        if self.config.num_classes and self.training:
+        if self.config.is_conditional and self.training:
             conditioning = conditioning.drop(self.config.class_dropout, generator)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -195,11 +214,21 @@ class ProgressiveVAEPrior(CausalLMMixin, ProgressiveVAEPreTrainedModel):
         return Conditioning.from_labels(class_labels, self.config, batch_size, device)
 
     def _prompt(self, conditioning: Conditioning) -> Tensor:
-        """The class tokens, int64 (B, 1)."""
-        return (conditioning.class_ids + self.config.codebook_size)[:, None]
+        """The class tokens, int64 (B, 1); with `condition_dim` their embeddings and the prefix,
+        float (B, 1 + num_prefix_tokens, width)."""
+        tokens = (conditioning.class_ids + self.config.codebook_size)[:, None]
+        if self.config.condition_dim is None:
+            return tokens
+        prefix = self.prefix.weight.expand(len(tokens), -1, -1)
+        prefix = self.condition_attention(prefix, conditioning)
+        return torch.cat([self.backbone.get_input_embeddings()(tokens), prefix], 1)
 
     def _inputs(self, context: Tensor, previous: Tensor, start: int) -> dict[str, Tensor]:
-        return {"input_ids": previous if start else torch.cat([context, previous], 1)}
+        if self.config.condition_dim is None:
+            return {"input_ids": previous if start else torch.cat([context, previous], 1)}
+        embedded = self.backbone.get_input_embeddings()(previous)
+        return {"inputs_embeds": embedded if start else torch.cat([context, embedded], 1)}
 
     def _distribution(self, output: ModelOutput) -> Categorical:
-        return Categorical(output["logits"][..., : self.config.codebook_size])
+        logits = output["logits"][:, -self.config.sequence_length :]  # without the prefix
+        return Categorical(logits[..., : self.config.codebook_size])

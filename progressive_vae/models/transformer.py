@@ -24,6 +24,15 @@ MIN_HEAD_DIM = 16
 NUM_HEADS = 8  # more, of 64 channels each, in layers of more than 512 channels
 
 
+def num_heads(width: int) -> int:
+    """Attention heads of a layer of this width."""
+    return max(
+        n
+        for n in range(1, max(NUM_HEADS, width // 64) + 1)
+        if width % n == 0 and (n == 1 or width >= MIN_HEAD_DIM * n)
+    )
+
+
 class TransformerLayer(GradientCheckpointingLayer):
     """Attention and a gated feed-forward network (SwiGLU, Shazeer 2020), each after a norm.
 
@@ -35,11 +44,7 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     def __init__(self, width: int):
         super().__init__()
-        self.num_heads = max(
-            n
-            for n in range(1, max(NUM_HEADS, width // 64) + 1)
-            if width % n == 0 and (n == 1 or width >= MIN_HEAD_DIM * n)
-        )
+        self.num_heads = num_heads(width)
         self.attention_norm = nn.LayerNorm(width)
         self.queries = nn.Linear(width, width, bias=False)
         self.keys_and_values = nn.Linear(width, 2 * width, bias=False)

@@ -118,6 +118,8 @@ class RunSettings:
         checkpointing_steps: steps between checkpoints; null: only before the run is stopped.
         checkpoints_total_limit: retained checkpoints of a phase; null: all.
         hub_license: of the weights, for the model card; an identifier of the Hub.
+        save_text_encoder: save the text encoder of captions with the pipeline; if false, the
+            pipeline names it and loads it with the first prompt.
     """
 
     output_dir: str = "runs/progressive_vae"
@@ -138,6 +140,7 @@ class RunSettings:
     checkpointing_steps: int | None = 500
     checkpoints_total_limit: int | None = 2
     hub_license: str = "apache-2.0"
+    save_text_encoder: bool = True
 
     def __post_init__(self):
         expand_paths(self, "output_dir", "finest_level", "extend", "logging_dir")

@@ -30,6 +30,7 @@ def greedy_order(
     image_size: tuple[int, int],
     class_names: list[str],
     pretrained: Collection[int],
+    condition_dim: int | None = None,
 ) -> list[Phase]:
     """Return all phases of a recipe in their order.
 
@@ -41,6 +42,7 @@ def greedy_order(
         configs: of [level_1 … level_N].
         image_size: (H, W).
         pretrained: indices of levels that are not trained.
+        condition_dim: length of the embeddings of captions; `None`: there are none.
     """
     indices = range(len(configs), 0, -1)
     order: list[Phase] = []
@@ -54,12 +56,12 @@ def greedy_order(
             changes = {name: getattr(configs[i - 1], name) for name in DECODER_FIELDS}
             settings = recipe.levels[i - 1].fit
             order.append(RefitPhase(index=i, changes=changes, is_first=True, settings=settings))
-    prior = recipe.prior_config(configs, image_size, class_names)
+    prior = recipe.prior_config(configs, image_size, class_names, condition_dim)
     order.append(PriorPhase(config=prior, settings=recipe.prior.fit))
     for i in indices:
         refit = recipe.levels[i - 1].refit
         if refit is not None:
-            changes = recipe.decoder_changes(i, class_names)
+            changes = recipe.decoder_changes(i, class_names, condition_dim)
             phase = RefitPhase(
                 index=i, changes=changes, from_scratch=refit.from_scratch, settings=refit.fit
             )
@@ -71,8 +73,9 @@ def _level_phase(recipe: Recipe, index: int, config: ProgressiveVAELevelConfig) 
     level = recipe.levels[index - 1]
     if level.encoder_fit is None:
         return LevelPhase(index=index, config=config, settings=level.fit)
-    # The auxiliary decoder has no classes; the phase of the decoder adds them.
-    config = config.with_decoder(decoder_type="auxiliary", num_classes=0, id2label=None)
+    # The auxiliary decoder has no condition; the phase of the decoder adds it.
+    unconditional = {"num_classes": 0, "id2label": None, "condition_dim": None}
+    config = config.with_decoder(decoder_type="auxiliary", **unconditional)
     return LevelPhase(index=index, config=config, is_encoder=True, settings=level.encoder_fit)
 
 
@@ -138,15 +141,27 @@ def check_early_stopping(phases: list[Phase], splits: Collection[str]):
 
 
 def check_phases(
-    phases: list[Phase], configs: list[ProgressiveVAELevelConfig], image_size: tuple[int, int]
+    phases: list[Phase],
+    configs: list[ProgressiveVAELevelConfig],
+    image_size: tuple[int, int],
+    condition_dim: int | None = None,
 ):
-    """Raise a `ValueError` unless levels fit the images, also when refitted, and backbones are
-    causal."""
+    """Raise a `ValueError` unless levels fit the images, also when refitted, backbones are causal,
+    and there are captions for parts that are conditioned on them.
+
+    Args:
+        condition_dim: length of the embeddings of captions; `None`: there are none.
+    """
     refitted = list(configs)
     for phase in phases:
         if isinstance(phase, RefitPhase):
             refitted[phase.index - 1] = phase.model_config(configs)
         config = copy.deepcopy(phase.model_config(configs))
+        if config.condition_dim not in (None, condition_dim):
+            raise ValueError(
+                f"{phase.part}: expected captions with embeddings of length "
+                f"condition_dim={config.condition_dim}, got {condition_dim}"
+            )
         model: Model
         try:
             if isinstance(config, ProgressiveVAEPriorConfig):

@@ -106,6 +106,8 @@ class Phase:
             "seconds": self.seconds,
             **settings,
         }
+        if config.condition_dim is not None and run.texts is not None:
+            identity["text_encoder"] = run.texts.manifest.text_encoder
         if self.part == f"level_{run.num_levels}" and run.augmentation != IDENTITY:
             identity["forms"] = asdict(run.augmentation)
         return json.loads(json.dumps(identity))
@@ -227,7 +229,7 @@ class LevelPhase(Phase):
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
             finer = as_finer(batch["grid"], level)
-            return {"finer": finer, **_class_labels(batch, level), **options}
+            return {"finer": finer, **_condition(batch, level, run), **options}
 
         validate = _level_validation(run, self, level)
         self._fit(run, level, examples, to_inputs, validate, identity, clock)
@@ -332,7 +334,7 @@ class RefitPhase(Phase):
             codes = batch.get("codes")
             if codes is None:  # of augmented and streamed images no codes are cached
                 codes = level.encode(finer)
-            return {"finer": finer, "codes": codes, **_class_labels(batch, level)}
+            return {"finer": finer, "codes": codes, **_condition(batch, level, run)}
 
         validate = _level_validation(run, self, level)
         self._fit(run, level, examples, to_inputs, validate, identity, clock)
@@ -376,7 +378,7 @@ class PriorPhase(Phase):
         pipe = _validation_pipeline(run, prior, levels)
 
         def to_inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
-            return {"codes": batch["grid"], **_class_labels(batch, prior)}
+            return {"codes": batch["grid"], **_condition(batch, prior, run)}
 
         def validate(progress: Progress) -> dict[str, float]:
             codes = held_out.batch(slice(0, VALIDATION_IMAGES))[0].to(prior.device)
@@ -482,11 +484,17 @@ def _data_identity(
     return identity
 
 
-def _class_labels(batch: dict[str, Tensor], model: Model) -> dict[str, Conditioning]:
-    """Return labels as keyword arguments; images without a label get the null class."""
-    num_classes = model.config.num_classes
-    if not num_classes:
+def _condition(batch: dict[str, Any], model: Model, run: Run) -> dict[str, Conditioning]:
+    """Return classes and embeddings of captions as keyword arguments; images without a label or a
+    caption get the null condition."""
+    config = model.config
+    if not config.is_conditional:
         return {}
+    num_classes = config.num_classes
     labels = batch["label"]
-    class_ids = labels.where(labels != NO_LABEL, num_classes)
-    return {"class_labels": Conditioning(class_ids, num_classes)}
+    has_class = labels != NO_LABEL if num_classes else labels != labels
+    class_ids = labels.where(has_class, num_classes)
+    conditioning = Conditioning(class_ids, num_classes, is_null=not num_classes)
+    if config.condition_dim is not None:
+        conditioning = conditioning.with_embeddings(*run.caption_embeddings(batch["index"]))
+    return {"class_labels": conditioning}

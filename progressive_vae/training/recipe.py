@@ -34,6 +34,7 @@ from .yaml_files import read_yaml
 Kind = TypeVar("Kind")
 
 _SOURCES = ("dataset_name", "train_data_dir")
+CONDITIONS = ("class_conditional", "text_conditional")
 DEFAULT_LEVELS = 3  # without a recipe
 
 
@@ -64,6 +65,7 @@ class LevelRecipe:
 
     config: dict[str, Any]
     class_conditional: bool
+    text_conditional: bool
     encoder_fit: FitSettings | None
     fit: FitSettings
     refit: RefitRecipe | None
@@ -79,6 +81,7 @@ class PriorRecipe:
 
     config: dict[str, Any]
     class_conditional: bool
+    text_conditional: bool
     fit: PriorFitSettings
 
 
@@ -102,6 +105,7 @@ class Recipe:
         num_channels: int,
         class_names: list[str],
         pretrained: Mapping[int, ProgressiveVAELevelConfig],
+        condition_dim: int | None = None,
     ) -> list[ProgressiveVAELevelConfig]:
         """Return the configs of [level_1 … level_N].
 
@@ -109,6 +113,7 @@ class Recipe:
             num_channels: of the images.
             class_names: of the data set, [] if it has no labels.
             pretrained: configs that replace those of the recipe.
+            condition_dim: length of the embeddings of captions; `None`: there are none.
 
         Raises:
             ValueError: a config is invalid, or a pretrained level is of other images.
@@ -123,7 +128,8 @@ class Recipe:
                         f"one with num_channels={config.num_channels}"
                     )
             else:
-                values = {**self.levels[i - 1].config, **self._classes(i, class_names)}
+                conditions = self._conditions(i, class_names, condition_dim)
+                values = {**self.levels[i - 1].config, **conditions}
                 if configs:
                     values["num_symbols"] = configs[0].codebook_size
                 else:
@@ -132,26 +138,41 @@ class Recipe:
             configs.insert(0, config)
         return configs
 
-    def decoder_changes(self, index: int, class_names: list[str]) -> dict[str, Any]:
+    def decoder_changes(
+        self, index: int, class_names: list[str], condition_dim: int | None = None
+    ) -> dict[str, Any]:
         """Return the fields of its config that the refit of level `index` changes."""
         refit = self.levels[index - 1].refit
-        return {**(refit.changes if refit else {}), **self._classes(index, class_names)}
+        changes = refit.changes if refit else {}
+        return {**changes, **self._conditions(index, class_names, condition_dim)}
 
-    def _classes(self, index: int, class_names: list[str]) -> dict[str, Any]:
-        if not self.levels[index - 1].class_conditional:
-            return {}
-        if not class_names:
+    def _conditions(
+        self, index: int, class_names: list[str], condition_dim: int | None
+    ) -> dict[str, Any]:
+        """Return the fields of a level's config that say what its decoder is conditioned on."""
+        level = self.levels[index - 1]
+        fields: dict[str, Any] = {}
+        if level.class_conditional and not class_names:
             raise ValueError(
                 f"expected class_conditional=False of level_{index}, as the data set has no "
                 "labels, got True"
             )
-        return named_classes(class_names)
+        if level.text_conditional and condition_dim is None:
+            raise ValueError(
+                f"expected text_conditional=False of level_{index} without caption_column, got True"
+            )
+        if level.class_conditional:
+            fields |= named_classes(class_names)
+        if level.text_conditional:
+            fields["condition_dim"] = condition_dim
+        return fields
 
     def prior_config(
         self,
         levels: list[ProgressiveVAELevelConfig],
         image_size: tuple[int, int],
         class_names: list[str],
+        condition_dim: int | None = None,
     ) -> ProgressiveVAEPriorConfig:
         """Return the config of the prior, for images of (H, W)."""
         names = class_names if self.prior.class_conditional else []
@@ -160,6 +181,8 @@ class Recipe:
             "grid_size": grid_sizes(levels, image_size)[0],
         }
         values = {**self.prior.config, **codes, **named_classes(names)}
+        if self.prior.text_conditional:
+            values["condition_dim"] = condition_dim
         return _build(ProgressiveVAEPriorConfig, values, "prior")
 
 
@@ -352,10 +375,12 @@ def _make_recipe(sections: dict[str, Any]) -> Recipe:
     levels = [_level_recipe(f"level_{i}", sections[f"level_{i}"]) for i in range(1, count + 1)]
     section = dict(sections["prior"])
     fit = _build(PriorFitSettings, section.pop("fit"), "prior.fit")
-    class_conditional = section.pop("class_conditional")
-    prior = PriorRecipe(config=section, class_conditional=class_conditional, fit=fit)
+    conditions = {name: section.pop(name) for name in CONDITIONS}
+    prior = PriorRecipe(config=section, fit=fit, **conditions)
     data = _build(DataSettings, sections["data"], "data")
     run = _build(RunSettings, sections["run"], "run")
+    if not run.save_text_encoder and data.text_encoder is None:
+        raise ValueError("run: expected save_text_encoder=True without a text_encoder, got False")
     # The settings have expanded their paths: `recipe.yaml` has to hold those.
     sections = {**sections, "data": asdict(data), "run": asdict(run)}
     return Recipe(levels, prior, data, run, sections)
@@ -364,7 +389,7 @@ def _make_recipe(sections: dict[str, Any]) -> Recipe:
 def _level_recipe(name: str, values: Mapping[str, Any]) -> LevelRecipe:
     section = dict(values)
     fit = _build(FitSettings, section.pop("fit"), f"{name}.fit")
-    class_conditional = section.pop("class_conditional")
+    conditions = {name: section.pop(name) for name in CONDITIONS}
     del section["decoder_size"]  # `_expand_size` has read it
     refit = section.pop("refit", None)
     if refit is not None:
@@ -376,7 +401,7 @@ def _level_recipe(name: str, values: Mapping[str, Any]) -> LevelRecipe:
             raise ValueError(
                 f"expected auxiliary_hidden_size of {name}, which has an encoder_fit, got null"
             )
-    return LevelRecipe(section, class_conditional, encoder_fit, fit, refit)
+    return LevelRecipe(section, encoder_fit=encoder_fit, fit=fit, refit=refit, **conditions)
 
 
 def _refit_recipe(name: str, values: Mapping[str, Any]) -> RefitRecipe:

@@ -48,10 +48,32 @@ def assemble(run: Run) -> ProgressiveVAEPipeline:
     has_metrics = METRICS in metric_files(run.output_dir)
     index = run.output_dir / INDEX
     sampling = read_json(index, "delete it").get("sampling") if has_metrics else None
-    pipe = ProgressiveVAEPipeline.from_levels(prior, levels, run.image_shape[1:], sampling)
+    pipe = ProgressiveVAEPipeline.from_levels(
+        prior, levels, run.image_shape[1:], sampling, **_text_parts(run)
+    )
     write_json(run.output_dir / INDEX, json.loads(pipe.to_json_string()))
     write_card(run.output_dir)
     return pipe
+
+
+def _text_parts(run: Run) -> dict[str, Any]:
+    """Return the pipeline's text encoder and tokenizer, or their name."""
+    texts = run.texts
+    if texts is None:
+        return {}
+    if run.settings.save_text_encoder:
+        return {"text_encoder": texts.text_encoder, "tokenizer": texts.tokenizer}
+    return {"text_encoder_id": texts.name}
+
+
+def save_text_encoder(run: Run, overwrite: bool):
+    """Save the parts of the pipeline that encode texts, unless it names them."""
+    for name, part in _text_parts(run).items():
+        folder = run.output_dir / name
+        is_due = name != "text_encoder_id" and (overwrite or not folder.exists())
+        if is_due and run.accelerator.is_main_process:
+            part.save_pretrained(folder)
+    run.accelerator.wait_for_everyone()
 
 
 def saved_sections(output_dir: Path) -> dict[str, Any] | None:

@@ -28,16 +28,25 @@ from accelerate.utils import (
 from PIL.Image import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration.level import ProgressiveVAELevelConfig
 from ..configuration.validation import grid_sizes
 from ..data.augmentation import IDENTITY, Augmentation, AugmentedDataset
+from ..data.captions import (
+    CaptionEmbeddings,
+    CaptionManifest,
+    Captions,
+    caption_manifest,
+    is_caption_cache,
+    write_caption_embeddings,
+)
 from ..data.code_cache import GridDataset, Manifest, write_cache
 from ..data.streaming import PixelStream
 from ..models.fingerprint import fingerprint
 from ..models.level import ProgressiveVAELevel
 from ..models.modeling_utils import BLOCK_GRAPHS
+from ..models.text_encoding import encode_texts, load_text_encoder
 from ..paths import replacing
 from ..serialization import read_json, write_json
 from .args import RunSettings
@@ -60,6 +69,35 @@ class DynamoPlugin(TorchDynamoPlugin):
 
 
 @dataclass
+class Texts:
+    """The captions of the training images and their text encoder.
+
+    Args:
+        name: repository or folder of the text encoder; `None` for hashed words.
+    """
+
+    captions: Captions
+    name: str | None
+    text_encoder: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    manifest: CaptionManifest
+
+    @classmethod
+    def load(cls, captions: Captions, name: str | None) -> "Texts | None":
+        """Return captions with their text encoder, `None` if there are no captions."""
+        if captions.column is None:
+            return None
+        text_encoder, tokenizer = load_text_encoder(name)
+        manifest = caption_manifest(captions, text_encoder, tokenizer)
+        return cls(captions, name, text_encoder, tokenizer, manifest)
+
+    @property
+    def condition_dim(self) -> int:
+        """Length of the embeddings."""
+        return encode_texts(self.text_encoder, self.tokenizer, [""])[0].shape[-1]
+
+
+@dataclass
 class Run:
     """The folder of a training run, and the images it trains on.
 
@@ -69,6 +107,7 @@ class Run:
         pixels: for the splits "train" and "test", and "validation" if there is one, the cache of
             their images; the training images may be a stream.
         class_names: [] if there are no classes.
+        texts: captions of the training images, if there are any.
         augmentation: of the pixels, for the finest level.
         checkpoints: `None` for phases that cannot be resumed.
         budget: of the run's time; the default has no limit.
@@ -81,6 +120,7 @@ class Run:
     num_levels: int
     pixels: dict[str, GridDataset | PixelStream] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
+    texts: Texts | None = None
     augmentation: Augmentation = IDENTITY
     cache_batch_size: int = 500
     checkpoints: Checkpoints | None = None
@@ -90,6 +130,7 @@ class Run:
     _loaded: dict[int, tuple[list[int], ProgressiveVAELevel]] = field(
         default_factory=dict, init=False, repr=False
     )
+    _caption_cache: CaptionEmbeddings | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self):
         with self.exclusive():
@@ -198,6 +239,39 @@ class Run:
         if is_augmented and isinstance(grids, GridDataset):
             return AugmentedDataset(grids, self.augmentation)
         return grids
+
+    def caption_embeddings(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Return embeddings, float16 (B, T, D), and mask, bool (B, T), of captions.
+
+        Args:
+            indices: of training images; those of augmented images count on.
+        """
+        pixels = self.pixels["train"]
+        assert isinstance(pixels, GridDataset)  # a stream has no captions
+        ids = pixels.captions[[i % len(pixels) for i in indices]]
+        embeddings, mask = self.captions().batch(ids.tolist())
+        device = self.accelerator.device
+        if device.type == "cuda":  # a copy of pinned memory does not make the host wait
+            embeddings = embeddings.pin_memory()
+            mask = mask.pin_memory()
+        return embeddings.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+
+    def captions(self) -> CaptionEmbeddings:
+        """Return the embeddings of all captions, which are computed once."""
+        assert self.texts is not None
+        if self._caption_cache is None:
+            folder = self.output_dir / "cache" / "captions"
+            texts = self.texts
+            with self.exclusive():
+                is_due = not is_caption_cache(folder, texts.manifest)
+                if is_due and self.accelerator.is_main_process:
+                    text_encoder = texts.text_encoder.to(self.accelerator.device)
+                    parts = (texts.captions, text_encoder, texts.tokenizer)
+                    write_caption_embeddings(folder, texts.manifest, *parts)
+                    text_encoder.cpu()
+            self.accelerator.wait_for_everyone()
+            self._caption_cache = CaptionEmbeddings(folder, texts.manifest)
+        return self._caption_cache
 
     def _encode(
         self, level: ProgressiveVAELevel, finer: GridDataset | PixelStream

@@ -89,6 +89,7 @@ class LevelSection:
     # Not of the config.
     decoder_size: str | None = None  # of `DECODER_SIZES`; its values are defaults
     class_conditional: bool = False
+    text_conditional: bool = False
     encoder_fit: FitSettings | None = None
     fit: FitSettings = field(default_factory=FitSettings)
     refit: RefitSection | None = None
@@ -102,6 +103,7 @@ class PriorSection:
     backbone_config: dict[str, Any] | None = None
     # Not of the config.
     class_conditional: bool = True
+    text_conditional: bool = True
     fit: PriorFitSettings = field(default_factory=PriorFitSettings)
 
 

@@ -33,9 +33,9 @@ from .identity import flatten
 from .lock import LOCK, MOMENT, locked
 from .phases import Phase, RefitPhase, independent_part
 from .recipe import Recipe, read_recipe
-from .report import RECIPE, Push, after_phase, assemble, evaluate_and_save
+from .report import RECIPE, Push, after_phase, assemble, evaluate_and_save, save_text_encoder
 from .resume import check_folder, copy_pretrained_levels, pretrained_levels, write_recipe
-from .run import PHASES, Run, make_accelerator
+from .run import PHASES, Run, Texts, make_accelerator
 
 NOT_OF_THE_PIPELINE = [
     "cache/",
@@ -193,13 +193,15 @@ def _plan(
     pretrained_configs = {
         i: ProgressiveVAELevelConfig.from_pretrained(path) for i, path in pretrained_paths.items()
     }
-    configs = recipe.level_configs(pixels.shape[0], class_names, pretrained_configs)
+    texts = Texts.load(source.captions, recipe.data.text_encoder)
+    condition_dim = None if texts is None else texts.condition_dim
+    configs = recipe.level_configs(pixels.shape[0], class_names, pretrained_configs, condition_dim)
 
     # Phases get their durations among all, and their places among those that run.
-    order = greedy_order(recipe, configs, image_size, class_names, pretrained_paths)
+    order = greedy_order(recipe, configs, image_size, class_names, pretrained_paths, condition_dim)
     order = allocate_time(order, recipe.run.max_train_minutes)
     phases = select_phases(order, phase)
-    check_phases(phases, configs, image_size)
+    check_phases(phases, configs, image_size, condition_dim)
     check_early_stopping(phases, source.splits)
     names = [planned.name for planned in order]
     is_first = phase in ("all", names[0])
@@ -210,6 +212,7 @@ def _plan(
         accelerator,
         len(configs),
         class_names=class_names,
+        texts=texts,
         augmentation=source.augmentation,
         checkpoints=checkpoints,
         budget=budget,
@@ -252,6 +255,9 @@ def _prepare_folder(plan: Plan, push: Push | None, overwrite_cache: bool):
                 phase = None if plan.phase == "all" else plan.phases[0]
                 write_recipe(run, plan.recipe, plan.pretrained_paths, phase, plan.is_first)
     copy_pretrained_levels(run, plan.pretrained)
+    save_text_encoder(run, overwrite=plan.is_first)
+    if run.texts is not None and plan.phases:
+        run.captions()
 
 
 def _run_phases(plan: Plan, push: Push | None) -> ProgressiveVAEPipeline | None:
