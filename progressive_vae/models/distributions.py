@@ -16,6 +16,7 @@ The categorical distributions also have `expected_embedding(table)`: for one vec
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,12 @@ POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a proces
 MAX_POSITIONS_ON_CPU = 256
 MAX_POSITIONS = 2**18
 OUTSIDE = 1e6  # an edge far beyond all pixel values
+# Where the sigmoid in float32 is 0 and 1, with a margin.
+SIGMOID_IS_0 = -106.0
+SIGMOID_IS_1 = 18.0
+# Whether results of elementwise functions do not depend on places in memory. Torch's kernels
+# compute the last numbers, which do not fill a register, in another way.
+IS_LAYOUT_INVARIANT = ContextVar("is_layout_invariant", default=False)
 
 
 @dataclass(frozen=True)
@@ -221,12 +228,19 @@ class DiscretizedLogisticMixture:
             means.shape[1], self.num_values + 1, dtype=torch.float32, device=means.device
         )
         cumulative[:, -1] = 1 - weights[-1, :, 0]
-        for start in range(0, len(cumulative), POSITIONS_PER_CHUNK):
-            chunk = slice(start, start + POSITIONS_PER_CHUNK)
+        for first in range(0, len(cumulative), POSITIONS_PER_CHUNK):
+            chunk = slice(first, first + POSITIONS_PER_CHUNK)
             below = cumulative[chunk, 1:-1]
-            for weight, mean, precision in zip(weights, means, precisions, strict=False):
-                cdf = (edges - mean[chunk]).mul_(precision[chunk]).sigmoid_()
-                below.addcmul_(cdf, weight[chunk])
+            for weight, mean, precision in zip(
+                weights[:, chunk], means[:, chunk], precisions[:, chunk], strict=False
+            ):
+                start, stop = 0, len(edges)
+                if _is_processor_bound(mean) and IS_LAYOUT_INVARIANT.get():
+                    # Most values are far from sharp components.
+                    start, stop = _columns_between_0_and_1(mean, precision, stop)
+                    below[:, stop:].add_(weight)
+                cdf = (edges[start:stop] - mean).mul_(precision).sigmoid_()
+                below[:, start:stop].addcmul_(cdf, weight)
         probs = cumulative.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
         return probs.unflatten(0, self.means.shape[1:])
 
@@ -271,6 +285,18 @@ def _search_points(step: int, interval: int, device: torch.device) -> Tensor:
     (2, E, 1, 1)."""
     values = torch.arange(step, interval, step, dtype=torch.float32).view(-1, 1, 1)
     return torch.stack([values - 0.5, values]).to(device)
+
+
+def _columns_between_0_and_1(mean: Tensor, precision: Tensor, count: int) -> tuple[int, int]:
+    """The columns of `_lower_edges(1, count + 1)` at which some logistics are neither 0 nor 1.
+
+    Columns before the first of them are 0, those from the second on 1.
+    """
+    lowest = float((mean + SIGMOID_IS_0 / precision).amin())
+    highest = float((mean + SIGMOID_IS_1 / precision).amax())
+    # The order of arguments matters: NaN, which is never less, gives all columns.
+    start = int(min(count, max(0, lowest - 1)))
+    return start, int(max(start, min(count, highest + 1)))
 
 
 def _lower_edges(start: int, stop: int, device: torch.device) -> Tensor:
