@@ -51,9 +51,6 @@ EXACT_OPERATIONS = set(
     """.split()
 )
 
-# Those of them that are exact with some arguments only.
-_PARTLY_EXACT = {f"{name}{end}" for name in ("add", "sub", "rsub", "div", "index_put") for end in ("", "_")}
-
 
 @contextmanager
 def fixed_point_arithmetic(*models: torch.nn.Module) -> Iterator[None]:
@@ -79,9 +76,7 @@ class _FixedPointMode(TorchDispatchMode):
         if replacement is not None:
             result = replacement(*args, **kwargs)
             return args[0].copy_(result) if name.endswith("_") else result
-        if name in _PARTLY_EXACT:
-            args = _exact_arguments(name, args, kwargs)
-        return func(*args, **kwargs)
+        return func(*_exact_arguments(name, args, kwargs), **kwargs)
 
 
 @functools.cache
@@ -101,10 +96,10 @@ def _implementation(func: OpOverload) -> tuple[str, Callable | None]:
 
 
 def _exact_arguments(name: str, args: tuple, kwargs: dict) -> tuple:
-    """The arguments of an operation that is exact with some of them.
+    """The arguments with which an operation is exact.
 
     Raises:
-        ValueError: arguments with which it is not.
+        ValueError: there are none.
     """
     plain = name.removesuffix("_")
     is_scaled = plain in ("add", "sub", "rsub") and (len(args) > 2 or "alpha" in kwargs)
@@ -224,14 +219,12 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1) -> Tensor:
     bits = _factor_bits(a.shape[-1])
     convert = _CONSTANTS.get().to_fixed_point
     factor = convert(b, -2, bits)
-    biases = bias.double() if beta == 1 else bias.double() * beta
+    biases = (bias.double() * beta).expand(len(a), b.shape[1])
 
     def product(rows: Tensor, biases: Tensor) -> Tensor:
         result = convert(rows, -1, bits) @ factor
         return (result if alpha == 1 else result.mul_(alpha)).add_(biases)
 
-    if bias.ndim < 2 or len(bias) == 1:
-        return _in_parts(lambda rows: product(rows, biases), a.dtype, a, size=max(b.shape))
     return _in_parts(product, a.dtype, a, biases, size=max(b.shape))
 
 
@@ -341,8 +334,9 @@ def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
         sums = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
         return sums.scatter_add_(dim, index, _terms(source, (dim,))).add_(x.double())
 
-    is_divisible = dim % x.ndim > 0 and len(x) == len(index) == len(source)
-    return _in_parts(total, x.dtype, x, index, source) if is_divisible else total(x, index, source).to(x.dtype)
+    if dim % x.ndim > 0 and len(x) == len(index) == len(source):
+        return _in_parts(total, x.dtype, x, index, source)
+    return total(x, index, source).to(x.dtype)
 
 
 def _negative_log_likelihood(
@@ -432,7 +426,9 @@ def _exp(x: Tensor) -> Tensor:
     # To multiply by a power of two, add to the bits of the exponent.
     exponents = shifted.view(torch.int64).bitwise_left_shift_(_FRACTION_BITS)
     result.view(torch.int64).add_(exponents)
-    return result.masked_fill_(x < -708, 0.0) if is_far else result
+    if is_far:
+        result.masked_fill_(x < -708, 0.0).masked_fill_(x.isnan(), math.nan)
+    return result
 
 
 def log(x: Tensor) -> Tensor:

@@ -228,19 +228,20 @@ class DiscretizedLogisticMixture:
             means.shape[1], self.num_values + 1, dtype=torch.float32, device=means.device
         )
         cumulative[:, -1] = 1 - weights[-1, :, 0]
-        for first in range(0, len(cumulative), POSITIONS_PER_CHUNK):
-            chunk = slice(first, first + POSITIONS_PER_CHUNK)
+        skips_columns = _is_processor_bound(means) and IS_LAYOUT_INVARIANT.get()
+        ranges = [(0, len(edges))] * len(means)
+        for start in range(0, len(cumulative), POSITIONS_PER_CHUNK):
+            chunk = slice(start, start + POSITIONS_PER_CHUNK)
             below = cumulative[chunk, 1:-1]
-            for weight, mean, precision in zip(
-                weights[:, chunk], means[:, chunk], precisions[:, chunk], strict=False
+            if skips_columns:
+                ranges = _columns_between_0_and_1(means[:, chunk], precisions[:, chunk], len(edges))
+            for weight, mean, precision, (first, last) in zip(
+                weights, means, precisions, ranges, strict=False
             ):
-                start, stop = 0, len(edges)
-                if _is_processor_bound(mean) and IS_LAYOUT_INVARIANT.get():
-                    # Most values are far from sharp components.
-                    start, stop = _columns_between_0_and_1(mean, precision, stop)
-                    below[:, stop:].add_(weight)
-                cdf = (edges[start:stop] - mean).mul_(precision).sigmoid_()
-                below[:, start:stop].addcmul_(cdf, weight)
+                cdf = (edges[first:last] - mean[chunk]).mul_(precision[chunk]).sigmoid_()
+                below[:, first:last].addcmul_(cdf, weight[chunk])
+                if last < len(edges):
+                    below[:, last:].add_(weight[chunk])
         probs = cumulative.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
         return probs.unflatten(0, self.means.shape[1:])
 
@@ -287,16 +288,23 @@ def _search_points(step: int, interval: int, device: torch.device) -> Tensor:
     return torch.stack([values - 0.5, values]).to(device)
 
 
-def _columns_between_0_and_1(mean: Tensor, precision: Tensor, count: int) -> tuple[int, int]:
-    """The columns of `_lower_edges(1, count + 1)` at which some logistics are neither 0 nor 1.
+def _columns_between_0_and_1(
+    means: Tensor, precisions: Tensor, count: int
+) -> list[tuple[int, int]]:
+    """For each component the columns of `_lower_edges(1, count + 1)` at which some logistics are
+    neither 0 nor 1: they are 0 before these columns, and 1 behind them.
 
-    Columns before the first of them are 0, those from the second on 1.
+    Args:
+        means, precisions: (K, n, 1).
     """
-    lowest = float((mean + SIGMOID_IS_0 / precision).amin())
-    highest = float((mean + SIGMOID_IS_1 / precision).amax())
-    # The order of arguments matters: NaN, which is never less, gives all columns.
-    start = int(min(count, max(0, lowest - 1)))
-    return start, int(max(start, min(count, highest + 1)))
+    lowest = (means + SIGMOID_IS_0 / precisions).amin((1, 2)).tolist()
+    highest = (means + SIGMOID_IS_1 / precisions).amax((1, 2)).tolist()
+    ranges = []
+    for low, high in zip(lowest, highest, strict=True):
+        # The order of arguments matters: NaN, which is never less or more, gives all columns.
+        first = int(min(count, max(0, low - 1)))
+        ranges.append((first, int(max(first, min(count, high + 1)))))
+    return ranges
 
 
 def _lower_edges(start: int, stop: int, device: torch.device) -> Tensor:
