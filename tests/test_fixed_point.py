@@ -1,5 +1,6 @@
 """Fixed-point arithmetic: close to floats, and the same in any batch and on any machine."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from helpers.images import noise_images
 from helpers.models import tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
+from progressive_vae.models.distributions import IS_LAYOUT_INVARIANT, DiscretizedLogisticMixture
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,6 +79,34 @@ def test_a_sum_does_not_depend_on_its_order():
         assert torch.equal(x[:, order].softmax(1)[:, back], x.softmax(1))
         assert torch.equal((x @ x.T)[7:8], x[7:8] @ x.T)  # nor a row on the others
     assert not torch.equal(x[:, order].sum(1), x.sum(1))  # as it does in floats
+
+
+@pytest.mark.parametrize("odd", [0.0, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("num_values", [2, 256])
+def test_columns_of_sharp_mixtures(num_values, odd):
+    """Columns in which a component's logistics are 0 or 1 are not computed: the same results."""
+    weights = numbers(5, 3, 70).softmax(0)
+    means = numbers(4, 3, 70) * num_values / 8 + num_values / 2
+    means[0, 0, 0] += odd
+    precisions = numbers(4, 3, 70).clamp(-5, 3).exp()
+    mixture = DiscretizedLogisticMixture(weights, means, precisions, num_values)
+    with fixed_point_arithmetic():
+        probs = mixture.probs()
+        token = IS_LAYOUT_INVARIANT.set(False)
+        expected = mixture.probs()
+        IS_LAYOUT_INVARIANT.reset(token)
+    assert torch.equal(probs.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+def test_exponentials_of_far_numbers():
+    """Those of a part have the same results as alone."""
+    special = [math.nan, math.inf, -math.inf, 709.5, -708.5, -1e300]
+    x = torch.cat([numbers(100).double(), torch.tensor(special, dtype=torch.float64)])
+    with fixed_point_arithmetic():
+        together = x.exp()
+        alone = torch.cat([number.exp() for number in x.split(1)])
+    assert torch.equal(together.nan_to_num(9.0), alone.nan_to_num(9.0))
+    assert together[-6].isnan() and together[-4] == 0
 
 
 def test_inexact_operations_raise_an_error():

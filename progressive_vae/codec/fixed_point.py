@@ -8,6 +8,7 @@ sum, product or quotient of two numbers and a square root are the same everywher
 sines are made of these.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,11 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..models.distributions import IS_LAYOUT_INVARIANT
+
 FACTOR_BITS = 18  # without the sign; fewer for sums of more than 2¹⁷ products
-CHUNK_SIZE = 2**15  # numbers that fit into a processor's cache
+CHUNK_SIZE = 2**16  # numbers that fit into a processor's cache
 # Relative difference of `exp` and torch's own function in float64: the 11th term of the series.
 ERROR = 4e-13
 EXACT_BITS = 53  # of integers in float64
@@ -56,36 +60,56 @@ def fixed_point_arithmetic(*models: torch.nn.Module) -> Iterator[None]:
         models: whose parameters do not change inside: they are rounded once.
     """
     token = _CONSTANTS.set(_Constants(models))
+    layout_token = IS_LAYOUT_INVARIANT.set(True)
     try:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _FixedPointMode():
             yield
     finally:
         _CONSTANTS.reset(token)
+        IS_LAYOUT_INVARIANT.reset(layout_token)
 
 
 class _FixedPointMode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        plain = name.removesuffix("_")
-        if plain in REPLACEMENTS:
-            result = REPLACEMENTS[plain](*args, **kwargs)
-            is_in_place = name != plain
-            return args[0].copy_(result) if is_in_place else result
-        if plain not in EXACT_OPERATIONS and name not in EXACT_OPERATIONS:
-            raise ValueError(
-                f"expected networks of operations that fixed-point arithmetic has, got {name}"
-            )
-        is_scaled = plain in ("add", "sub", "rsub") and (len(args) > 2 or "alpha" in kwargs)
-        if is_scaled or kwargs.get("accumulate") or (plain == "index_put" and len(args) > 3):
-            raise ValueError(
-                f"expected {name} in fixed-point arithmetic without alpha or accumulate"
-            )
-        if plain == "div" and not isinstance(args[1], Tensor):
-            # A GPU would multiply by the reciprocal of a Python number.
-            kind = torch.result_type(*args[:2])
-            args = (args[0], torch.tensor(args[1], dtype=kind, device=args[0].device))
-        return func(*args, **kwargs)
+        name, replacement = _implementation(func)
+        if replacement is not None:
+            result = replacement(*args, **kwargs)
+            return args[0].copy_(result) if name.endswith("_") else result
+        return func(*_exact_arguments(name, args, kwargs), **kwargs)
+
+
+@functools.cache
+def _implementation(func: OpOverload) -> tuple[str, Callable | None]:
+    """The name of an operation, and what replaces it.
+
+    Raises:
+        ValueError: an operation that is neither exact nor has a replacement.
+    """
+    name = func.overloadpacket.__name__
+    plain = name.removesuffix("_")
+    if plain not in REPLACEMENTS and plain not in EXACT_OPERATIONS and name not in EXACT_OPERATIONS:
+        raise ValueError(
+            f"expected networks of operations that fixed-point arithmetic has, got {name}"
+        )
+    return name, REPLACEMENTS.get(name, REPLACEMENTS.get(plain))
+
+
+def _exact_arguments(name: str, args: tuple, kwargs: dict) -> tuple:
+    """The arguments with which an operation is exact.
+
+    Raises:
+        ValueError: there are none.
+    """
+    plain = name.removesuffix("_")
+    is_scaled = plain in ("add", "sub", "rsub") and (len(args) > 2 or "alpha" in kwargs)
+    if is_scaled or kwargs.get("accumulate") or (plain == "index_put" and len(args) > 3):
+        raise ValueError(f"expected {name} in fixed-point arithmetic without alpha or accumulate")
+    if plain == "div" and not isinstance(args[1], Tensor):
+        # A GPU would multiply by the reciprocal of a Python number.
+        kind = torch.result_type(*args[:2])
+        return args[0], torch.tensor(args[1], dtype=kind, device=args[0].device)
+    return args
 
 
 def _in_parts(
@@ -122,10 +146,14 @@ def _along(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor, 
 
 
 def _elementwise(function: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
+    is_channels_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last and not x.is_contiguous():
+        # Between convolutions, numbers would be moved twice.
+        return _elementwise(function, dtype, x.movedim(1, -1)).movedim(-1, 1)
     return _in_parts(function, dtype, x.reshape(-1)).view(x.shape)
 
 
-def _rounding_term(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+def _rounding_term(x: Tensor, dims: int | tuple[int, ...], bits: int) -> Tensor:
     """A number 1.5 · 2ⁿ, to which float64 adds x by rounding it to multiples of 2ⁿ⁻⁵².
 
     Args:
@@ -137,12 +165,12 @@ def _rounding_term(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
     return exponents.add_(((EXACT_BITS - bits) << _FRACTION_BITS) + _HALF).view(torch.float64)
 
 
-def _to_fixed_point(x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+def _to_fixed_point(x: Tensor, dims: int | tuple[int, ...], bits: int) -> Tensor:
     """x in float64, rounded to multiples of a power of two that all numbers along `dims` share, so
     that the highest has `bits` bits."""
     term = _rounding_term(x, dims, bits)
     # The sum is rounded, and the difference is exact.
-    return x.to(torch.float64, copy=True).add_(term).sub_(term)
+    return (x.double() + term).sub_(term)
 
 
 class _Constants:
@@ -153,11 +181,11 @@ class _Constants:
         self.storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self.converted = dict[tuple, Tensor]()
 
-    def to_fixed_point(self, x: Tensor, dims: int | list[int], bits: int) -> Tensor:
+    def to_fixed_point(self, x: Tensor, dims: int | tuple[int, ...], bits: int) -> Tensor:
         storage = x.untyped_storage().data_ptr()
         if storage not in self.storages:
             return _to_fixed_point(x, dims, bits)
-        key = (storage, x.storage_offset(), x.shape, x.stride(), str(dims), bits)
+        key = (storage, x.storage_offset(), x.shape, x.stride(), dims, bits)
         if key not in self.converted:
             self.converted[key] = _to_fixed_point(x, dims, bits)
         return self.converted[key]
@@ -215,7 +243,7 @@ def _convolution(
     if transposed or groups != 1 or weight.ndim != 4:
         raise ValueError("expected plain 2-D convolutions in fixed-point arithmetic, got others")
     bits = _factor_bits(weight[0].numel())
-    kernels = _CONSTANTS.get().to_fixed_point(weight, [1, 2, 3], bits)
+    kernels = _CONSTANTS.get().to_fixed_point(weight, (1, 2, 3), bits)
     kernels = kernels.permute(2, 3, 1, 0).flatten(1, 2)  # (rows, columns · C, channels)
     height, width = (
         (length + 2 * border - step * (kernel - 1) - 1) // stride_step + 1
@@ -232,17 +260,16 @@ def _convolution(
             images.shape[2] + 2 * padding[1],
             images.shape[3],
         ]
-        padded = images.new_zeros(size, dtype=torch.float64)
+        allocate = images.new_zeros if any(padding) else images.new_empty
+        padded = allocate(size, dtype=torch.float64)
         inner = padded[padding[0] :, :, padding[1] :][: len(images), :, : images.shape[2]]
         terms = terms.transpose(0, 1)
         inner.copy_(images).add_(terms).sub_(terms)
-        columns = torch.cat(
-            [
-                padded[:, :, start : start + stride[1] * (width - 1) + 1 : stride[1]]
-                for start in range(0, weight.shape[3] * dilation[1], dilation[1])
-            ],
-            dim=-1,
-        )
+        shifted = [
+            padded[:, :, start : start + stride[1] * (width - 1) + 1 : stride[1]]
+            for start in range(0, weight.shape[3] * dilation[1], dilation[1])
+        ]
+        columns = torch.cat(shifted, dim=-1) if len(shifted) > 1 else shifted[0]
 
         def rows(i: int) -> Tensor:
             start = i * dilation[0]
@@ -253,23 +280,23 @@ def _convolution(
         for i in range(1, len(kernels)):
             result.addmm_(rows(i), kernels[i])
         if bias is not None:
-            result.add_(bias)
+            result.add_(bias.double())
         return result.view(height, size[1], width, len(weight)).transpose(0, 1)
 
     size = math.prod(x.shape[1:])
-    terms = _rounding_term(x, [1, 2, 3], bits)
+    terms = _rounding_term(x, (1, 2, 3), bits)
     result = _in_parts(convolve, x.dtype, x, terms, size=size)
     return result.permute(0, 3, 1, 2)  # channels last
 
 
-def _terms(x: Tensor, dims: list[int]) -> Tensor:
+def _terms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x in fixed point, so that the sum along `dims` is exact."""
     count = math.prod(x.shape[dim] for dim in dims)
     return _to_fixed_point(x, dims, min(EXACT_BITS - 18, EXACT_BITS - count.bit_length()))
 
 
 def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    dims = list(range(x.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    dims = tuple(range(x.ndim)) if dim is None else (dim,) if isinstance(dim, int) else (*dim,)
     if not x.is_floating_point():
         return x.sum(dims, keepdim, dtype=dtype)
 
@@ -287,19 +314,29 @@ def _mean(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None 
     return (total / torch.full_like(total, count)).to(dtype or x.dtype)
 
 
+def _row_mean(rows: Tensor) -> Tensor:
+    """The means of rows (n, K) in float64, (n, 1)."""
+    return _terms(rows, (-1,)).sum(-1, True).div_(rows.new_full((), rows.shape[-1]))
+
+
 def _cumsum(x: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
     if not x.is_floating_point():
         return x.cumsum(dim, dtype=dtype)
-    return _terms(x, [dim]).cumsum(dim).to(dtype or x.dtype)
+    return _terms(x, (dim,)).cumsum(dim).to(dtype or x.dtype)
 
 
 def _scatter_add(x: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     """x plus sums of numbers of the source, whose destinations can be the same."""
     if not x.is_floating_point():
         return x.scatter_add(dim, index, source)
-    terms = _terms(source, [dim])
-    zeros = torch.zeros(x.shape, dtype=terms.dtype, device=x.device)
-    return (x.double() + zeros.scatter_add(dim, index, terms)).to(x.dtype)
+
+    def total(x: Tensor, index: Tensor, source: Tensor) -> Tensor:
+        sums = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+        return sums.scatter_add_(dim, index, _terms(source, (dim,))).add_(x.double())
+
+    if dim % x.ndim > 0 and len(x) == len(index) == len(source):
+        return _in_parts(total, x.dtype, x, index, source)
+    return total(x, index, source).to(x.dtype)
 
 
 def _negative_log_likelihood(
@@ -316,12 +353,15 @@ def _layer_norm(
     if len(shape) != 1:
         raise ValueError(f"expected norms of one dimension in fixed-point arithmetic, got {shape}")
 
+    scale = None if weight is None else weight.double()
+    shift = None if bias is None else bias.double()
+
     def normalized(rows: Tensor) -> Tensor:
-        result = rows.to(torch.float64, copy=True)
-        result.sub_(_mean(result, [-1], True))
-        result.mul_(1 / (_mean(result * result, [-1], True) + eps).sqrt())
-        result = result if weight is None else result.mul_(weight)
-        return result if bias is None else result.add_(bias)
+        result = rows.double()
+        result = result - _row_mean(result)
+        result.mul_(1 / (_row_mean(result * result) + eps).sqrt())
+        result = result if scale is None else result.mul_(scale)
+        return result if shift is None else result.add_(shift)
 
     unused = x.new_empty(0)  # mean and scale are for gradients
     return _along(normalized, x.dtype, x, -1), unused, unused
@@ -330,17 +370,18 @@ def _layer_norm(
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     def probabilities(rows: Tensor) -> Tensor:
         high = rows.amax(-1, keepdim=True)
-        centered = (rows.double() - high).masked_fill_(high == -math.inf, 0.0)
-        masses = exp(centered)
-        return masses.div_(_sum(masses, -1, True))
+        is_empty = high == -math.inf
+        centered = rows.double() - high.double()
+        masses = _exp(centered.masked_fill_(is_empty, 0.0) if is_empty.any() else centered)
+        return masses.div_(_terms(masses, (-1,)).sum(-1, True))
 
     return _along(probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     def log_probabilities(rows: Tensor) -> Tensor:
-        centered = rows.double() - rows.amax(-1, keepdim=True)
-        return centered.sub_(log(_sum(exp(centered), -1, True)))
+        centered = rows.double() - rows.amax(-1, keepdim=True).double()
+        return centered.sub_(log(_terms(_exp(centered), (-1,)).sum(-1, True)))
 
     return _along(log_probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
@@ -357,29 +398,37 @@ LN_2 = (float.fromhex("0x1.62e42fefa0000p-1"), float.fromhex("0x1.cf79abc9e3b3ap
 HALF_PI = (float.fromhex("0x1.921fb54440000p+0"), float.fromhex("0x1.68c234c4c6628p-39"))
 
 
+ROUND = 1.5 * 2.0**_FRACTION_BITS
 EXP_SERIES = [1 / math.factorial(n) for n in range(10, -1, -1)]
 
 
 def _polynomial(x: Tensor, coefficients: list[float]) -> Tensor:
     """Horner's scheme; the coefficient of the highest power comes first."""
-    total = torch.full_like(x, coefficients[0])
-    for coefficient in coefficients[1:]:
+    total = (x * coefficients[0]).add_(coefficients[1])
+    for coefficient in coefficients[2:]:
         total.mul_(x).add_(coefficient)  # two steps: no fused multiply-add
     return total
 
 
 def exp(x: Tensor) -> Tensor:
     """eˣ to 12 digits: the Taylor series of degree 10 in −½ ln 2 … ½ ln 2, times a power of two."""
-    return _elementwise(_exp, torch.float64, x)
+    return _elementwise(lambda part: _exp(part.double()), torch.float64, x)
 
 
 def _exp(x: Tensor) -> Tensor:
-    rest = x.double().clamp(-708, 709)
-    power = (rest * (1 / (LN_2[0] + LN_2[1]))).round_()
-    rest.sub_(power * LN_2[0]).sub_(power * LN_2[1])
-    result = _polynomial(rest, EXP_SERIES)
-    scale = power.long().add_(1023).bitwise_left_shift_(_FRACTION_BITS).view(torch.float64)
-    return result.mul_(scale).masked_fill_(x < -708, 0.0)
+    is_far = x.numel() > 0 and not bool((x.amin() >= -708) & (x.amax() <= 709))  # or NaN
+    near = x.clamp(-708, 709) if is_far else x
+    # The sum with ROUND is rounded to an integer, the power, which is in its lowest bits.
+    shifted = (near * (1 / (LN_2[0] + LN_2[1]))).add_(ROUND)
+    power = shifted - ROUND
+    rest = torch.sub(near, power, alpha=LN_2[0])  # this product is exact
+    result = _polynomial(rest.sub_(power.mul_(LN_2[1])), EXP_SERIES)
+    # To multiply by a power of two, add to the bits of the exponent.
+    exponents = shifted.view(torch.int64).bitwise_left_shift_(_FRACTION_BITS)
+    result.view(torch.int64).add_(exponents)
+    if is_far:
+        result.masked_fill_(x < -708, 0.0).masked_fill_(x.isnan(), math.nan)
+    return result
 
 
 def log(x: Tensor) -> Tensor:
@@ -450,9 +499,9 @@ def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tenso
     def rounded(x: Tensor) -> Tensor:
         value = native(x.double())
         result = (value * (1 - ERROR)).to(x.dtype)
-        upper = value.mul_(1 + ERROR).to(x.dtype)
-        if not torch.equal(result, upper):  # or NaN
-            places = (result != upper).nonzero()[:, 0]
+        difference = value.mul_(1 + ERROR).to(x.dtype).sub_(result)
+        if difference.abs_().sum() != 0:  # or NaN
+            places = difference.nonzero()[:, 0]
             result[places] = exact(x[places].double()).to(x.dtype)
         return result
 
@@ -462,6 +511,11 @@ def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tenso
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
     product = a * b
     return x + (product if value == 1 else product * value)
+
+
+def _addcmul_(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:
+    product = a * b
+    return x.add_(product if value == 1 else product * value)
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -484,6 +538,7 @@ REPLACEMENTS: dict[str, Callable] = {
     "_safe_softmax": _safe_softmax,
     "_log_softmax": _log_softmax,
     "addcmul": _addcmul,
+    "addcmul_": _addcmul_,
     "exp": _rounded(torch.exp_, exp),
     "log": _exact(log),
     "sin": _exact(lambda x: _sine(x, 0)),

@@ -16,6 +16,7 @@ The categorical distributions also have `expected_embedding(table)`: for one vec
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,12 @@ POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a proces
 MAX_POSITIONS_ON_CPU = 256
 MAX_POSITIONS = 2**18
 OUTSIDE = 1e6  # an edge far beyond all pixel values
+# Where the sigmoid in float32 is 0 and 1, with a margin.
+SIGMOID_IS_0 = -106.0
+SIGMOID_IS_1 = 18.0
+# Whether results of elementwise functions do not depend on places in memory. Torch's kernels
+# compute the last numbers, which do not fill a register, in another way.
+IS_LAYOUT_INVARIANT = ContextVar("is_layout_invariant", default=False)
 
 
 @dataclass(frozen=True)
@@ -221,12 +228,20 @@ class DiscretizedLogisticMixture:
             means.shape[1], self.num_values + 1, dtype=torch.float32, device=means.device
         )
         cumulative[:, -1] = 1 - weights[-1, :, 0]
+        skips_columns = _is_processor_bound(means) and IS_LAYOUT_INVARIANT.get()
+        ranges = [(0, len(edges))] * len(means)
         for start in range(0, len(cumulative), POSITIONS_PER_CHUNK):
             chunk = slice(start, start + POSITIONS_PER_CHUNK)
             below = cumulative[chunk, 1:-1]
-            for weight, mean, precision in zip(weights, means, precisions, strict=False):
-                cdf = (edges - mean[chunk]).mul_(precision[chunk]).sigmoid_()
-                below.addcmul_(cdf, weight[chunk])
+            if skips_columns:
+                ranges = _columns_between_0_and_1(means[:, chunk], precisions[:, chunk], len(edges))
+            for weight, mean, precision, (first, last) in zip(
+                weights, means, precisions, ranges, strict=False
+            ):
+                cdf = (edges[first:last] - mean[chunk]).mul_(precision[chunk]).sigmoid_()
+                below[:, first:last].addcmul_(cdf, weight[chunk])
+                if last < len(edges):
+                    below[:, last:].add_(weight[chunk])
         probs = cumulative.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
         return probs.unflatten(0, self.means.shape[1:])
 
@@ -271,6 +286,25 @@ def _search_points(step: int, interval: int, device: torch.device) -> Tensor:
     (2, E, 1, 1)."""
     values = torch.arange(step, interval, step, dtype=torch.float32).view(-1, 1, 1)
     return torch.stack([values - 0.5, values]).to(device)
+
+
+def _columns_between_0_and_1(
+    means: Tensor, precisions: Tensor, count: int
+) -> list[tuple[int, int]]:
+    """For each component the columns of `_lower_edges(1, count + 1)` at which some logistics are
+    neither 0 nor 1: they are 0 before these columns, and 1 behind them.
+
+    Args:
+        means, precisions: (K, n, 1).
+    """
+    lowest = (means + SIGMOID_IS_0 / precisions).amin((1, 2)).tolist()
+    highest = (means + SIGMOID_IS_1 / precisions).amax((1, 2)).tolist()
+    ranges = []
+    for low, high in zip(lowest, highest, strict=True):
+        # The order of arguments matters: NaN, which is never less or more, gives all columns.
+        first = int(min(count, max(0, low - 1)))
+        ranges.append((first, int(max(first, min(count, high + 1)))))
+    return ranges
 
 
 def _lower_edges(start: int, stop: int, device: torch.device) -> Tensor:
