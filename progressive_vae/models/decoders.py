@@ -106,7 +106,8 @@ class Decoder(nn.Module):
         if self.config.num_classes:
             class_ids = conditioning.class_ids.to(state.device)
             state = state + self.class_embedding(class_ids)[:, :, None, None]
-        if conditioning.embeddings is not None:  # each position of z attends to them
+        if self.config.condition_dim is not None and conditioning.embeddings is not None:
+            # Each position of z attends to them.
             size = state.shape[-2:]
             state = state.movedim(1, -1).flatten(1, 2)  # (B, h·w, width)
             state = self.condition_attention(state, conditioning)
