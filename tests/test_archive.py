@@ -17,7 +17,7 @@ from helpers.archives import differences, pack_folder, stored, unpack_folder, wr
 from helpers.models import AUXILIARY, pipeline_of, tiny_pipeline
 from helpers.odd_files import image, write_odd_folder
 from helpers.processes import SERVER
-from progressive_vae.codec import archive, tiles
+from progressive_vae.codec import archive, codec, packing, tiles
 from progressive_vae.codec.container import ArchiveReader, ArchiveWriter
 from progressive_vae.codec.exact_image import ExactImage, read_exact_image
 from progressive_vae.codec.folder import safe_name, sources_of_folder
@@ -143,14 +143,14 @@ def test_images_to_bytes_and_back(size):
 
 def test_streams_that_are_not_decoded_are_stored_as_pixels(stack, tmp_path, monkeypatch):
     write_samples(tmp_path / "folder", 2)
-    decode = archive.codec.decode_batch
+    decode = codec.decode_batch
 
     def wrong(*arguments):
         pixels, errors = decode(*arguments)
         pixels[0] ^= 1
         return pixels, errors
 
-    monkeypatch.setattr(archive.codec, "decode_batch", wrong)
+    monkeypatch.setattr(codec, "decode_batch", wrong)
     result = pack_folder(stack, tmp_path / "folder", tmp_path / "archive")
     assert result.num_wrong == 1
     monkeypatch.undo()
@@ -185,8 +185,8 @@ def test_pack_and_unpack_continue(stack, tmp_path, monkeypatch):
     """No batch of the model is computed twice: in the second part, and inside an image."""
     folder = tmp_path / "folder"
     write_samples(folder, 3, 3, 4)
-    monkeypatch.setattr(archive, "PART_TILES", 12)
-    monkeypatch.setattr(archive.codec, "MAX_IMAGES", 8)
+    monkeypatch.setattr(packing, "PART_TILES", 12)
+    monkeypatch.setattr(codec, "MAX_IMAGES", 8)
     options = {"verify": False, "arithmetic": "float"}
     counts: list[int] = []
     pack_folder(stack, folder, tmp_path / "expected", progress=counts.append, **options)
@@ -195,19 +195,19 @@ def test_pack_and_unpack_continue(stack, tmp_path, monkeypatch):
     total = 0
     for _ in range(2):
         with monkeypatch.context() as patch, pytest.raises(Interrupted):
-            sizes = interrupt_after(patch, archive.codec, "encode_batch", 2)
+            sizes = interrupt_after(patch, codec, "encode_batch", 2)
             pack_folder(stack, folder, tmp_path / "archive", **options)
         total += sum(sizes)
     with monkeypatch.context() as patch:
-        sizes = interrupt_after(patch, archive.codec, "encode_batch", 99)
+        sizes = interrupt_after(patch, codec, "encode_batch", 99)
         pack_folder(stack, folder, tmp_path / "archive", **options)
     assert total + sum(sizes) == 36
     assert (tmp_path / "archive").read_bytes() == (tmp_path / "expected").read_bytes()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        sizes = interrupt_after(patch, archive.codec, "decode_batch", 3)
+        sizes = interrupt_after(patch, codec, "decode_batch", 3)
         unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
     with monkeypatch.context() as patch:
-        more = interrupt_after(patch, archive.codec, "decode_batch", 99)
+        more = interrupt_after(patch, codec, "decode_batch", 99)
         unpack_folder(stack, tmp_path / "archive", tmp_path / "back")
     assert sum(sizes) + sum(more) == 36
     assert differences(folder, tmp_path / "back") == []
@@ -220,8 +220,8 @@ def test_pack_and_unpack_continue(stack, tmp_path, monkeypatch):
 def test_a_source_that_changed_is_seen(stack, tmp_path, monkeypatch, change):
     folder = tmp_path / "folder"
     write_samples(folder, 4)
-    monkeypatch.setattr(archive, "PART_FILES", 2)
-    interrupt_after(monkeypatch, archive, "_encode_images", 1)
+    monkeypatch.setattr(packing, "PART_FILES", 2)
+    interrupt_after(monkeypatch, packing, "_encode_images", 1)
     with pytest.raises(Interrupted):
         pack_folder(stack, folder, tmp_path / "archive")
     monkeypatch.undo()
@@ -241,7 +241,7 @@ def test_a_source_that_changed_is_seen(stack, tmp_path, monkeypatch, change):
 
 def test_large_files_are_stored_in_chunks(stack, tmp_path, monkeypatch):
     for name, value in {"CHUNK": 1000, "MAX_IMAGE_FILE": 3000, "PART_BYTES": 2000}.items():
-        monkeypatch.setattr(archive, name, value)
+        monkeypatch.setattr(packing, name, value)
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "large").write_bytes(random.Random(0).randbytes(7500))

@@ -30,7 +30,7 @@ from helpers.models import tiny_pipeline
 from helpers.processes import SERVER
 from helpers.scripts import load_script
 from progressive_vae import ProgressiveVAEPipeline
-from progressive_vae.codec import archive
+from progressive_vae.codec import archive, codec, packing
 from progressive_vae.codec.container import ArchiveReader
 from progressive_vae.codec.tiles import STREAM, image_from_bytes
 from progressive_vae.data.dataset import decode, prepare_image
@@ -364,8 +364,8 @@ def attack_archives(count: int) -> list[Outcome]:
 def pack_and_unpack(place: Path):
     """What an attack by kills runs in a process of its own."""
     torch.set_num_threads(1)
-    archive.codec.MAX_IMAGES = 8  # more batches, and parts of a batch or two
-    archive.PART_TILES = 12
+    codec.MAX_IMAGES = 8  # more batches, and parts of a batch or two
+    packing.PART_TILES = 12
     stack = tiny_pipeline().stack
     if not (place / "archive").exists():
         pack_folder(stack, place / "folder", place / "archive")
