@@ -62,6 +62,14 @@ def test_entropies_are_those_of_independent_bits():
     assert best.item() == pytest.approx(-3 * math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_gradients_are_finite_where_all_codes_agree_on_a_bit(scale):
+    """Probabilities are then 0 and 1 in floating point."""
+    latents = (scale * torch.tensor([[1.0, -1.0, 0.5]] * 4)).requires_grad_()
+    LookupFreeQuantizer(num_bits=3)(latents).loss.backward()
+    assert latents.grad.isfinite().all()
+
+
 def test_noise_near_a_code_changes_one_bit():
     quantizer = LookupFreeQuantizer(num_bits=18)
     codes = torch.arange(0, 2**18, 1001).view(1, -1)

@@ -169,9 +169,16 @@ def test_an_ignored_signal_stays_ignored(tmp_path):
             assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
-    with Checkpoints(tmp_path).handle_signals():
-        assert signal.getsignal(signal.SIGINT) != before
-    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_signal_is_handled_until_the_block_ends(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Checkpoints(tmp_path).handle_signals():
+            assert signal.getsignal(signal.SIGINT) != signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_checkpoint_in_the_home_folder(stopped, monkeypatch):

@@ -198,7 +198,8 @@ def test_recipe_of_fashion_mnist_on_a_local_data_set(script, tmp_path):
         table = datasets.Dataset.from_dict(rows, features)
         table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     recipe = ["--config", str(ROOT / "examples/configs/fashion_mnist.yaml")]
-    flags = [*recipe, *SMALL, *SHORT, "--report_to", "none"]
+    refit = shlex.split("--level_1.refit.num_layers 1 --level_1.refit.fit.max_train_steps 2")
+    flags = [*recipe, *SMALL, *SHORT, *refit, "--report_to", "none"]
     by_name = [*flags, "--dataset_name", str(tmp_path / "data")]
     script.main([*by_name, "--output_dir", str(tmp_path / "run")])
     pipe = ProgressiveVAEPipeline.from_pretrained(tmp_path / "run")

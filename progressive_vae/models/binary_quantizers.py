@@ -5,6 +5,7 @@
 spherical quantization").
 """
 
+import math
 from typing import Any
 
 import torch
@@ -100,8 +101,11 @@ class LookupFreeQuantizer(Quantizer):
         logits = (4 / ENTROPY_TEMPERATURE) * to_vectors(x, self.num_bits) * self.scale.float()
         # H(p) = softplus(l) − l·σ(l); a single code has no bits that could be used equally often.
         entropy = F.softplus(logits) - logits * logits.sigmoid()
-        mean = logits.sigmoid().flatten(0, -2).mean(0)
-        entropy_of_mean = torch.special.entr(mean) + torch.special.entr(1 - mean)
+        # Logarithms of means are finite where all codes agree on a bit, and so are their gradients.
+        logits = logits.flatten(0, -2)
+        log_one = F.logsigmoid(logits).logsumexp(0) - math.log(len(logits))
+        log_zero = F.logsigmoid(-logits).logsumexp(0) - math.log(len(logits))
+        entropy_of_mean = -log_one.exp() * log_one - log_zero.exp() * log_zero
         return entropy.sum(-1).mean() - entropy_of_mean.sum()
 
     def encode(self, latents: Tensor, generator: Generators = None) -> Tensor:
