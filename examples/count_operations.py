@@ -9,11 +9,15 @@
 
     python examples/count_operations.py --model examples/fashion_mnist
     python examples/count_operations.py --config examples/configs/cifar10.yaml --num_classes 10
+    python examples/count_operations.py --compiled_transformer
 
-Each operation starts about one kernel, so small batches on a GPU take time in proportion.
+Each operation starts about one kernel, so small batches on a GPU take time in proportion. The last
+command prints the kernels of a transformer layer, forward and backward, in a compiled model: those
+of three layers without those of two.
 """
 
 from argparse import ArgumentParser
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,13 @@ import torch
 from accelerate import Accelerator
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline, ProgressiveVAEPrior
-from progressive_vae.evaluation.op_count import OpCount, as_on_accelerator, count_ops
+from progressive_vae.evaluation.op_count import (
+    OpCount,
+    as_on_accelerator,
+    compiled_kernels,
+    count_ops,
+)
+from progressive_vae.models.transformer import TransformerLayer, attention_mask
 from progressive_vae.scripts import run_script
 from progressive_vae.training.mixed_precision import MixedPrecisionForward
 from progressive_vae.training.muon import Muon, matrices_and_others
@@ -82,6 +92,22 @@ def training_ops(
     return counts
 
 
+def transformer_kernels(num_layers: int, width: int = 64, batch_size: int = 4) -> Counter[str]:
+    """Return the kernels of compiled layers, forward and backward, for 8×8 codes given 4×4."""
+    layers = [TransformerLayer(width) for _ in range(num_layers)]
+    mask = attention_mask("lattice", 4, (8, 8), 16, torch.device("cpu"))
+    state, embedded = torch.randn(2, 64, batch_size, width, requires_grad=True)
+    z = torch.randn(16, batch_size, width, requires_grad=True)
+
+    @torch.compile(fullgraph=True)
+    def run(state, embedded, z):
+        for layer in layers:
+            state = layer(state, embedded, z, mask)
+        return state
+
+    return compiled_kernels(lambda: run(state, embedded, z).sum().backward())
+
+
 def main(words: list[str]):
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="examples/fashion_mnist", help="folder of a pipeline")
@@ -89,7 +115,14 @@ def main(words: list[str]):
     parser.add_argument("--image_shape", type=int, nargs=3, default=[3, 32, 32])
     parser.add_argument("--num_classes", type=int, default=0, help="of the data of the recipe")
     parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument(
+        "--compiled_transformer", action="store_true", help="count only its kernels"
+    )
     arguments = parser.parse_args(words)
+    if arguments.compiled_transformer:
+        kernels = transformer_kernels(3) - transformer_kernels(2)
+        print(f"transformer layer, compiled: {kernels.total()} kernels, {dict(kernels)}")
+        return
     if arguments.config:
         shape = tuple(arguments.image_shape)
         pipe = untrained_pipeline(arguments.config, shape, arguments.num_classes)

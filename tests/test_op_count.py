@@ -1,5 +1,6 @@
 """Limits of operations, each of which starts a kernel on a GPU, and of reads of values."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def test_a_transformer_takes_few_operations():
         likelihood = count_ops(lambda: level.log_prob(finer, codes))
     assert sampling.num_ops <= 60 * 13 and likelihood.num_ops <= 80
     assert not sampling.waits and not likelihood.waits
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++")
+def test_a_compiled_transformer_layer_has_few_kernels(script):
+    kernels = script.transformer_kernels(3, width=16) - script.transformer_kernels(2, width=16)
+    assert kernels["mm"] == 15 and kernels.total() <= 25
 
 
 @pytest.mark.unit

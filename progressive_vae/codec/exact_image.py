@@ -63,11 +63,6 @@ class ExactImage(NamedTuple):
         return SIGNATURE + header + self.before + data + self.after + end
 
 
-def could_be_exact(start: bytes) -> bool:
-    """Whether a file with these first bytes may have an exact image."""
-    return start.startswith(_STARTS)
-
-
 def read_exact_image(contents: bytes) -> ExactImage:
     """
     Raises:

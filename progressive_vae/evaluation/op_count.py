@@ -1,5 +1,6 @@
 """Count the operations that would launch kernels on a GPU, and what would make the host wait."""
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,6 +61,21 @@ def count_ops(function: Callable[[], object], num_warmups: int = 1) -> OpCount:
     with OpCount() as count:
         function()
     return count
+
+
+def compiled_kernels(function: Callable[[], object]) -> Counter[str]:
+    """The kernels of one call, by name, of which inductor compiles parts: fused kernels are
+    "fused", other names are those of torch's operations."""
+    from torch._inductor.utils import run_and_get_code  # loads the compiler
+
+    torch.compiler.reset()
+    _, sources = run_and_get_code(function)
+    kernels: Counter[str] = Counter()
+    for source in sources:
+        calls = source[source.rindex("def call(") :]
+        for name in re.findall(r"(?:extern_kernels|ops\.aten)\.(\w+)[.\w]*\(|fused_\w+\(", calls):
+            kernels[name or "fused"] += 1
+    return kernels
 
 
 @torch.library.custom_op("progressive_vae::rms_norm", mutates_args=())

@@ -679,15 +679,15 @@ class TransformerDecoder(Decoder):
         z, context = self._embed(condition, size)
         groups = group_positions(*self._ordering, (size[0], size[1]), context.device)
         layers = self._layers
-        length = z.shape[1] + context.shape[1]
+        length = len(z) + len(context)
         caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
         values: list[Tensor] = []  # of each group, int64 (B, C, n)
-        num_left = context.shape[1]
+        num_left = len(context)
         for i, positions in enumerate(groups):
             if not len(positions):  # in a small grid some groups are empty
                 continue
             # 1. Evaluate the network at the group's positions.
-            states = [context.index_select(1, positions)]  # before each layer, (B, n, E)
+            states = [context[positions]]  # before each layer, (n, B, E)
             for layer, cache in zip(layers, caches, strict=True):
                 states.append(layer.attend(states[-1], cache.visible))
             # 2. Predict their values.
@@ -696,13 +696,13 @@ class TransformerDecoder(Decoder):
             for channel in range(self.config.value_channels):
                 step = WalkStep(i, channel, positions)
                 distribution = self._distribution(features, channel)
-                channels.append(call_step_fn(step_fn, distribution, step, len(context)))
+                channels.append(call_step_fn(step_fn, distribution, step, len(features)))
                 features = self._with_value(features, channels[-1], channel)
             values.append(torch.stack(channels, 1))
             # 3. Make them visible to the groups that follow.
             num_left -= len(positions)
             if num_left:
-                embedded = embed_channels(self.embedding, values[-1])
+                embedded = embed_channels(self.embedding, values[-1]).transpose(0, 1)
                 for layer, cache, state in zip(layers, caches, states, strict=True):
                     cache.append(layer.project_visible(state + embedded))
         in_sequence = torch.cat(values, 2)
@@ -719,8 +719,8 @@ class TransformerDecoder(Decoder):
         size = (finer.shape[-2], finer.shape[-1])
         values = finer.flatten(2)  # (B, C, L)
         z, state = self._embed(condition, size)
-        embedded = embed_channels(self.embedding, values)
-        mask = attention_mask(*self._ordering, size, z.shape[1], finer.device)
+        embedded = embed_channels(self.embedding, values).transpose(0, 1)
+        mask = attention_mask(*self._ordering, size, len(z), finer.device)
         for layer in self._layers:
             state = layer(state, embedded, z, mask)
         features = self._features(state)
@@ -744,7 +744,7 @@ class TransformerDecoder(Decoder):
         return self.config.ordering, self.config.num_groups or 1
 
     def _embed(self, condition: Condition, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The states of z, (B, h·w, E), and of all positions before the first layer, (B, L, E).
+        """The states of z, (h·w, B, E), and of all positions before the first layer, (L, B, E).
 
         A code of z has the place of its first position in the finer grid.
         """
@@ -755,17 +755,21 @@ class TransformerDecoder(Decoder):
                 f"decoder_type='transformer', got {height}×{width}"
             )
         z = self.embed_condition(condition)
-        state = self.upsample(z)[..., :height, :width].movedim(1, -1)
+        state = self.upsample(z)[..., :height, :width]
         rows = self.row_embedding(torch.arange(height, device=z.device))
         columns = self.column_embedding(torch.arange(width, device=z.device))
-        places = rows[:, None] + columns  # (H, W, E)
+        places = (rows[:, None] + columns)[:, :, None]  # (H, W, 1, E)
         stride = self.config.downsample
-        z_state = z.movedim(1, -1) + places[::stride, ::stride]
-        return z_state.flatten(1, 2), (state + places).flatten(1, 2)
+        z_state = z.permute(2, 3, 0, 1) + places[::stride, ::stride]
+        return z_state.flatten(0, 1), (state.permute(2, 3, 0, 1) + places).flatten(0, 1)
 
     def _features(self, state: Tensor) -> Tensor:
-        """The input of the heads, (B, n, E), before any block of a code is known."""
-        state = self.norm(state)
+        """The input of the heads, (B, n, E), before any block of a code is known.
+
+        Args:
+            state: after all layers, (n, B, E).
+        """
+        state = self.norm(state).transpose(0, 1)
         return self.hidden(state) if self.config.value_channels > 1 else state
 
     def _distribution(self, features: Tensor, channel: int) -> Categorical | LowRankCategorical:

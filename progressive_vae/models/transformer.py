@@ -8,6 +8,9 @@ keys and values of its states with the embedded value:
 
 So each position costs one pass, in sampling as with teacher forcing. Its own group, whose positions
 are decoded at the same time, is invisible to it. z is always visible.
+
+Sequences come first in all shapes, (L, B, E). So each part of a concatenation is contiguous, and
+one norm serves queries, keys and values.
 """
 
 import torch
@@ -54,65 +57,78 @@ class TransformerLayer(GradientCheckpointingLayer):
         self.down = ResidualLinear(MLP_RATIO * width, width, bias=False)
 
     def forward(self, state: Tensor, embedded: Tensor, z: Tensor, mask: Tensor) -> Tensor:
-        """The states of all L positions after this layer, with teacher forcing: (B, L, E).
+        """The states of all L positions after this layer, with teacher forcing: (L, B, E).
 
         Args:
-            state: (B, L, E).
-            embedded: the embedded values of all positions, (B, L, E).
-            z: the states of the coarser grid, (B, h·w, E).
+            state: (L, B, E).
+            embedded: the embedded values of all positions, (L, B, E).
+            z: the states of the coarser grid, (h·w, B, E).
             mask: `attention_mask`, (L, h·w + L).
         """
-        visible = self.project_visible(torch.cat([z, state + embedded], 1))
-        return self.attend(state, visible, mask)
+        normed = self.attention_norm(torch.cat([state, z, state + embedded]))
+        queries, visible = normed.tensor_split([len(state)])
+        return self._add_branches(state, queries, self.keys_and_values(visible), mask)
 
     def project_visible(self, state: Tensor) -> Tensor:
-        """Keys and values of states (B, m, E): (2, B, heads, m, D)."""
-        visible = self.keys_and_values(self.attention_norm(state))
-        return visible.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        """Keys and values of states (m, B, E): (m, B, 2·E)."""
+        return self.keys_and_values(self.attention_norm(state))
 
-    def attend(self, state: Tensor, visible: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The states of n positions after this layer, (B, n, E).
+    def attend(self, state: Tensor, visible: Tensor) -> Tensor:
+        """The states of n positions after this layer, (n, B, E).
 
         Args:
-            state: (B, n, E).
-            visible: keys and values of what they attend to, (2, B, heads, m, D).
-            mask: which of these each position sees, bool (n, m); `None`: all.
+            state: (n, B, E).
+            visible: keys and values of what they attend to, (m, B, 2·E).
         """
-        queries = self.queries(self.attention_norm(state))
-        queries = queries.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        keys, values = visible.unbind()
+        return self._add_branches(state, self.attention_norm(state), visible)
+
+    def _add_branches(
+        self, state: Tensor, normed: Tensor, visible: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The states after attention and the feed-forward network.
+
+        Args:
+            state, normed: before and after the norm, (n, B, E).
+            visible: (m, B, 2·E).
+            mask: what each position sees, bool (n, m); `None`: all.
+        """
+        queries = self._split_heads(self.queries(normed))
+        keys, values = map(self._split_heads, visible.chunk(2, -1))
         mixed = F.scaled_dot_product_attention(queries, keys, values, mask)  # (B, heads, n, D)
-        state = state + self.output(mixed.transpose(1, 2).flatten(2))
+        state = state + self.output(mixed.permute(2, 0, 1, 3).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(state)).chunk(2, -1)
         return state + self.down(F.silu(gate) * up)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(n, B, E) -> (B, heads, n, D)."""
+        return x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
 
 
 class KeyValueCache:
     """Keys and values of one layer, allocated once for `length` positions.
 
     Args:
-        visible: the first ones, (2, B, heads, m, D).
+        visible: the first ones, (m, B, 2·E).
     """
 
     def __init__(self, visible: Tensor, length: int):
         self.count = 0
-        shape = (*visible.shape[:-2], length, visible.shape[-1])
-        self.slots = visible.new_empty(shape)  # (2, B, heads, length, D)
+        self.slots = visible.new_empty(length, *visible.shape[1:])  # (length, B, 2·E)
         self.append(visible)
 
     @property
     def visible(self) -> Tensor:
-        """All keys and values so far, (2, B, heads, m, D)."""
-        return self.slots.narrow(-2, 0, self.count)
+        """All keys and values so far, (m, B, 2·E)."""
+        return self.slots[: self.count]
 
     def append(self, visible: Tensor):
-        """Add keys and values, (2, B, heads, n, D)."""
+        """Add keys and values, (n, B, 2·E)."""
         start = self.count
-        self.count += visible.shape[-2]
+        self.count += len(visible)
         if torch.is_grad_enabled():  # the backward pass reads the earlier slots
-            self.slots = self.slots.slice_scatter(visible, -2, start, self.count)
+            self.slots = self.slots.slice_scatter(visible, 0, start, self.count)
         else:
-            self.slots[..., start : self.count, :] = visible
+            self.slots[start : self.count] = visible
 
 
 @device_constant

@@ -445,8 +445,15 @@ def make_accelerator(settings: RunSettings, cpu: bool = False) -> Accelerator:
     is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & set(os.environ)
     if accelerator.device.type == "cpu" and is_launched and torch.get_num_threads() == 1:
         # By default a launcher sets one thread for each process, which suits only GPUs.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // accelerator.num_processes))
+        torch.set_num_threads(max(1, _num_cpus() // accelerator.num_processes))
     return accelerator
+
+
+def _num_cpus() -> int:
+    """Those that this process may use: `taskset` and schedulers of clusters give it some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _precision(precision: str | None, on_cpu: bool) -> str | None:
