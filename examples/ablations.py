@@ -64,6 +64,7 @@ AUGMENTATIONS = {
 QUANTIZERS = {
     "vq": {},
     "vq, rotation trick": {"quantizer_gradient": "rotation"},
+    "vq, DiVeQ": {"quantizer_gradient": "diveq"},
     "fsq": {"quantizer": "fsq"},
     "lfq": {"quantizer": "lfq"},
     "bsq": {"quantizer": "bsq"},

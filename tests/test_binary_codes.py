@@ -94,6 +94,24 @@ def test_a_rotated_gradient_keeps_its_angle_and_the_value_is_the_code():
     torch.testing.assert_close(angles, F.cosine_similarity(gradient, vectors))
 
 
+def test_a_gradient_of_diveq_has_no_part_along_the_error():
+    generator = torch.Generator().manual_seed(0)
+    quantizer = VectorQuantizer(codebook_size=7, dim=4, gradient="diveq").eval()
+    quantizer.codebook.copy_(torch.randn(7, 4, generator=generator))
+    latents = torch.randn(9, 4, generator=generator, requires_grad=True)
+    quantized, codes, _ = quantizer(latents)
+    torch.testing.assert_close(quantized, quantizer.codebook[codes])
+    gradient = torch.randn(9, 4, generator=generator)
+    quantized.backward(gradient)
+    error = F.normalize(quantized - latents).detach()
+    along = (gradient * error).sum(1, keepdim=True)
+    torch.testing.assert_close(latents.grad, gradient - along * error)
+    # Also where a latent is its code.
+    exact = quantizer.codebook.clone().requires_grad_()
+    quantizer(exact).quantized.sum().backward()
+    assert exact.grad.isfinite().all()
+
+
 def test_blocks_of_codes():
     blocks = BlocksOfCodes(num_blocks=3, bits=2)
     codes = torch.tensor([[[0b110100, 0b000111]]])

@@ -125,8 +125,9 @@ class ProgressiveVAELevelConfig(PartConfig):
             `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax), `"lfq"`
             (lookup-free: the signs of latents) or `"bsq"` (binary spherical: those of a unit
             vector); of the last two K is a power of two.
-        quantizer_gradient: of `"vq"`, of the latents: `"straight_through"`, that of the code, or
-            `"rotation"`, turned by the angle between latent and code.
+        quantizer_gradient: of `"vq"`, of the latents: `"straight_through"`, that of the code,
+            `"rotation"`, turned by the angle between latent and code, or `"diveq"`, without its
+            part along their difference.
         commitment_weight: β of `"vq"`, `"lfq"` and `"bsq"`, the weight of the distance between
             latents and their codes.
         entropy_weight: of `"lfq"` and `"bsq"`, by which their bits are certain and equally often 0

@@ -46,7 +46,17 @@ def rotate(latents: Tensor, quantized: Tensor) -> Tensor:
     return (scaled + (q - scaled).detach()).to(latents.dtype)
 
 
-GRADIENTS = {"straight_through": straight_through, "rotation": rotate}
+def move(latents: Tensor, quantized: Tensor) -> Tensor:
+    """`quantized`, (B, D, ...), as the latents moved by their distance to it in a fixed direction:
+    the gradient has no part along the error, which moves with the latents (DiVeQ, Vali, Bäckström
+    & Solin 2025, with noise of variance 0; the codebook learns from running means)."""
+    error = quantized.detach().float() - latents.float()
+    distance = error.norm(dim=1, keepdim=True)
+    moved = latents.float() + distance * F.normalize(error.detach(), dim=1)
+    return (moved + (quantized.float() - moved).detach()).to(latents.dtype)
+
+
+GRADIENTS = {"straight_through": straight_through, "rotation": rotate, "diveq": move}
 
 
 class VectorQuantizer(Quantizer):
