@@ -769,7 +769,8 @@ class TransformerDecoder(Decoder):
         Args:
             state: after all layers, (n, B, E).
         """
-        state = self.norm(state).transpose(0, 1)
+        # A linear map of another layout would add its bias in another operation, which rounds.
+        state = self.norm(state).transpose(0, 1).contiguous()
         return self.hidden(state) if self.config.value_channels > 1 else state
 
     def _distribution(self, features: Tensor, channel: int) -> Categorical | LowRankCategorical:
