@@ -104,8 +104,8 @@ def frequency_table(probs: Tensor, count: int) -> np.ndarray:
     return counts.cpu().numpy()
 
 
-# Codes the digits `values // place % D` of a step by tables (count, n, D), and returns those of all
-# examples, int64 (B, n).
+# A function that codes the digits `values // place % D` of a step by tables (count, n, D), and
+# returns those of all examples, int64 (B, n).
 CodeDigits = Callable[[np.ndarray, int], Tensor]
 
 
@@ -116,7 +116,8 @@ def code_values(
 
     Args:
         count: of the examples that are coded; the others are padding.
-        format_number: of the stream; earlier ones have one digit.
+        format_number: of the streams.
+        code_digits: is called with tables and a place.
     """
     # Masses are of all examples: in a batch of another size some functions differ in the last bit.
     if format_number < FORMAT_OF_DIGITS or not _has_two_digits(distribution):
@@ -140,9 +141,11 @@ class EntropyEncoder:
 
     Args:
         count: of the examples that are encoded; the others are padding.
+        format_number: of the streams.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, format_number: int = FORMAT):
+        self.format_number = format_number
         self.coders = [_constriction_stream().queue.RangeEncoder() for _ in range(count)]
         self.values = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -163,7 +166,7 @@ class EntropyEncoder:
                     coder.encode(row, _model_family(), table)
             return torch.from_numpy(digits).long().to(values.device)
 
-        return code_values(distribution, len(self.coders), FORMAT, encode)
+        return code_values(distribution, len(self.coders), self.format_number, encode)
 
     def streams(self) -> list[bytes]:
         return [coder.get_compressed().astype(">u4").tobytes() for coder in self.coders]

@@ -35,7 +35,9 @@ LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the syste
 LOGITS_IN_CACHE = 2**18  # 1 MB: a processor computes and samples them without its main memory
 POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
 NUM_INTERVALS = 16  # of `interval_masses`
-POSITIONS_OF_INTERVALS = 4096  # of a mixture's intervals, likewise
+# Of a mixture's 17 edges, which then fit, too. Torch divides them among two threads at most, whose
+# parts fill registers.
+POSITIONS_OF_INTERVALS = 3840
 # Up to so many positions a mixture's quantiles are searched in few rounds. A processor is soon busy
 # with arithmetic; on other devices memory is the limit.
 MAX_POSITIONS_ON_CPU = 256
@@ -257,7 +259,7 @@ class DiscretizedLogisticMixture:
 
         Args:
             first: int64 (B, n), `None` for 0; the last interval ends at V or before.
-            step: the number of values of an interval.
+            step: the number of values of an interval, a power of two.
         """
         weights = self.weights.flatten(1)  # (K + 1, B·n)
         means = self.means.flatten(1)
@@ -275,7 +277,7 @@ class DiscretizedLogisticMixture:
         for start in range(0, len(masses), POSITIONS_OF_INTERVALS):
             chunk = slice(start, start + POSITIONS_OF_INTERVALS)
             chunk_edges = edges.expand(-1, len(masses))[:, chunk]
-            mass_below = torch.zeros_like(chunk_edges, memory_format=torch.contiguous_format)
+            mass_below = chunk_edges.new_zeros(chunk_edges.shape)
             # The last weight has no mean: it belongs to the uniform distribution, the floor.
             for weight, mean, precision in zip(weights, means, precisions, strict=False):
                 cdf = (chunk_edges - mean[chunk]).mul_(precision[chunk]).sigmoid_()
@@ -421,10 +423,10 @@ class CopyMixture:
         weights = self.log_weights.exp()
         base = weights[..., -1:] * self.base.interval_masses(first, step)
         offsets = self.copies if first is None else self.copies - first[..., None]
-        intervals = offsets.div(step, rounding_mode="floor")
-        is_outside = (intervals < 0) | (intervals >= NUM_INTERVALS)
-        inside = weights[..., :-1].masked_fill(is_outside, 0.0)
-        return base.scatter_add(-1, intervals.clamp(0, NUM_INTERVALS - 1), inside)
+        # Two more intervals are those of copies below and above.
+        intervals = (offsets >> (step.bit_length() - 1)).clamp_(-1, NUM_INTERVALS).add_(1)
+        copied = base.new_zeros(*base.shape[:-1], NUM_INTERVALS + 2)
+        return base + copied.scatter_add(-1, intervals, weights[..., :-1])[..., 1:-1]
 
     def icdf(self, u: Tensor) -> Tensor:
         return Categorical(self.logits).icdf(u)
