@@ -145,8 +145,8 @@ def test_streams_that_are_not_decoded_are_stored_as_pixels(stack, tmp_path, monk
     write_samples(tmp_path / "folder", 2)
     decode = codec.decode_batch
 
-    def wrong(*arguments):
-        pixels, errors = decode(*arguments)
+    def wrong(*arguments, **options):
+        pixels, errors = decode(*arguments, **options)
         pixels[0] ^= 1
         return pixels, errors
 
@@ -171,11 +171,11 @@ def interrupt_after(monkeypatch, owner, name: str, count: int) -> list[int]:
     function = getattr(owner, name)
     sizes: list[int] = []
 
-    def stops(first, second, *more):
+    def stops(first, second, *more, **options):
         if len(sizes) == count:
             raise Interrupted
         sizes.append(len(second) if hasattr(second, "__len__") else 1)
-        return function(first, second, *more)
+        return function(first, second, *more, **options)
 
     monkeypatch.setattr(owner, name, stops)
     return sizes

@@ -7,16 +7,21 @@ import torch
 
 from helpers.codec import KINDS, codec_pipeline
 from helpers.images import noise_images
-from helpers.models import decoder_fields, pipeline_of, tiny_pipeline
+from helpers.models import LOGISTICS, decoder_fields, pipeline_of, tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline
 from progressive_vae.codec import codec
-from progressive_vae.codec.bitstream import Header
-from progressive_vae.codec.codec import TOTAL, frequency_table
+from progressive_vae.codec.bitstream import FORMAT, FORMATS, Header
+from progressive_vae.codec.codec import TOTAL, EntropyDecoder, EntropyEncoder, frequency_table
 from progressive_vae.codec.progressive import minimal_prefix
 from progressive_vae.configuration.decoders import PIXEL_DISTRIBUTIONS
 from progressive_vae.image_processor import from_pixel_values
-from progressive_vae.models.distributions import Categorical
+from progressive_vae.models.distributions import (
+    Categorical,
+    DiscretizedLogisticMixture,
+    Distribution,
+)
 from progressive_vae.models.value_types import unit_to_uint8
+from progressive_vae.models.walk import WalkStep
 
 WIDE = {"hidden_size": 16, "codebook_dim": 16}
 SIZES = [(1, 1), (65, 17)]
@@ -69,8 +74,8 @@ def test_streams_of_earlier_versions_are_decoded_in_their_batch_size(monkeypatch
     assert older[0][3] != newer[0][3]  # the header's byte for arithmetic
 
     class Watched(codec.EntropyDecoder):
-        def __init__(self, streams, batch_size, may_end):
-            super().__init__(streams, batch_size, may_end)
+        def __init__(self, streams, batch_size, may_end, format_number):
+            super().__init__(streams, batch_size, may_end, format_number)
             sizes.append((len(streams), batch_size))
 
     monkeypatch.setattr(codec, "EntropyDecoder", Watched)
@@ -125,9 +130,11 @@ def _reads(pipe, stream, num_levels):
         return False
 
 
+# A few bytes before the end, most second digits of the last group are missing.
+@pytest.mark.parametrize(("kind", "num_missing"), [({}, 20), (LOGISTICS, 60)])
 @pytest.mark.parametrize("arithmetic", ["float", "integer"])
-def test_truncated_pixels_are_expected_values(arithmetic):
-    pipe, image = pipeline_of(**WIDE), noise_images(1, (5, 7))
+def test_truncated_pixels_are_expected_values(arithmetic, kind, num_missing):
+    pipe, image = pipeline_of(**WIDE, **kind), noise_images(1, (5, 7))
     stream = pipe.compress(image, arithmetic=arithmetic)[0]
     codes_end = minimal_prefix(pipe.stack, stream, pipe.num_levels)[0]
     first: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -148,7 +155,7 @@ def test_truncated_pixels_are_expected_values(arithmetic):
     ]
     # By chance an expected value is the right one.
     assert all(b >= a - 3 for a, b in zip(num_equal[:-1], num_equal[1:], strict=True))
-    assert num_equal[0] < 20 and num_equal[-1] > image.numel() - 20
+    assert num_equal[0] < 20 and num_equal[-1] > image.numel() - num_missing
     assert torch.equal(pipe.decompress(stream, allow_truncated=True), image)
     with pytest.raises(ValueError, match="expected stream 0 to hold all levels"):
         pipe.decompress(stream[:9], allow_truncated=True)
@@ -161,8 +168,8 @@ def test_other_streams_raise_an_error(monkeypatch):
     other.level_2.decoder.stem.weight.data.mul_(1.5)
     with pytest.raises(ValueError, match="expected stream 0 of the weights .* got one of"):
         other.decompress(stream)
-    with pytest.raises(ValueError, match="expected stream 1 of format 1, got 2: .* later version"):
-        pipe.decompress([stream, b"\x02" + stream[1:]])
+    with pytest.raises(ValueError, match="stream 1 of a format in .*, got 3: .* later version"):
+        pipe.decompress([stream, b"\x03" + stream[1:]])
     with pytest.raises(ValueError, match="expected stream 0 of 8 bytes or more, got 7"):
         pipe.decompress(stream[:7])
     with pytest.raises(ValueError, match="with a class in its header, got"):
@@ -201,7 +208,7 @@ def test_frequency_tables_are_proportional_to_probabilities():
         logits[0, 0], logits[1, 1, 1:] = 0, -1e4  # uniform, and certain
         logits[0, 1] = 0
         logits[0, 1, num_values // 2], logits[0, 1, 0] = 0.77, -30  # whose softmax adds up to more
-        counts = torch.from_numpy(frequency_table(Categorical(logits), 2)).double()
+        counts = torch.from_numpy(frequency_table(Categorical(logits).probs(), 2)).double()
         assert (counts >= 0).all() and (counts == counts.round()).all()
         assert (counts.sum(-1) == TOTAL - num_values).all()
         bits = -((counts + 1) / TOTAL).log2()
@@ -209,7 +216,61 @@ def test_frequency_tables_are_proportional_to_probabilities():
         lost = (probabilities * (bits + probabilities.clamp(min=1e-300).log2())).sum(-1)
         assert (lost < 1e-4 * bits.max() + 0.005).all() and (lost > -1e-6).all()
     with pytest.raises(ValueError, match="a weight is not finite"):
-        frequency_table(Categorical(logits * math.nan), 2)
+        frequency_table(Categorical(logits * math.nan).probs(), 2)
+
+
+def coded_step(
+    distribution: Distribution, values: torch.Tensor, format_number: int
+) -> tuple[bytes, WalkStep]:
+    """The stream of one step of a walk with values (1, n), and the step."""
+    step = WalkStep(0, 0, torch.arange(values.numel()))
+    encoder = EntropyEncoder(1, format_number)
+    encoder.set_target(values[:, None, None])(distribution, step)
+    return encoder.streams()[0], step
+
+
+@pytest.mark.parametrize("format_number", FORMATS)
+def test_values_of_no_probability_are_coded(format_number):
+    """Each value has a count, even in a block of values without any mass."""
+    ones = torch.ones(1, 1, 256)
+    weights = torch.cat([ones, 0 * ones])
+    distribution = DiscretizedLogisticMixture(weights, 100 * ones, 20 * ones, 256)
+    assert (distribution.probs()[0, 0] == 0).sum() >= 250
+    values = torch.arange(256)[None]
+    stream, step = coded_step(distribution, values, format_number)
+    decoder = EntropyDecoder([stream], 1, False, format_number)
+    assert torch.equal(decoder(distribution, step), values)
+    # A value takes the 24 bits of a block without mass, and 4 bits in it.
+    assert len(stream) * 8 / 256 < 28
+
+
+def test_missing_digits_are_those_of_expected_values():
+    """Second digits are conditioned on the first ones where these are in the stream."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.rand(2, 1, 40, generator=generator) * 256
+    weights = torch.tensor([0.5, 0.4, 0.1]).view(3, 1, 1).expand(3, 1, 40)
+    distribution = DiscretizedLogisticMixture(weights, means, torch.full_like(means, 0.1), 256)
+    values = distribution.icdf(torch.rand(1, 40, generator=generator))
+    stream, step = coded_step(distribution, values, FORMAT)
+    probs = distribution.probs()
+    is_in_block = torch.arange(256) // 16 == values[..., None] // 16
+    conditional = probs * is_in_block
+    expected, expected_in_block = (
+        (table @ torch.arange(256.0) / table.sum(-1)).round() for table in (probs, conditional)
+    )
+    kinds = []
+    for length in range(len(stream) + 1):
+        decoder = EntropyDecoder([stream[:length]], 1, True)
+        decoder.has_means = True
+        decoded = decoder(distribution, step)
+        num_exact = ((decoded == values).cumprod(-1)).sum().item()
+        is_near = (decoded - expected_in_block).abs() <= 1
+        num_near = is_near[0, num_exact:].cumprod(-1).sum().item()
+        rest = slice(num_exact + num_near, None)
+        assert ((decoded - expected).abs() <= 1)[0, rest].all()
+        kinds.append((num_exact, num_near, 40 - num_exact - num_near))
+    assert kinds[0][2] > 35 and kinds[-1][0] == 40
+    assert any(near > 20 and not rest for _, near, rest in kinds)
 
 
 def test_in_inference_mode_and_of_one_image():

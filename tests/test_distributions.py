@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from progressive_vae.evaluation.op_count import count_ops
 from progressive_vae.models import distributions
 from progressive_vae.models.distributions import (
     Categorical,
+    CopyMixture,
     DiscretizedLogisticMixture,
     LowRankCategorical,
     categorical_from_features,
@@ -135,6 +138,40 @@ def test_the_search_reaches_every_value(num_values, is_small, monkeypatch):
     uniform = DiscretizedLogisticMixture(weights, ones, ones, num_values)
     u = (torch.arange(num_values) + 0.5)[None] / num_values
     assert uniform.icdf(u).tolist() == [[*range(num_values)]]
+
+
+@pytest.mark.parametrize("arithmetic", [nullcontext, fixed_point_arithmetic])
+@pytest.mark.parametrize("kind", ["mixture", "copies"])
+def test_two_digits_have_the_probabilities_of_all_values(kind, arithmetic, monkeypatch):
+    monkeypatch.setattr(distributions, "POSITIONS_OF_INTERVALS", 7)
+    distribution = random_mixture(2, 9)
+    if kind == "copies":
+        generator = torch.Generator().manual_seed(1)
+        log_weights = torch.randn(2, 9, 6, generator=generator)
+        log_weights[:, 0, :2] = -torch.inf
+        log_weights = log_weights.log_softmax(-1)
+        copies = torch.randint(256, (2, 9, 5), generator=generator)
+        copies[0, :, 0] = copies[0, :, 1]
+        copies[1, 1, :2] = torch.tensor([0, 255])
+        distribution = CopyMixture(log_weights, copies, distribution)
+    with arithmetic():
+        probs = distribution.probs()
+        blocks = distribution.interval_masses(None, 16)
+        firsts = [torch.full((2, 9), 16 * digit) for digit in range(16)]
+        masses = [distribution.interval_masses(first, 1) for first in firsts]
+    assert blocks.shape == (2, 9, 16) and blocks.dtype == torch.float32
+    assert torch.allclose(blocks.sum(-1), torch.ones(2, 9), atol=1e-5)
+    assert torch.allclose(blocks, probs.unflatten(-1, (16, 16)).sum(-1), atol=1e-5)
+    assert torch.allclose(torch.cat(masses, -1), probs, atol=1e-5)
+    conditional = [block / block.sum(-1, keepdim=True) for block in masses]
+    products = torch.stack(conditional, -2) * blocks[..., None]
+    assert torch.allclose(products.flatten(-2), probs, atol=1e-5)
+    # Positions in different blocks.
+    first = 16 * torch.arange(18).view(2, 9).remainder(16)
+    places = first[..., None] + torch.arange(16)
+    assert torch.allclose(
+        distribution.interval_masses(first, 1), probs.gather(-1, places), atol=1e-5
+    )
 
 
 def random_low_rank() -> tuple[LowRankCategorical, list[torch.Tensor]]:

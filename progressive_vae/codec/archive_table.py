@@ -13,9 +13,9 @@ import torch
 from ..serialization import __version__
 from ..stack import LevelStack
 from . import codec
+from .bitstream import FORMAT, FORMATS
 from .container import ArchiveReader
 
-FORMAT = 1
 # How a file is stored.
 PNG = "png"  # as an image, which comes back as a PNG file
 TO_PNG = "to png"  # the same, with ".png" added to the name
@@ -116,7 +116,7 @@ def stored_files(reader: ArchiveReader) -> Iterator[list[StoredFile]]:
 def header_of(stack: LevelStack, model: str, arithmetic: str) -> dict:
     """What an archive says of how it was made."""
     return {
-        "format": FORMAT,
+        "format": FORMAT,  # of the streams, which have no headers
         "model": model,
         "weights": codec.weights_digest(stack).hex()[:32],
         "image_shape": [*stack.image_shape],
@@ -140,8 +140,8 @@ def check_model(stack: LevelStack, header: dict, path: Path) -> bool:
     Raises:
         ValueError: an archive of another model, of a later format or without these fields.
     """
-    if header.get("format") != FORMAT:
-        raise ValueError(f"expected {path} of format {FORMAT}, got {header.get('format')!r}")
+    if header.get("format") not in FORMATS:
+        raise ValueError(f"expected {path} of a format in {FORMATS}, got {header.get('format')!r}")
     weights = codec.weights_digest(stack).hex()[:32]
     if header.get("weights") != weights:
         raise ValueError(

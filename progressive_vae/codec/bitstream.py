@@ -8,12 +8,17 @@
 | 4 | CRC-32 of the pixels |
 | … | the class as a varint, if there is one |
 | … | z_1, z_2 … z_N and s, entropy-coded, in words of 32 bits |
+
+In format 2, the values of mixtures of logistics are coded in two digits; in format 1, which is
+still read, in one. All other values are the same in both.
 """
 
 import struct
 from dataclasses import dataclass, field
 
-FORMAT = 1
+FORMAT = 2
+FORMAT_OF_DIGITS = 2  # the first one with two digits
+FORMATS = (1, 2)  # that are read
 # Flags that are added to the format.
 IS_FIXED_POINT = 64
 HAS_CLASS = 128
@@ -29,11 +34,13 @@ class Header:
     checksum: int
     label: int | None = None
     is_fixed_point: bool = False
+    format_number: int = FORMAT
     length: int = field(default=0, compare=False)
 
     def to_bytes(self) -> bytes:
         flags = IS_FIXED_POINT * self.is_fixed_point + HAS_CLASS * (self.label is not None)
-        start = _FIXED_PART.pack(FORMAT + flags, self.weights, self.arithmetic, self.checksum)
+        kind = self.format_number + flags
+        start = _FIXED_PART.pack(kind, self.weights, self.arithmetic, self.checksum)
         return start if self.label is None else start + to_varint(self.label)
 
     @classmethod
@@ -48,13 +55,13 @@ class Header:
             raise ValueError(f"expected {name} of {size} bytes or more, got {len(stream)}")
         kind, weights, arithmetic, checksum = _FIXED_PART.unpack_from(stream)
         format_number = kind % IS_FIXED_POINT
-        if format_number != FORMAT:
+        if format_number not in FORMATS:
             raise ValueError(
-                f"expected {name} of format {FORMAT}, got {format_number}: it is damaged, no such "
-                "stream, or of a later version"
+                f"expected {name} of a format in {FORMATS}, got {format_number}: it is damaged, "
+                "no such stream, or of a later version"
             )
         is_fixed_point = bool(kind & IS_FIXED_POINT)
-        header = cls(weights, arithmetic, checksum, None, is_fixed_point, size)
+        header = cls(weights, arithmetic, checksum, None, is_fixed_point, format_number, size)
         if kind >= HAS_CLASS:
             header.label, num_bytes = from_varint(stream[size:], name)
             header.length += num_bytes

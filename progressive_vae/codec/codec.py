@@ -3,6 +3,9 @@
     image -> encode -> [z_1 … z_N, s] -> walk over each factor, EntropyEncoder -> bytes
     bytes -> walk over each factor, EntropyDecoder -> [z_1 … z_N, s] -> image
 
+A mixture of logistics has no table of all 256 values at hand. Its values x are coded as two digits,
+by the chain rule: P(x) = P(⌊x / 16⌋) · P(x mod 16 | ⌊x / 16⌋), with 16 probabilities each.
+
 Encoder and decoder must compute the same probabilities to the last bit, which floating-point
 networks do not guarantee. Therefore both run the same walks over batches of one size, whatever the
 number of images. If another machine computes other probabilities, the checksum differs, and there
@@ -15,9 +18,9 @@ import hashlib
 import math
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -27,12 +30,17 @@ from ..arguments import as_integer
 from ..image_processor import Images, as_images, from_pixel_values, pixel_value_batches
 from ..models.causal_lm import transformers_steps
 from ..models.conditioning import ClassLabels, Conditioning
-from ..models.distributions import Distribution
+from ..models.distributions import (
+    NUM_INTERVALS,
+    CopyMixture,
+    DiscretizedLogisticMixture,
+    Distribution,
+)
 from ..models.fingerprint import original_names
 from ..models.value_types import signed_to_indices, uint8_to_signed, unit_to_uint8
 from ..models.walk import StepFn, WalkStep
 from ..stack import LevelStack
-from .bitstream import Header
+from .bitstream import FORMAT, FORMAT_OF_DIGITS, Header
 from .fixed_point import fixed_point_arithmetic
 
 ARITHMETICS = ("float", "integer")
@@ -48,6 +56,8 @@ FLOAT_ADVICE = (
 NO_TEXTS = "expected prompt=None, as streams are of the null condition or a class"
 OTHER_PIXELS = "expected pixels with the checksum of stream, got others: "
 TOTAL = 2**24  # sum of the counts of all values, each one or more
+# Added to the masses of a block, so that they can be normalized where all are 0.
+TINY = torch.finfo(torch.float32).tiny
 # Images in a batch, and values of all of them together.
 MIN_IMAGES = 8
 MAX_IMAGES = 128
@@ -73,11 +83,13 @@ def _model_family() -> Any:
     return _constriction_stream().model.Categorical(perfect=False)
 
 
-def frequency_table(distribution: Distribution, count: int) -> np.ndarray:
+def frequency_table(probs: Tensor, count: int) -> np.ndarray:
     """Integers (count, n, V) that sum to 2²⁴ − V, in proportion to the probabilities of the first
-    `count` examples; the coder adds one to each. Sums of integers are exact."""
-    # All examples: in a batch of another size some functions differ in the last bit.
-    probs = distribution.probs()
+    `count` examples; the coder adds one to each. Sums of integers are exact.
+
+    Args:
+        probs: float32 (B, n, V), which is overwritten.
+    """
     num_values = probs.shape[-1]
     total = TOTAL - num_values
     # The slack absorbs probabilities that sum to more than 1 by rounding.
@@ -92,14 +104,48 @@ def frequency_table(distribution: Distribution, count: int) -> np.ndarray:
     return counts.cpu().numpy()
 
 
+# A function that codes the digits `values // place % D` of a step by tables (count, n, D), and
+# returns those of all examples, int64 (B, n).
+CodeDigits = Callable[[np.ndarray, int], Tensor]
+
+
+def code_values(
+    distribution: Distribution, count: int, format_number: int, code_digits: CodeDigits
+) -> Tensor:
+    """Code the values of a step in one or two digits, and return them, int64 (B, n).
+
+    Args:
+        count: of the examples that are coded; the others are padding.
+        format_number: of the streams.
+        code_digits: is called with tables and a place.
+    """
+    # Masses are of all examples: in a batch of another size some functions differ in the last bit.
+    if format_number < FORMAT_OF_DIGITS or not _has_two_digits(distribution):
+        return code_digits(frequency_table(distribution.probs(), count), 1)
+    masses = distribution.interval_masses(None, NUM_INTERVALS)
+    first = code_digits(frequency_table(masses, count), NUM_INTERVALS) * NUM_INTERVALS
+    masses = distribution.interval_masses(first, 1) + TINY
+    masses /= masses.sum(-1, keepdim=True)
+    return first + code_digits(frequency_table(masses, count), 1)
+
+
+def _has_two_digits(
+    distribution: Distribution,
+) -> TypeGuard[DiscretizedLogisticMixture | CopyMixture]:
+    base = distribution.base if isinstance(distribution, CopyMixture) else distribution
+    return isinstance(base, DiscretizedLogisticMixture) and base.num_values == NUM_INTERVALS**2
+
+
 class EntropyEncoder:
     """A `StepFn` that follows target grids, and encodes those of the first examples.
 
     Args:
         count: of the examples that are encoded; the others are padding.
+        format_number: of the streams.
     """
 
-    def __init__(self, count: int):
+    def __init__(self, count: int, format_number: int = FORMAT):
+        self.format_number = format_number
         self.coders = [_constriction_stream().queue.RangeEncoder() for _ in range(count)]
         self.values = torch.empty(0, dtype=torch.long, device="cpu")
 
@@ -110,12 +156,17 @@ class EntropyEncoder:
 
     def __call__(self, distribution: Distribution, step: WalkStep) -> Tensor:
         values = self.values[:, step.channel].index_select(1, step.positions)
-        tables = frequency_table(distribution, len(self.coders))
-        if tables.shape[-1] > 1:  # a single possible value needs no bits
-            rows = values.cpu().numpy().astype(np.int32)
-            for coder, row, table in zip(self.coders, rows, tables, strict=False):
-                coder.encode(row, _model_family(), table)
-        return values
+        rows = values.cpu().numpy().astype(np.int32)
+
+        def encode(tables: np.ndarray, place: int) -> Tensor:
+            num_digits = tables.shape[-1]
+            digits = rows // place % num_digits
+            if num_digits > 1:  # a single possible value needs no bits
+                for coder, row, table in zip(self.coders, digits, tables, strict=False):
+                    coder.encode(row, _model_family(), table)
+            return torch.from_numpy(digits).long().to(values.device)
+
+        return code_values(distribution, len(self.coders), self.format_number, encode)
 
     def streams(self) -> list[bytes]:
         return [coder.get_compressed().astype(">u4").tobytes() for coder in self.coders]
@@ -135,10 +186,14 @@ class EntropyDecoder:
     Args:
         batch_size: of the distributions.
         may_end: streams may be prefixes.
+        format_number: of the streams.
     """
 
-    def __init__(self, streams: list[bytes], batch_size: int, may_end: bool):
+    def __init__(
+        self, streams: list[bytes], batch_size: int, may_end: bool, format_number: int = FORMAT
+    ):
         self.batch_size = batch_size
+        self.format_number = format_number
         self.errors = dict[int, str]()
         # Whether values behind the end of a stream are expected ones instead of an error.
         self.has_means = False
@@ -147,44 +202,65 @@ class EntropyDecoder:
         self.coders = [[_range_decoder(stream, end) for end in endings] for stream in streams]
 
     def __call__(self, distribution: Distribution, step: WalkStep) -> Tensor:
-        tables = frequency_table(distribution, len(self.coders))
-        values = np.zeros(tables.shape[:2], np.int32)
-        if tables.shape[-1] > 1:
-            for i, (coders, table) in enumerate(zip(self.coders, tables, strict=True)):
-                if i in self.ended:
-                    values[i] = _means(table)
-                elif i not in self.errors:
-                    values[i] = self._decode_row(i, coders, table)
-        decoded = torch.from_numpy(values).long().to(step.positions.device)
+        count = len(self.coders)
+        device = step.positions.device
+        # Values of which not even the first of two digits is in the stream.
+        is_missing = np.zeros((count, len(step.positions)), bool)
+
+        def decode(tables: np.ndarray, place: int) -> Tensor:
+            digits = np.zeros(tables.shape[:2], np.int32)
+            if tables.shape[-1] > 1:
+                for i, (coders, table) in enumerate(zip(self.coders, tables, strict=True)):
+                    if i not in self.errors:
+                        digits[i], is_decoded = self._decode_row(i, coders, table)
+                        if place > 1 and i in self.ended:
+                            is_missing[i] = ~is_decoded
+            return self._padded(digits, device).long()
+
+        values = code_values(distribution, count, self.format_number, decode)
+        if is_missing.any():
+            means = _means(frequency_table(distribution.probs(), count))
+            values = torch.where(
+                self._padded(is_missing, device), self._padded(means, device).long(), values
+            )
+        return values
+
+    def _padded(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        decoded = torch.from_numpy(rows).to(device)
         padding = decoded[-1:].expand(self.batch_size - len(decoded), -1)
         return torch.cat([decoded, padding])
 
-    def _decode_row(self, i: int, coders: list[Any], table: np.ndarray) -> np.ndarray:
+    def _decode_row(
+        self, i: int, coders: list[Any], table: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The digits of stream i, and which of them are in the stream."""
         is_decoded = np.ones(len(table), bool)
+        if i in self.ended:
+            return _means(table), ~is_decoded
         try:
-            values, *alternatives = [coder.decode(_model_family(), table) for coder in coders]
+            digits, *alternatives = [coder.decode(_model_family(), table) for coder in coders]
         except AssertionError:
             error = NOT_DECODABLE
-            values = np.zeros(len(table), np.int32)
+            digits = np.zeros(len(table), np.int32)
             is_decoded[:] = False
         else:
             error = ENDS_BEFORE
             for other in alternatives:
-                is_decoded &= other == values
+                is_decoded &= other == digits
             is_decoded = np.logical_and.accumulate(is_decoded)
         if is_decoded.all():
-            return values
+            return digits, is_decoded
         if self.has_means:
             self.ended.add(i)
-            return np.where(is_decoded, values, _means(table))
+            return np.where(is_decoded, digits, _means(table)), is_decoded
         self.errors[i] = error
         if len(self.errors) == len(self.coders):
             raise NothingToDecodeError
-        return np.zeros(len(table), np.int32)
+        return np.zeros(len(table), np.int32), is_decoded
 
 
 def _means(table: np.ndarray) -> np.ndarray:
-    """The expected values (n,) of a frequency table (n, V), rounded."""
+    """The expected values (...) of frequency tables (..., V), rounded."""
     values = np.arange(table.shape[-1], dtype=float)
     return np.rint(table @ values / table.sum(-1, dtype=float)).astype(np.int32)
 
@@ -279,15 +355,21 @@ def decompress(
     _check_headers(stack, headers)
     shape = (len(streams), *stack.image_shape)
     images = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    # A batch holds streams of one arithmetic, in the batch size with which they were made.
+    # A batch holds streams of one format and arithmetic, in the batch size with which they were
+    # made.
     batch_sizes = _batch_sizes(stack)
     default_size = batch_size_of(stack)
     kinds_of_streams = [
-        (header.is_fixed_point, batch_sizes.get(header.arithmetic, default_size))
+        (
+            header.is_fixed_point,
+            batch_sizes.get(header.arithmetic, default_size),
+            header.format_number,
+        )
         for header in headers
     ]
-    for is_fixed_point, size in sorted(set(kinds_of_streams)):
-        rows = [i for i, kind in enumerate(kinds_of_streams) if kind == (is_fixed_point, size)]
+    for kind in sorted(set(kinds_of_streams)):
+        is_fixed_point, size, format_number = kind
+        rows = [i for i, other in enumerate(kinds_of_streams) if other == kind]
         for start in range(0, len(rows), size):
             numbers = rows[start : start + size]
             padded_size = len(numbers) if is_fixed_point else size
@@ -302,6 +384,7 @@ def decompress(
                 padded_size,
                 num_levels,
                 allow_truncated,
+                format_number,
             )
             if num_levels is None and not allow_truncated:
                 errors |= _checksum_errors(decoded, batch_headers)
@@ -337,6 +420,7 @@ def decode_batch(
     size: int,
     num_levels: int | None = None,
     allow_truncated: bool = False,
+    format_number: int = FORMAT,
 ) -> tuple[Tensor, dict[int, str]]:
     """The images of payloads, uint8 (n, C, H, W), and an error for each one that is not decoded.
 
@@ -348,9 +432,11 @@ def decode_batch(
         num_levels: k: previews from z_1 … z_k, for which prefixes of payloads suffice.
         allow_truncated: payloads may end within the pixels; the others are expected values, each
             group given the groups before it.
+        format_number: of the streams.
     """
     count = len(payloads)
-    decoder = EntropyDecoder(payloads, size, num_levels is not None or allow_truncated)
+    may_end = num_levels is not None or allow_truncated
+    decoder = EntropyDecoder(payloads, size, may_end, format_number)
     padded_conditioning = conditioning[_pad(torch.arange(count, device="cpu"), size)]
     padded_conditioning = padded_conditioning.to(stack.device)
     grids: list[Tensor] = []

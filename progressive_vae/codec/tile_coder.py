@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.conditioning import Conditioning
 from ..stack import LevelStack
 from . import codec
+from .bitstream import FORMAT
 
 
 class Journal:
@@ -72,14 +73,22 @@ class TileCoder:
         stack: the model.
         is_fixed_point: the arithmetic.
         journal: of streams or of tiles.
+        format_number: of the streams that are decoded.
     """
 
-    def __init__(self, stack: LevelStack, is_fixed_point: bool, journal: Journal):
+    def __init__(
+        self,
+        stack: LevelStack,
+        is_fixed_point: bool,
+        journal: Journal,
+        format_number: int = FORMAT,
+    ):
         self.stack = stack
         self.is_fixed_point = is_fixed_point
         self.journal = journal
+        self.format_number = format_number
         self.batch_size = codec.batch_size_of(stack)
-        self.salt = codec.weights_digest(stack) + bytes([is_fixed_point])
+        self.salt = codec.weights_digest(stack) + bytes([is_fixed_point, format_number])
         self.num_wrong = 0  # streams that were not decoded to their tiles
 
     def key(self, contents: bytes) -> bytes:
@@ -129,7 +138,13 @@ class TileCoder:
         size = len(streams) if self.is_fixed_point else self.batch_size
         conditioning = self._conditioning(len(streams))
         return codec.decode_batch(
-            self.stack, streams, conditioning, self.is_fixed_point, size, num_levels
+            self.stack,
+            streams,
+            conditioning,
+            self.is_fixed_point,
+            size,
+            num_levels,
+            format_number=self.format_number,
         )
 
     def _conditioning(self, count: int) -> Conditioning:

@@ -197,7 +197,7 @@ def unpack(
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(None if folder is None else folder / JOURNAL)
-        coder = TileCoder(stack, is_fixed_point, journal)
+        coder = TileCoder(stack, is_fixed_point, journal, reader.header["format"])
         restoring = Restoring(folder, result)
         advice = "" if is_fixed_point else _float_advice(stack, reader.header)
         for files in stored_files(reader):

@@ -10,6 +10,10 @@ Their common interface:
   int64 (B, n). With uniform u these are samples;
 - `chunks()`: distributions of consecutive positions whose logits fit into little memory.
 
+Mixtures of logistics, and `CopyMixture`s of them, also have `interval_masses(first, step)`: the
+probabilities of 16 intervals of `step` values. An entropy coder reaches one of 256 values in two
+such steps, at 34 edges instead of 255.
+
 The categorical distributions also have `expected_embedding(table)`: for one vector per value,
 (V, D), the expected vector, (B, n, D).
 """
@@ -30,6 +34,10 @@ from .device_constant import cached_constant, device_constant
 LOGITS_PER_CHUNK = 2**23  # 32 MB in fp32, which C libraries return to the system at once
 LOGITS_IN_CACHE = 2**18  # 1 MB: a processor computes and samples them without its main memory
 POSITIONS_PER_CHUNK = 512  # of a mixture's tables, which then fit into a processor's cache
+NUM_INTERVALS = 16  # of `interval_masses`
+# Of a mixture's 17 edges, which then fit, too. Torch divides them among two threads at most, whose
+# parts fill registers.
+POSITIONS_OF_INTERVALS = 3840
 # Up to so many positions a mixture's quantiles are searched in few rounds. A processor is soon busy
 # with arithmetic; on other devices memory is the limit.
 MAX_POSITIONS_ON_CPU = 256
@@ -245,6 +253,39 @@ class DiscretizedLogisticMixture:
         probs = cumulative.diff(dim=1).clamp_(min=0).add_(self._floor.flatten()[:, None])
         return probs.unflatten(0, self.means.shape[1:])
 
+    def interval_masses(self, first: Tensor | None, step: int) -> Tensor:
+        """P(first + j·step ≤ x < first + (j + 1)·step) for j = 0 … 15: float32 (B, n, 16), at least
+        0. As in `probs`, they are differences of the cumulative distribution.
+
+        Args:
+            first: int64 (B, n), `None` for 0; the last interval ends at V or before.
+            step: the number of values of an interval, a power of two.
+        """
+        weights = self.weights.flatten(1)  # (K + 1, B·n)
+        means = self.means.flatten(1)
+        precisions = self.precisions.flatten(1)
+        edges = _interval_edges(step, means.device)  # (17, 1)
+        if first is not None:
+            edges = edges + first.flatten()
+        # Values 0 and V − 1 also get the tails.
+        edges = edges.masked_fill(edges < 0, -OUTSIDE)
+        edges = edges.masked_fill(edges > self.num_values - 1, OUTSIDE)
+        masses = torch.empty(
+            means.shape[1], NUM_INTERVALS, dtype=torch.float32, device=means.device
+        )
+        # Edges are the first dimension, so that elementwise operations run over long rows.
+        for start in range(0, len(masses), POSITIONS_OF_INTERVALS):
+            chunk = slice(start, start + POSITIONS_OF_INTERVALS)
+            chunk_edges = edges.expand(-1, len(masses))[:, chunk]
+            mass_below = chunk_edges.new_zeros(chunk_edges.shape)
+            # The last weight has no mean: it belongs to the uniform distribution, the floor.
+            for weight, mean, precision in zip(weights, means, precisions, strict=False):
+                cdf = (chunk_edges - mean[chunk]).mul_(precision[chunk]).sigmoid_()
+                mass_below.addcmul_(cdf, weight[chunk])
+            masses[chunk] = mass_below.diff(dim=0).clamp_(min=0).T
+        masses.add_((step * self._floor).flatten()[:, None])
+        return masses.unflatten(0, self.means.shape[1:])
+
     def icdf(self, u: Tensor) -> Tensor:
         """A search that evaluates the cumulative distribution at several edges in each round.
 
@@ -286,6 +327,14 @@ def _search_points(step: int, interval: int, device: torch.device) -> Tensor:
     (2, E, 1, 1)."""
     values = torch.arange(step, interval, step, dtype=torch.float32).view(-1, 1, 1)
     return torch.stack([values - 0.5, values]).to(device)
+
+
+@device_constant
+def _interval_edges(step: int, device: torch.device) -> Tensor:
+    """The lower edges of 16 intervals from value 0 on, and the upper one of the last: float32
+    (17, 1)."""
+    values = torch.arange(0, (NUM_INTERVALS + 1) * step, step, dtype=torch.float32)
+    return (values[:, None] - 0.5).to(device)
 
 
 def _columns_between_0_and_1(
@@ -367,6 +416,17 @@ class CopyMixture:
         weights = self.log_weights.exp()
         base = weights[..., -1:] * self.base.probs()
         return base.scatter_add(-1, self.copies, weights[..., :-1])
+
+    def interval_masses(self, first: Tensor | None, step: int) -> Tensor:
+        """Those of a base that has them; see `DiscretizedLogisticMixture.interval_masses`."""
+        assert isinstance(self.base, DiscretizedLogisticMixture)
+        weights = self.log_weights.exp()
+        base = weights[..., -1:] * self.base.interval_masses(first, step)
+        offsets = self.copies if first is None else self.copies - first[..., None]
+        # Two more intervals are those of copies below and above.
+        intervals = (offsets >> (step.bit_length() - 1)).clamp_(-1, NUM_INTERVALS).add_(1)
+        copied = base.new_zeros(*base.shape[:-1], NUM_INTERVALS + 2)
+        return base + copied.scatter_add(-1, intervals, weights[..., :-1])[..., 1:-1]
 
     def icdf(self, u: Tensor) -> Tensor:
         return Categorical(self.logits).icdf(u)
