@@ -78,15 +78,20 @@ def test_noise_near_a_code_changes_one_bit():
     assert all(value.bit_count() == 1 for value in changed) and len(set(changed)) == 18
 
 
-def test_a_rotated_gradient_keeps_its_angle_and_the_value_is_the_code():
+def quantizer_and_latents(gradient):
+    """A quantizer, latents (9, 4), and a gradient of their codes."""
     generator = torch.Generator().manual_seed(0)
-    quantizer = VectorQuantizer(codebook_size=7, dim=4, gradient="rotation").eval()
+    quantizer = VectorQuantizer(codebook_size=7, dim=4, gradient=gradient).eval()
     quantizer.codebook.copy_(torch.randn(7, 4, generator=generator))
-    latents = torch.randn(9, 4, generator=generator, requires_grad=True)
+    latents, of_codes = torch.randn(2, 9, 4, generator=generator)
+    return quantizer, latents.requires_grad_(), of_codes
+
+
+def test_a_rotated_gradient_keeps_its_angle_and_the_value_is_the_code():
+    quantizer, latents, gradient = quantizer_and_latents("rotation")
     quantized, codes, _ = quantizer(latents)
     vectors = quantizer.codebook[codes]
     torch.testing.assert_close(quantized, vectors)
-    gradient = torch.randn(9, 4, generator=generator)
     quantized.backward(gradient)
     scale = vectors.norm(dim=1) / latents.detach().norm(dim=1)
     torch.testing.assert_close(latents.grad.norm(dim=1), scale * gradient.norm(dim=1))
@@ -95,13 +100,9 @@ def test_a_rotated_gradient_keeps_its_angle_and_the_value_is_the_code():
 
 
 def test_a_gradient_of_diveq_has_no_part_along_the_error():
-    generator = torch.Generator().manual_seed(0)
-    quantizer = VectorQuantizer(codebook_size=7, dim=4, gradient="diveq").eval()
-    quantizer.codebook.copy_(torch.randn(7, 4, generator=generator))
-    latents = torch.randn(9, 4, generator=generator, requires_grad=True)
+    quantizer, latents, gradient = quantizer_and_latents("diveq")
     quantized, codes, _ = quantizer(latents)
     torch.testing.assert_close(quantized, quantizer.codebook[codes])
-    gradient = torch.randn(9, 4, generator=generator)
     quantized.backward(gradient)
     error = F.normalize(quantized - latents).detach()
     along = (gradient * error).sum(1, keepdim=True)

@@ -20,8 +20,6 @@ import PIL.ImageFile
 MAX_PIXELS = 2**26
 SUFFIXES = (".png", ".bmp", ".dib", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# The first bytes of files that are tried.
-_STARTS = (SIGNATURE, b"BM", b"P5", b"P6", b"II*\0", b"MM\0*")
 _LOSSY = ("JPEG", "MPO")
 # Of an image and how it is stored, and what a PNG file also has: resolution and profile.
 _TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317,
