@@ -16,6 +16,9 @@
     python examples/ablations.py quantizers uoft-cs/cifar10 --minutes 10
         previews and code use of a level with each quantizer, trained for the same time.
 
+    python examples/ablations.py factors zalando-datasets/fashion_mnist
+        what an image loses where a factor is sampled, in place of its true codes.
+
     python examples/ablations.py speed --batch_sizes [8,64]
         images per second of sampling and of training, on a GPU where there is one.
 
@@ -23,7 +26,7 @@ A dataset is an id on the Hub or a local path. Its images must have the size of 
 """
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -35,12 +38,16 @@ from torch import Tensor
 
 from progressive_vae import ProgressiveVAELevel, ProgressiveVAEPipeline
 from progressive_vae.data.args import DataSettings
+from progressive_vae.data.code_cache import cached
 from progressive_vae.data.dataset import pixel_batches, read_images
 from progressive_vae.data.source import open_dataset
 from progressive_vae.evaluation.image_codecs import as_arrays, lossy_curves, rate_and_distortion
+from progressive_vae.evaluation.image_metrics import cached_classifier
 from progressive_vae.evaluation.likelihood import psnr_of, rate_distortion
+from progressive_vae.evaluation.sliced_wasserstein import patches_of, sliced_wasserstein
 from progressive_vae.evaluation.throughput import rate
 from progressive_vae.hub.repository import METRICS
+from progressive_vae.models.value_types import uint8_to_signed, uint8_to_unit, unit_to_uint8
 from progressive_vae.scripts import default_device, print_markdown_table, run_script
 from progressive_vae.serialization import read_json
 from progressive_vae.training import train
@@ -215,6 +222,80 @@ def quantizers(
     print_markdown_table(lines)
 
 
+def factors(
+    dataset_name: str,
+    model: str = MODEL,
+    num_images: int = 450,
+    classifier_steps: int = 600,
+    output_dir: str = "runs/factors",
+    seed: int = 0,
+):
+    """Sample more and more factors, from the pixels to z_1, and compare with the images.
+
+    A row's factor and all finer ones are sampled from the exact distribution given the classes;
+    coarser codes are those of held-out images. Codes are shown by the auxiliary decoders, so that
+    the difference between two rows is what the factor of the lower one loses. PSNR is that of the
+    mean squared error. "Class found" is by a classifier of the training images, if these have
+    classes; distances of patches are sliced Wasserstein distances (×1000), the finest scale first.
+
+    Args:
+        dataset_name: id on the Hub or a local path.
+        model: a pipeline's folder, or its repository on the Hub.
+        num_images: a random subset of the split "test".
+        classifier_steps: of the classifier.
+        output_dir: for a cache of the images and the classifier.
+        seed: of the samples and the classifier.
+    """
+    pipe = loaded(model)
+    source = open_dataset(DataSettings(dataset_name=dataset_name, max_eval_samples=num_images))
+    data = {}
+    for split in ("train", "test"):
+        manifest = replace(source.manifests[split], shape=pipe.image_shape)
+        rows = read_images(
+            source.splits[split], shape=pipe.image_shape, **source.read_options(split)
+        )
+        data[split] = cached(Path(output_dir) / split, manifest, pixel_batches(rows))
+    pixels, labels = data["test"].batch(list(range(len(data["test"]))))
+    images = uint8_to_unit(pixels)
+    patches = patches_of([images], len(images), seed)
+    classifier = None
+    if pipe.labels:
+        path = Path(output_dir) / "classifier.safetensors"
+        classifier = cached_classifier(path, data["train"], classifier_steps, seed)
+
+    def cells_of(result: Tensor) -> list[str]:
+        psnr = psnr_of(255**2 * (result - images).square().mean().item())
+        distances = sliced_wasserstein(patches, patches_of([result], len(images), seed + 1))
+        cells = [f"{psnr:.2f}", ", ".join(f"{distance:.1f}" for distance in distances)]
+        if classifier is not None:
+            found = classifier(uint8_to_signed(unit_to_uint8(result))).argmax(1) == labels
+            cells.append(f"{found.float().mean().item():.1%}")
+        return cells
+
+    class_labels = labels.tolist() if pipe.labels else None
+
+    def sampled(codes: list[Tensor], preview: bool) -> Tensor:
+        return pipe(
+            class_labels,
+            len(images) if not codes and class_labels is None else 1,
+            codes=codes or None,
+            temperature=1.0,
+            preview=preview,
+            output_type="pt",
+            generator=torch.Generator().manual_seed(seed),
+        ).images.cpu()
+
+    codes = pipe.encode(images)
+    columns = ["sampled", "PSNR", "distances of patches", "class found"]
+    lines = [columns[: 3 + (classifier is not None)]]
+    lines.append(["the images", *cells_of(images)])
+    lines.append(["pixels", *cells_of(sampled(codes, preview=False))])
+    for count in range(len(codes), -1, -1):
+        name = f"codes from z_{count + 1} on" if count < len(codes) else "no codes"
+        lines.append([f"{name}, preview", *cells_of(sampled(codes[:count], preview=True))])
+    print_markdown_table(lines)
+
+
 def held_out_images(dataset_name: str, num_images: int, pipe: ProgressiveVAEPipeline) -> Tensor:
     """Return images of the split "test", uint8 (B, C, H, W)."""
     source = open_dataset(DataSettings(dataset_name=dataset_name, max_eval_samples=num_images))
@@ -268,7 +349,7 @@ def loaded(model: str) -> ProgressiveVAEPipeline:
 
 
 def main(words: list[str]):
-    auto_cli([image_codecs, few_images, quantizers, speed], args=words)
+    auto_cli([image_codecs, few_images, quantizers, factors, speed], args=words)
 
 
 if __name__ == "__main__":

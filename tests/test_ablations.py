@@ -79,6 +79,23 @@ def test_quantizers(script, photos, tmp_path, capsys, monkeypatch):
     assert float(psnr) > 0 and used.endswith(" of 8") and int(steps.strip(" |")) > 0
 
 
+def test_factors(script, photos, tmp_path, capsys):
+    levels = [
+        tiny_level(num_symbols=3, auxiliary_hidden_size=8),
+        tiny_level(num_channels=3, auxiliary_hidden_size=8),
+    ]
+    pipe = ProgressiveVAEPipeline.from_levels(tiny_prior(grid_size=[4, 4]), levels)
+    pipe.save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "cache")]
+    script.main(["factors", photos, *flags])
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    names = ["the images", "pixels", "no codes, preview"]
+    assert [name for name, *_ in rows] == names + [f"codes from z_{i} on, preview" for i in (2, 1)]
+    psnr = {name: float(value) for name, value, _ in rows}
+    assert psnr["the images"] > 100 > psnr["pixels"]
+    assert len(set(psnr.values())) == len(rows)
+
+
 def test_speed(script, monkeypatch, capsys):
     monkeypatch.setattr(throughput, "TIMED_SECONDS", 0.02)
     script.main(["speed", "--batch_sizes", "[2,3]"])

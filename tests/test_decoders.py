@@ -144,6 +144,25 @@ def test_an_untrained_decoder_is_uniform(decoder_type):
     assert torch.allclose(log_prob, torch.full((81,), -4 * math.log(3)))
 
 
+@pytest.mark.parametrize("decoder_type", ["causal_lm", "transformer"])
+def test_dropout_is_of_training_only(decoder_type):
+    level = tiny_level(num_symbols=3, decoder_type=decoder_type, hidden_size=16, dropout=0.5)
+    codes = torch.zeros(81, 1, 1, dtype=torch.long)
+
+    def log_prob():
+        with torch.no_grad():
+            return level.log_prob(all_grids(3, 2, 2), codes)
+
+    assert torch.equal(log_prob(), log_prob())
+    level.train()
+    assert not torch.equal(log_prob(), log_prob())
+
+
+def test_convolutional_decoders_have_no_dropout():
+    with pytest.raises(ValueError, match="expected dropout=0"):
+        tiny_level(num_symbols=5, dropout=0.5)
+
+
 @pytest.mark.parametrize("rank", [0, 64])
 def test_an_untrained_pixel_decoder_is_uniform(rank):
     config = ProgressiveVAELevelConfig(num_channels=1, hidden_size=8, pixel_logit_rank=rank)

@@ -289,10 +289,14 @@ def _convolution(
     return result.permute(0, 3, 1, 2)  # channels last
 
 
+def _term_bits(count: int) -> int:
+    """Bits of `count` terms whose sum is exact."""
+    return min(EXACT_BITS - 18, EXACT_BITS - count.bit_length())
+
+
 def _terms(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x in fixed point, so that the sum along `dims` is exact."""
-    count = math.prod(x.shape[dim] for dim in dims)
-    return _to_fixed_point(x, dims, min(EXACT_BITS - 18, EXACT_BITS - count.bit_length()))
+    return _to_fixed_point(x, dims, _term_bits(math.prod(x.shape[dim] for dim in dims)))
 
 
 def _sum(x: Tensor, dim=None, keepdim: bool = False, dtype: torch.dtype | None = None) -> Tensor:
@@ -368,22 +372,55 @@ def _layer_norm(
 
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
+    dtype = torch.float32 if half_to_float else x.dtype
+
     def probabilities(rows: Tensor) -> Tensor:
         high = rows.amax(-1, keepdim=True)
         is_empty = high == -math.inf
         centered = rows.double() - high.double()
-        masses = _exp(centered.masked_fill_(is_empty, 0.0) if is_empty.any() else centered)
-        return masses.div_(_terms(masses, (-1,)).sum(-1, True))
+        if is_empty.any():
+            centered.masked_fill_(is_empty, 0.0)
+        if dtype == torch.float64:
+            masses = _exp(centered)
+            return masses.div_(_sum_of_masses(masses))
+        masses, total = _masses(centered)
+        masses.div_(total)
+        return _agreed(
+            masses, dtype, lambda *places: _exp(centered[places]).div_(total[places[0], 0])
+        )
 
-    return _along(probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
+    return _along(probabilities, dtype, x, dim)
 
 
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     def log_probabilities(rows: Tensor) -> Tensor:
         centered = rows.double() - rows.amax(-1, keepdim=True).double()
-        return centered.sub_(log(_terms(_exp(centered), (-1,)).sum(-1, True)))
+        return centered.sub_(log(_masses(centered)[1]))
 
     return _along(log_probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
+
+
+def _masses(centered: Tensor) -> tuple[Tensor, Tensor]:
+    """The exponentials of rows (n, K) whose highest number is 0, up to `ERROR`, and their exact
+    sums (n, 1): torch's own exponentials have the same sum, unless one is rounded otherwise."""
+    masses = centered.exp()
+    low, high = ((masses * (1 + sign * ERROR)).add_(_mass_term(masses)) for sign in (-1, 1))
+    rows = (low != high).any(-1).nonzero()[:, 0]  # or NaN
+    total = low.sub_(_mass_term(masses)).sum(-1, True)
+    if len(rows):
+        total[rows] = _sum_of_masses(_exp(centered[rows]))
+    return masses, total
+
+
+def _mass_term(masses: Tensor) -> float:
+    """The rounding term of rows (n, K) whose highest number is 1."""
+    return 1.5 * 2.0 ** (EXACT_BITS - _term_bits(masses.shape[-1]))
+
+
+def _sum_of_masses(masses: Tensor) -> Tensor:
+    """The sums (n, 1) of rows (n, K) whose highest number is 1."""
+    term = _mass_term(masses)
+    return (masses + term).sub_(term).sum(-1, True)
 
 
 def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -490,22 +527,27 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Callable:
-    """A function of which few results are computed exactly.
-
-    The others are rounded from torch's own result in float64, where all numbers as near to it as
-    the exact one are rounded to the same.
-    """
+    """A function of which few results are computed exactly."""
 
     def rounded(x: Tensor) -> Tensor:
-        value = native(x.double())
-        result = (value * (1 - ERROR)).to(x.dtype)
-        difference = value.mul_(1 + ERROR).to(x.dtype).sub_(result)
-        if difference.abs_().sum() != 0:  # or NaN
-            places = difference.nonzero()[:, 0]
-            result[places] = exact(x[places].double()).to(x.dtype)
-        return result
+        return _agreed(native(x.double()), x.dtype, lambda places: exact(x[places].double()))
 
     return lambda x: _elementwise(exact if x.dtype == torch.float64 else rounded, x.dtype, x)
+
+
+def _agreed(value: Tensor, dtype: torch.dtype, exact: Callable[..., Tensor]) -> Tensor:
+    """Results of torch's own functions in float64, which is overwritten, rounded to `dtype` where
+    all numbers as near to them as the exact ones are rounded to the same.
+
+    Args:
+        exact: the other results, in float64, for the indices of their places.
+    """
+    result = (value * (1 - ERROR)).to(dtype)
+    difference = value.mul_(1 + ERROR).to(dtype).sub_(result)
+    if difference.abs_().sum() != 0:  # or NaN
+        places = difference.nonzero(as_tuple=True)
+        result[places] = exact(*places).to(dtype)
+    return result
 
 
 def _addcmul(x: Tensor, a: Tensor, b: Tensor, *, value: float = 1) -> Tensor:

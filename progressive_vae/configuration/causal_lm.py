@@ -69,7 +69,7 @@ def small_llama() -> LlamaConfig:
     )
 
 
-def small_opt(width: int, num_layers: int, length: int) -> OPTConfig:
+def small_opt(width: int, num_layers: int, length: int, dropout: float) -> OPTConfig:
     """The default backbone of a causal-LM decoder."""
     return OPTConfig(
         hidden_size=width,
@@ -79,5 +79,5 @@ def small_opt(width: int, num_layers: int, length: int) -> OPTConfig:
         # About one head for 32 channels; their number has to divide the width.
         num_attention_heads=max(n for n in range(1, width // 32 + 2) if width % n == 0),
         max_position_embeddings=length,
-        dropout=0.0,
+        dropout=dropout,
     )

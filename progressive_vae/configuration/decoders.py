@@ -12,6 +12,7 @@ DECODER_TYPES: dict[str, tuple[str, ...]] = {
 }
 PIXEL_DECODER_TYPES = ("conv", "transformer", "auxiliary")
 BIT_DECODER_TYPES = ("conv", "transformer")  # of codes that are split into blocks of bits
+DROPOUT_DECODER_TYPES = ("causal_lm", "transformer")
 
 # The numbers of groups of an ordering for a downsample; the first where the config leaves it open.
 GROUP_NUMBERS: dict[str, Callable[[int], list[int | None]]] = {

@@ -21,6 +21,7 @@ from .decoders import (
     COMPONENT_MEANS_DISTRIBUTIONS,
     DECODER_TYPES,
     DOWNSAMPLES,
+    DROPOUT_DECODER_TYPES,
     GROUP_NUMBERS,
     GUIDED_DISTRIBUTIONS,
     ORDERINGS,
@@ -46,6 +47,7 @@ MAX_PALETTE_CHANNELS = 3  # whose values are packed into one integer
 DECODER_FIELDS = (
     "hidden_size",
     "num_layers",
+    "dropout",
     "pixel_distribution",
     "pixel_logit_rank",
     "palette_size",
@@ -80,6 +82,8 @@ class ProgressiveVAELevelConfig(PartConfig):
         hidden_size: width of the decoder.
         num_layers: residual blocks of the decoder before each group; of `"causal_lm"` those on z,
             and the layers of its language model; layers of `"transformer"`.
+        dropout: of `"causal_lm"` and `"transformer"`, after attention and feed-forward networks:
+            the probability with which a number is 0 in training. Against overfitting to few images.
         encoder_hidden_size: width of the encoder; `None`: `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
@@ -120,7 +124,7 @@ class ProgressiveVAELevelConfig(PartConfig):
             `None`: the only number, the stride downsample for `"lattice"`, and 8 for `"masked"`.
         backbone_config: of `"causal_lm"`, any causal-LM config of transformers, as a config or as
             a dict with its `model_type`; its vocabulary is set to the codes. `None`: an OPT of
-            `num_layers` layers with `hidden_size`.
+            `num_layers` layers with `hidden_size` and `dropout`.
         quantizer: `"vq"` (nearest code, running k-means), `"fsq"` (finite scalar quantization),
             `"gumbel"` (a categorical encoder, learned through the Gumbel-softmax), `"lfq"`
             (lookup-free: the signs of latents) or `"bsq"` (binary spherical: those of a unit
@@ -174,6 +178,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     downsample: int = 2
     hidden_size: int = 64
     num_layers: int = 2
+    dropout: float = 0.0
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 1
     block_kernel_size: int = 1
@@ -266,6 +271,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         is_other_type = changes.get("decoder_type", self.decoder_type) != self.decoder_type
         if is_other_type:
             fields["ordering"] = None
+            fields["dropout"] = 0.0
         if is_other_type or changes.get("ordering", self.ordering) != self.ordering:
             fields["num_groups"] = None
             fields["backbone_config"] = None
@@ -293,6 +299,8 @@ class ProgressiveVAELevelConfig(PartConfig):
                      restart_threshold=0, dither=0)  # fmt: skip
         if not 0 <= self.code_noise <= 1:
             raise ValueError(f"expected code_noise in [0, 1], got {self.code_noise}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected dropout in [0, 1), got {self.dropout}")
         check_classes(self)
 
     def validate_choices(self):
@@ -372,6 +380,12 @@ class ProgressiveVAELevelConfig(PartConfig):
             )
 
     def validate_backbone(self):
+        has_dropout = self.decoder_type in DROPOUT_DECODER_TYPES and self.backbone_config is None
+        if self.dropout and not has_dropout:
+            raise ValueError(
+                f"expected dropout=0 unless decoder_type is in {DROPOUT_DECODER_TYPES}, without a "
+                f"backbone_config, which has its own, got {self.dropout} and {self.decoder_type!r}"
+            )
         if self.backbone_config is None:
             return
         if self.decoder_type != "causal_lm":
@@ -483,5 +497,7 @@ class ProgressiveVAELevelConfig(PartConfig):
             self.backbone_config, PreTrainedConfig
         ):  # `__post_init__` makes one of a dict
             return self.backbone_config
-        default = small_opt(self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS)
+        default = small_opt(
+            self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS, self.dropout
+        )
         return causal_config(default, self.num_values, MAX_RASTER_POSITIONS)

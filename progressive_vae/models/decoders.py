@@ -663,7 +663,9 @@ class TransformerDecoder(Decoder):
         self.column_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
         channels = config.value_channels
         self.embedding = nn.Embedding(channels * config.num_values, width)
-        self.layers = nn.ModuleList(TransformerLayer(width) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            TransformerLayer(width, config.dropout) for _ in range(config.num_layers)
+        )
         self.norm = nn.LayerNorm(width)
         self.logits = make_categorical_head(config, width)
         if channels > 1:

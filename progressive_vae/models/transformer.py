@@ -43,10 +43,15 @@ class TransformerLayer(GradientCheckpointingLayer):
     activations again.
 
     Shape letters: n positions of width E, which attend to m visible ones, in heads of width D.
+
+    Args:
+        width: E.
+        dropout: probability of a 0 in what a branch adds to the states, in training.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         self.num_heads = num_heads(width)
         self.attention_norm = nn.LayerNorm(width)
         self.queries = nn.Linear(width, width, bias=False)
@@ -95,9 +100,10 @@ class TransformerLayer(GradientCheckpointingLayer):
         queries = self._split_heads(self.queries(normed))
         keys, values = map(self._split_heads, visible.chunk(2, -1))
         mixed = F.scaled_dot_product_attention(queries, keys, values, mask)  # (B, heads, n, D)
-        state = state + self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+        attended = self.output(mixed.permute(2, 0, 1, 3).flatten(2))
+        state = state + F.dropout(attended, self.dropout, self.training)
         gate, up = self.gate_up(self.mlp_norm(state)).chunk(2, -1)
-        return state + self.down(F.silu(gate) * up)
+        return state + F.dropout(self.down(F.silu(gate) * up), self.dropout, self.training)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """(n, B, E) -> (B, heads, n, D)."""

@@ -34,6 +34,7 @@ class RefitSection:
     # `DECODER_FIELDS` without those that the data set decides; `None` retains the level's own.
     hidden_size: int | None = None
     num_layers: int | None = None
+    dropout: float | None = None
     pixel_distribution: str | None = None
     pixel_logit_rank: int | None = None
     palette_size: int | None = None
@@ -60,6 +61,7 @@ class LevelSection:
     downsample: int = 2
     hidden_size: int = 64
     num_layers: int = 2
+    dropout: float = 0.0
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 1
     block_kernel_size: int = 1
