@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.arguments import as_integer
 from progressive_vae.codec import archive
 from progressive_vae.codec.container import ArchiveReader
 from progressive_vae.codec.exact_image import read_exact_image
@@ -75,6 +76,8 @@ def pack(
         beside_files: also encode all images in the other formats.
     """
     path = Path(expand_home(file, "file"))
+    if max_files is not None:
+        max_files = as_integer("max_files", max_files, 1)
     sources = sources_of(source, split, path)[:max_files]
     if not sources:
         raise ValueError(f"expected files in {source}, got none")

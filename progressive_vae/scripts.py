@@ -30,7 +30,7 @@ def run_script(main: Callable[[list[str]], None]):
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("interrupted: finished files are complete, no partial files remain", file=sys.stderr)
+        print("interrupted: files with their final names are complete", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (torch.OutOfMemoryError, MemoryError) as error:
         sys.exit(f"error: out of memory, use smaller batches or fewer images: {one_line(error)}")

@@ -8,6 +8,7 @@ import resource
 from io import BytesIO
 from pathlib import Path
 
+import filelock
 import numpy as np
 import PIL.Image
 import pytest
@@ -20,7 +21,13 @@ from helpers.processes import SERVER
 from progressive_vae.codec import archive, codec, packing, tiles
 from progressive_vae.codec.container import ArchiveReader, ArchiveWriter
 from progressive_vae.codec.exact_image import ExactImage, read_exact_image
-from progressive_vae.codec.folder import safe_name, sources_of_folder
+from progressive_vae.codec.folder import (
+    JOURNAL,
+    LOCK,
+    UNPACK_FILES,
+    safe_name,
+    sources_of_folder,
+)
 
 HEADER_BYTES = 1000
 SIZE = (5, 7)  # of a tile
@@ -355,6 +362,56 @@ def test_one_name_and_previews(tmp_path):
     assert archive.unpack(stack, tmp_path / "archive", None).written == 4  # decoded, not written
 
 
+def test_what_unpack_is_asked_for_has_to_exist(noise, stack, tmp_path):
+    for name in ("9.png", "[0].png"):
+        with pytest.raises(ValueError, match="expected only to select files"):
+            unpack_folder(stack, noise / "archive", tmp_path / "none", only=name)
+    for k in (0, -1, 9):
+        with pytest.raises(ValueError, match="expected num_levels"):
+            unpack_folder(stack, noise / "archive", tmp_path / "none", num_levels=k)
+    assert not [*(tmp_path / "none").iterdir()]
+
+
+def test_brackets_in_names_are_not_patterns(stack, tmp_path):
+    folder = tmp_path / "folder" / "summer [2020]"
+    folder.mkdir(parents=True)
+    for i in range(2):
+        (folder / f"{i}.txt").write_text(f"{i}")
+    pack_folder(stack, tmp_path / "folder", tmp_path / "archive")
+    only = "summer [2020]/*"
+    assert unpack_folder(stack, tmp_path / "archive", tmp_path / "back", only=only).written == 2
+
+
+def test_one_process_at_a_time_unpacks_into_a_folder(noise, stack, tmp_path):
+    folder = tmp_path / "back"
+    folder.mkdir()
+    lock = filelock.FileLock(folder / LOCK, is_singleton=False)
+    with lock, pytest.raises(ValueError, match="expected no other process that unpacks"):
+        unpack_folder(stack, noise / "archive", folder)
+    assert unpack_folder(stack, noise / "archive", folder).written == 6
+    assert differences(noise / "folder", folder) == []
+
+
+def test_files_of_an_interrupted_unpacking_are_named(stack, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "inner").mkdir(parents=True)
+    for name in (*UNPACK_FILES, f"inner/{JOURNAL}"):
+        (folder / name).write_text("mine")
+    result = pack_folder(stack, folder, tmp_path / "archive")
+    assert sorted(name for name, _ in result.absent) == sorted(UNPACK_FILES)
+    assert unpack_folder(stack, tmp_path / "archive", tmp_path / "back").written == 1
+
+
+@pytest.mark.parametrize("suffix", [".partial", ".journal"])
+def test_foreign_files_are_not_deleted(stack, tmp_path, suffix):
+    write_samples(tmp_path / "folder", 1)
+    foreign = tmp_path / f"archive{suffix}"
+    foreign.write_text("mine, not a part of an archive")
+    with pytest.raises(ValueError, match="of an interrupted run, got another file"):
+        pack_folder(stack, tmp_path / "folder", tmp_path / "archive")
+    assert foreign.read_text().startswith("mine")
+
+
 def pack_large_file(place: Path):
     """In a process of its own, whose memory is measured."""
     stack = tiny_pipeline().stack
@@ -448,6 +505,20 @@ def test_exact_images_keep_their_metadata(tmp_path):
             opened.load()
         assert actual.info == expected.info and actual.size == expected.size
         assert actual.getexif()[274] == 6 and actual.text == {"Title": "turned"}
+
+
+def test_exact_bmp_images():
+    for mode in ("L", "RGB"):
+        image = PIL.Image.effect_noise((5, 3), 64).convert(mode)
+        image.save(buffer := BytesIO(), "BMP")
+        contents = bytearray(buffer.getvalue())
+        exact = read_exact_image(bytes(contents)).pixels
+        assert np.array_equal(exact.squeeze(), np.asarray(image))
+        place = int.from_bytes(contents[10:14], "little")
+        contents[10:14] = (place + 8).to_bytes(4, "little")
+        contents[place:place] = bytes(8)  # before the pixels
+        with pytest.raises(ValueError, match="a profile or data before its pixels"):
+            read_exact_image(bytes(contents))
 
 
 def test_exact_tiff_images():

@@ -101,6 +101,12 @@ class ArchiveWriter:
     def _continue(self, identity: tuple[str, ...]):
         """Read the parts that are complete, and cut off the rest of the file."""
         parts = list(_consecutive_parts(self.file))
+        self.file.seek(0)
+        if not MAGIC.startswith(self.file.read(len(MAGIC))):
+            raise ValueError(
+                f"expected {self.partial} of an interrupted run, got another file: move it "
+                "elsewhere"
+            )
         if not parts:
             self.file.truncate(0)
             self.file.seek(0)

@@ -21,6 +21,7 @@ MAX_PIXELS = 2**26
 SUFFIXES = (".png", ".bmp", ".dib", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _LOSSY = ("JPEG", "MPO")
+_BMP_HEADER = (40).to_bytes(4, "little")  # its length; longer ones have a color space
 # Of an image and how it is stored, and what a PNG file also has: resolution and profile.
 _TIFF_TAGS = {254, 256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 282, 283, 284, 296, 317,
               322, 323, 324, 325, 339, 34675}  # fmt: skip
@@ -116,6 +117,11 @@ def _checked_chunks(image: PIL.ImageFile.ImageFile, contents: bytes) -> tuple[by
             tile = image.tile[0]
             if tile[0] != "raw" or _raw_mode(image) not in ("L", "BGR"):
                 raise _Reason("BMP of other than 8 bits a channel")
+            palette = 1024 if image.mode == "L" else 0
+            start = 14 if image.format == "BMP" else 0  # of the header; DIB has no file header
+            header = contents[start : start + 4]
+            if header != _BMP_HEADER or tile[2] != start + 40 + palette:
+                raise _Reason("BMP with a color space, a profile or data before its pixels")
             if len(contents) > tile[2] + row * image.height + 4:
                 raise _Reason("BMP with data behind its pixels")
     names = ["icc_profile"]

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 MAX_NAME = 255  # bytes of a file's name in most file systems
+# Files of `unpack` in its folder: the one that is being written, the journal, and the lock.
+TEMPORARY = ".unpack.incomplete"
+JOURNAL = ".unpack.journal"
+LOCK = ".unpack.lock"
+UNPACK_FILES = (TEMPORARY, JOURNAL, LOCK)
 _RESERVED = re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # of Windows
 
 
@@ -88,6 +93,8 @@ def _walk(
             continue
         if path.is_dir():
             yield from _walk(path, name, excluded, ancestors | {real})
+        elif name in UNPACK_FILES:
+            yield Source(name, problem="a file of an unpacking that was interrupted")
         elif path.is_file():
             yield source_of_file(path, name)
         else:

@@ -22,8 +22,12 @@ class Journal:
 
     Args:
         path: `None`: without a file.
+
+    Raises:
+        ValueError: a file that is no journal.
     """
 
+    _MAGIC = b"\x8bPVJ\r\n\x1a\n"
     _HEAD = struct.Struct("<16sII")
 
     def __init__(self, path: Path | None):
@@ -34,7 +38,11 @@ class Journal:
             self._read(path.read_bytes())
 
     def _read(self, data: bytes):
-        place = 0
+        if not data.startswith(self._MAGIC[: len(data)]):
+            raise ValueError(
+                f"expected {self.path} of an interrupted run, got another file: move it elsewhere"
+            )
+        place = len(self._MAGIC)
         while len(data) - place >= self._HEAD.size:
             key, length, crc = self._HEAD.unpack_from(data, place)
             result = data[place + self._HEAD.size :][:length]
@@ -49,6 +57,7 @@ class Journal:
             return
         if self.file is None:
             self.file = open(self.path, "wb")  # noqa: SIM115
+            self.file.write(self._MAGIC)
             results = self.results | results
         self.results |= results
         for key, result in results.items():

@@ -6,11 +6,16 @@ container -> parts -> streams of the model -> tiles -> items -> folder
 import errno
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
+import filelock
+
+from ..arguments import as_integer
 from ..stack import LevelStack
 from . import codec, container, tiles
 from .archive_table import (
@@ -29,13 +34,10 @@ from .archive_table import (
 )
 from .container import ArchiveReader
 from .exact_image import ExactImage, read_exact_image
-from .folder import is_inside, reason_of, safe_name
+from .folder import JOURNAL, LOCK, TEMPORARY, UNPACK_FILES, is_inside, reason_of, safe_name
 from .tile_coder import Journal, TileCoder
 from .tiles import ImageHeader, TileCode
 
-# Files of `unpack` in its folder: the one that is being written, and the journal.
-TEMPORARY = ".unpack.incomplete"
-JOURNAL = ".unpack.journal"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -80,7 +82,7 @@ class Restoring:
         path = self.folder / name
         if not is_inside(path, self.folder):
             raise ValueError("expected a name inside the folder, got one behind a link")
-        if name in (TEMPORARY, JOURNAL):
+        if name in UNPACK_FILES:
             raise ValueError("expected another name than that of a file of `unpack`")
         return path
 
@@ -188,20 +190,23 @@ def unpack(
         progress: is called with numbers of bytes of the archive.
 
     Raises:
-        ValueError: no archive, or one of another model.
+        ValueError: no archive, or one of another model; no file that is selected; another process
+            that unpacks into the folder.
         OSError: a full disk.
     """
+    if num_levels is not None:
+        num_levels = as_integer("num_levels", num_levels, 1, stack.num_levels)
     result = Unpacking()
-    with ArchiveReader(path) as reader:
+    num_selected = 0
+    with ArchiveReader(path) as reader, _locked(folder):
         is_fixed_point = check_model(stack, reader.header, path)
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
         journal = Journal(None if folder is None else folder / JOURNAL)
         coder = TileCoder(stack, is_fixed_point, journal, reader.header["format"])
         restoring = Restoring(folder, result)
         advice = "" if is_fixed_point else _float_advice(stack, reader.header)
         for files in stored_files(reader):
             selected = [x for x in files if only is None or is_selected(x.row.name, only)]
+            num_selected += len(selected)
             _unpack_part(reader, selected, coder, restoring, num_levels, advice)
             if journal.file is not None:  # else the part had been restored before
                 journal.clear()
@@ -210,11 +215,36 @@ def unpack(
         journal.clear()
     if reader.problem is not None:
         result.failed.append((str(path), reader.problem))
+    if only is not None and not num_selected:
+        raise ValueError(f"expected only to select files of {path}, got {only!r}, which has none")
     return result
 
 
+@contextmanager
+def _locked(folder: Path | None) -> Iterator[None]:
+    """Make the folder, and let no other process unpack into it meanwhile."""
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"expected no other process that unpacks into {folder}, got one"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / LOCK).unlink(missing_ok=True)
+
+
 def is_selected(name: str, only: str) -> bool:
-    return name == only or name.startswith(f"{only.rstrip('/')}/") or fnmatch(name, only)
+    if name == only or name.startswith(f"{only.rstrip('/')}/"):
+        return True
+    return fnmatchcase(name, only.replace("[", "[[]"))  # brackets have no meaning
 
 
 def _float_advice(stack: LevelStack, header: dict) -> str:
@@ -283,7 +313,9 @@ def _reason(error: Exception) -> str:
 
 def _make_folder(row: Entry, restoring: Restoring):
     path = restoring.target(row)
-    if restoring.folder is None or path.is_dir():
+    if restoring.folder is None:
+        restoring.result.written += 1
+    elif path.is_dir():
         restoring.result.unchanged += 1
     else:
         path.mkdir(parents=True)

@@ -497,7 +497,5 @@ class ProgressiveVAELevelConfig(PartConfig):
             self.backbone_config, PreTrainedConfig
         ):  # `__post_init__` makes one of a dict
             return self.backbone_config
-        default = small_opt(
-            self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS, self.dropout
-        )
+        default = small_opt(self.hidden_size, self.num_layers, MAX_RASTER_POSITIONS, self.dropout)
         return causal_config(default, self.num_values, MAX_RASTER_POSITIONS)
