@@ -268,8 +268,8 @@ def factors(
         distances = sliced_wasserstein(patches, patches_of([result], len(images), seed + 1))
         cells = [f"{psnr:.2f}", ", ".join(f"{distance:.1f}" for distance in distances)]
         if classifier is not None:
-            found = classifier(uint8_to_signed(unit_to_uint8(result))).argmax(1) == labels
-            cells.append(f"{found.float().mean().item():.1%}")
+            is_right = classifier(uint8_to_signed(unit_to_uint8(result))).argmax(1) == labels
+            cells.append(f"{is_right.float().mean().item():.1%}")
         return cells
 
     class_labels = labels.tolist() if pipe.labels else None
