@@ -17,7 +17,7 @@
         previews and code use of a level with each quantizer, trained for the same time.
 
     python examples/ablations.py factors zalando-datasets/fashion_mnist
-        what an image loses where a factor is sampled, in place of its true codes.
+        metrics of images of which more and more factors are sampled.
 
     python examples/ablations.py speed --batch_sizes [8,64]
         images per second of sampling and of training, on a GPU where there is one.
@@ -233,10 +233,10 @@ def factors(
     """Sample more and more factors, from the pixels to z_1, and compare with the images.
 
     A row's factor and all finer ones are sampled from the exact distribution given the classes;
-    coarser codes are those of held-out images. Codes are shown by the auxiliary decoders, so that
-    the difference between two rows is what the factor of the lower one loses. PSNR is that of the
-    mean squared error. "Class found" is by a classifier of the training images, if these have
-    classes; distances of patches are sliced Wasserstein distances (×1000), the finest scale first.
+    coarser codes are those of held-out images. Rows of codes are previews, so that the difference
+    between two rows is what the factor of the lower one loses. PSNR is that of the mean squared
+    error. The accuracy is that of a classifier of the training images, if the model has classes;
+    distances of patches are sliced Wasserstein distances (×1000), the finest scale first.
 
     Args:
         dataset_name: id on the Hub or a local path.
@@ -247,20 +247,27 @@ def factors(
         seed: of the samples and the classifier.
     """
     pipe = loaded(model)
+    if not pipe.stack.has_previews:
+        raise ValueError(f"expected model with auxiliary decoders on all levels, got {model}")
     source = open_dataset(DataSettings(dataset_name=dataset_name, max_eval_samples=num_images))
+    if pipe.labels and [*pipe.labels] != source.class_names:
+        raise ValueError(
+            f"expected dataset_name with the classes {[*pipe.labels]}, got {source.class_names}"
+        )
+    cache = Path(output_dir) / "cache"
     data = {}
     for split in ("train", "test"):
         manifest = replace(source.manifests[split], shape=pipe.image_shape)
         rows = read_images(
             source.splits[split], shape=pipe.image_shape, **source.read_options(split)
         )
-        data[split] = cached(Path(output_dir) / split, manifest, pixel_batches(rows))
+        data[split] = cached(cache / split, manifest, pixel_batches(rows))
     pixels, labels = data["test"].batch(list(range(len(data["test"]))))
     images = uint8_to_unit(pixels)
     patches = patches_of([images], len(images), seed)
     classifier = None
     if pipe.labels:
-        path = Path(output_dir) / "classifier.safetensors"
+        path = cache / "classifier.safetensors"
         classifier = cached_classifier(path, data["train"], classifier_steps, seed)
 
     def cells_of(result: Tensor) -> list[str]:
@@ -274,10 +281,12 @@ def factors(
 
     class_labels = labels.tolist() if pipe.labels else None
 
-    def sampled(codes: list[Tensor], preview: bool) -> Tensor:
+    def sample_finer(codes: list[Tensor], preview: bool) -> Tensor:
+        # Without labels and codes, nothing else tells the number of images.
+        num_images_per_prompt = len(images) if not codes and class_labels is None else 1
         return pipe(
             class_labels,
-            len(images) if not codes and class_labels is None else 1,
+            num_images_per_prompt,
             codes=codes or None,
             temperature=1.0,
             preview=preview,
@@ -286,13 +295,13 @@ def factors(
         ).images.cpu()
 
     codes = pipe.encode(images)
-    columns = ["sampled", "PSNR", "distances of patches", "class found"]
+    columns = ["sampled", "PSNR", "distances of patches", "accuracy"]
     lines = [columns[: 3 + (classifier is not None)]]
     lines.append(["the images", *cells_of(images)])
-    lines.append(["pixels", *cells_of(sampled(codes, preview=False))])
+    lines.append(["pixels", *cells_of(sample_finer(codes, preview=False))])
     for count in range(len(codes), -1, -1):
         name = f"codes from z_{count + 1} on" if count < len(codes) else "no codes"
-        lines.append([f"{name}, preview", *cells_of(sampled(codes[:count], preview=True))])
+        lines.append([f"{name}, preview", *cells_of(sample_finer(codes[:count], preview=True))])
     print_markdown_table(lines)
 
 

@@ -57,6 +57,19 @@ def test_a_long_delay_takes_half_of_a_phase(clock):
     assert start == pytest.approx(clock.now)
 
 
+def test_a_fit_has_at_least_half_of_its_phase(clock):
+    """Also where the phase first encodes many images."""
+    budget = TimeBudget(10, clock)
+    start, seconds = budget.begin_phase(60)
+    assert budget.begin_fit(start, seconds) == start
+    clock.now += 200
+    start = budget.begin_fit(start, seconds)
+    assert clock.now - start == pytest.approx(27)
+    clock.now = start + seconds
+    start, _ = budget.begin_phase(540)
+    assert start == pytest.approx(clock.now)
+
+
 def test_a_phase_that_was_done_before_takes_no_time(clock):
     budget = TimeBudget(10, clock)
     budget.begin_phase(400)  # and nothing to do

@@ -65,6 +65,14 @@ def test_an_interrupted_write_leaves_no_cache(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["cache"]
 
 
+def test_foreign_files_are_not_deleted(tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="expected a folder for a cache"):
+        write_cache(tmp_path / "cache", MANIFEST, batches())
+    assert (tmp_path / "cache" / "mine.txt").is_file()
+
+
 def test_an_empty_split_raises(tmp_path):
     with pytest.raises(ValueError, match="at least one example in split 'train'"):
         write_cache(tmp_path / "cache", MANIFEST, [])

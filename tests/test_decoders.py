@@ -158,6 +158,16 @@ def test_dropout_is_of_training_only(decoder_type):
     assert not torch.equal(log_prob(), log_prob())
 
 
+@pytest.mark.parametrize("decoder_type", ["causal_lm", "transformer"])
+def test_a_refit_with_dropout_starts_as_the_same_function(decoder_type):
+    level = tiny_level(num_symbols=3, decoder_type=decoder_type, hidden_size=16)
+    refitted = level.with_decoder(dropout=0.5)
+    codes = torch.zeros(81, 1, 1, dtype=torch.long)
+    with torch.no_grad():
+        expected, actual = (x.eval().log_prob(all_grids(3, 2, 2), codes) for x in (level, refitted))
+    assert torch.allclose(expected, actual) and refitted.config.dropout == 0.5
+
+
 def test_convolutional_decoders_have_no_dropout():
     with pytest.raises(ValueError, match="expected dropout=0"):
         tiny_level(num_symbols=5, dropout=0.5)

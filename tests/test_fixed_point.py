@@ -14,6 +14,7 @@ from helpers.codec import KINDS, codec_pipeline
 from helpers.images import noise_images
 from helpers.models import tiny_pipeline
 from progressive_vae import ProgressiveVAEPipeline
+from progressive_vae.codec import fixed_point
 from progressive_vae.codec.fixed_point import fixed_point_arithmetic
 from progressive_vae.models.distributions import IS_LAYOUT_INVARIANT, DiscretizedLogisticMixture
 
@@ -98,6 +99,22 @@ def test_columns_of_sharp_mixtures(num_values, odd):
     assert torch.equal(probs.nan_to_num(9.0), expected.nan_to_num(9.0))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e3])
+def test_softmax_is_that_of_exact_exponentials(scale):
+    """Also of the rows, about one in fifty, for which torch's own ones are not enough."""
+    rows = scale * torch.randn(4000, 17, generator=torch.Generator().manual_seed(0))
+    rows[0, :3] = -math.inf
+    rows[1] = -math.inf
+    centered = rows.double() - rows.double().amax(-1, keepdim=True).clamp(min=-1e300)
+    masses = fixed_point._exp(centered.masked_fill(rows.amax(-1, keepdim=True) == -math.inf, 0.0))
+    sums = fixed_point._sum_of_masses(masses)
+    with fixed_point_arithmetic():
+        probabilities, log_probabilities = rows.softmax(-1), rows[2:].log_softmax(-1)
+    assert torch.equal(probabilities, (masses / sums).float())
+    expected = (centered - fixed_point.log(sums))[2:].float()
+    assert torch.equal(log_probabilities, expected)
+
+
 def test_exponentials_of_far_numbers():
     """Those of a part have the same results as alone."""
     special = [math.nan, math.inf, -math.inf, 709.5, -708.5, -1e300]
@@ -129,8 +146,8 @@ def test_streams_in_fixed_point_arithmetic(kind):
     assert torch.equal(pipe.decompress(streams), images)
     mixed = [floats[0], streams[1], floats[1], streams[0]]
     assert torch.equal(pipe.decompress(mixed), images[[0, 1, 1, 0]])
-    for fixed_point, float_stream in zip(streams, floats, strict=True):
-        assert len(fixed_point) <= 1.002 * len(float_stream) + 4
+    for stream, float_stream in zip(streams, floats, strict=True):
+        assert len(stream) <= 1.002 * len(float_stream) + 4
     assert pipe.compress(images[1:2], arithmetic="integer") == streams[1:2]
 
 

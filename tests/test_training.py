@@ -240,7 +240,7 @@ def test_a_folder_of_color_images(script, tmp_path, monkeypatch, capsys):
     load_script("evaluate").main([*words, *"--features none --num_drawn 4".split()])
     output_dir = Path("runs/color_64")  # the recipe's
     pipe = ProgressiveVAEPipeline.from_pretrained(output_dir)
-    assert pipe.level_3.config.pixel_distribution == "logistic_mixture"
+    assert pipe.level_3.config.pixel_distribution == "guided_logistic_mixture"
     assert pipe.num_levels == 3 and pipe.image_shape == (3, 16, 16)
 
 

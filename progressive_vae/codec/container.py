@@ -21,6 +21,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -150,8 +151,9 @@ class ArchiveWriter:
 
     def close(self):
         self.file.close()
+        with suppress(OSError):  # Windows deletes no open file
+            Path(self._lock.lock_file).unlink()  # before another process can hold the lock
         self._lock.release()
-        Path(self._lock.lock_file).unlink(missing_ok=True)
 
     def _write(self, table: Any, data: bytes) -> Part:
         place = self.file.tell()

@@ -119,9 +119,11 @@ def _checked_chunks(image: PIL.ImageFile.ImageFile, contents: bytes) -> tuple[by
                 raise _Reason("BMP of other than 8 bits a channel")
             palette = 1024 if image.mode == "L" else 0
             start = 14 if image.format == "BMP" else 0  # of the header; DIB has no file header
-            header = contents[start : start + 4]
-            if header != _BMP_HEADER or tile[2] != start + 40 + palette:
-                raise _Reason("BMP with a color space, a profile or data before its pixels")
+            header_size = contents[start : start + 4]
+            if header_size != _BMP_HEADER or tile[2] != start + 40 + palette:
+                raise _Reason(
+                    "BMP with a color space, a profile, few grays or data before its pixels"
+                )
             if len(contents) > tile[2] + row * image.height + 4:
                 raise _Reason("BMP with data behind its pixels")
     names = ["icc_profile"]

@@ -383,9 +383,9 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
         if dtype == torch.float64:
             masses = _exp(centered)
             return masses.div_(_sum_of_masses(masses))
-        masses, total = _masses(centered)
+        masses, total = _exponentials(centered)
         masses.div_(total)
-        return _agreed(
+        return _round_or_recompute(
             masses, dtype, lambda *places: _exp(centered[places]).div_(total[places[0], 0])
         )
 
@@ -395,25 +395,27 @@ def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     def log_probabilities(rows: Tensor) -> Tensor:
         centered = rows.double() - rows.amax(-1, keepdim=True).double()
-        return centered.sub_(log(_masses(centered)[1]))
+        return centered.sub_(log(_exponentials(centered)[1]))
 
     return _along(log_probabilities, torch.float32 if half_to_float else x.dtype, x, dim)
 
 
-def _masses(centered: Tensor) -> tuple[Tensor, Tensor]:
-    """The exponentials of rows (n, K) whose highest number is 0, up to `ERROR`, and their exact
-    sums (n, 1): torch's own exponentials have the same sum, unless one is rounded otherwise."""
+def _exponentials(centered: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's exponentials of rows (n, K) whose highest number is 0, and the exact sums (n, 1).
+
+    A row is computed again by `_exp` if an error of `ERROR` could change a rounded term.
+    """
     masses = centered.exp()
     low, high = ((masses * (1 + sign * ERROR)).add_(_mass_term(masses)) for sign in (-1, 1))
-    rows = (low != high).any(-1).nonzero()[:, 0]  # or NaN
+    row_indices = (low != high).any(-1).nonzero()[:, 0]  # or NaN
     total = low.sub_(_mass_term(masses)).sum(-1, True)
-    if len(rows):
-        total[rows] = _sum_of_masses(_exp(centered[rows]))
+    if len(row_indices):
+        total[row_indices] = _sum_of_masses(_exp(centered[row_indices]))
     return masses, total
 
 
 def _mass_term(masses: Tensor) -> float:
-    """The rounding term of rows (n, K) whose highest number is 1."""
+    """`_rounding_term` of rows (n, K) whose highest number is 1."""
     return 1.5 * 2.0 ** (EXACT_BITS - _term_bits(masses.shape[-1]))
 
 
@@ -527,20 +529,23 @@ def _exact(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _rounded(native: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Callable:
-    """A function of which few results are computed exactly."""
+    """A function of which few results are computed exactly; see `_round_or_recompute`."""
 
     def rounded(x: Tensor) -> Tensor:
-        return _agreed(native(x.double()), x.dtype, lambda places: exact(x[places].double()))
+        return _round_or_recompute(
+            native(x.double()), x.dtype, lambda places: exact(x[places].double())
+        )
 
     return lambda x: _elementwise(exact if x.dtype == torch.float64 else rounded, x.dtype, x)
 
 
-def _agreed(value: Tensor, dtype: torch.dtype, exact: Callable[..., Tensor]) -> Tensor:
-    """Results of torch's own functions in float64, which is overwritten, rounded to `dtype` where
-    all numbers as near to them as the exact ones are rounded to the same.
+def _round_or_recompute(value: Tensor, dtype: torch.dtype, exact: Callable[..., Tensor]) -> Tensor:
+    """Round torch's results in float64, which are overwritten, to `dtype`.
+
+    Where the bounds ± `ERROR` are rounded to different numbers, the exact results count.
 
     Args:
-        exact: the other results, in float64, for the indices of their places.
+        exact: these results, in float64, for the indices of their places.
     """
     result = (value * (1 - ERROR)).to(dtype)
     difference = value.mul_(1 + ERROR).to(dtype).sub_(result)

@@ -91,10 +91,10 @@ def _walk(
         path = folder / entry.name
         if entry.name in names and path.resolve() in excluded:
             continue
-        if path.is_dir():
+        if name in UNPACK_FILES:
+            yield Source(name, problem="the name of a file that unpack writes")
+        elif path.is_dir():
             yield from _walk(path, name, excluded, ancestors | {real})
-        elif name in UNPACK_FILES:
-            yield Source(name, problem="a file of an unpacking that was interrupted")
         elif path.is_file():
             yield source_of_file(path, name)
         else:

@@ -7,7 +7,7 @@ import errno
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -82,7 +82,7 @@ class Restoring:
         path = self.folder / name
         if not is_inside(path, self.folder):
             raise ValueError("expected a name inside the folder, got one behind a link")
-        if name in UNPACK_FILES:
+        if Path(name).parts[0] in UNPACK_FILES:
             raise ValueError("expected another name than that of a file of `unpack`")
         return path
 
@@ -192,14 +192,15 @@ def unpack(
     Raises:
         ValueError: no archive, or one of another model; no file that is selected; another process
             that unpacks into the folder.
-        OSError: a full disk.
+        OSError: a full disk, or a folder that cannot be written to.
     """
     if num_levels is not None:
         num_levels = as_integer("num_levels", num_levels, 1, stack.num_levels)
     result = Unpacking()
     num_selected = 0
-    with ArchiveReader(path) as reader, _locked(folder):
+    with ArchiveReader(path) as reader, ExitStack() as exits:
         is_fixed_point = check_model(stack, reader.header, path)
+        exits.enter_context(_locked(folder))
         journal = Journal(None if folder is None else folder / JOURNAL)
         coder = TileCoder(stack, is_fixed_point, journal, reader.header["format"])
         restoring = Restoring(folder, result)
@@ -215,7 +216,7 @@ def unpack(
         journal.clear()
     if reader.problem is not None:
         result.failed.append((str(path), reader.problem))
-    if only is not None and not num_selected:
+    if only is not None and not num_selected and reader.problem is None:
         raise ValueError(f"expected only to select files of {path}, got {only!r}, which has none")
     return result
 
@@ -227,7 +228,10 @@ def _locked(folder: Path | None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK)
+    path = folder / LOCK
+    if path.is_file() and path.stat().st_size:
+        raise ValueError(f"expected {path} to be a lock of unpack, got another file: move it")
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -237,8 +241,9 @@ def _locked(folder: Path | None) -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):  # Windows deletes no open file
+            path.unlink()  # before the release: no other process can hold the lock of this file
         lock.release()
-        (folder / LOCK).unlink(missing_ok=True)
 
 
 def is_selected(name: str, only: str) -> bool:

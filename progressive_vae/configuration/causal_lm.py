@@ -70,7 +70,7 @@ def small_llama() -> LlamaConfig:
 
 
 def small_opt(width: int, num_layers: int, length: int, dropout: float) -> OPTConfig:
-    """The default backbone of a causal-LM decoder."""
+    """The default backbone of a causal-LM decoder; dropout is that of residual branches."""
     return OPTConfig(
         hidden_size=width,
         word_embed_proj_dim=width,

@@ -83,7 +83,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         num_layers: residual blocks of the decoder before each group; of `"causal_lm"` those on z,
             and the layers of its language model; layers of `"transformer"`.
         dropout: of `"causal_lm"` and `"transformer"`, after attention and feed-forward networks:
-            the probability with which a number is 0 in training. Against overfitting to few images.
+            the probability of zeroing an activation in training, which reduces overfitting.
         encoder_hidden_size: width of the encoder; `None`: `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
@@ -271,6 +271,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         is_other_type = changes.get("decoder_type", self.decoder_type) != self.decoder_type
         if is_other_type:
             fields["ordering"] = None
+        if is_other_type or changes.get("backbone_config") is not None:
             fields["dropout"] = 0.0
         if is_other_type or changes.get("ordering", self.ordering) != self.ordering:
             fields["num_groups"] = None
@@ -380,11 +381,15 @@ class ProgressiveVAELevelConfig(PartConfig):
             )
 
     def validate_backbone(self):
-        has_dropout = self.decoder_type in DROPOUT_DECODER_TYPES and self.backbone_config is None
-        if self.dropout and not has_dropout:
+        if self.dropout and self.decoder_type not in DROPOUT_DECODER_TYPES:
             raise ValueError(
-                f"expected dropout=0 unless decoder_type is in {DROPOUT_DECODER_TYPES}, without a "
-                f"backbone_config, which has its own, got {self.dropout} and {self.decoder_type!r}"
+                f"expected dropout=0 unless decoder_type is in {DROPOUT_DECODER_TYPES}, got "
+                f"{self.dropout} and {self.decoder_type!r}"
+            )
+        if self.dropout and self.backbone_config is not None:
+            raise ValueError(
+                "expected dropout=0 beside a backbone_config, which has its own, got "
+                f"{self.dropout}"
             )
         if self.backbone_config is None:
             return

@@ -78,8 +78,14 @@ def write_cache(
             ids and caption ids.
         accelerator: if all processes call this: each writes its batches as one shard, and
             shards are ordered by rank. `None` for a single process.
+
+    Raises:
+        ValueError: `folder` has other files, which would be lost.
     """
     folder = Path(folder)
+    others = [path.name for path in folder.glob("*") if path.suffix not in (".arrow", ".json")]
+    if others:
+        raise ValueError(f"expected a folder for a cache in {folder}, got one with {others[:3]}")
     rank = 0 if accelerator is None else accelerator.process_index
     num_shards = 1 if accelerator is None else accelerator.num_processes
     is_main = rank == 0

@@ -34,6 +34,7 @@ NUM_NEAREST = 8  # replacements of a code for code_noise_kind="near"
 # A refit that changes only these starts as the same function: new weights start at zero.
 GROWABLE_FIELDS = (
     "num_layers",
+    "dropout",
     "num_classes",
     "id2label",
     "class_dropout",

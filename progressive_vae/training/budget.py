@@ -45,6 +45,19 @@ class TimeBudget:
         self._planned_end = start + duration
         return start, duration
 
+    def begin_fit(self, start: float, duration: float | None) -> float:
+        """Return when the clock of a phase's fit starts. What the phase did before, as encoding the
+        images, shortens the fit by at most half of the phase.
+
+        Args:
+            start, duration: of the phase, by `begin_phase`.
+        """
+        if duration is None:
+            return start
+        later = max(start, self.clock() - MAX_DELAY_SHARE * duration)
+        self._planned_end += later - start
+        return later
+
     def seconds_for_report(self) -> float | None:
         """Return the seconds that the report may take: those that are left, at least half and at
         most all of its reserve; `None` without a limit."""

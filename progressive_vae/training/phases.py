@@ -144,6 +144,7 @@ class Phase:
             clock: start and duration of the phase, of the run's time budget.
         """
         start_time, seconds = clock
+        start_time = run.budget.begin_fit(start_time, seconds)
         accelerator = run.accelerator
         fit = Fit(
             model,
