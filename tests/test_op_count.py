@@ -41,7 +41,7 @@ SAMPLING_LIMITS = {"color_64": 3000, "fashion_mnist": 1100, "cifar10": 4700}
 TRAINING_LIMITS = {
     ("color_64", 3): 1000,
     ("fashion_mnist", 2): 400,
-    ("cifar10", 1): 350,
+    ("cifar10", 1): 370,  # 24 of them are casts that only CPUs need
     ("cifar10", 2): 700,
 }
 
