@@ -12,7 +12,7 @@ from .paths import replacing
 __version__ = "0.2.0"
 
 # Raised when files are written that older versions would misread; a golden test checks the format.
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 # The first bytes of the file that git checks out if git-lfs did not download the contents.
 _LFS_POINTER = b"version https://git-lfs"

@@ -4,6 +4,7 @@ import warnings
 import pytest
 
 from progressive_vae import ProgressiveVAELevelConfig, ProgressiveVAEPriorConfig
+from progressive_vae.serialization import FORMAT_VERSION
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,17 @@ def test_config_of_an_older_format_is_upgraded_without_a_warning(format_version,
     for name, value in FORMAT_7.items():
         assert getattr(config, name) == value, name
     assert not set(config.to_dict()) & (set(FORMAT_6) - set(FORMAT_7))
-    assert config.to_dict()["format_version"] == 7
+    assert config.to_dict()["format_version"] == FORMAT_VERSION
+
+
+def test_transformers_of_older_formats_have_no_neighbor_inputs():
+    fields = {"num_symbols": 3, "decoder_type": "transformer"}
+    assert not ProgressiveVAELevelConfig(format_version=7, **fields).neighbor_inputs
+    config = ProgressiveVAELevelConfig(**fields)
+    assert config.neighbor_inputs
+    assert config.with_decoder(decoder_type="conv").neighbor_inputs is False
+    with pytest.raises(ValueError, match="neighbor_inputs=False .* got True and 'conv'"):
+        ProgressiveVAELevelConfig(num_symbols=3, neighbor_inputs=True)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ DECODER_FIELDS = (
     "hidden_size",
     "num_layers",
     "dropout",
+    "neighbor_inputs",
     "pixel_distribution",
     "pixel_logit_rank",
     "palette_size",
@@ -84,6 +85,9 @@ class ProgressiveVAELevelConfig(PartConfig):
             and the layers of its language model; layers of `"transformer"`.
         dropout: of `"causal_lm"` and `"transformer"`, after attention and feed-forward networks:
             the probability of zeroing an activation in training, which reduces overfitting.
+        neighbor_inputs: of `"transformer"`: the first state of a position depends on the values of
+            its eight neighbors, where earlier groups have them. `None`: whether it is a
+            `"transformer"`.
         encoder_hidden_size: width of the encoder; `None`: `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
@@ -179,6 +183,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     hidden_size: int = 64
     num_layers: int = 2
     dropout: float = 0.0
+    neighbor_inputs: bool | None = None
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 1
     block_kernel_size: int = 1
@@ -227,6 +232,8 @@ class ProgressiveVAELevelConfig(PartConfig):
             fields = {"block_kernel_size": 3, **fields}
         if format_version < 6:
             fields = {"symbol_logit_rank": 0, **fields}
+        if format_version < 8:
+            fields = {"neighbor_inputs": False, **fields}
         if format_version == FORMAT_VERSION:
             warn_about_names(renamed_names(fields))
         return rename_fields(fields)
@@ -243,6 +250,8 @@ class ProgressiveVAELevelConfig(PartConfig):
             self.codebook_dim = self._quantizer_rules.default_codebook_dim(self)
         if self.symbol_logit_rank is None:
             self.symbol_logit_rank = 64 if self.num_values > MANY_CODES else 0
+        if self.neighbor_inputs is None:
+            self.neighbor_inputs = self.decoder_type == "transformer"
         if self.ordering is None and self.decoder_type in DECODER_TYPES:
             self.ordering = DECODER_TYPES[self.decoder_type][0]
         if self.num_groups is None:
@@ -270,7 +279,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         fields["id2label"] = self.id2label if self.num_classes else None
         is_other_type = changes.get("decoder_type", self.decoder_type) != self.decoder_type
         if is_other_type:
-            fields["ordering"] = None
+            fields["ordering"] = fields["neighbor_inputs"] = None
         if is_other_type or changes.get("backbone_config") is not None:
             fields["dropout"] = 0.0
         if is_other_type or changes.get("ordering", self.ordering) != self.ordering:
@@ -380,7 +389,12 @@ class ProgressiveVAELevelConfig(PartConfig):
                 f"has no condition, got {self.num_classes} and {self.condition_dim}"
             )
 
-    def validate_backbone(self):
+    def validate_decoder_type(self):
+        if self.neighbor_inputs and self.decoder_type != "transformer":
+            raise ValueError(
+                "expected neighbor_inputs=False unless decoder_type is 'transformer', got True and "
+                f"{self.decoder_type!r}"
+            )
         if self.dropout and self.decoder_type not in DROPOUT_DECODER_TYPES:
             raise ValueError(
                 f"expected dropout=0 unless decoder_type is in {DROPOUT_DECODER_TYPES}, got "
@@ -391,6 +405,8 @@ class ProgressiveVAELevelConfig(PartConfig):
                 "expected dropout=0 beside a backbone_config, which has its own, got "
                 f"{self.dropout}"
             )
+
+    def validate_backbone(self):
         if self.backbone_config is None:
             return
         if self.decoder_type != "causal_lm":

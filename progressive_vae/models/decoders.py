@@ -35,6 +35,7 @@ from .layers import (
     AlignedLinear,
     Downsample,
     PixelEmbedding,
+    ResidualLinear,
     Upsample,
     ZeroConv2d,
     ZeroEmbedding,
@@ -53,7 +54,13 @@ from .orderings import (
     positions_of_all_groups,
 )
 from .palette import NO_COLOR, ColorKeys, ColorPointer, ColorSources, Palette, pack_colors
-from .transformer import KeyValueCache, TransformerLayer, attention_mask
+from .transformer import (
+    NUM_NEIGHBORS,
+    KeyValueCache,
+    TransformerLayer,
+    attention_mask,
+    earlier_neighbors,
+)
 from .walk import StepFn, TeacherForcing, WalkStep, call_step_fn
 
 
@@ -649,8 +656,9 @@ class TransformerDecoder(Decoder):
     """A transformer over codes or pixels, whose attention is causal over groups.
 
     The first state of a position is the upsampled condition there, plus embeddings of its row and
-    column. Its layers attend to z and to the positions of earlier groups, with their values. The
-    colors of a pixel, or the blocks of a code that is split, are predicted one after another.
+    column, and of the values of its neighbors in earlier groups. Its layers attend to z and to the
+    positions of earlier groups, with their values. The colors of a pixel, or the blocks of a code
+    that is split, are predicted one after another.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
@@ -666,6 +674,8 @@ class TransformerDecoder(Decoder):
         self.layers = nn.ModuleList(
             TransformerLayer(width, config.dropout) for _ in range(config.num_layers)
         )
+        if config.neighbor_inputs:
+            self.neighbor_projection = ResidualLinear(NUM_NEIGHBORS * width, width, bias=False)
         self.norm = nn.LayerNorm(width)
         self.logits = make_categorical_head(config, width)
         if channels > 1:
@@ -683,13 +693,16 @@ class TransformerDecoder(Decoder):
         layers = self._layers
         length = len(z) + len(context)
         caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
+        # The embedded values of all positions, and a zero vector: (L + 1, B, E).
+        embedded_grid = context.new_zeros(len(context) + 1, *context.shape[1:])
         values: list[Tensor] = []  # of each group, int64 (B, C, n)
         num_left = len(context)
         for i, positions in enumerate(groups):
             if not len(positions):  # in a small grid some groups are empty
                 continue
             # 1. Evaluate the network at the group's positions.
-            states = [context[positions]]  # before each layer, (n, B, E)
+            state = self._with_neighbors(context[positions], embedded_grid, size, positions)
+            states = [state]  # before each layer, (n, B, E)
             for layer, cache in zip(layers, caches, strict=True):
                 states.append(layer.attend(states[-1], cache.visible))
             # 2. Predict their values.
@@ -705,6 +718,7 @@ class TransformerDecoder(Decoder):
             num_left -= len(positions)
             if num_left:
                 embedded = embed_channels(self.embedding, values[-1]).transpose(0, 1)
+                embedded_grid.index_copy_(0, positions, embedded)
                 for layer, cache, state in zip(layers, caches, states, strict=True):
                     cache.append(layer.project_visible(state + embedded))
         in_sequence = torch.cat(values, 2)
@@ -722,6 +736,7 @@ class TransformerDecoder(Decoder):
         values = finer.flatten(2)  # (B, C, L)
         z, state = self._embed(condition, size)
         embedded = embed_channels(self.embedding, values).transpose(0, 1)
+        state = self._with_neighbors(state, F.pad(embedded, (0, 0, 0, 0, 0, 1)), size)
         mask = attention_mask(*self._ordering, size, len(z), finer.device)
         for layer in self._layers:
             state = layer(state, embedded, z, mask)
@@ -764,6 +779,29 @@ class TransformerDecoder(Decoder):
         stride = self.config.downsample
         z_state = z.permute(2, 3, 0, 1) + places[::stride, ::stride]
         return z_state.flatten(0, 1), (state.permute(2, 3, 0, 1) + places).flatten(0, 1)
+
+    def _with_neighbors(
+        self,
+        state: Tensor,
+        embedded_grid: Tensor,
+        size: tuple[int, int],
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The first states of some positions, (n, B, E), plus those of their neighbors' values.
+
+        Args:
+            state: (n, B, E).
+            embedded_grid: the embedded values of all positions, and a zero vector, (L + 1, B, E).
+            size: (H, W) of the finer grid.
+            positions: int64 (n,); `None`: all.
+        """
+        if not self.config.neighbor_inputs:
+            return state
+        neighbors = earlier_neighbors(*self._ordering, (size[0], size[1]), state.device)
+        if positions is not None:
+            neighbors = neighbors[:, positions]
+        values = embedded_grid[neighbors]  # (8, n, B, E)
+        return state + self.neighbor_projection(values.permute(1, 2, 0, 3).flatten(2))
 
     def _features(self, state: Tensor) -> Tensor:
         """The input of the heads, (B, n, E), before any block of a code is known.

@@ -24,6 +24,7 @@ from .orderings import group_positions
 
 MLP_RATIO = 2  # of the gated hidden layer's width to that of the states
 MIN_HEAD_DIM = 16
+NUM_NEIGHBORS = 8  # of a position
 NUM_HEADS = 8  # more, of 64 channels each, in layers of more than 512 channels
 
 
@@ -142,9 +143,41 @@ def attention_mask(
     ordering: str, num_groups: int, size: tuple[int, int], z_length: int, device: torch.device
 ) -> Tensor:
     """What each of L positions sees, bool (L, h·w + L): z, and the positions of earlier groups."""
-    cpu = torch.device("cpu")
-    group_of = torch.empty(size[0] * size[1], dtype=torch.long)
-    for i, positions in enumerate(group_positions(ordering, num_groups, size, cpu)):
-        group_of[positions] = i
+    group_of = _group_of_each(ordering, num_groups, size)
     is_earlier = group_of < group_of[:, None]
     return F.pad(is_earlier, (z_length, 0), value=True).to(device)
+
+
+@device_constant
+def earlier_neighbors(
+    ordering: str, num_groups: int, size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The neighbors of each of L positions in earlier groups: row-major indices, int64 (8, L).
+
+    They are above, below and beside it, at the distance 1, or at the least power of 2 where one of
+    them is decoded earlier. The index of others is L.
+    """
+    height, width = size
+    length = height * width
+    group_of = _group_of_each(ordering, num_groups, size)
+    places = torch.cartesian_prod(torch.arange(height), torch.arange(width)).T  # (2, L)
+    neighbors = torch.full((NUM_NEIGHBORS, length), length)
+    distance = 1
+    while distance < max(size):
+        steps = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+        shifted = torch.tensor(steps)[..., None] * distance + places
+        is_inside = ((shifted >= 0) & (shifted < torch.tensor(size)[:, None])).all(1)
+        indices = (shifted[:, 0] * width + shifted[:, 1]).where(is_inside, 0)
+        is_earlier = is_inside & (group_of[indices] < group_of)
+        has_none = (neighbors == length).all(0)
+        neighbors = torch.where(is_earlier & has_none, indices, neighbors)
+        distance *= 2
+    return neighbors.to(device)
+
+
+def _group_of_each(ordering: str, num_groups: int, size: tuple[int, int]) -> Tensor:
+    """The group of each of L positions, int64 (L,)."""
+    group_of = torch.empty(size[0] * size[1], dtype=torch.long)
+    for i, positions in enumerate(group_positions(ordering, num_groups, size, group_of.device)):
+        group_of[positions] = i
+    return group_of
