@@ -150,11 +150,12 @@ def test_config_of_an_older_format_is_upgraded_without_a_warning(format_version,
     assert config.to_dict()["format_version"] == FORMAT_VERSION
 
 
-def test_transformers_of_older_formats_have_no_neighbor_inputs():
+def test_transformers_of_older_formats_stay_as_they_are():
     fields = {"num_symbols": 3, "decoder_type": "transformer"}
-    assert not ProgressiveVAELevelConfig(format_version=7, **fields).neighbor_inputs
+    older = ProgressiveVAELevelConfig(format_version=7, **fields)
+    assert not older.neighbor_inputs and older.attention_head_dim == 16
     config = ProgressiveVAELevelConfig(**fields)
-    assert config.neighbor_inputs
+    assert config.neighbor_inputs and config.attention_head_dim == 32
     assert config.with_decoder(decoder_type="conv").neighbor_inputs is False
     with pytest.raises(ValueError, match="neighbor_inputs=False .* got True and 'conv'"):
         ProgressiveVAELevelConfig(num_symbols=3, neighbor_inputs=True)

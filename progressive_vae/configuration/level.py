@@ -49,6 +49,7 @@ DECODER_FIELDS = (
     "num_layers",
     "dropout",
     "neighbor_inputs",
+    "attention_head_dim",
     "pixel_distribution",
     "pixel_logit_rank",
     "palette_size",
@@ -88,6 +89,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         neighbor_inputs: of `"transformer"`: the first state of a position depends on the values of
             its eight neighbors, where earlier groups have them. `None`: whether it is a
             `"transformer"`.
+        attention_head_dim: of `"transformer"`, the least number of channels of an attention head.
         encoder_hidden_size: width of the encoder; `None`: `hidden_size`.
         encoder_num_layers: residual blocks of the encoder on each of its grids.
         block_kernel_size: of the second convolution of each residual block, 1 or 3; 3 costs a
@@ -184,6 +186,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     num_layers: int = 2
     dropout: float = 0.0
     neighbor_inputs: bool | None = None
+    attention_head_dim: int = 32
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 1
     block_kernel_size: int = 1
@@ -232,8 +235,8 @@ class ProgressiveVAELevelConfig(PartConfig):
             fields = {"block_kernel_size": 3, **fields}
         if format_version < 6:
             fields = {"symbol_logit_rank": 0, **fields}
-        if format_version < 8:
-            fields = {"neighbor_inputs": False, **fields}
+        if format_version < 8 and fields.get("decoder_type") == "transformer":
+            fields = {"neighbor_inputs": False, "attention_head_dim": 16, **fields}
         if format_version == FORMAT_VERSION:
             warn_about_names(renamed_names(fields))
         return rename_fields(fields)
@@ -306,7 +309,7 @@ class ProgressiveVAELevelConfig(PartConfig):
                      value_embed_dim=1, pixel_logit_rank=0, palette_size=0, symbol_logit_rank=0,
                      auxiliary_hidden_size=1, auxiliary_num_layers=0, reconstruction_weight=0,
                      bits_per_block=0, commitment_weight=0, entropy_weight=0, codebook_decay=0,
-                     restart_threshold=0, dither=0)  # fmt: skip
+                     restart_threshold=0, dither=0, attention_head_dim=1)  # fmt: skip
         if not 0 <= self.code_noise <= 1:
             raise ValueError(f"expected code_noise in [0, 1], got {self.code_noise}")
         if not 0 <= self.dropout < 1:

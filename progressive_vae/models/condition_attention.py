@@ -8,6 +8,8 @@ from .conditioning import Conditioning
 from .layers import ResidualLinear
 from .transformer import num_heads
 
+MIN_HEAD_DIM = 16
+
 
 class ConditionAttention(nn.Module):
     """state + attention of each state to the embeddings of its example's condition.
@@ -25,7 +27,7 @@ class ConditionAttention(nn.Module):
 
     def __init__(self, width: int, condition_dim: int):
         super().__init__()
-        self.num_heads = num_heads(width)
+        self.num_heads = num_heads(width, MIN_HEAD_DIM)
         self.norm = nn.LayerNorm(width)
         self.condition_norm = nn.LayerNorm(condition_dim)
         self.queries = nn.Linear(width, width, bias=False)

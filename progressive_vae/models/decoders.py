@@ -672,7 +672,8 @@ class TransformerDecoder(Decoder):
         channels = config.value_channels
         self.embedding = nn.Embedding(channels * config.num_values, width)
         self.layers = nn.ModuleList(
-            TransformerLayer(width, config.dropout) for _ in range(config.num_layers)
+            TransformerLayer(width, config.attention_head_dim, config.dropout)
+            for _ in range(config.num_layers)
         )
         if config.neighbor_inputs:
             self.neighbor_projection = ResidualLinear(NUM_NEIGHBORS * width, width, bias=False)

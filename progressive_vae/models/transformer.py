@@ -23,17 +23,16 @@ from .layers import ResidualLinear
 from .orderings import group_positions
 
 MLP_RATIO = 2  # of the gated hidden layer's width to that of the states
-MIN_HEAD_DIM = 16
 NUM_NEIGHBORS = 8  # of a position
 NUM_HEADS = 8  # more, of 64 channels each, in layers of more than 512 channels
 
 
-def num_heads(width: int) -> int:
-    """Attention heads of a layer of this width."""
+def num_heads(width: int, min_head_dim: int) -> int:
+    """Attention heads of a layer of this width, of `min_head_dim` channels at least."""
     return max(
         n
         for n in range(1, max(NUM_HEADS, width // 64) + 1)
-        if width % n == 0 and (n == 1 or width >= MIN_HEAD_DIM * n)
+        if width % n == 0 and (n == 1 or width >= min_head_dim * n)
     )
 
 
@@ -47,13 +46,14 @@ class TransformerLayer(GradientCheckpointingLayer):
 
     Args:
         width: E.
+        min_head_dim: the least D.
         dropout: probability of a 0 in what a branch adds to the states, in training.
     """
 
-    def __init__(self, width: int, dropout: float = 0.0):
+    def __init__(self, width: int, min_head_dim: int = 32, dropout: float = 0.0):
         super().__init__()
         self.dropout = dropout
-        self.num_heads = num_heads(width)
+        self.num_heads = num_heads(width, min_head_dim)
         self.attention_norm = nn.LayerNorm(width)
         self.queries = nn.Linear(width, width, bias=False)
         self.keys_and_values = nn.Linear(width, 2 * width, bias=False)
