@@ -3,11 +3,11 @@
 import json
 
 import datasets
-import numpy as np
 import PIL.Image
 import pytest
 import torch
 
+from helpers.captions import COLORS, images_with_captions
 from helpers.recipes import BACKBONE, FEW
 from helpers.texts import tiny_clip, tiny_tokenizer
 from progressive_vae import HashedTextEncoder, ProgressiveVAEPipeline
@@ -29,7 +29,6 @@ from progressive_vae.training import train
 from progressive_vae.training.checkpoints import Checkpoints
 from progressive_vae.training.recipe import read_recipe
 
-COLORS = ["red", "green", "blue", None, "green", ""]
 RECIPE = {
     "num_levels": 1,
     "levels": {"hidden_size": 8, "num_layers": 1, "codebook_size": 8, "fit": FEW},
@@ -38,15 +37,6 @@ RECIPE = {
     "data": {"caption_column": "text", "eval_fraction": 0.3},
     "run": {"report_to": "none", "num_validation_images": 2, "checkpointing_steps": None},
 }
-
-
-def images_with_captions(count=30) -> datasets.Dataset:
-    """Gray images of 8×8; the one of the caption at place i of `COLORS` has the value i."""
-    numbers = [i % len(COLORS) for i in range(count)]
-    images = [PIL.Image.fromarray(np.full((8, 8), i, np.uint8)) for i in numbers]
-    features = {"image": datasets.Image(), "text": datasets.Value("string")}
-    columns = {"image": images, "text": [COLORS[i] for i in numbers]}
-    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
 @pytest.fixture(scope="module")

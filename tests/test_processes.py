@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers.captions import images_with_captions
 from helpers.documents import commands
 from helpers.models import tiny_level
 from helpers.processes import ROOT, TRAIN, launch
@@ -147,6 +148,25 @@ def test_two_processes_train_as_one_does_with_the_joined_batch(two, tmp_path):
         one, other = (load_file(f / part / "model.safetensors") for f in (tmp_path, two[0]))
         for name, value in one.items():
             assert torch.allclose(value, other[name], atol=2e-3), (part, name)
+
+
+def test_two_processes_condition_on_captions_as_one_does(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    images_with_captions(60).to_parquet(data / "train.parquet")
+    flags = [*SMALL, "--num_levels", "1", "--levels.text_conditional", "true"]
+    flags += ["--dataset_name", data, "--caption_column", "text", "--eval_fraction", "0.3"]
+    runs = [tmp_path / "runs" / n for n in "12"]
+    for folder in runs:
+        processes = int(folder.name)
+        for fit in ("levels", "prior"):
+            flags += [f"--{fit}.fit.train_batch_size", str(16 // processes)]
+        launch(TRAIN, *flags, "--output_dir", folder, processes=processes)
+    one, two = map(losses, runs)
+    for phase, curve in one.items():
+        assert torch.allclose(torch.tensor(curve), torch.tensor(two[phase]), atol=2e-3), phase
+    pipe = ProgressiveVAEPipeline.from_pretrained(runs[1])
+    assert pipe.text_encoder is not None and pipe.level_1.config.condition_dim == 128
 
 
 def test_two_processes_go_on_from_their_checkpoint(tmp_path):

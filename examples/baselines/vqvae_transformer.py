@@ -17,6 +17,7 @@ from progressive_vae.data.code_cache import GridDataset
 from progressive_vae.models.causal_lm import cached_step
 from progressive_vae.models.quantizers import VectorQuantizer
 from progressive_vae.models.value_types import uint8_to_signed, unit_to_uint8
+from progressive_vae.training.mixed_precision import fast_attention
 
 
 class FlatVAE(nn.Module):
@@ -74,7 +75,8 @@ def train_for(
     while (share := (time.perf_counter() - start) / seconds) < 1:
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (steps + 1) / 100) * (1 + math.cos(math.pi * share)) / 2
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        with fast_attention(device), autocast:
             loss = step()
         optimizer.zero_grad()
         loss.backward()

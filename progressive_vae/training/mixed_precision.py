@@ -54,6 +54,11 @@ class Float32Attention(TorchFunctionMode):
         return mixed.to(query.dtype)
 
 
+def fast_attention(device: torch.device) -> AbstractContextManager:
+    """A context in which attention of queries in 16 bits is fast, forward and backward."""
+    return Float32Attention() if device.type == "cpu" else nullcontext()
+
+
 class MixedPrecisionForward:
     """The forward pass of a prepared model, under Accelerate's autocast.
 
@@ -83,8 +88,7 @@ class MixedPrecisionForward:
             if isinstance(module, Quantizer) or (isinstance(module, Head) and module.is_float32)
             for weight in module.parameters()
         }
-        on_cpu = accelerator.device.type == "cpu"
-        self.attention: AbstractContextManager = Float32Attention() if on_cpu else nullcontext()
+        self.attention = fast_attention(accelerator.device)
         self.names = [
             name
             for name, weight in wrapped.named_parameters()
