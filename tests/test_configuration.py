@@ -154,10 +154,12 @@ def test_transformers_of_older_formats_stay_as_they_are():
     fields = {"num_symbols": 3, "decoder_type": "transformer"}
     older = ProgressiveVAELevelConfig(format_version=7, **fields)
     assert not older.neighbor_inputs and older.attention_head_dim == 16
+    assert older.condition_num_layers == 0
     config = ProgressiveVAELevelConfig(**fields)
     assert config.neighbor_inputs and config.attention_head_dim == 32
+    assert config.condition_num_layers == 2
     assert config.with_decoder(decoder_type="conv").neighbor_inputs is False
-    with pytest.raises(ValueError, match="neighbor_inputs=False .* got True and 'conv'"):
+    with pytest.raises(ValueError, match="neighbor_inputs=None .* got True and 'conv'"):
         ProgressiveVAELevelConfig(num_symbols=3, neighbor_inputs=True)
 
 

@@ -8,7 +8,15 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
-    "ordering", [("lattice", 7), ("lattice", 10), ("masked", 8), ("diagonal", 1), ("raster", 1)]
+    "ordering",
+    [
+        ("lattice", 7),
+        ("lattice", 10),
+        ("masked", 8),
+        ("diagonal", 1),
+        ("diagonal", 7),
+        ("raster", 1),
+    ],
 )
 def test_neighbors_are_adjacent_and_decoded_earlier(ordering):
     height, width = size = (5, 9)

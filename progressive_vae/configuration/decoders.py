@@ -20,7 +20,8 @@ GROUP_NUMBERS: dict[str, Callable[[int], list[int | None]]] = {
     "lattice": lambda downsample: [1 + 3 * k for k in range(int(math.log2(downsample)), 7)],
     "masked": lambda downsample: [8, *range(1, 257)],
     "raster": lambda downsample: [None],  # as many as positions
-    "diagonal": lambda downsample: [None],  # as many as anti-diagonals
+    # As many as anti-diagonals: of the grid, or of cells of a power of two.
+    "diagonal": lambda downsample: [None, *(2**k - 1 for k in range(2, 8))],
 }
 ORDERINGS = tuple(GROUP_NUMBERS)
 DOWNSAMPLES = (2, 4, 8, 16, 32, 64)

@@ -48,6 +48,7 @@ DECODER_FIELDS = (
     "hidden_size",
     "num_layers",
     "dropout",
+    "condition_num_layers",
     "neighbor_inputs",
     "attention_head_dim",
     "pixel_distribution",
@@ -86,6 +87,7 @@ class ProgressiveVAELevelConfig(PartConfig):
             and the layers of its language model; layers of `"transformer"`.
         dropout: of `"causal_lm"` and `"transformer"`, after attention and feed-forward networks:
             the probability of zeroing an activation in training, which reduces overfitting.
+        condition_num_layers: of `"transformer"`, residual blocks on z; `None`: 2, and 0 of others.
         neighbor_inputs: of `"transformer"`: the first state of a position depends on the values of
             its eight neighbors, where earlier groups have them. `None`: whether it is a
             `"transformer"`.
@@ -126,7 +128,8 @@ class ProgressiveVAELevelConfig(PartConfig):
             `"conv"` the first three, the others only their own.
         num_groups: groups of the decoder: 1 of `"factorized"`; 1 + 3k of `"lattice"`, whose
             coarsest has stride 2ᵏ, from downsample to 64; 1 … 256 of `"masked"`; `None` of
-            `"raster"` and `"diagonal"`, which have as many as positions and as anti-diagonals.
+            `"raster"` and `"diagonal"`, which have as many as positions and as anti-diagonals;
+            2c − 1 of `"diagonal"` in cells of c×c, a power of two, all in parallel.
             `None`: the only number, the stride downsample for `"lattice"`, and 8 for `"masked"`.
         backbone_config: of `"causal_lm"`, any causal-LM config of transformers, as a config or as
             a dict with its `model_type`; its vocabulary is set to the codes. `None`: an OPT of
@@ -185,6 +188,7 @@ class ProgressiveVAELevelConfig(PartConfig):
     hidden_size: int = 64
     num_layers: int = 2
     dropout: float = 0.0
+    condition_num_layers: int | None = None
     neighbor_inputs: bool | None = None
     attention_head_dim: int = 32
     encoder_hidden_size: int | None = None
@@ -236,7 +240,8 @@ class ProgressiveVAELevelConfig(PartConfig):
         if format_version < 6:
             fields = {"symbol_logit_rank": 0, **fields}
         if format_version < 8 and fields.get("decoder_type") == "transformer":
-            fields = {"neighbor_inputs": False, "attention_head_dim": 16, **fields}
+            older = {"condition_num_layers": 0, "neighbor_inputs": False, "attention_head_dim": 16}
+            fields = {**older, **fields}
         if format_version == FORMAT_VERSION:
             warn_about_names(renamed_names(fields))
         return rename_fields(fields)
@@ -247,14 +252,18 @@ class ProgressiveVAELevelConfig(PartConfig):
             set_tokenizer_fields(self)
         check_limits(vars(self), codebook_size=MAX_CODES, num_symbols=MAX_CODES,
                       num_channels=MAX_CHANNELS, num_layers=MAX_LAYERS, bits_per_block=MAX_BITS,
-                      encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS)  # fmt: skip
+                      encoder_num_layers=MAX_LAYERS, auxiliary_num_layers=MAX_LAYERS,
+                      condition_num_layers=MAX_LAYERS)  # fmt: skip
         self.gumbel_temperature = list(self.gumbel_temperature)
         if self.codebook_dim is None:
             self.codebook_dim = self._quantizer_rules.default_codebook_dim(self)
         if self.symbol_logit_rank is None:
             self.symbol_logit_rank = 64 if self.num_values > MANY_CODES else 0
+        is_transformer = self.decoder_type == "transformer"
+        if self.condition_num_layers is None:
+            self.condition_num_layers = 2 if is_transformer else 0
         if self.neighbor_inputs is None:
-            self.neighbor_inputs = self.decoder_type == "transformer"
+            self.neighbor_inputs = is_transformer
         if self.ordering is None and self.decoder_type in DECODER_TYPES:
             self.ordering = DECODER_TYPES[self.decoder_type][0]
         if self.num_groups is None:
@@ -282,7 +291,7 @@ class ProgressiveVAELevelConfig(PartConfig):
         fields["id2label"] = self.id2label if self.num_classes else None
         is_other_type = changes.get("decoder_type", self.decoder_type) != self.decoder_type
         if is_other_type:
-            fields["ordering"] = fields["neighbor_inputs"] = None
+            fields["ordering"] = fields["condition_num_layers"] = fields["neighbor_inputs"] = None
         if is_other_type or changes.get("backbone_config") is not None:
             fields["dropout"] = 0.0
         if is_other_type or changes.get("ordering", self.ordering) != self.ordering:
@@ -309,7 +318,8 @@ class ProgressiveVAELevelConfig(PartConfig):
                      value_embed_dim=1, pixel_logit_rank=0, palette_size=0, symbol_logit_rank=0,
                      auxiliary_hidden_size=1, auxiliary_num_layers=0, reconstruction_weight=0,
                      bits_per_block=0, commitment_weight=0, entropy_weight=0, codebook_decay=0,
-                     restart_threshold=0, dither=0, attention_head_dim=1)  # fmt: skip
+                     restart_threshold=0, dither=0, attention_head_dim=1,
+                     condition_num_layers=0)  # fmt: skip
         if not 0 <= self.code_noise <= 1:
             raise ValueError(f"expected code_noise in [0, 1], got {self.code_noise}")
         if not 0 <= self.dropout < 1:
@@ -393,11 +403,12 @@ class ProgressiveVAELevelConfig(PartConfig):
             )
 
     def validate_decoder_type(self):
-        if self.neighbor_inputs and self.decoder_type != "transformer":
-            raise ValueError(
-                "expected neighbor_inputs=False unless decoder_type is 'transformer', got True and "
-                f"{self.decoder_type!r}"
-            )
+        for name in ("condition_num_layers", "neighbor_inputs"):
+            if getattr(self, name) and self.decoder_type != "transformer":
+                raise ValueError(
+                    f"expected {name}=None unless decoder_type is 'transformer', got "
+                    f"{getattr(self, name)} and {self.decoder_type!r}"
+                )
         if self.dropout and self.decoder_type not in DROPOUT_DECODER_TYPES:
             raise ValueError(
                 f"expected dropout=0 unless decoder_type is in {DROPOUT_DECODER_TYPES}, got "

@@ -55,6 +55,7 @@ from .orderings import (
 )
 from .palette import NO_COLOR, ColorKeys, ColorPointer, ColorSources, Palette, pack_colors
 from .transformer import (
+    NEIGHBOR_RATIO,
     NUM_NEIGHBORS,
     KeyValueCache,
     TransformerLayer,
@@ -655,15 +656,17 @@ class RasterDecoder(CausalLMMixin, Decoder):
 class TransformerDecoder(Decoder):
     """A transformer over codes or pixels, whose attention is causal over groups.
 
-    The first state of a position is the upsampled condition there, plus embeddings of its row and
-    column, and of the values of its neighbors in earlier groups. Its layers attend to z and to the
-    positions of earlier groups, with their values. The colors of a pixel, or the blocks of a code
-    that is split, are predicted one after another.
+    Residual blocks refine the embedded z. The first state of a position is the upsampled z there,
+    plus embeddings of its row and column, and of the values of its neighbors in earlier groups. The
+    layers attend to z and to the positions of earlier groups, with their values. The colors of a
+    pixel, or the blocks of a code that is split, are predicted one after another.
     """
 
     def __init__(self, config: ProgressiveVAELevelConfig):
         super().__init__(config)
         width = config.hidden_size
+        assert config.condition_num_layers is not None  # the config sets it
+        self.blocks = residual_blocks(width, config.condition_num_layers, config.block_kernel_size)
         self.upsample = nn.Sequential(
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
@@ -676,7 +679,9 @@ class TransformerDecoder(Decoder):
             for _ in range(config.num_layers)
         )
         if config.neighbor_inputs:
-            self.neighbor_projection = ResidualLinear(NUM_NEIGHBORS * width, width, bias=False)
+            rank = math.ceil(width / NEIGHBOR_RATIO)
+            self.neighbor_values = nn.Linear(width, rank, bias=False)
+            self.neighbor_projection = ResidualLinear(NUM_NEIGHBORS * rank, width, bias=False)
         self.norm = nn.LayerNorm(width)
         self.logits = make_categorical_head(config, width)
         if channels > 1:
@@ -694,15 +699,17 @@ class TransformerDecoder(Decoder):
         layers = self._layers
         length = len(z) + len(context)
         caches = [KeyValueCache(layer.project_visible(z), length) for layer in layers]
-        # The embedded values of all positions, and a zero vector: (L + 1, B, E).
-        embedded_grid = context.new_zeros(len(context) + 1, *context.shape[1:])
+        neighbor_grid = None  # what neighbors see, and a zero vector, (L + 1, B, R)
+        if self.config.neighbor_inputs:
+            shape = len(context) + 1, context.shape[1], self.neighbor_values.out_features
+            neighbor_grid = context.new_zeros(shape)
         values: list[Tensor] = []  # of each group, int64 (B, C, n)
         num_left = len(context)
         for i, positions in enumerate(groups):
             if not len(positions):  # in a small grid some groups are empty
                 continue
             # 1. Evaluate the network at the group's positions.
-            state = self._with_neighbors(context[positions], embedded_grid, size, positions)
+            state = self._with_neighbors(context[positions], neighbor_grid, size, positions)
             states = [state]  # before each layer, (n, B, E)
             for layer, cache in zip(layers, caches, strict=True):
                 states.append(layer.attend(states[-1], cache.visible))
@@ -719,7 +726,8 @@ class TransformerDecoder(Decoder):
             num_left -= len(positions)
             if num_left:
                 embedded = embed_channels(self.embedding, values[-1]).transpose(0, 1)
-                embedded_grid.index_copy_(0, positions, embedded)
+                if neighbor_grid is not None:
+                    neighbor_grid.index_copy_(0, positions, self.neighbor_values(embedded))
                 for layer, cache, state in zip(layers, caches, states, strict=True):
                     cache.append(layer.project_visible(state + embedded))
         in_sequence = torch.cat(values, 2)
@@ -737,7 +745,10 @@ class TransformerDecoder(Decoder):
         values = finer.flatten(2)  # (B, C, L)
         z, state = self._embed(condition, size)
         embedded = embed_channels(self.embedding, values).transpose(0, 1)
-        state = self._with_neighbors(state, F.pad(embedded, (0, 0, 0, 0, 0, 1)), size)
+        neighbor_grid = None
+        if self.config.neighbor_inputs:
+            neighbor_grid = F.pad(self.neighbor_values(embedded), (0, 0, 0, 0, 0, 1))
+        state = self._with_neighbors(state, neighbor_grid, size)
         mask = attention_mask(*self._ordering, size, len(z), finer.device)
         for layer in self._layers:
             state = layer(state, embedded, z, mask)
@@ -772,7 +783,7 @@ class TransformerDecoder(Decoder):
                 f"expected a finer grid of at most {MAX_TRANSFORMER_SIDE} rows and columns for "
                 f"decoder_type='transformer', got {height}×{width}"
             )
-        z = self.embed_condition(condition)
+        z = self.blocks(self.embed_condition(condition))
         state = self.upsample(z)[..., :height, :width]
         rows = self.row_embedding(torch.arange(height, device=z.device))
         columns = self.column_embedding(torch.arange(width, device=z.device))
@@ -784,24 +795,25 @@ class TransformerDecoder(Decoder):
     def _with_neighbors(
         self,
         state: Tensor,
-        embedded_grid: Tensor,
+        neighbor_grid: Tensor | None,
         size: tuple[int, int],
         positions: Tensor | None = None,
     ) -> Tensor:
-        """The first states of some positions, (n, B, E), plus those of their neighbors' values.
+        """The first states of some positions, (n, B, E), with the values of their neighbors.
 
         Args:
-            state: (n, B, E).
-            embedded_grid: the embedded values of all positions, and a zero vector, (L + 1, B, E).
+            state: without them, (n, B, E).
+            neighbor_grid: what neighbors see of all positions, and a zero vector, (L + 1, B, R);
+                `None`: nothing.
             size: (H, W) of the finer grid.
             positions: int64 (n,); `None`: all.
         """
-        if not self.config.neighbor_inputs:
+        if neighbor_grid is None:
             return state
         neighbors = earlier_neighbors(*self._ordering, (size[0], size[1]), state.device)
         if positions is not None:
             neighbors = neighbors[:, positions]
-        values = embedded_grid[neighbors]  # (8, n, B, E)
+        values = neighbor_grid[neighbors]  # (8, n, B, R)
         return state + self.neighbor_projection(values.permute(1, 2, 0, 3).flatten(2))
 
     def _features(self, state: Tensor) -> Tensor:

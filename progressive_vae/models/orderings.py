@@ -222,18 +222,19 @@ def diagonal_ordering(num_groups: int, size: tuple[int, int], device: torch.devi
     """The anti-diagonals, from the first position to the last: H + W − 1 groups.
 
     A position's left and upper neighbors are in the group before its own, as they are earlier in a
-    raster.
+    raster. With 2c − 1 groups the grid is split into cells of c×c positions, and the anti-diagonals
+    of all cells are predicted in parallel.
     """
-    return [*map(IndexGroup, _diagonals(size, device))]
+    return [*map(IndexGroup, _diagonals(num_groups, size, device))]
 
 
 @device_constant
-def _diagonals(size: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
+def _diagonals(num_groups: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, ...]:
     height, width = size
-    diagonal = torch.arange(height)[:, None] + torch.arange(width)
-    return tuple(
-        (diagonal.flatten() == i).nonzero()[:, 0].to(device) for i in range(height + width - 1)
-    )
+    side = (num_groups + 1) // 2 if num_groups > 1 else max(size)
+    diagonal = (torch.arange(height) % side)[:, None] + torch.arange(width) % side
+    count = int(diagonal.max()) + 1
+    return tuple((diagonal.flatten() == i).nonzero()[:, 0].to(device) for i in range(count))
 
 
 # (num_groups, padded size (H, W), device) -> the groups in sequence. Strides are powers of two and

@@ -24,6 +24,7 @@ from .orderings import group_positions
 
 MLP_RATIO = 2  # of the gated hidden layer's width to that of the states
 NUM_NEIGHBORS = 8  # of a position
+NEIGHBOR_RATIO = 4  # of the width of states to that of a neighbor's value
 NUM_HEADS = 8  # more, of 64 channels each, in layers of more than 512 channels
 
 

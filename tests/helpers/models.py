@@ -17,6 +17,7 @@ PIXEL_ORDERS = [
 ]  # fmt: skip
 CODE_ORDERS = [
     *PIXEL_ORDERS, ("raster", 2, None), ("raster", 4, None), ("diagonal", 2, None),
+    ("diagonal", 2, 3),
 ]  # fmt: skip
 ORDER_NAMES = "order, downsample, num_groups"
 LOGISTICS = {"pixel_distribution": "logistic_mixture"}
