@@ -35,6 +35,9 @@ class RefitSection:
     hidden_size: int | None = None
     num_layers: int | None = None
     dropout: float | None = None
+    condition_num_layers: int | None = None
+    neighbor_inputs: bool | None = None
+    attention_head_dim: int | None = None
     pixel_distribution: str | None = None
     pixel_logit_rank: int | None = None
     palette_size: int | None = None
@@ -62,6 +65,9 @@ class LevelSection:
     hidden_size: int = 64
     num_layers: int = 2
     dropout: float = 0.0
+    condition_num_layers: int | None = None
+    neighbor_inputs: bool | None = None
+    attention_head_dim: int = 32
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 1
     block_kernel_size: int = 1
