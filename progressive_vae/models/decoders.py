@@ -36,6 +36,7 @@ from .layers import (
     Downsample,
     PixelEmbedding,
     ResidualLinear,
+    SmallEmbedding,
     Upsample,
     ZeroConv2d,
     ZeroEmbedding,
@@ -670,10 +671,13 @@ class TransformerDecoder(Decoder):
         self.upsample = nn.Sequential(
             *(Upsample(width) for _ in range(int(math.log2(config.downsample))))
         )
-        self.row_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
-        self.column_embedding = nn.Embedding(MAX_TRANSFORMER_SIDE, width)
+        if config.condition_num_layers:
+            # Starts at zero: otherwise z outweighs the embeddings.
+            self.condition = ZeroConv2d(width, width, 1)
+        self.row_embedding = SmallEmbedding(MAX_TRANSFORMER_SIDE, width)
+        self.column_embedding = SmallEmbedding(MAX_TRANSFORMER_SIDE, width)
         channels = config.value_channels
-        self.embedding = nn.Embedding(channels * config.num_values, width)
+        self.embedding = SmallEmbedding(channels * config.num_values, width)
         self.layers = nn.ModuleList(
             TransformerLayer(width, config.attention_head_dim, config.dropout)
             for _ in range(config.num_layers)
@@ -784,7 +788,10 @@ class TransformerDecoder(Decoder):
                 f"decoder_type='transformer', got {height}×{width}"
             )
         z = self.blocks(self.embed_condition(condition))
-        state = self.upsample(z)[..., :height, :width]
+        state = self.upsample(z)
+        if self.config.condition_num_layers:
+            state = self.condition(state)
+        state = state[..., :height, :width]
         rows = self.row_embedding(torch.arange(height, device=z.device))
         columns = self.column_embedding(torch.arange(width, device=z.device))
         places = (rows[:, None] + columns)[:, :, None]  # (H, W, 1, E)

@@ -83,6 +83,10 @@ class ZeroEmbedding(nn.Embedding):
     """An embedding whose vectors start at zero."""
 
 
+class SmallEmbedding(nn.Embedding):
+    """An embedding whose vectors start small, so that training decides which values are alike."""
+
+
 def embed_channels(embedding: nn.Embedding, values: Tensor) -> Tensor:
     """The sum of embeddings of the channels: int64 (B, C, ...) -> (B, ..., E).
 
@@ -198,6 +202,8 @@ def init_weights(module: nn.Module):
             init.zeros_(module.bias)
     elif isinstance(module, PixelEmbedding):
         init.copy_(module.weight, module.ordinal_features())
+    elif isinstance(module, SmallEmbedding):
+        init.normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Embedding):
         init.normal_(module.weight)
     elif isinstance(module, nn.LayerNorm):
