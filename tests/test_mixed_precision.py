@@ -2,10 +2,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch.overrides import TorchFunctionMode
 
 from helpers.models import tiny_level
 from progressive_vae.training.mixed_precision import Float32Attention, MixedPrecisionForward
+
+
+@pytest.fixture(autouse=True)
+def fresh_state():
+    """An accelerator with another precision can be made, before and after a test."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class AttentionDtypes(TorchFunctionMode):
