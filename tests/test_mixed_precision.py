@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,4 +53,10 @@ def test_attention_in_float32_returns_the_dtype_of_its_queries():
     expected = F.scaled_dot_product_attention(queries.float(), keys.float(), values.float(), mask)
     with Float32Attention():
         mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        # Masks that are added are cast too, and names may be given.
+        added = torch.zeros(5, 5, dtype=torch.bfloat16).masked_fill(~mask, -math.inf)
+        named = F.scaled_dot_product_attention(
+            query=queries, key=keys, value=values, attn_mask=added
+        )
     assert mixed.dtype == torch.bfloat16 and torch.equal(mixed, expected.bfloat16())
+    assert torch.equal(named, mixed)

@@ -48,10 +48,19 @@ class Float32Attention(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is not F.scaled_dot_product_attention:
             return function(*args, **kwargs)
-        query, key, value, *others = args
-        with torch.autocast(query.device.type, enabled=False):
-            mixed = function(query.float(), key.float(), value.float(), *others, **kwargs)
+        query = args[0] if args else kwargs["query"]
+        with torch.autocast("cpu", enabled=False):
+            mixed = function(
+                *map(_as_float32, args),
+                **{name: _as_float32(value) for name, value in kwargs.items()},
+            )
         return mixed.to(query.dtype)
+
+
+def _as_float32(argument: Any) -> Any:
+    """A tensor of another floating dtype in float32; other arguments, and bool masks, as is."""
+    is_cast = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.float() if is_cast else argument
 
 
 def fast_attention(device: torch.device) -> AbstractContextManager:
