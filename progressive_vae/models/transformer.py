@@ -155,8 +155,8 @@ def earlier_neighbors(
 ) -> Tensor:
     """The neighbors of each of L positions in earlier groups: row-major indices, int64 (8, L).
 
-    They are above, below and beside it, at the distance 1, or at the least power of 2 where one of
-    them is decoded earlier. The index of others is L.
+    They are the eight around it, at the distance 1, or at the least power of 2 where one of them is
+    decoded earlier. The index of others is L.
     """
     height, width = size
     length = height * width
